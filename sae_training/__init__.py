@@ -1,0 +1,3 @@
+"""Trains sparse autoencoders on the activations of language models."""
+
+__version__ = "0.1.0"

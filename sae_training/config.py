@@ -1,0 +1,419 @@
+"""The run config: one flat, inert description of everything a training run does.
+
+Building it checks every value and nothing else: no disk, network, wandb or device is touched, and
+nothing is printed. The text under each field is its only documentation; the command line prints it
+as help. Numbers that follow from other fields are properties at the end of the class, so
+`dataclasses.replace` always gives a consistent config.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union, cast
+
+from sae_training.config_checks import checked_names, plain_values, problems
+
+T = TypeVar("T")
+if TYPE_CHECKING:
+    import torch
+
+    # What every part after the config gets: a torch.dtype and single values, whatever the user
+    # wrote.
+    Dtype = torch.dtype
+    OneOrMany = Annotated[T, "or a list of them"]
+else:
+    Dtype = str
+    OneOrMany = Union[T, list[T], tuple[T, ...]]  # noqa: UP007 - `|` cannot be subscripted
+
+Architecture = Literal["standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"]
+SchedulerName = Literal[
+    "constant",
+    "constantwithwarmup",
+    "linearwarmupdecay",
+    "cosineannealing",
+    "cosineannealingwarmup",
+    "cosineannealingwarmrestarts",
+]
+PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
+
+# What "auto" means, by architecture: the learning rate is scale / sqrt(d_sae / 2**14), or scale
+# itself.
+AUTO_LR_SCALE: dict[str, float] = {"standard": 4e-4, "topk": 6.4e-4}
+AUTO_LR_FALLS_WITH_WIDTH: dict[str, bool] = {"standard": False, "topk": True}
+AUTO_AUXK_COEFFICIENT: dict[str, float] = {"standard": 0.0, "topk": 1 / 32}
+AUTO_WARM_UP_MAX_STEPS = 1000
+AUTO_WARM_UP_SHARE = 0.05
+
+
+@checked_names
+@dataclass(kw_only=True)
+class LanguageModelSAERunnerConfig:
+    """Everything that one sparse autoencoder training run needs to know."""
+
+    # Language model and the place in it
+
+    model_name: str = "gelu-2l"
+    """Language model: TransformerLens or Hugging Face name, local folder, or demo (built in)."""
+
+    hook_point: OneOrMany[str] = "blocks.0.hook_mlp_out"
+    """Hook whose activations are encoded; `{layer}` in it is replaced by hook_point_layer."""
+
+    hook_point_layer: OneOrMany[int] = 0
+    """Layer for `{layer}` in hook_point; else the layer is read from the hook's name."""
+
+    hook_point_head_index: int | None = None
+    """Attention head to take from a hook with a head axis; None takes all heads, concatenated."""
+
+    d_in: int | None = 512
+    """Width of the activations; None takes it from the model."""
+
+    lm_dtype: PrecisionName = "auto"
+    """Precision of the frozen model; auto is bfloat16 where that is fast, else float32."""
+
+    compile_lm: bool = False
+    """Compile the frozen language model with torch.compile (not in this version)."""
+
+    # Text
+
+    dataset_path: str = "NeelNanda/c4-tokenized-2b"
+    """Hugging Face name, .txt/.jsonl/.parquet file or folder, save_to_disk folder, or demo."""
+
+    dataset_split: str = "train"
+    """Split of the dataset to train on."""
+
+    dataset_text_column: str | None = None
+    """Column that holds the text; None finds it."""
+
+    is_dataset_tokenized: bool | None = True
+    """Whether the dataset holds token ids. The columns decide in any case; None says so."""
+
+    streaming: bool | None = None
+    """Read the dataset as a stream; None does so from the hub and not from local files."""
+
+    eval_dataset_path: str | None = None
+    """Dataset for evaluation; None holds out a part of the training dataset."""
+
+    context_size: int = 128
+    """Tokens per context, the BOS token included."""
+
+    prepend_bos: bool = True
+    """Start each context and each document with the BOS token."""
+
+    exclude_special_tokens: bool = False
+    """Leave the activations at special tokens (BOS, EOS, padding) out of training."""
+
+    # Autoencoder
+
+    architecture: OneOrMany[Architecture] = "standard"
+    """standard is ReLU with L1, topk keeps the k largest (this version: these two)."""
+
+    expansion_factor: OneOrMany[int] = 4
+    """Latents per input dimension: d_sae = d_in * expansion_factor."""
+
+    k: OneOrMany[int] = 32
+    """Active latents per token (topk)."""
+
+    multi_topk: bool = False
+    """Add the reconstruction from 4k latents to the loss at weight 1/8 (not in this version)."""
+
+    matryoshka_widths: tuple[int, ...] = ()
+    """Sizes of the nested dictionaries (not in this version)."""
+
+    b_dec_init_method: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
+    """Starting value of the decoder bias, from the first buffer of activations."""
+
+    normalize_activations: Literal["none", "expected_average_only_in", "layer_norm", "unit_norm"] = "none"
+    """Scaling of the activations before encoding (this version: none)."""
+
+    from_pretrained_path: str | None = None
+    """Saved autoencoder whose weights training starts from; None starts fresh."""
+
+    dtype: Dtype = cast("Dtype", "float32")
+    """Precision of the autoencoder's weights: float32, bfloat16, float16 or float64."""
+
+    encoder_matmul_dtype: PrecisionName = "auto"
+    """Precision of the encoder product; chosen values are recomputed in dtype."""
+
+    # Loss and dead latents
+
+    l1_coefficient: OneOrMany[float] = 1e-3
+    """Weight of the L1 penalty (standard)."""
+
+    l1_warm_up_steps: int = 0
+    """Steps over which the L1 weight rises linearly from 0."""
+
+    auxk_coefficient: float | Literal["auto"] = 0.0
+    """Weight of the AuxK loss for dead latents; auto is 1/32 for topk, 0 for standard."""
+
+    auxk_k: int | None = None
+    """Dead latents per token that the AuxK loss uses; None is the power of two near d_in / 2."""
+
+    use_ghost_grads: bool = False
+    """Revive dead latents with ghost gradients."""
+
+    feature_sampling_method: Literal["anthropic", "l2"] | None = None
+    """Resampling of dead latents (not in this version)."""
+
+    feature_sampling_window: int = 2000
+    """Steps over which the logged firing frequencies are counted before they start anew."""
+
+    dead_feature_window: int = 1000
+    """Steps without firing after which a latent counts as dead."""
+
+    dead_feature_window_tokens: int | None = None
+    """The same in tokens; if set it is used in place of dead_feature_window."""
+
+    dead_feature_threshold: float = 1e-8
+    """Firing frequency; sparsity/below_dead_feature_threshold counts the latents that fire more rarely."""
+
+    # Training
+
+    total_training_tokens: int = 2_000_000
+    """Tokens to train on; the run has total_training_tokens // train_batch_size steps."""
+
+    train_batch_size: int = 4096
+    """Activations (tokens) per training step; at most half of the buffer."""
+
+    lr: OneOrMany[float | Literal["auto"]] = 3e-4
+    """Learning rate; auto is the rate that we measured to be best for the architecture and size."""
+
+    lr_scheduler_name: SchedulerName = "constantwithwarmup"
+    """Course of the learning rate."""
+
+    lr_warm_up_steps: OneOrMany[int | Literal["auto"]] = 500
+    """Steps over which the learning rate rises linearly; auto is 5% of the run, at most 1000."""
+
+    lr_decay_steps: int = 0
+    """Steps at the end over which the learning rate falls linearly to 0."""
+
+    lr_end: float | None = None
+    """Learning rate at the end of a cosine; None is lr / 10."""
+
+    n_restart_cycles: int = 1
+    """Cycles of cosineannealingwarmrestarts."""
+
+    optimizer: Literal["adam", "adam8bit", "signum"] = "adam"
+    """Optimizer (this version: adam)."""
+
+    adam_beta1: float = 0.9
+    """Decay of Adam's mean of gradients, per step."""
+
+    adam_beta2: float = 0.999
+    """Decay of Adam's mean of squared gradients, per step."""
+
+    clip_grad_norm: float | None = None
+    """Largest norm of the gradient; None does not clip."""
+
+    grad_acc_steps: int = 1
+    """Batches whose gradients are added up before an optimizer step (this version: 1)."""
+
+    micro_batch_size: int | None = None
+    """Tokens that go through the autoencoder at a time (this version: None, it chooses itself)."""
+
+    # Buffer of activations
+
+    store_batch_size: int = 32
+    """Contexts per forward pass of the language model."""
+
+    n_batches_in_buffer: int = 20
+    """Forward passes that fill the shuffling buffer: more mixes better and takes memory."""
+
+    use_cached_activations: bool = False
+    """Train on activations from disk (not in this version)."""
+
+    cached_activations_path: str | None = None
+    """Folder of activations; read only with use_cached_activations."""
+
+    # Evaluation
+
+    n_eval_batches: int = 10
+    """Batches of store_batch_size contexts held out for evaluation; 0 holds out none."""
+
+    eval_every_steps: int | None = None
+    """Steps between evaluations; None is 10 x wandb_log_frequency."""
+
+    # Logging
+
+    log_to_wandb: bool = True
+    """Mirror the metrics to Weights & Biases; the run folder has them in any case."""
+
+    wandb_project: str = "mats_sae_training_language_model"
+    """Project on Weights & Biases."""
+
+    wandb_entity: str | None = None
+    """User or team on Weights & Biases; None is your default."""
+
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """Mode of Weights & Biases; None is online if a key is there, else offline."""
+
+    wandb_log_frequency: int = 10
+    """Steps between logged rows."""
+
+    # Run folder and checkpoints
+
+    run_name: str | None = None
+    """Name of the run and of its folder; None makes one from the sizes."""
+
+    run_dir: str = "runs"
+    """Folder that holds the run folders."""
+
+    checkpoint_path: str | None = None
+    """Old name of run_dir."""
+
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto goes on with an unfinished run of this name and config; must fails without one."""
+
+    checkpoint_every_steps: int | None = None
+    """Steps between resumable checkpoints; None saves by time alone."""
+
+    checkpoint_every_minutes: float | None = 15
+    """Minutes between resumable checkpoints; None saves by steps alone."""
+
+    keep_checkpoints: int = 2
+    """Resumable checkpoints kept; older ones are deleted."""
+
+    n_checkpoints: int = 0
+    """Evenly spaced snapshots of the weights over the run, all kept."""
+
+    # Machine
+
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, cuda:1, mps."""
+
+    seed: OneOrMany[int] = 42
+    """Seed of the weights, the order of the text and the shuffling."""
+
+    parallel: Literal["data", "layers", "latents"] = "data"
+    """How several processes share the work under torchrun (this version: data)."""
+
+    def __post_init__(self) -> None:
+        for name, value in plain_values(self).items():
+            setattr(self, name, value)
+        if found := problems(self):
+            noun = "problem" if len(found) == 1 else "problems"
+            raise ValueError("\n".join([f"{type(self).__name__}: {len(found)} {noun}", *found]))
+        # Here and not at the top: `--help` reads this file, and torch takes over a second.
+        import torch
+
+        self.dtype = getattr(torch, str(self.dtype))
+
+    # Sizes
+
+    @property
+    def d_sae(self) -> int | None:
+        """Number of latents; None while d_in is not known."""
+        return None if self.d_in is None else self.d_in * self.expansion_factor
+
+    @property
+    def total_training_steps(self) -> int:
+        """Optimizer steps of the whole run; a last partial batch is not trained on."""
+        return self.total_training_tokens // self.train_batch_size
+
+    @property
+    def buffer_rows(self) -> int:
+        """Activations in the full shuffling buffer."""
+        return self.n_batches_in_buffer * self.store_batch_size * self.context_size
+
+    @property
+    def tokens_per_buffer(self) -> int:
+        """The same as buffer_rows, under its name of the mats era."""
+        return self.buffer_rows
+
+    # Names
+
+    @property
+    def resolved_hook_point(self) -> str:
+        """hook_point with its layer filled in."""
+        return self.hook_point.replace("{layer}", str(self.hook_point_layer))
+
+    @property
+    def resolved_run_name(self) -> str:
+        """run_name, or the name that mats made from the sizes; `4x` stands for an unknown d_sae."""
+        if self.run_name is not None:
+            return self.run_name
+        width = f"{self.expansion_factor}x" if self.d_sae is None else self.d_sae
+        sparsity = f"L1-{self.l1_coefficient}" if self.architecture == "standard" else f"K-{self.k}"
+        lr = self.lr if self.d_sae is None else f"{self.resolved_lr:.3g}" if self.lr == "auto" else self.lr
+        return f"{width}-{sparsity}-LR-{lr}-Tokens-{self.total_training_tokens:3.3e}"
+
+    @property
+    def resolved_run_dir(self) -> str:
+        """run_dir, or checkpoint_path where the old name was used."""
+        return self.run_dir if self.checkpoint_path is None else self.checkpoint_path
+
+    # Schedules and coefficients
+
+    @property
+    def resolved_lr(self) -> float:
+        """lr, with "auto" replaced by its rule (which for topk needs d_in)."""
+        return auto_lr(self.architecture, self.d_sae) if self.lr == "auto" else self.lr
+
+    @property
+    def resolved_lr_warm_up_steps(self) -> int:
+        """lr_warm_up_steps, with "auto" replaced by its rule."""
+        if self.lr_warm_up_steps == "auto":
+            return auto_lr_warm_up_steps(self.total_training_steps)
+        return self.lr_warm_up_steps
+
+    @property
+    def lr_end_value(self) -> float:
+        """Learning rate at the end of a cosine."""
+        return self.resolved_lr / 10 if self.lr_end is None else self.lr_end
+
+    @property
+    def resolved_auxk_coefficient(self) -> float:
+        """auxk_coefficient, with "auto" replaced by its rule."""
+        if self.auxk_coefficient == "auto":
+            return AUTO_AUXK_COEFFICIENT[self.architecture]
+        return self.auxk_coefficient
+
+    @property
+    def resolved_auxk_k(self) -> int:
+        """auxk_k, or its rule (which needs d_in); never more than d_sae."""
+        if self.auxk_k is not None:
+            return self.auxk_k
+        if self.d_in is None:
+            raise ValueError(_needs_d_in("auxk_k", None))
+        return min(auto_auxk_k(self.d_in), self.d_in * self.expansion_factor)
+
+    @property
+    def dead_window_steps(self) -> int:
+        """Steps without firing after which a latent counts as dead."""
+        if self.dead_feature_window_tokens is None:
+            return self.dead_feature_window
+        return math.ceil(self.dead_feature_window_tokens / self.train_batch_size)
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations."""
+        if self.eval_every_steps is None:
+            return 10 * self.wandb_log_frequency
+        return self.eval_every_steps
+
+
+def auto_lr(architecture: str, d_sae: int | None) -> float:
+    """Learning rate that "auto" stands for."""
+    scale = AUTO_LR_SCALE[architecture]
+    if not AUTO_LR_FALLS_WITH_WIDTH[architecture]:
+        return scale
+    if d_sae is None:
+        raise ValueError(_needs_d_in("lr", "auto"))
+    return scale / math.sqrt(d_sae / 2**14)
+
+
+def auto_lr_warm_up_steps(total_steps: int) -> int:
+    """Warm-up that "auto" stands for."""
+    return min(AUTO_WARM_UP_MAX_STEPS, int(AUTO_WARM_UP_SHARE * total_steps))
+
+
+def auto_auxk_k(d_in: int) -> int:
+    """Power of two nearest to d_in / 2 on a log scale: 512 for 768, as in Gao et al. 2024."""
+    return 2 ** round(math.log2(max(1, d_in / 2)))
+
+
+def _needs_d_in(field: str, value: str | None) -> str:
+    return (
+        f"{field}: found {value!r} with d_in None, expected a known d_in to work it out; "
+        "set d_in, or load the model first and replace d_in by its width"
+    )

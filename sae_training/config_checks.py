@@ -1,0 +1,356 @@
+"""Every check of the run config, as one list of plain sentences.
+
+`config.py` calls `plain_values` and then `problems` when a config is built. Nothing here imports
+torch or touches a device, so that the command line can check before anything slow happens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
+
+if TYPE_CHECKING:
+    from sae_training.config import LanguageModelSAERunnerConfig as Config
+
+C = TypeVar("C")
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
+DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
+
+# What people type for a choice or a field that is spelled quite differently here.
+ALIASES = {
+    "gpu": "cuda",
+    "relu": "standard",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "learning_rate": "lr",
+    "batch_size": "train_batch_size",
+    "hook_name": "hook_point",
+    "model": "model_name",
+    "dataset": "dataset_path",
+}
+
+POSITIVE = (
+    "d_in",
+    "expansion_factor",
+    "k",
+    "context_size",
+    "train_batch_size",
+    "store_batch_size",
+    "n_batches_in_buffer",
+    "total_training_tokens",
+    "lr",
+    "auxk_k",
+    "feature_sampling_window",
+    "dead_feature_window",
+    "dead_feature_window_tokens",
+    "n_restart_cycles",
+    "clip_grad_norm",
+    "grad_acc_steps",
+    "micro_batch_size",
+    "eval_every_steps",
+    "wandb_log_frequency",
+    "checkpoint_every_steps",
+    "checkpoint_every_minutes",
+    "keep_checkpoints",
+    "matryoshka_widths",
+)
+NOT_NEGATIVE = (
+    "hook_point_layer",
+    "hook_point_head_index",
+    "l1_coefficient",
+    "l1_warm_up_steps",
+    "auxk_coefficient",
+    "dead_feature_threshold",
+    "lr_warm_up_steps",
+    "lr_decay_steps",
+    "lr_end",
+    "n_eval_batches",
+    "n_checkpoints",
+    "seed",
+)
+NOT_EMPTY = ("model_name", "hook_point", "dataset_path", "dataset_split", "run_dir", "run_name")
+
+# What this version does of each option that has values it does not know how to train yet.
+BUILT: dict[str, tuple[object, ...]] = {
+    "architecture": ("standard", "topk"),
+    "multi_topk": (False,),
+    "matryoshka_widths": ((),),
+    "normalize_activations": ("none",),
+    "feature_sampling_method": (None,),
+    "optimizer": ("adam",),
+    "grad_acc_steps": (1,),
+    "micro_batch_size": (None,),
+    "use_cached_activations": (False,),
+    "compile_lm": (False,),
+    "parallel": ("data",),
+}
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that `name` was probably meant to be, or None."""
+    folded = {known.lower().replace("-", "_"): known for known in names}
+    wanted = ALIASES.get(name.lower(), name.lower()).replace("-", "_")
+    if wanted in folded:
+        return folded[wanted]
+    matches = difflib.get_close_matches(wanted, folded, n=1, cutoff=0.6)
+    matches += [known for known in folded if len(wanted) > 2 and known.startswith(wanted)]
+    return folded[matches[0]] if matches else None
+
+
+def unknown_names(given: Iterable[str], known: Iterable[str], what: str) -> list[str]:
+    """One line for each of `given` that is not in `known`, with the nearest known name."""
+    known = list(known)
+    lines = []
+    for name in given:
+        if name in known:
+            continue
+        guess = nearest(name, known)
+        hint = f"did you mean {guess!r}?" if guess else "see sae_training/config.py for the fields"
+        lines.append(f"{name}: not a field of {what}; {hint}")
+    return lines
+
+
+def checked_names(cls: type[C]) -> type[C]:
+    """Class decorator for a dataclass: unknown keywords answer with the nearest field."""
+    original: Callable[..., None] = cls.__init__
+    known = [field.name for field in fields(cls)]  # pyright: ignore[reportArgumentType] - a dataclass
+
+    # wraps keeps the signature that editors, inspect and dataclasses.replace see
+    @functools.wraps(original)
+    def __init__(self: C, *args: object, **keywords: object) -> None:
+        if lines := unknown_names(keywords, known, cls.__name__):
+            raise TypeError("\n".join(lines))
+        original(self, *args, **keywords)
+
+    cls.__init__ = __init__
+    return cls
+
+
+def plain_values(cfg: Config) -> dict[str, Any]:
+    """The fields as they are stored and checked: dtypes and devices by name, paths as text."""
+    hints = field_types(type(cfg))
+    return {f.name: plain_value(getattr(cfg, f.name), hints[f.name]) for f in fields(cfg)}
+
+
+def problems(cfg: Config) -> list[str]:
+    """One line per problem: `field: what was found, what was expected; what to do`."""
+    values = plain_values(cfg)
+    found = value_problems(values, type(cfg))
+    for name, built in BUILT.items():
+        if name not in found and not isinstance(values[name], list) and values[name] not in built:
+            available = ", ".join(str(option) for option in built)
+            advice = "choose one" if len(built) > 1 else "leave the field out"
+            found[name] = f"{name}: {values[name]!r} is not trained by this version; available: {available}; {advice}"
+    for needed, rule in RELATIONS:
+        lists = any(isinstance(values[name], list) for name in needed)
+        if not lists and not found.keys() & set(needed) and (line := rule(cfg)):
+            found[needed[0]] = line
+    return list(found.values())
+
+
+def value_problems(values: Mapping[str, Any], cls: type[Config]) -> dict[str, str]:
+    """What is wrong with each value by itself; `values` may hold only some of the fields."""
+    found: dict[str, str] = {}
+    for name, hint in field_types(cls).items():
+        if name in values and (line := _problem(name, plain_value(values[name], hint), hint)):
+            found[name] = line
+    return found
+
+
+@functools.cache
+def field_types(cls: type[Config]) -> dict[str, Any]:
+    """The annotation of each field, resolved."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+def is_union(hint: Any) -> bool:
+    """Whether the annotation offers several types."""
+    return typing.get_origin(hint) in (Union, types.UnionType)
+
+
+def plain_value(value: Any, hint: Any) -> Any:
+    """One value without torch, numpy and path types."""
+    if type(value).__module__ == "torch":
+        return str(value).removeprefix("torch.")
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    options = typing.get_args(hint) if is_union(hint) else (hint,)
+    if isinstance(value, float) and value.is_integer() and int in options and float not in options:
+        return int(value)  # 2e6 tokens
+    if isinstance(value, (list, tuple)):
+        return tuple(value) if hint == tuple[int, ...] else list(value)
+    return value
+
+
+def _problem(name: str, value: Any, hint: Any) -> str | None:
+    if not _fits(value, hint):
+        return _misfit(name, value, hint)
+    if isinstance(value, list):
+        return f"{name}: found {value}; several SAEs in one run are not trained by this version: give one value"
+    if name == "dtype" and value not in DTYPE_NAMES:
+        return _not_a_choice(name, value, DTYPE_NAMES)
+    if name == "device" and not re.fullmatch(rf"({'|'.join(DEVICE_TYPES)})(:\d+)?", value):
+        return _not_a_choice(name, value, DEVICE_TYPES)
+    if name in NOT_EMPTY and value is not None and not value.strip():
+        return f"{name}: found {value!r}, expected some text; give one or leave the field out"
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            expected = _wrong_range(name, number)
+            if expected:
+                return f"{name}: found {number}, expected {expected}; change it"
+    return None
+
+
+def _wrong_range(name: str, number: float) -> str | None:
+    if not math.isfinite(number):
+        return "a finite number"
+    if name in POSITIVE and number <= 0:
+        return "more than 0"
+    if name in NOT_NEGATIVE and number < 0:
+        return "0 or more"
+    if name in ("adam_beta1", "adam_beta2") and not 0 <= number < 1:
+        return "at least 0 and less than 1"
+    if name == "context_size" and number < 2:
+        return "at least 2"
+    return None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if is_union(hint):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if origin in (list, tuple):
+        element = typing.get_args(hint)[0]
+        return type(value) is origin and all(_fits(part, element) for part in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _misfit(name: str, value: Any, hint: Any) -> str:
+    parts = _parts(hint)
+    choices = [c for part in parts if typing.get_origin(part) is Literal for c in typing.get_args(part)]
+    if choices and isinstance(value, str) and str not in parts and not _reads_as_number(value):
+        return _not_a_choice(name, value, choices, [_described(p) for p in parts if p in (int, float)])
+    expected = " or ".join(dict.fromkeys(_described(part) for part in parts))
+    kind = type(value).__name__
+    advice = "change it"
+    if isinstance(value, str) and _reads_as_number(value) and (int in parts or float in parts):
+        advice = f"write {value.strip()} without quotes"
+    return f"{name}: found {value!r} ({kind}), expected {expected}; {advice}"
+
+
+def _not_a_choice(name: str, value: str, choices: Iterable[str], others: Iterable[str] = ()) -> str:
+    choices = list(choices)
+    guess = nearest(value, choices)
+    expected = ", ".join([*others, *choices])
+    if guess:
+        return f"{name}: found {value!r}, expected one of {expected}; did you mean {guess!r}?"
+    return f"{name}: found {value!r}, expected one of {expected}; choose one"
+
+
+def _parts(hint: Any) -> list[Any]:
+    """The single types that an annotation offers, without the lists of them."""
+    if not is_union(hint):
+        return [hint]
+    return [p for p in typing.get_args(hint) if typing.get_origin(p) not in (list, tuple)]
+
+
+def _described(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return "a list of whole numbers"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+    return names.get(hint, "None")
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _k_too_large(cfg: Config) -> str | None:
+    if cfg.architecture != "topk" or cfg.d_sae is None or cfg.k <= cfg.d_sae:
+        return None
+    return (
+        f"k: found {cfg.k}, expected at most d_sae = {cfg.d_sae} "
+        f"(d_in {cfg.d_in} x expansion_factor {cfg.expansion_factor}); "
+        "lower k or raise expansion_factor"
+    )
+
+
+def _batch_too_large(cfg: Config) -> str | None:
+    half = cfg.buffer_rows // 2
+    if cfg.train_batch_size <= half:
+        return None
+    per_batch = cfg.store_batch_size * cfg.context_size
+    needed = -(-2 * cfg.train_batch_size // per_batch)
+    return (
+        f"train_batch_size: found {cfg.train_batch_size}, expected at most {half}, half of the "
+        f"buffer of {cfg.buffer_rows} rows (n_batches_in_buffer {cfg.n_batches_in_buffer} x "
+        f"store_batch_size {cfg.store_batch_size} x context_size {cfg.context_size}); "
+        f"raise n_batches_in_buffer to {needed} or lower train_batch_size"
+    )
+
+
+def _too_few_tokens(cfg: Config) -> str | None:
+    if cfg.total_training_tokens >= cfg.train_batch_size:
+        return None
+    return (
+        f"total_training_tokens: found {cfg.total_training_tokens}, expected at least one batch of "
+        f"train_batch_size = {cfg.train_batch_size}; raise it or lower train_batch_size"
+    )
+
+
+def _two_remedies(cfg: Config) -> str | None:
+    if not cfg.use_ghost_grads or cfg.resolved_auxk_coefficient == 0:
+        return None
+    return (
+        f"use_ghost_grads: found True with auxk_coefficient {cfg.auxk_coefficient}, expected one "
+        "remedy for dead latents; set use_ghost_grads to False or auxk_coefficient to 0"
+    )
+
+
+def _two_run_folders(cfg: Config) -> str | None:
+    if cfg.checkpoint_path is None or cfg.run_dir in ("runs", cfg.checkpoint_path):
+        return None
+    return (
+        f"checkpoint_path: found {cfg.checkpoint_path!r} with run_dir {cfg.run_dir!r}, expected "
+        "one of them (checkpoint_path is the old name of run_dir); leave checkpoint_path out"
+    )
+
+
+# The fields that must be sound before the rule can be asked; the problem is filed under the first
+# of them.
+RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = (
+    (("k", "d_in", "expansion_factor", "architecture"), _k_too_large),
+    (
+        ("train_batch_size", "n_batches_in_buffer", "store_batch_size", "context_size"),
+        _batch_too_large,
+    ),
+    (("total_training_tokens", "train_batch_size"), _too_few_tokens),
+    (("use_ghost_grads", "auxk_coefficient", "architecture"), _two_remedies),
+    (("checkpoint_path", "run_dir"), _two_run_folders),
+)
