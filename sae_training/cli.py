@@ -1,0 +1,300 @@
+"""The command line: `sae-training train | resume | eval | report`.
+
+tyro turns the config's fields into flags. Parsing is apart from doing: `parse` and `parse_train`
+give values, `main` acts on them. What does the work is imported only inside the verb that needs it,
+because torch takes over a second to
+import and `--help` should answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, assert_never
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config_checks import field_types, is_union, nearest, plain_value, value_problems
+from sae_training.config_io import FIELD_NAMES, config_from_dict, read_config_values
+
+# What `train` starts from without a config file; the class itself keeps the defaults of the mats
+# era.
+RECIPE: Mapping[str, Any] = {
+    "architecture": "topk",
+    "d_in": None,
+    "lr": "auto",
+    "lr_warm_up_steps": "auto",
+    "auxk_coefficient": "auto",
+    "is_dataset_tokenized": None,
+    "log_to_wandb": False,
+    "device": "auto",
+}
+
+RunFolder = Annotated[Path, Positional, arg(metavar="RUN")]
+
+
+@dataclass(kw_only=True)
+class Common:
+    """What every verb takes."""
+
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(kw_only=True)
+class ConfigFile:
+    """The one flag of `train` that must be read before the others, as it sets their defaults."""
+
+    config: Annotated[str | None, arg(metavar="FILE")] = None
+    """File of config fields (.yaml or .json). Its values are the defaults; flags win over them."""
+
+
+@dataclass(kw_only=True)
+class Train(LanguageModelSAERunnerConfig, Common, ConfigFile):
+    """Train a sparse autoencoder on the activations of a language model.
+
+    The defaults are the recommended recipe: TopK with AuxK, d_in from the model, learning rate and
+    warm-up by measured rules, a GPU if there is one, no Weights & Biases. With --config FILE the
+    file's values are the defaults, and fields that the file leaves out have the defaults of
+    LanguageModelSAERunnerConfig; flags win over both. Switches also take
+    a value (--log-to-wandb=False).
+    """
+
+    model: Annotated[str | None, Positional, arg(metavar="MODEL")] = None
+    """Language model; the same as --model-name, over which it wins."""
+
+    dataset: Annotated[str | None, Positional, arg(metavar="DATASET")] = None
+    """Text to train on; the same as --dataset-path, over which it wins."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing: these are raw flags, and the config made from them checks itself."""
+
+
+@dataclass(kw_only=True)
+class Resume(Common):
+    """Go on with an interrupted run."""
+
+    run: RunFolder
+    """Run folder."""
+
+
+@dataclass(kw_only=True)
+class Eval(Common):
+    """Measure a trained autoencoder on held-out text."""
+
+    run: RunFolder
+    """Run folder."""
+
+
+@dataclass(kw_only=True)
+class Report(Common):
+    """Write report.html, the training curves of a run."""
+
+    run: RunFolder
+    """Run folder."""
+
+
+Verb = Train | Resume | Eval | Report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code; wrong flags leave through SystemExit(2)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in argv or os.environ.get("SAE_TRAINING_DEBUG") == "1"
+    try:
+        run_verb(parse(argv))
+    except KeyboardInterrupt as stop:
+        # the runner's own interruption carries what was saved, and the exit code that goes with the
+        # signal
+        sys.stderr.write(f"{stop or 'stopped'}\n")
+        return getattr(stop, "exit_code", 130)
+    except BrokenPipeError:
+        # the reader of a pipe (`| head`) has left; the interpreter would complain once more at its
+        # last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (ValueError, OSError, ArithmeticError) as error:
+        # a loss that is not finite is an ArithmeticError; a division by zero is a bug of ours
+        if debug or isinstance(error, ZeroDivisionError):
+            traceback.print_exc()
+        else:
+            notes = getattr(error, "__notes__", [])
+            sys.stderr.write("\n".join([f"error: {error}", *notes]) + "\n")
+        return 1
+    return 0
+
+
+def run_verb(verb: Verb) -> None:
+    """Does what was asked."""
+    match verb:
+        case Train():
+            from sae_training.lm_runner import language_model_sae_runner
+
+            language_model_sae_runner(config_of(verb))
+        case Resume():
+            from sae_training.lm_runner import resume_run
+
+            resume_run(verb.run)
+        case Eval():
+            from sae_training.lm_runner import evaluate_run
+
+            sys.stdout.write(table(evaluate_run(verb.run)))
+        case Report():
+            from sae_training.report import write_report
+
+            sys.stdout.write(f"{write_report(verb.run)}\n")
+        case _:
+            assert_never(verb)
+
+
+def parse(argv: Sequence[str]) -> Verb:
+    """The command that the words say; wrong words leave through SystemExit(2)."""
+    argv = spell_switches(argv) or ["--help"]
+    defaults = train_defaults(argv[1:]) if argv[0] == "train" else RECIPE
+    verbs: Any = typing.Union[  # noqa: UP007 - the parts are not plain classes
+        Annotated[Train, subcommand("train", default=Train(**defaults))],
+        Annotated[Resume, subcommand("resume")],
+        Annotated[Eval, subcommand("eval")],
+        Annotated[Report, subcommand("report")],
+    ]
+    return tyro.cli(
+        verbs,
+        args=argv,
+        prog="sae-training",
+        description="Train and evaluate sparse autoencoders on language models.",
+        registry=registry,
+    )
+
+
+def parse_train(argv: Sequence[str]) -> LanguageModelSAERunnerConfig:
+    """The checked config for the words after `train`."""
+    verb = parse(["train", *argv])
+    assert isinstance(verb, Train)
+    return config_of(verb)
+
+
+def train_defaults(argv: Sequence[str]) -> Mapping[str, Any]:
+    """What the flags of `train` default to: the values of the config file, or else the recipe."""
+    # the other flags and --help are left for the full parser
+    file, _ = tyro.cli(ConfigFile, args=argv, prog="sae-training train", return_unknown_args=True, add_help=False)
+    if file.config is None:
+        return RECIPE
+    values = read_config_values(file.config)
+    checked = {name: value for name, value in values.items() if (name, value) != ("device", "auto")}
+    if found := value_problems(checked, LanguageModelSAERunnerConfig):
+        raise ValueError("\n".join([f"{file.config}: these values are wrong", *found.values()]))
+    hints = field_types(LanguageModelSAERunnerConfig)
+    return {name: plain_value(value, hints[name]) for name, value in values.items()}
+
+
+def config_of(train: Train) -> LanguageModelSAERunnerConfig:
+    """The config that the flags describe, checked, with a device chosen if none was named."""
+    values = {name: getattr(train, name) for name in FIELD_NAMES}
+    if train.model is not None:
+        values["model_name"] = train.model
+    if train.dataset is not None:
+        values["dataset_path"] = train.dataset
+    if values["device"] == "auto":
+        import torch
+
+        values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    return config_from_dict(values)
+
+
+def spell_switches(argv: Sequence[str]) -> list[str]:
+    """`--flag=True`, as `wandb agent` writes it, to `--flag`; `--flag False` to `--no-flag`."""
+    switches = {n for n, hint in field_types(LanguageModelSAERunnerConfig).items() if hint is bool}
+    words: list[str] = []
+    for word in argv:
+        flag, _, value = word.partition("=")
+        if word.lower() in ("true", "false") and words:
+            flag, value = words[-1], word
+        name = flag.removeprefix("--").replace("-", "_")
+        if name not in switches or not flag.startswith("--") or value.lower() not in ("true", "false"):
+            words.append(word)
+            continue
+        if value is word:
+            words.pop()
+        spelt = name.replace("_", "-")
+        words.append(f"--{spelt}" if value.lower() == "true" else f"--no-{spelt}")
+    return words
+
+
+def table(values: Mapping[str, object]) -> str:
+    """Names and values in two columns; floats with four digits."""
+    width = max(map(len, values), default=0)
+    shown = {n: f"{v:.4g}" if isinstance(v, float) else str(v) for n, v in values.items()}
+    return "".join(f"{name:<{width}}  {text}\n" for name, text in shown.items())
+
+
+registry = ConstructorRegistry()
+
+
+@registry.primitive_rule
+def _whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    """Whole numbers, which may also be written 2e6 or 2_000_000."""
+    if info.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: _whole(words[0]),
+        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@registry.primitive_rule
+def _commas(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Several values of one field with commas: `--k 32,64`.
+
+    By tyro's own rule they stand apart, and in `--k 32 MODEL DATASET` the model would be taken for
+    a second k.
+    """
+    options = typing.get_args(info.type) if is_union(info.type) else (info.type,)
+    lists = [option for option in options if typing.get_origin(option) in (list, tuple)]
+    if not lists:
+        return None
+    element = typing.get_args(lists[0])[0]
+    single = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(element, info.markers))
+    if not isinstance(single, PrimitiveConstructorSpec):
+        return None
+
+    def from_words(words: list[str]) -> Any:
+        values = [_chosen(word, single) for word in words[0].split(",")]
+        return values[0] if len(values) == 1 and len(options) > 1 else values
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{single.metavar}[,...]",
+        instance_from_str=from_words,
+        is_instance=lambda value: isinstance(value, (list, tuple)) or single.is_instance(value),
+        str_from_instance=lambda value: [",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)],
+    )
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise ValueError(f"found {text}, expected a whole number") from None
+        return int(number)
+
+
+def _chosen(word: str, spec: PrimitiveConstructorSpec[Any]) -> Any:
+    if spec.choices is not None and word not in spec.choices:
+        guess = nearest(word, spec.choices)
+        hint = f"; did you mean {guess}?" if guess else ""
+        raise ValueError(f"found {word!r}, expected one of {', '.join(spec.choices)}{hint}")
+    return spec.instance_from_str([word])

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from sae_training import cli
+from sae_training.cli import main, parse, parse_train, spell_switches, table
+from sae_training.config import LanguageModelSAERunnerConfig as Config
+from sae_training.config_io import FIELD_NAMES, save_config
+
+ROOT = Path(__file__).parents[2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RECIPE = Config(
+    architecture="topk",
+    d_in=None,
+    lr="auto",
+    lr_warm_up_steps="auto",
+    auxk_coefficient="auto",
+    is_dataset_tokenized=None,
+    log_to_wandb=False,
+    device=DEVICE,
+)
+
+
+def run_python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", **environment}
+    return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Stands in for the module that trains, so that only the way there is tested."""
+    module = ModuleType("sae_training.lm_runner")
+    monkeypatch.setitem(sys.modules, "sae_training.lm_runner", module)
+    return module
+
+
+def test_train_without_a_file_is_the_recipe() -> None:
+    assert parse_train([]) == RECIPE
+
+
+def test_positionals_are_model_and_dataset() -> None:
+    cfg = parse_train(["gpt2-small", "text.jsonl", "--k", "16"])
+    assert cfg == dataclasses.replace(RECIPE, model_name="gpt2-small", dataset_path="text.jsonl", k=16)
+
+
+def test_positionals_may_follow_a_flag() -> None:
+    cfg = parse_train(["--k", "16", "gpt2-small", "text.jsonl"])
+    assert (cfg.k, cfg.model_name, cfg.dataset_path) == (16, "gpt2-small", "text.jsonl")
+
+
+@pytest.mark.parametrize("flag", ["--train_batch_size", "--train-batch-size"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_flag_may_be_spelt_with_either_dash(flag: str, joined: bool) -> None:
+    words = [f"{flag}=64"] if joined else [flag, "64"]
+    assert parse_train(words).train_batch_size == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--lr", "1e-4"], "lr", 1e-4),
+        (["--lr", "auto"], "lr", "auto"),
+        (["--d-in", "None"], "d_in", None),
+        (["--d-in", "256"], "d_in", 256),
+        (["--total-training-tokens", "2e5"], "total_training_tokens", 200_000),
+        (["--total-training-tokens", "200_000"], "total_training_tokens", 200_000),
+        (["--auxk-k", "1e2"], "auxk_k", 100),
+        (["--dtype", "bfloat16"], "dtype", torch.bfloat16),
+        (["--device", "cuda:1"], "device", "cuda:1"),
+        (["--is-dataset-tokenized", "True"], "is_dataset_tokenized", True),
+        (["--hook-point", "blocks.1.hook_z"], "hook_point", "blocks.1.hook_z"),
+        (["--use-ghost-grads", "--auxk-coefficient", "0"], "use_ghost_grads", True),
+        (["--no-prepend-bos"], "prepend_bos", False),
+        (["--prepend_bos=False"], "prepend_bos", False),
+        (["--log_to_wandb=True"], "log_to_wandb", True),
+        (["--log-to-wandb", "true"], "log_to_wandb", True),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else None,
+)
+def test_flag_value(words: list[str], name: str, value: Any) -> None:
+    assert getattr(parse_train(words), name) == value
+
+
+def test_command_line_of_a_wandb_agent() -> None:
+    cfg = parse_train(["--lr=0.0004", "--k=64", "--use_ghost_grads=False", "--model_name=demo"])
+    assert cfg == dataclasses.replace(RECIPE, lr=0.0004, k=64, model_name="demo")
+
+
+def test_switch_value_does_not_swallow_a_positional() -> None:
+    assert spell_switches(["--log-to-wandb", "False", "false", "demo"]) == [
+        "--no-log-to-wandb",
+        "false",
+        "demo",
+    ]
+
+
+def test_commas_give_several_values_which_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"lr: found \[0.001, 'auto'\]; several SAEs"):
+        parse_train(["--lr", "1e-3,auto"])
+
+
+def test_file_gives_the_defaults_and_flags_win(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("k: 8\nlr: 1e-3\nexpansion_factor: 16\n")
+    cfg = parse_train(["--config", str(path), "--lr", "2e-3", "demo"])
+    assert cfg == Config(k=8, lr=2e-3, expansion_factor=16, model_name="demo")
+
+
+@pytest.mark.filterwarnings("error")
+def test_file_of_a_whole_config_is_that_config(tmp_path: Path) -> None:
+    written = Config(dtype=torch.float64, d_in=64, run_name="x", lr="auto", architecture="topk")
+    save_config(written, tmp_path / "run.json")
+    assert parse_train([f"--config={tmp_path / 'run.json'}"]) == written
+
+
+def test_file_may_leave_the_device_to_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("device: auto\n")
+    assert parse_train(["--config", str(tmp_path / "run.yaml")]).device == DEVICE
+
+
+def test_flag_can_mend_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("architecture: topk\nd_in: 4\nk: 32\n")
+    assert parse_train(["--config", str(path), "--k", "2"]).k == 2
+
+
+def test_wrong_value_in_the_file_names_file_and_field(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("k: many\n")
+    with pytest.raises(ValueError, match=r"run.yaml: these values are wrong\nk: found 'many'"):
+        parse_train(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "verb"),
+    [
+        (["resume", "runs/a"], cli.Resume(run=Path("runs/a"))),
+        (["eval", "runs/a", "--debug"], cli.Eval(run=Path("runs/a"), debug=True)),
+        (["report", "runs/a"], cli.Report(run=Path("runs/a"))),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else None,
+)
+def test_verb(words: list[str], verb: cli.Verb) -> None:
+    assert parse(words) == verb
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["train", "--l1-coeficient", "3"], "--l1-coefficient"),
+        (["train", "--architecture", "top"], "did you mean topk?"),
+        (["train", "--optimizer", "adan"], "'adam'"),
+        (["train", "--k", "1.5"], "expected a whole number"),
+        (["trian"], "train, resume, eval, report"),
+        (["resume"], "RUN"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "hint",
+)
+def test_wrong_words_exit_with_2_and_a_hint(words: list[str], answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert answer in capsys.readouterr().err
+
+
+def test_help_of_every_verb_needs_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from sae_training.cli import parse\n"
+        "for verb in ([], ['train'], ['resume'], ['eval'], ['report']):\n"
+        "    try: parse([*verb, '--help'])\n"
+        "    except SystemExit as stop: assert not stop.code\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = run_python("-c", code)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_help_of_train_shows_every_field_with_its_text() -> None:
+    done = run_python("-m", "sae_training", "train", "--help")
+    assert done.returncode == 0
+    for name in FIELD_NAMES:
+        assert f"--{name.replace('_', '-')}" in done.stdout
+    assert "Optimizer steps" not in done.stdout  # properties are no flags
+    assert "Latents per input dimension: d_sae = d_in * expansion_factor." in done.stdout
+    assert "Show the traceback of an error." in done.stdout
+
+
+def test_every_field_has_one_line_of_help() -> None:
+    # tyro breaks the help at each line end of the source
+    lines = Path(ROOT / "sae_training" / "config.py").read_text().splitlines()
+    documented = {
+        lines[i - 1].split(":")[0].strip()
+        for i, line in enumerate(lines)
+        if line.startswith('    """') and line.endswith('."""') and len(line) <= 100
+    }
+    assert set(FIELD_NAMES) - documented <= {"normalize_activations"}  # its type takes lines
+
+
+def test_no_words_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert not stopped.value.code
+    assert "sae-training" in capsys.readouterr().out
+
+
+def test_our_errors_are_one_message_and_exit_code_1() -> None:
+    done = run_python("-m", "sae_training", "train", "--config", "none.yaml")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == ("error: none.yaml: no such config file, expected .yaml or .json; check the path\n")
+
+
+@pytest.mark.parametrize("by_flag", [True, False], ids=["flag", "environment"])
+def test_debug_shows_the_traceback(
+    by_flag: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAE_TRAINING_DEBUG", "0" if by_flag else "1")
+    words = ["train", "--config", "none.yaml", *(["--debug"] if by_flag else [])]
+    assert main(words) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_notes_of_an_error_are_shown(runner: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    def resume_run(run: Path) -> None:
+        error = ValueError(f"{run}: broken")
+        error.add_note("last good checkpoint: step_8")
+        raise error
+
+    vars(runner)["resume_run"] = resume_run
+    assert main(["resume", "runs/a"]) == 1
+    assert capsys.readouterr().err == "error: runs/a: broken\nlast good checkpoint: step_8\n"
+
+
+def test_interruption_exits_with_its_own_code(runner: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupted(KeyboardInterrupt):
+        exit_code = 143
+
+    def train(cfg: Config) -> None:
+        raise Interrupted(f"saved {cfg.model_name}")
+
+    vars(runner)["language_model_sae_runner"] = train
+    assert main(["train", "demo", "demo"]) == 143
+    assert capsys.readouterr().err == "saved demo\n"
+
+
+def test_loss_that_is_not_finite_is_one_message(runner: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    def resume_run(_: Path) -> None:
+        raise ArithmeticError("step 7: the loss is nan")
+
+    vars(runner)["resume_run"] = resume_run
+    assert main(["resume", "runs/a"]) == 1
+    assert capsys.readouterr().err == "error: step 7: the loss is nan\n"
+
+
+def test_plain_interruption_exits_with_130(runner: ModuleType) -> None:
+    def resume_run(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    vars(runner)["resume_run"] = resume_run
+    assert main(["resume", "runs/a"]) == 130
+
+
+def test_errors_that_are_not_ours_are_not_hidden(runner: ModuleType) -> None:
+    def resume_run(_: Path) -> None:
+        raise IndexError("a bug")
+
+    vars(runner)["resume_run"] = resume_run
+    with pytest.raises(IndexError):
+        main(["resume", "runs/a"])
+
+
+def test_eval_prints_a_table(runner: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    vars(runner)["evaluate_run"] = lambda _: {"explained variance": 0.912345, "l0": 32}
+    assert main(["eval", "runs/a"]) == 0
+    assert capsys.readouterr().out == "explained variance  0.9123\nl0                  32\n"
+
+
+def test_table_of_nothing_is_empty() -> None:
+    assert table({}) == ""
