@@ -1,0 +1,196 @@
+"""The shuffling store between the language model and the autoencoder.
+
+    tokens (prompts, context) --harvest--> rows --> buffer[n_rows, d_in] --random batches--> (train_batch_size, d_in)
+
+The buffer is allocated once. Batches are drawn from it in a random order; when half of its rows have been served,
+exactly those rows are overwritten in place by new ones, and a new order is drawn. A row waits in the buffer for two
+refills on average, so each batch mixes tokens of many prompts. Rows keep the language model's own precision, hence
+lose nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_training.activations import harvest
+from sae_training.config_io import option
+from sae_training.documents import Documents
+from sae_training.language_model import LanguageModel, find_hook_site
+from sae_training.text_data import open_documents
+from sae_training.tokens import TokenStream
+
+
+class ActivationsStore:
+    """Serves shuffled activations of `model` on the text that `cfg` names (or on `dataset`, if given)."""
+
+    def __init__(
+        self,
+        cfg: Any,
+        model: LanguageModel,
+        dataset: Any = None,
+        notify: Callable[[str], None] = tqdm.write,
+    ) -> None:
+        self.cfg = cfg
+        self.model = model
+        self.device = torch.device(cfg.device)
+        self.dtype: torch.dtype = option(cfg, "dtype")
+        self.context_size: int = cfg.context_size
+        self.store_batch_size: int = cfg.store_batch_size
+        self.train_batch_size: int = cfg.train_batch_size
+        self.n_rows = cfg.n_batches_in_buffer * cfg.store_batch_size * cfg.context_size
+        hook_point = getattr(cfg, "resolved_hook_point", cfg.hook_point)
+        self.site = find_hook_site(model, hook_point, option(cfg, "hook_point_head_index"), cfg.d_in)
+        check_context_size(cfg.context_size, model)
+
+        self.documents = self.open(cfg.dataset_path if dataset is None else dataset)
+        self.notify = notify
+        self.n_held_out = 0
+        if option(cfg, "eval_dataset_path") is None:
+            self.n_held_out = option(cfg, "n_eval_batches") * cfg.store_batch_size
+        self.tokens = self.token_stream(self.documents, self.n_held_out)
+        self.excluded_ids = special_token_ids(model) if option(cfg, "exclude_special_tokens") else None
+
+        self.generator = torch.Generator().manual_seed(option(cfg, "seed"))
+        self.buffer: Tensor | None = None
+        self.order = torch.empty(0, dtype=torch.long)
+        self.served = 0
+        self.spill = torch.empty(0, self.site.d_in, dtype=model.cfg.dtype, device=self.device)
+
+    # ----------------------------------------------------------------------------------------------------- tokens
+
+    def open(self, dataset: Any) -> Documents:
+        return open_documents(
+            dataset,
+            split=option(self.cfg, "dataset_split"),
+            text_column=option(self.cfg, "dataset_text_column"),
+            streaming=option(self.cfg, "streaming"),
+        )
+
+    def token_stream(self, documents: Documents, n_held_out: int) -> TokenStream:
+        return TokenStream(
+            documents,
+            self.model.tokenizer,
+            self.context_size,
+            prepend_bos=option(self.cfg, "prepend_bos"),
+            n_held_out=n_held_out,
+            vocab_size=self.model.cfg.d_vocab,
+            notify=self.notify,
+        )
+
+    def get_batch_tokens(self) -> Tensor:
+        """The next contexts of the training text, (store_batch_size, context_size), on the config's device."""
+        return self.tokens.next_contexts(self.store_batch_size).to(self.device)
+
+    def held_out_tokens(self) -> Tensor:
+        """Contexts (n, context_size) that training never sees: of `eval_dataset_path`, or 1 in 20 of the training
+        text.
+        """
+        eval_dataset = option(self.cfg, "eval_dataset_path")
+        if eval_dataset is None:
+            return self.tokens.held_out_contexts()
+        n_contexts = option(self.cfg, "n_eval_batches") * self.store_batch_size
+        return self.token_stream(self.open(eval_dataset), 0).first_contexts(n_contexts)
+
+    # ------------------------------------------------------------------------------------------------ activations
+
+    def get_activations(self, tokens: Tensor) -> Tensor:
+        """Activations of token ids (prompts, context), as (prompts, context, d_in) in the config's dtype."""
+        return harvest(self.model, tokens, self.site).to(self.dtype).clone()
+
+    def keeps(self, tokens: Tensor) -> Tensor:
+        """Bool mask, of the shape of `tokens`: the positions the autoencoder is trained on."""
+        if self.excluded_ids is None:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        return ~torch.isin(tokens, self.excluded_ids.to(tokens.device))
+
+    def next_rows(self) -> Tensor:
+        """Rows (n, d_in) of the next `store_batch_size` prompts, in the model's precision."""
+        tokens = self.get_batch_tokens()
+        rows = harvest(self.model, tokens, self.site).flatten(end_dim=1)
+        return rows if self.excluded_ids is None else rows[self.keeps(tokens).flatten()]
+
+    def next_batch(self) -> Tensor:
+        """The next random batch, (train_batch_size, d_in), in the config's dtype."""
+        self.fill()
+        assert self.buffer is not None
+        rows = self.order[self.served : self.served + self.train_batch_size].to(self.device)
+        self.served += self.train_batch_size
+        return self.buffer.index_select(0, rows).to(self.dtype)
+
+    def sample(self, n_rows: int) -> Tensor:
+        """Up to `n_rows` random rows of the buffer, in the config's dtype, without serving them."""
+        self.fill()
+        assert self.buffer is not None
+        return self.buffer.index_select(0, self.order[:n_rows].to(self.device)).to(self.dtype)
+
+    # ----------------------------------------------------------------------------------------------------- buffer
+
+    def fill(self) -> None:
+        """Allocate and fill the buffer at first, and refill its served half when the next batch would pass it."""
+        if self.buffer is None:
+            self.check_buffer_size()
+            self.buffer = torch.empty(self.n_rows, self.site.d_in, dtype=self.model.cfg.dtype, device=self.device)
+            self.overwrite(torch.arange(self.n_rows))
+        elif self.served + self.train_batch_size > self.n_rows // 2:
+            self.overwrite(self.order[: self.served])
+
+    def overwrite(self, slots: Tensor) -> None:
+        """Put new rows into the buffer's places `slots` (n,), and draw a new order."""
+        assert self.buffer is not None
+        slots = slots.to(self.device)
+        first_fill = len(slots) == self.n_rows
+        with tqdm(total=len(slots), desc="filling the buffer", unit="row", leave=False, disable=not first_fill) as bar:
+            while len(slots):
+                rows = self.spill if len(self.spill) else self.next_rows()
+                n = min(len(rows), len(slots))
+                self.buffer.index_copy_(0, slots[:n], rows[:n])
+                self.spill, slots = rows[n:], slots[n:]
+                bar.update(n)
+        self.order = torch.randperm(self.n_rows, generator=self.generator)
+        self.served = 0
+
+    def check_buffer_size(self) -> None:
+        if self.train_batch_size > self.n_rows // 2:
+            raise ValueError(
+                f"train_batch_size: {self.train_batch_size} rows, but half the buffer holds {self.n_rows // 2} "
+                "(n_batches_in_buffer * store_batch_size * context_size / 2); raise n_batches_in_buffer."
+            )
+
+    # ------------------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next batches depend on: buffer, order, position, generator, and the position in the text."""
+        state: dict[str, Any] = {
+            "served": self.served,
+            "order": self.order,
+            "spill": self.spill,
+            "generator": self.generator.get_state(),
+            "tokens": self.tokens.state_dict(),
+        }
+        return state if self.buffer is None else state | {"buffer": self.buffer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.served = state["served"]
+        self.order = state["order"].clone()
+        self.spill = state["spill"].to(self.device)
+        self.generator.set_state(state["generator"])
+        self.tokens.load_state_dict(state["tokens"])
+        self.buffer = state["buffer"].to(self.device) if "buffer" in state else None
+
+
+def special_token_ids(model: LanguageModel) -> Tensor:
+    """The ids that the tokenizer calls special (BOS, EOS, padding, ...)."""
+    return torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.long)
+
+
+def check_context_size(context_size: int, model: LanguageModel) -> None:
+    if context_size > model.cfg.n_ctx:
+        raise ValueError(
+            f"context_size: got {context_size}, but the model reads at most {model.cfg.n_ctx} tokens; use "
+            f"{model.cfg.n_ctx} or less."
+        )

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from sae_training.activations import harvest
+from sae_training.activations_store import ActivationsStore
+
+Make = Callable[..., ActivationsStore]
+
+
+@pytest.fixture
+def make_store(small_config: Callable, demo_model: Any) -> Make:
+    def make(dataset: Any = None, **changes: Any) -> ActivationsStore:
+        return ActivationsStore(small_config(**changes), demo_model, dataset)
+
+    return make
+
+
+def test_shapes_are_those_of_the_contract(make_store: Make) -> None:
+    store = make_store()
+    tokens = store.get_batch_tokens()
+    assert tokens.shape == (4, 16)
+    assert store.get_activations(tokens).shape == (4, 16, 256)
+    batch = store.next_batch()
+    assert batch.shape == (64, 256)
+    assert batch.dtype == torch.float32
+
+
+def test_activations_may_be_trained_on(make_store: Make) -> None:
+    store = make_store()
+    weight = torch.ones(256, requires_grad=True)
+    (store.get_activations(store.get_batch_tokens()) * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def all_rows(store: ActivationsStore, n_batches: int) -> torch.Tensor:
+    """The rows of the first `n_batches` token batches, in text order."""
+    stream = store.token_stream(store.documents, store.n_held_out)
+    ids = torch.cat([stream.next_contexts(store.store_batch_size) for _ in range(n_batches)])
+    return harvest(store.model, ids, store.site).flatten(end_dim=1)
+
+
+def positions(rows: torch.Tensor, among: torch.Tensor) -> list[list[int]]:
+    """For each row, where it stands in `among`."""
+    return [(among == row).all(dim=1).nonzero().flatten().tolist() for row in rows]
+
+
+def test_every_row_is_served_exactly_once_over_the_refills(make_store: Make) -> None:
+    # Buffer of 4 x 4 x 16 = 256 rows, two batches of 64 a half. Whatever was served or still waits in the buffer is
+    # each row of the text once. The position in the text is given by one-hot rows in place of activations.
+    store = make_store()
+    served_total = 12
+    rows = iter(torch.eye(64 * 40)[:, :])
+    store.next_rows = lambda: torch.stack([next(rows) for _ in range(64)])  # type: ignore[method-assign]
+    store.site = SimpleNamespace(d_in=64 * 40, name="one-hot")  # type: ignore[assignment]
+    store.spill = torch.empty(0, 64 * 40)
+    served = torch.cat([store.next_batch() for _ in range(served_total)])
+    assert store.buffer is not None
+    waiting = store.buffer[store.order[store.served :]]
+    seen = torch.cat([served, waiting]).argmax(dim=1).sort().values
+    assert torch.equal(seen, torch.arange(len(seen)))
+
+
+def test_batches_hold_activations_of_the_training_text(make_store: Make) -> None:
+    store = make_store()
+    text_rows = all_rows(store, 4)
+    found = positions(store.next_batch(), text_rows)
+    assert all(found)
+
+
+def test_a_batch_mixes_prompts(make_store: Make) -> None:
+    store = make_store()
+    text_rows = all_rows(store, 4)
+    prompts = {where[0] // 16 for where in positions(store.next_batch(), text_rows)}
+    assert len(prompts) > 10  # of 16 in the buffer
+
+
+def test_refill_happens_in_place_when_half_is_served(make_store: Make) -> None:
+    store = make_store(exclude_special_tokens=True)  # all BOS rows are alike
+    store.next_batch()
+    assert store.buffer is not None
+    address, before = store.buffer.data_ptr(), store.buffer.clone()
+    store.next_batch()
+    assert torch.equal(store.buffer, before)
+    served = store.order[: store.served].clone()
+    store.next_batch()
+    assert store.buffer.data_ptr() == address
+    kept = torch.ones(256, dtype=torch.bool)
+    kept[served] = False
+    assert torch.equal(store.buffer[kept], before[kept])
+    assert (store.buffer[served] != before[served]).any(dim=1).all()
+
+
+def test_buffer_keeps_the_models_precision(make_store: Make, small_config: Callable) -> None:
+    store = make_store()
+    store.next_batch()
+    assert store.buffer is not None
+    assert store.buffer.dtype == store.model.cfg.dtype
+
+
+@pytest.mark.parametrize("n_before", [0, 1, 2, 5])
+def test_restored_store_serves_the_same_batches(make_store: Make, n_before: int) -> None:
+    one = make_store()
+    for _ in range(n_before):
+        one.next_batch()
+    state = {
+        name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in one.state_dict().items()
+    }
+    other = make_store()
+    other.load_state_dict(state)
+    for _ in range(7):
+        assert torch.equal(one.next_batch(), other.next_batch())
+
+
+def test_seed_decides_the_order(make_store: Make) -> None:
+    assert torch.equal(make_store(seed=1).next_batch(), make_store(seed=1).next_batch())
+    assert not torch.equal(make_store(seed=1).next_batch(), make_store(seed=2).next_batch())
+
+
+def test_excluded_special_tokens_never_reach_a_batch(make_store: Make) -> None:
+    store = make_store(exclude_special_tokens=True)
+    bos = store.model.tokenizer.bos_token_id
+    first = store.get_activations(torch.tensor([[bos, 5, 6, 7]]))[0, 0]
+    batches = torch.cat([store.next_batch() for _ in range(5)])
+    assert not (batches == first).all(dim=1).any()
+    kept = make_store().next_batch()
+    assert (kept == first).all(dim=1).any()
+
+
+def test_odd_row_counts_lose_nothing(make_store: Make) -> None:
+    # Without the BOS a prompt gives 15 rows, so refills end in the middle of a harvest; the rest is used next.
+    store = make_store(exclude_special_tokens=True)
+    for _ in range(6):
+        store.next_batch()
+    n_harvested = store.tokens.context_index * 15
+    held_out = store.tokens.context_index // 20
+    n_used = 256 + 2 * 128 + len(store.spill)
+    assert n_harvested - min(held_out, store.n_held_out) * 15 == n_used
+
+
+def test_head_hook_gives_one_heads_width(make_store: Make) -> None:
+    d_head = 256 // 4 if make_store().model.cfg.n_heads == 4 else 256 // make_store().model.cfg.n_heads
+    store = make_store(hook_point="blocks.1.attn.hook_z", hook_point_head_index=0, d_in=d_head)
+    assert store.next_batch().shape == (64, d_head)
+
+
+def test_hook_z_without_head_index_concatenates_the_heads(make_store: Make) -> None:
+    assert make_store(hook_point="blocks.1.attn.hook_z", d_in=256).next_batch().shape == (64, 256)
+
+
+def test_held_out_tokens_are_never_trained_on(make_store: Make) -> None:
+    store = make_store()
+    held_out = {tuple(row) for row in store.held_out_tokens().tolist()}
+    assert len(held_out) == 4
+    trained = {tuple(row) for _ in range(60) for row in store.get_batch_tokens().tolist()}
+    assert not held_out & trained
+
+
+def test_eval_dataset_is_used_for_evaluation_only(make_store: Make) -> None:
+    store = make_store(eval_dataset_path="demo-held-out")
+    assert store.n_held_out == 0
+    text = store.model.tokenizer.decode(store.held_out_tokens()[0][1:])
+    from sae_training.bundled import DEMO_HELD_OUT_TEXT
+
+    assert text[:30].strip() in DEMO_HELD_OUT_TEXT.read_text(encoding="utf-8").replace("\\n", "\n")
+
+
+def test_dataset_object_stands_in_for_the_path(make_store: Make) -> None:
+    dataset = Dataset.from_dict({"tokens": [[5] * 400, [6] * 400]})
+    tokens = make_store(dataset, n_eval_batches=1).get_batch_tokens()
+    assert set(tokens.flatten().tolist()) <= {0, 5, 6}
+
+
+def test_duck_typed_config_of_the_mats_era_is_enough(demo_model: Any) -> None:
+    cfg = SimpleNamespace(
+        model_name="demo", hook_point="blocks.0.hook_resid_post", hook_point_layer=1, hook_point_head_index=None,
+        dataset_path="demo", is_dataset_tokenized=False, context_size=16, d_in=256, n_batches_in_buffer=4,
+        store_batch_size=4, train_batch_size=32, device=torch.device("cpu"), dtype=torch.float32, seed=0,
+    )  # fmt: skip
+    store = ActivationsStore(cfg, demo_model)
+    assert store.cfg is cfg
+    assert store.model is demo_model
+    assert store.next_batch().shape == (32, 256)
+
+
+def test_context_longer_than_the_models_names_both(make_store: Make) -> None:
+    with pytest.raises(ValueError, match="context_size: got 512, but the model reads at most 256"):
+        make_store(context_size=512)
+
+
+def test_batch_larger_than_half_the_buffer_names_both(demo_model: Any, small_config: Callable) -> None:
+    cfg = SimpleNamespace(**{**vars(small_config()), "train_batch_size": 200, "d_sae": 512})
+    store = ActivationsStore(cfg, demo_model)
+    with pytest.raises(ValueError, match="200 rows, but half the buffer holds 128"):
+        store.next_batch()
