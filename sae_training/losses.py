@@ -1,0 +1,78 @@
+"""The loss terms of a sparse autoencoder, as pure functions of (rows, width) tensors.
+
+The unit of all of them is that of the reconstruction loss: the squared error of each element over the L2 norm of the
+row's centred input, averaged over elements. The loss therefore grows linearly with the scale of the activations, and
+rows of large norm count in proportion to their norm, not to its square.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def centred_norm(x: Tensor) -> Tensor:
+    """L2 norm of each row of `x` (rows, d) after subtracting the mean row, as (rows, 1).
+
+    A row that equals the mean row (always so in a batch of one) has no centred norm: its own norm stands in, or 1.
+    """
+    centred = (x - x.mean(dim=0, keepdim=True)).norm(dim=-1, keepdim=True)
+    own = x.norm(dim=-1, keepdim=True)
+    scale = torch.where(centred > 1e-6 * own, centred, own)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def normalised_squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Elementwise (x_hat - x)^2 / ||x - mean_batch(x)||_2, shape (rows, d); its mean is the MSE loss."""
+    return (x_hat - x).pow(2) / centred_norm(x)
+
+
+def l1_norm(feature_acts: Tensor) -> Tensor:
+    """Mean over rows of the sum of |activations|, a scalar."""
+    return feature_acts.abs().sum(dim=-1).mean()
+
+
+def ghost_grad_loss(x: Tensor, sae_out: Tensor, hidden_pre: Tensor, W_dec: Tensor, dead: Tensor, mse: Tensor) -> Tensor:
+    """Ghost gradients: lets dead latents predict the residual through exp() of their pre-activations.
+
+    `hidden_pre` (rows, d_sae), `dead` (d_sae,) bool, `mse` the elementwise reconstruction loss (rows, d). In five
+    steps, r being the residual x - sae_out:
+      1. the norm of r in each row;
+      2. g = exp(pre-activations of dead latents) W_dec[dead], scaled (without gradient) to half the norm of r;
+      3. the squared error of g against r, over the row's centred norm of r;
+      4. rescaled element by element, without gradient, to the size of the MSE loss, so that only its gradient speaks;
+      5. the mean.
+    The gradient reaches the dead columns of W_enc and b_enc, the dead rows of W_dec, and b_dec through the encoder's
+    input. Source: Jermyn & Templeton, Ghost Grads, Transformer Circuits, January 2024.
+    """
+    residual = (x - sae_out).detach().float()
+    dead_pre = hidden_pre[:, dead].float()
+    # exp() overflows above 88 in float32. A factor common to a row drops out of step 2, so large rows are shifted down;
+    # the 1e-6 shrinks with them, which keeps the value exactly that of the unshifted formula.
+    shift = dead_pre.detach().amax(dim=-1, keepdim=True).clamp_min(0)
+    ghost = (dead_pre - shift).exp() @ W_dec[dead].float()
+    ghost_norm = ghost.detach().norm(dim=-1, keepdim=True)
+    scale = residual.norm(dim=-1, keepdim=True) / (1e-6 * (-shift).exp() + 2 * ghost_norm)
+    error = normalised_squared_error(ghost * scale.nan_to_num(0, posinf=0), residual)
+    rescale = mse.detach().float() / (error.detach() + 1e-6)
+    return (rescale * error).mean().to(mse.dtype)
+
+
+def auxk_loss(x: Tensor, sae_out: Tensor, hidden_pre: Tensor, W_dec: Tensor, dead: Tensor, k_aux: int) -> Tensor:
+    """AuxK: the error of the reconstruction, predicted by the `k_aux` most active dead latents of each row.
+
+    With e = x - sae_out (no gradient) and e_hat = the dead latents' ReLU pre-activations, top k_aux, times W_dec (no
+    b_dec): mean (e_hat - e)^2 / mean (e - mean_batch(e))^2, which is 1 for predicting the mean error (Gao et al. 2024,
+    arXiv 2406.04093, appendix A.2). That ratio is brought to the unit of the MSE loss by the MSE loss of
+    predicting the mean row, so that a coefficient of 1/32 means what it means in the paper. The gradient reaches the
+    encoder and the decoder rows of the chosen dead latents, and b_dec through the encoder's input.
+    """
+    error = (x - sae_out).detach()
+    dead_pre = hidden_pre[:, dead]
+    values, indices = dead_pre.topk(min(k_aux, dead_pre.shape[-1]), dim=-1, sorted=False)
+    codes = torch.zeros_like(dead_pre).scatter(-1, indices, values.relu())
+    error_hat = codes @ W_dec[dead]
+    variance = (error - error.mean(dim=0)).pow(2).mean()
+    ratio = ((error_hat - error).pow(2).mean() / variance).nan_to_num(0, posinf=0)
+    unit = normalised_squared_error(x.mean(dim=0, keepdim=True), x).mean().detach()
+    return ratio * unit
