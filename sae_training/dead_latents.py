@@ -1,0 +1,82 @@
+"""Which latents still fire: one set of counters for the remedies, the metrics and the saved firing frequencies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class FiringTracker:
+    """Counts, for each latent, the steps and tokens since it last fired and how often it fires.
+
+    A latent fires on a row when its activation is above zero, and is dead when it has not fired for more than
+    `dead_window` steps (or, if given, for more than `dead_window_tokens` tokens). Frequencies are counted in windows of
+    `sampling_window` steps; the last full window is kept until the next is full, so that there is always a stable
+    figure.
+    """
+
+    def __init__(
+        self,
+        d_sae: int,
+        dead_window: int,
+        dead_window_tokens: int | None,
+        sampling_window: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.dead_window = dead_window
+        self.dead_window_tokens = dead_window_tokens
+        self.sampling_window = sampling_window
+        counters = torch.zeros(4, d_sae, dtype=torch.int64, device=device)
+        self.steps_since_fired, self.tokens_since_fired, self.fired, self.fired_last_window = counters
+        self.window_tokens = 0
+        self.last_window_tokens = 0
+
+    def update(self, feature_acts: Tensor) -> None:
+        """Count one batch of activations, (rows, d_sae)."""
+        n_rows = feature_acts.shape[0]
+        fired = (feature_acts > 0).sum(dim=0)
+        silent = fired == 0
+        # Multiplying by the mask instead of indexing with it keeps the device from waiting for the host.
+        self.steps_since_fired.add_(1).mul_(silent)
+        self.tokens_since_fired.add_(n_rows).mul_(silent)
+        self.fired.add_(fired)
+        self.window_tokens += n_rows
+
+    def dead(self) -> Tensor:
+        """Bool mask (d_sae,) of dead latents."""
+        if self.dead_window_tokens is not None:
+            return self.tokens_since_fired > self.dead_window_tokens
+        return self.steps_since_fired > self.dead_window
+
+    def window_is_full(self, step: int) -> bool:
+        return step % self.sampling_window == 0
+
+    def start_new_window(self) -> None:
+        self.fired_last_window.copy_(self.fired)
+        self.last_window_tokens = self.window_tokens
+        self.fired.zero_()
+        self.window_tokens = 0
+
+    def log_frequency(self) -> Tensor:
+        """log10 of the share of tokens on which each latent fired, (d_sae,) float32 on the CPU.
+
+        Over the last full window and what has come since, so that neither a short run nor the first steps of a
+        window give a figure from almost no tokens. A latent that never fired has -10.
+        """
+        fired = (self.fired + self.fired_last_window).cpu().double()
+        tokens = self.window_tokens + self.last_window_tokens
+        return torch.log10(fired / max(tokens, 1) + 1e-10).float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            "steps_since_fired": self.steps_since_fired,
+            "tokens_since_fired": self.tokens_since_fired,
+            "fired": self.fired,
+            "fired_last_window": self.fired_last_window,
+            "window_tokens": torch.tensor([self.window_tokens, self.last_window_tokens]),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name in ("steps_since_fired", "tokens_since_fired", "fired", "fired_last_window"):
+            getattr(self, name).copy_(state[name])
+        self.window_tokens, self.last_window_tokens = state["window_tokens"].tolist()

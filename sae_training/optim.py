@@ -1,0 +1,86 @@
+"""The optimizer, and its schedules: each a pure function of the step, so that there is nothing to save or restore."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+SCHEDULERS = (
+    "constant",
+    "constantwithwarmup",
+    "linearwarmupdecay",
+    "cosineannealing",
+    "cosineannealingwarmup",
+    "cosineannealingwarmrestarts",
+)
+WITH_WARM_UP = ("constantwithwarmup", "linearwarmupdecay", "cosineannealingwarmup")
+
+
+def make_adam(parameters: Iterable[torch.nn.Parameter], lr: float, betas: tuple[float, float]) -> torch.optim.Adam:
+    """Adam in one fused pass over each parameter (on a CPU 3 to 10 times faster than the loop over tensor
+    operations).
+    """
+    return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
+
+
+def warm_up_factor(step: int, warm_up_steps: int) -> float:
+    """1/W at step 0, 2/W at step 1, ... 1 from step W - 1 on; always 1 without warm-up."""
+    return min(1.0, (step + 1) / warm_up_steps) if warm_up_steps > 0 else 1.0
+
+
+def lr_factor(
+    step: int,
+    scheduler_name: str,
+    total_steps: int,
+    warm_up_steps: int = 0,
+    decay_steps: int = 0,
+    end_factor: float = 0.1,
+    n_restart_cycles: int = 1,
+) -> float:
+    """What the learning rate is multiplied by in optimizer step `step` (0 is the first, total_steps - 1 the last).
+
+    | name                        | after the warm-up, over the steps left                                    |
+    |-----------------------------|---------------------------------------------------------------------------|
+    | constant                    | 1 (no warm-up)                                                            |
+    | constantwithwarmup          | 1                                                                         |
+    | linearwarmupdecay           | a line from 1 to 0, reached one step after the last                       |
+    | cosineannealing             | half a cosine from 1 to `end_factor` (no warm-up)                         |
+    | cosineannealingwarmup       | half a cosine from 1 to `end_factor`                                      |
+    | cosineannealingwarmrestarts | `n_restart_cycles` such half cosines, each from 1 again (no warm-up)      |
+
+    The warm-up rises from 1 / warm_up_steps to 1. Whatever the schedule, the last `decay_steps` steps also fall in a
+    line to 0. Beyond the last step the factor stays where the schedule ended. None is the old name of "constant".
+    """
+    name = scheduler_name or "constant"
+    if name not in SCHEDULERS:
+        raise ValueError(f"lr_scheduler_name: found {name!r}, expected one of {', '.join(SCHEDULERS)}.")
+    warm_up_steps = warm_up_steps if name in WITH_WARM_UP else 0
+    main_steps = total_steps - decay_steps
+    decay = min(1.0, max(0.0, (total_steps - step) / decay_steps)) if decay_steps > 0 else 1.0
+    if step < warm_up_steps:
+        return warm_up_factor(step, warm_up_steps) * decay
+    position = min(step, main_steps) - warm_up_steps
+    length = max(main_steps - warm_up_steps, 1)
+    return main_factor(name, position, length, end_factor, n_restart_cycles) * decay
+
+
+def main_factor(name: str, position: int, length: int, end_factor: float, n_cycles: int) -> float:
+    """The factor `position` steps into a main part of `length` steps."""
+    progress = min(1.0, max(0.0, position / length))
+    match name:
+        case "linearwarmupdecay":
+            return 1.0 - progress
+        case "cosineannealing" | "cosineannealingwarmup":
+            return cosine(progress, end_factor)
+        case "cosineannealingwarmrestarts":
+            if progress == 1.0:  # beyond the end: the last cycle's end, not the start of one more
+                return end_factor
+            return cosine(progress * n_cycles % 1.0, end_factor)
+        case _:
+            return 1.0
+
+
+def cosine(progress: float, end_factor: float) -> float:
+    return end_factor + (1 - end_factor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,113 @@
+"""One autoencoder in training: its optimizer, its counters, and the step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.dead_latents import FiringTracker
+from sae_training.optim import lr_factor, make_adam, warm_up_factor
+from sae_training.sparse_autoencoder import ForwardOutput, SparseAutoencoder
+
+
+class StepResult(NamedTuple):
+    """What a step leaves for logging; the tensors are detached and nothing has been read off the device yet."""
+
+    x: Tensor
+    out: ForwardOutput
+    lr: float
+    l1_coefficient: float
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss became NaN or infinite; the weights are those before the step."""
+
+
+class SAETrainer:
+    """Trains `sae` on batches; everything but the counters and the optimizer's moments follows from the step."""
+
+    def __init__(self, sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig) -> None:
+        self.sae = sae
+        self.cfg = cfg
+        self.optimizer = make_adam(sae.parameters(), cfg.resolved_lr, (cfg.adam_beta1, cfg.adam_beta2))
+        self.tracker = FiringTracker(
+            sae.d_sae,
+            cfg.dead_feature_window,
+            cfg.dead_feature_window_tokens,
+            cfg.feature_sampling_window,
+            sae.device,
+        )
+        self.non_finite = torch.zeros((), device=sae.device)
+
+    def step(self, x: Tensor, step: int) -> StepResult:
+        """One optimizer step (the `step`-th, from 0) on a batch of activations (rows, d_in)."""
+        lr, l1_coefficient = self.lr(step), self.l1_coefficient(step)
+        self.sae.train()
+        out = self.sae.losses(x, self.tracker.dead(), l1_coefficient)
+
+        self.optimizer.zero_grad(set_to_none=True)
+        out.loss.backward()
+        self.sae.remove_gradient_parallel_to_decoder_directions()
+        if self.cfg.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.cfg.clip_grad_norm)
+
+        self.update(lr, out.loss.detach())
+        self.sae.set_decoder_norm_to_unit_norm()
+        self.tracker.update(out.feature_acts.detach())
+        return StepResult(x, ForwardOutput(*(t.detach() for t in out)), lr, l1_coefficient)
+
+    def update(self, lr: float, loss: Tensor) -> None:
+        """The optimizer step, skipped on the device itself where the loss is not finite: no wait for the host."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        not_finite = (~torch.isfinite(loss)).float()
+        # Fused Adam reads this attribute, and leaves parameters and moments as they are where it is 1.
+        setattr(self.optimizer, "found_inf", not_finite)  # noqa: B010 - not declared, so pyright wants it so
+        self.optimizer.step()
+        self.non_finite += not_finite
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteLoss if any step so far had a loss that was not finite. Reads one number off the device."""
+        if self.non_finite.item():
+            raise NonFiniteLoss("the loss is not finite (NaN or infinite)")
+
+    def lr(self, step: int) -> float:
+        cfg = self.cfg
+        factor = lr_factor(
+            step,
+            cfg.lr_scheduler_name,
+            cfg.total_training_steps,
+            warm_up_steps=cfg.resolved_lr_warm_up_steps,
+            decay_steps=cfg.lr_decay_steps,
+            end_factor=cfg.lr_end_value / cfg.resolved_lr,
+            n_restart_cycles=cfg.n_restart_cycles,
+        )
+        return cfg.resolved_lr * factor
+
+    def l1_coefficient(self, step: int) -> float:
+        return self.cfg.l1_coefficient * warm_up_factor(step, self.cfg.l1_warm_up_steps)
+
+    # ------------------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            "weights": dict(self.sae.weights()),
+            "optimizer": {
+                f"{key}.{name}": value
+                for name, parameter in self.sae.named_parameters()
+                for key, value in self.optimizer.state[parameter].items()
+            },
+            "tracker": self.tracker.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        self.sae.load_state_dict(state["weights"])
+        for name, parameter in self.sae.named_parameters():
+            self.optimizer.state[parameter] = {
+                key: state["optimizer"][f"{key}.{name}"].to(self.sae.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        self.tracker.load_state_dict(state["tracker"])
