@@ -1,0 +1,365 @@
+"""What a run logs: every row to metrics.jsonl, and the same rows to wandb when wandb is there.
+
+metrics.jsonl is the record of the run and wandb a mirror of it, so nothing that goes wrong with wandb
+ever reaches training. The file holds no wall-clock values: a run that was stopped and resumed leaves
+the same bytes as one that was not. This is the only module that imports wandb, and it does so only
+when a run wants it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from types import ModuleType, TracebackType
+
+METRICS_FILE = "metrics.jsonl"
+WANDB_RUN_ID_FILE = "wandb_run_id.txt"
+HISTOGRAM_BINS = 64
+
+_LONGEST_ARTIFACT_NAME = 128  # wandb refuses longer ones
+_MOST_METADATA_KEYS = 100  # likewise, counted at the top level only
+
+Notify = Callable[[str], None]
+
+
+class RunLogger:
+    """Appends rows to `folder/metrics.jsonl` and mirrors them to wandb.
+
+    `resume_at` is the `position()` a checkpoint kept: whatever the file holds after that byte is
+    dropped, so 0 starts it anew. `wandb_mode` is "online", "offline" or "disabled"; None takes
+    WANDB_MODE, and without that online if wandb finds an API key, else offline. A wandb run that the
+    caller has already opened (as the function of a sweep does) is used and left open. `notify` is
+    told, once each, what keeps wandb from working.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        log_to_wandb: bool,
+        wandb_project: str | None = None,
+        wandb_entity: str | None = None,
+        run_name: str | None = None,
+        wandb_mode: str | None = None,
+        resume_at: int = 0,
+        notify: Notify = print,
+        init_timeout_s: float = 30.0,
+        finish_timeout_s: float = 60.0,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / METRICS_FILE
+        _cut_back(self.path, resume_at, notify)
+        self._file = self.path.open("ab")
+        self._wandb = _WandbMirror(folder, notify)
+        mode = wandb_mode or os.environ.get("WANDB_MODE") or None
+        if log_to_wandb and mode != "disabled":
+            self._wandb.start(
+                mode,
+                config=dict(config),
+                project=wandb_project,
+                entity=wandb_entity,
+                name=run_name,
+                init_timeout_s=init_timeout_s,
+                finish_timeout_s=finish_timeout_s,
+            )
+
+    @property
+    def wandb_url(self) -> str | None:
+        """The page of the wandb run; None when it is offline or off."""
+        return self._wandb.url
+
+    def log(self, row: Mapping[str, float | int], step: int, tokens: int) -> None:
+        """Write one row: to wandb as it is, to the file with null for NaN and infinities (strict JSON).
+
+        In wandb the steps must not decrease: rows for an earlier step than the last are dropped there.
+        """
+        numbers = {"details/n_training_tokens": tokens} | {
+            key: value if isinstance(value, int) else float(value) for key, value in row.items()
+        }
+        self._write({"step": step} | {key: _finite(value) for key, value in numbers.items()})
+        self._wandb.log(numbers, step)
+
+    def log_timing(self, row: Mapping[str, float | int], step: int) -> None:
+        """Send values that differ from one execution to the next, such as tokens/s, to wandb alone."""
+        self._wandb.log(dict(row), step)
+
+    def log_histogram(self, key: str, values: Tensor, step: int) -> None:
+        """Write the distribution of the finite values as `{"counts": [64], "edges": [65]}`."""
+        numbers = values.detach().flatten().cpu().double().numpy()
+        counts, edges = np.histogram(numbers[np.isfinite(numbers)], bins=HISTOGRAM_BINS)
+        self._write({"step": step, key: {"counts": counts.tolist(), "edges": edges.tolist()}})
+        self._wandb.log_histogram(key, counts, edges, step)
+
+    def log_artifact(
+        self,
+        name: str,
+        artifact_type: str,
+        paths: Sequence[Path],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        aliases: Sequence[str] = (),
+    ) -> None:
+        """Hand files to wandb; they are not copied, so they must stay until the run is closed."""
+        self._wandb.log_artifact(name, artifact_type, paths, dict(metadata or {}), list(aliases))
+
+    def position(self) -> int:
+        """Length of metrics.jsonl in bytes, everything up to there being safely on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self, exit_code: int = 0) -> None:
+        """End both records, waiting at most about `finish_timeout_s` for wandb; twice does no harm."""
+        self._file.close()
+        self._wandb.finish(exit_code)
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(exit_code=0 if kind is None else 1)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+
+class _WandbMirror:
+    """A wandb run that can fail at any point: the first failure is told and switches it off."""
+
+    def __init__(self, folder: Path, notify: Notify) -> None:
+        self._folder = folder.resolve()  # wandb takes a relative path as relative to wherever it starts
+        self._notify = notify
+        self._wandb: ModuleType | None = None
+        self._run: Any = None
+        self._owns_run = False
+
+    @property
+    def url(self) -> str | None:
+        if self._run is None or self._run.offline:
+            return None
+        return self._run.url
+
+    def start(self, mode: str | None, *, config: dict[str, Any], **options: Any) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            self._notify(f"wandb: cannot be imported ({error}); metrics go to {METRICS_FILE} alone")
+            return
+        self._wandb = wandb
+        try:
+            if wandb.run is not None:
+                self._run = wandb.run
+                self._run.config.update(config, allow_val_change=True)
+            else:
+                self._owns_run = True
+                self._run = self._open(wandb, mode, config, **options)
+        except Exception as error:
+            self._switch_off("could not be started", error)
+
+    def _open(
+        self,
+        wandb: ModuleType,
+        mode: str | None,
+        config: dict[str, Any],
+        *,
+        project: str | None,
+        entity: str | None,
+        name: str | None,
+        init_timeout_s: float,
+        finish_timeout_s: float,
+    ) -> Any:
+        online = mode not in ("offline", "dryrun")
+        if online and not _has_api_key(wandb):
+            # Going on would make wandb ask for a key at the terminal and wait for the answer.
+            self._notify(f"wandb: no API key found, so this run is kept offline; {self._how_to_sync()}")
+            online = False
+        in_sweep = "WANDB_SWEEP_ID" in os.environ  # the agent has then settled project, entity and id
+        arguments: dict[str, Any] = {
+            "dir": str(self._folder),
+            "config": config,
+            "name": name,
+            "project": None if in_sweep else project,
+            "entity": None if in_sweep else entity,
+            "id": None if in_sweep else self._run_id(),
+            "settings": _quiet_settings(wandb, init_timeout_s, finish_timeout_s),
+        }
+        run = None
+        if online:
+            try:
+                run = wandb.init(mode=mode or "online", resume=None if in_sweep else "allow", **arguments)
+            except Exception as error:
+                self._notify(
+                    f"wandb: no connection ({_first_line(error)}), so this run is kept offline; {self._how_to_sync()}"
+                )
+                wandb.teardown()  # or the service goes on holding the run id
+        if run is None:
+            run = wandb.init(mode="offline", **arguments)
+        self._keep_run_id(run.id)
+        return run
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        self._attempt("lost its connection", lambda: self._run.log(row, step=step))
+
+    def log_histogram(self, key: str, counts: np.ndarray, edges: np.ndarray, step: int) -> None:
+        def send() -> None:
+            assert self._wandb is not None
+            histogram = self._wandb.Histogram(np_histogram=(counts, edges))
+            self._run.log({key: histogram}, step=step)
+
+        self._attempt("lost its connection", send)
+
+    def log_artifact(
+        self,
+        name: str,
+        artifact_type: str,
+        paths: Sequence[Path],
+        metadata: dict[str, Any],
+        aliases: list[str],
+    ) -> None:
+        def send() -> None:
+            assert self._wandb is not None
+            fits = len(metadata) <= _MOST_METADATA_KEYS
+            artifact = self._wandb.Artifact(
+                _artifact_name(name),
+                artifact_type,
+                metadata=metadata if fits else {"cfg": metadata},
+            )
+            for path in paths:
+                # The default policy and cache would each copy the weights into the home directory.
+                artifact.add_file(str(path), name=path.name, policy="immutable", skip_cache=True)
+            self._run.log_artifact(artifact, aliases=aliases or None)
+
+        if self._run is None:
+            return
+        try:
+            send()
+        except Exception as error:
+            # A file or a name may be at fault; the metrics can still flow.
+            self._notify(f"wandb: artifact {name} was not logged ({_first_line(error)})")
+
+    def finish(self, exit_code: int) -> None:
+        run, self._run = self._run, None
+        if run is None or not self._owns_run:
+            return
+        try:
+            run.finish(exit_code=exit_code)
+        except Exception as error:
+            self._notify(f"wandb: not everything was uploaded ({_first_line(error)}); {self._how_to_sync()}")
+            self._end_session()
+
+    def _attempt(self, failure: str, action: Callable[[], None]) -> None:
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._switch_off(failure, error)
+
+    def _switch_off(self, failure: str, error: Exception) -> None:
+        self._notify(
+            f"wandb: {failure} ({_first_line(error)}); it is off from here on, and metrics go to {METRICS_FILE} alone"
+        )
+        self._run = None
+        if self._owns_run:
+            self._end_session()
+
+    def _end_session(self) -> None:
+        if self._wandb is not None:
+            with suppress(Exception):  # its own exit hook would print a traceback
+                self._wandb.teardown()
+
+    def _run_id(self) -> str:
+        """One id for the life of the run folder: a resumed run continues the same wandb run."""
+        if given := os.environ.get("WANDB_RUN_ID"):
+            return given
+        with suppress(FileNotFoundError):
+            if kept := (self._folder / WANDB_RUN_ID_FILE).read_text().strip():
+                return kept
+        run_id = secrets.token_hex(4)  # not from `random`, whose state belongs to the user
+        self._keep_run_id(run_id)
+        return run_id
+
+    def _keep_run_id(self, run_id: str) -> None:
+        path = self._folder / WANDB_RUN_ID_FILE
+        if not path.exists() or not path.read_text().strip():
+            path.write_text(run_id + "\n")
+
+    def _how_to_sync(self) -> str:
+        return f"'wandb sync {self._folder / 'wandb'}/*run-*' uploads it later"
+
+
+def _quiet_settings(wandb: ModuleType, init_timeout_s: float, finish_timeout_s: float) -> Any:
+    """Settings under which wandb leaves console, code and git alone and waits a bounded time."""
+    wanted = {
+        "console": "off",
+        "silent": True,
+        "quiet": True,
+        "save_code": False,
+        "disable_code": True,
+        "disable_git": True,
+        "disable_job_creation": True,
+        "init_timeout": init_timeout_s,
+        "finish_timeout": finish_timeout_s,
+        "finish_timeout_raises": True,
+    }
+    known = wandb.Settings.model_fields  # older releases lack the finish timeout
+    return wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
+
+
+def _has_api_key(wandb: ModuleType) -> bool:
+    """Whether wandb can log in without asking: by environment, earlier login or netrc file."""
+    settings = wandb.setup().settings
+    if settings.api_key or os.environ.get("WANDB_API_KEY") or getattr(settings, "identity_token_file", None):
+        return True
+    try:
+        entries = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return entries.authenticators(urlsplit(settings.base_url).netloc) is not None
+
+
+def _cut_back(path: Path, length: int, notify: Notify) -> None:
+    """Shorten the file to `length` bytes, or to the last whole line before that."""
+    present = path.read_bytes()[:length] if path.exists() else b""
+    kept = present[: present.rfind(b"\n") + 1]
+    if len(kept) != length:
+        notify(
+            f"{path}: found {len(kept)} bytes of whole rows where the checkpoint expects {length}; going on with those"
+        )
+    if path.exists():
+        os.truncate(path, len(kept))
+
+
+def _finite(value: float | int) -> float | int | None:
+    return value if math.isfinite(value) else None
+
+
+def _artifact_name(name: str) -> str:
+    """The name with what wandb forbids replaced; a long one keeps its end, where runs differ."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)[-_LONGEST_ARTIFACT_NAME:]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
