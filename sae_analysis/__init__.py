@@ -1,0 +1,1 @@
+"""Exploring trained autoencoders. Imports sae_training, never the other way round."""

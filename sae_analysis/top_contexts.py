@@ -1,0 +1,93 @@
+"""The tokens on which a latent fires most, with the text around them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_training.activations_store import ActivationsStore
+from sae_training.sparse_autoencoder import SparseAutoencoder
+
+
+class Context(NamedTuple):
+    """One place where a latent fires: the text before the token, the token, the text after it."""
+
+    activation: float
+    before: str
+    token: str
+    after: str
+
+
+class TopContexts(NamedTuple):
+    """Of each latent, the share of tokens it fires on and its strongest tokens, strongest first.
+
+    density (d_sae,); activations (n, d_sae); prompts and positions (n, d_sae) say where in `tokens` they are.
+    """
+
+    density: Tensor
+    activations: Tensor
+    prompts: Tensor
+    positions: Tensor
+
+
+@torch.no_grad()
+def find_top_contexts(sae: SparseAutoencoder, store: ActivationsStore, tokens: Tensor, n: int = 5) -> TopContexts:
+    """One pass over `tokens` (prompts, context), keeping of each latent its `n` highest tokens, one a prompt at
+    most.
+    """
+    best = torch.full((n, sae.d_sae), -1.0)
+    best_prompt = torch.zeros(n, sae.d_sae, dtype=torch.long)
+    best_position = torch.zeros(n, sae.d_sae, dtype=torch.long)
+    fired, n_tokens = torch.zeros(sae.d_sae), 0
+    for first in range(0, len(tokens), store.store_batch_size):
+        batch = tokens[first : first + store.store_batch_size].to(store.device)
+        keep = store.keeps(batch)
+        acts = sae.encode(store.get_activations(batch)) * keep.unsqueeze(-1)
+        fired += (acts > 0).sum(dim=(0, 1)).cpu()
+        n_tokens += int(keep.sum())
+        highest, position = acts.max(dim=1)  # (prompts, d_sae): the strongest token of each prompt
+        prompts = torch.arange(first, first + len(batch)).unsqueeze(1).expand(-1, sae.d_sae)
+        best, chosen = torch.cat([best, highest.float().cpu()]).topk(n, dim=0)
+        best_prompt = torch.cat([best_prompt, prompts]).gather(0, chosen)
+        best_position = torch.cat([best_position, position.cpu()]).gather(0, chosen)
+    return TopContexts(fired / n_tokens, best, best_prompt, best_position)
+
+
+def contexts_of(
+    latent: int, found: TopContexts, store: ActivationsStore, tokens: Tensor, width: int = 10
+) -> list[Context]:
+    """The top contexts of one latent as text, `width` tokens before each and half as many after."""
+    contexts = []
+    for activation, prompt, position in zip(
+        found.activations[:, latent].tolist(), found.prompts[:, latent], found.positions[:, latent], strict=True
+    ):
+        if activation <= 0:
+            continue
+        row, at = tokens[prompt], int(position)
+        start = max(1, at - width)  # position 0 is the BOS
+        text = [
+            store.model.tokenizer.decode(part)
+            for part in (row[start:at], row[at : at + 1], row[at + 1 :][: width // 2])
+        ]
+        contexts.append(Context(activation, *text))
+    return contexts
+
+
+def specific_latents(
+    found: TopContexts, tokens: Tensor, n: int, rarest: float = 2e-4, commonest: float = 1e-2
+) -> list[int]:
+    """`n` latents worth a first look: rare but not too rare, firing on different tokens, strongest first."""
+    eligible = (found.density >= rarest) & (found.density <= commonest) & (found.activations[-1] > 0)
+    strength = torch.where(eligible, found.activations.mean(dim=0), torch.zeros(()))
+    chosen: list[int] = []
+    seen: set[int] = set()
+    for latent in strength.argsort(descending=True).tolist():
+        if len(chosen) == n or strength[latent] <= 0:
+            break
+        top_token = int(tokens[found.prompts[0, latent], found.positions[0, latent]])
+        if top_token not in seen:
+            seen.add(top_token)
+            chosen.append(latent)
+    return chosen

@@ -1,0 +1,175 @@
+"""Evaluation on held-out tokens: what the language model loses when it runs on reconstructions.
+
+Every batch takes three passes of the whole language model: clean, with the reconstruction in place of the activations,
+and with zeros in their place. Sums are taken over all tokens before any ratio, so no figure is a mean of ratios.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_training.activations import at_site, put_back
+from sae_training.activations_store import ActivationsStore
+from sae_training.language_model import HookSite, LanguageModel
+from sae_training.sparse_autoencoder import SparseAutoencoder
+
+MAX_LOGITS = 2**26  # logits held at once, 256 MB in float32: bounds the prompts of one pass
+
+Sums = defaultdict[str, float]
+
+
+@torch.no_grad()
+def evaluate(sae: SparseAutoencoder, store: ActivationsStore, tokens: Tensor) -> dict[str, float]:
+    """Evaluate on held-out contexts `tokens` (n, context_size); neither the store nor the weights change.
+
+    | key                           | what                                                                             |
+    |-------------------------------|----------------------------------------------------------------------------------|
+    | metrics/ce_loss_without_sae   | next-token cross-entropy of the clean model, nats per token                      |
+    | metrics/ce_loss_with_sae      | the same with the reconstruction in place of the activations                     |
+    | metrics/ce_loss_with_ablation | the same with zeros in their place                                               |
+    | metrics/CE_loss_score         | (ablation - with sae) / (ablation - without): 1 is perfect, 0 as bad as zeros    |
+    | metrics/kl_with_sae, ..._with_ablation | KL(clean || changed) of the next-token distribution, nats per token     |
+    | metrics/eval_explained_variance | 1 - sum of squared errors / sum of squares around the mean, over all rows      |
+    | metrics/eval_l0               | mean number of active latents a token                                            |
+    | metrics/l2_norm, metrics/l2_ratio | mean L2 norm of the reconstruction; mean ratio to the norm of the input      |
+    | metrics/eval_dead_fraction    | share of latents that fire on none of these tokens                               |
+    | metrics/kldiv_reconstructed, metrics/kldiv_ablation | one head only: KL of its attention pattern, bits a query   |
+
+    Positions the autoencoder is not trained on (`exclude_special_tokens`) keep their clean activations in both changed
+    runs and do not count in the figures about rows.
+    """
+    was_training = sae.training
+    sae.eval()
+    sums: Sums = defaultdict(float)
+    row_moments = RowMoments(sae.d_in, sae.d_sae)
+    for prompts in batches_of_prompts(tokens, store.model):
+        add_batch(sums, row_moments, sae, store, prompts.to(store.device))
+    sae.train(was_training)
+    return figures(sums, row_moments)
+
+
+def batches_of_prompts(tokens: Tensor, model: LanguageModel) -> Iterator[Tensor]:
+    n_prompts = max(1, MAX_LOGITS // (tokens.shape[1] * model.cfg.d_vocab))
+    return iter(tokens.split(n_prompts))
+
+
+def add_batch(
+    sums: Sums, moments: RowMoments, sae: SparseAutoencoder, store: ActivationsStore, prompts: Tensor
+) -> None:
+    model, site = store.model, store.site
+    keep = store.keeps(prompts).unsqueeze(-1)
+    seen: dict[str, Tensor] = {}
+
+    def look(activations: Tensor, hook: Any) -> None:
+        seen["clean"] = at_site(activations, site)
+
+    def reconstruct(activations: Tensor, hook: Any) -> Tensor:
+        clean = at_site(activations, site)
+        return put_back(activations, torch.where(keep, sae(clean).sae_out.to(clean.dtype), clean), site)
+
+    def ablate(activations: Tensor, hook: Any) -> Tensor:
+        clean = at_site(activations, site)
+        return put_back(activations, torch.where(keep, torch.zeros_like(clean), clean), site)
+
+    clean_logits, clean_pattern = run(model, prompts, site, look)
+    moments.add(sae, seen["clean"].to(sae.dtype)[keep.squeeze(-1)])
+    sums["tokens"] += prompts[:, 1:].numel()
+    sums["ce_clean"] += cross_entropy_sum(clean_logits, prompts)
+    clean_logprobs = clean_logits.float().log_softmax(dim=-1)
+    del clean_logits
+    for name, change in (("sae", reconstruct), ("ablation", ablate)):
+        logits, pattern = run(model, prompts, site, change)
+        sums[f"ce_{name}"] += cross_entropy_sum(logits, prompts)
+        sums[f"kl_{name}"] += kl_sum(clean_logprobs, logits)
+        if clean_pattern is not None and pattern is not None:
+            sums[f"pattern_kl_{name}"] += pattern_kl_sum(clean_pattern, pattern)
+            sums["queries"] += clean_pattern.shape[0] * clean_pattern.shape[1] / 2  # counted once in each of two runs
+
+
+def run(
+    model: LanguageModel, prompts: Tensor, site: HookSite, at_hook: Callable[[Tensor, Any], Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Logits (prompts, positions, vocab) with `at_hook` at the site and, for one head, its attention pattern."""
+    pattern: list[Tensor] = []
+
+    def keep_pattern(activations: Tensor, hook: Any) -> None:
+        pattern.append(activations[:, site.head_index])
+
+    hooks = [(site.name, at_hook)]
+    if site.head_index is not None:
+        hooks.append((f"blocks.{site.layer}.attn.hook_pattern", keep_pattern))
+    logits = model.run_with_hooks(prompts, fwd_hooks=hooks, return_type="logits")
+    return logits, pattern[0] if pattern else None
+
+
+class RowMoments:
+    """Running sums over rows, from which the figures about reconstructions follow."""
+
+    def __init__(self, d_in: int, d_sae: int) -> None:
+        self.n_rows = 0
+        self.sum = torch.zeros(d_in, dtype=torch.float64)
+        self.sum_squares = self.squared_error = self.l0 = self.out_norm = self.norm_ratio = 0.0
+        self.fired = torch.zeros(d_sae, dtype=torch.bool)
+
+    def add(self, sae: SparseAutoencoder, rows: Tensor) -> None:
+        out = sae(rows)
+        norms, out_norms = rows.norm(dim=-1), out.sae_out.norm(dim=-1)
+        active = out.feature_acts > 0
+        self.n_rows += len(rows)
+        self.sum += rows.double().sum(dim=0).cpu()
+        self.sum_squares += rows.double().pow(2).sum().item()
+        self.squared_error += (out.sae_out - rows).double().pow(2).sum().item()
+        self.l0 += active.sum().item()
+        self.out_norm += out_norms.sum().item()
+        self.norm_ratio += (out_norms / norms.clamp_min(1e-12)).sum().item()
+        self.fired |= active.any(dim=0).cpu()
+
+    def variance(self) -> float:
+        """Sum of squared distances from the mean row."""
+        return self.sum_squares - (self.sum.pow(2).sum() / self.n_rows).item()
+
+
+def figures(sums: Sums, rows: RowMoments) -> dict[str, float]:
+    n = sums["tokens"]
+    clean, with_sae, ablated = sums["ce_clean"] / n, sums["ce_sae"] / n, sums["ce_ablation"] / n
+    result = {
+        "metrics/ce_loss_without_sae": clean,
+        "metrics/ce_loss_with_sae": with_sae,
+        "metrics/ce_loss_with_ablation": ablated,
+        "metrics/CE_loss_score": (ablated - with_sae) / (ablated - clean) if ablated != clean else float("nan"),
+        "metrics/kl_with_sae": sums["kl_sae"] / n,
+        "metrics/kl_with_ablation": sums["kl_ablation"] / n,
+        "metrics/eval_explained_variance": 1 - rows.squared_error / rows.variance(),
+        "metrics/eval_l0": rows.l0 / rows.n_rows,
+        "metrics/l2_norm": rows.out_norm / rows.n_rows,
+        "metrics/l2_ratio": rows.norm_ratio / rows.n_rows,
+        "metrics/eval_dead_fraction": 1 - rows.fired.float().mean().item(),
+    }
+    if sums["queries"]:
+        result["metrics/kldiv_reconstructed"] = sums["pattern_kl_sae"] / sums["queries"]
+        result["metrics/kldiv_ablation"] = sums["pattern_kl_ablation"] / sums["queries"]
+    return result
+
+
+def cross_entropy_sum(logits: Tensor, prompts: Tensor) -> float:
+    """Sum over positions of -log p(next token)."""
+    predicted, following = logits[:, :-1].float().flatten(end_dim=1), prompts[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(predicted, following, reduction="sum").item()
+
+
+def kl_sum(clean_logprobs: Tensor, logits: Tensor) -> float:
+    """Sum over positions (but the last, as for the cross-entropy) of KL(clean || changed)."""
+    logprobs = logits[:, :-1].float().log_softmax(dim=-1)
+    return torch.nn.functional.kl_div(logprobs, clean_logprobs[:, :-1], reduction="sum", log_target=True).item()
+
+
+def pattern_kl_sum(clean: Tensor, changed: Tensor) -> float:
+    """Sum over queries of KL(clean || changed) in bits, for attention patterns (prompts, queries, keys)."""
+    clean, changed = clean.float(), changed.float()
+    terms = torch.where(clean > 0, clean * (clean.log2() - changed.clamp_min(1e-30).log2()), 0)
+    return terms.sum().item()

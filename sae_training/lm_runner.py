@@ -1,0 +1,327 @@
+"""The main job: train a sparse autoencoder on a language model's activations, as one config says.
+
+language_model_sae_runner(cfg) -> open_run (model, store, trainer, folder) -> train (the loop) -> finish (final/)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_training import checkpoint
+from sae_training.activations_store import ActivationsStore
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config_io import config_to_dict
+from sae_training.evals import evaluate
+from sae_training.interrupt import StopRequest, TrainingInterrupted
+from sae_training.language_model import LanguageModel, find_hook_site, load_language_model
+from sae_training.metrics import sparsity_metrics, training_metrics
+from sae_training.progress import Progress
+from sae_training.report import write_report
+from sae_training.run_folder import RunFolder, choose_run_folder, read_run_config, with_absolute_paths
+from sae_training.run_logger import RunLogger
+from sae_training.sparse_autoencoder import SparseAutoencoder
+from sae_training.summary import summary
+from sae_training.trainer import NonFiniteLoss, SAETrainer
+from sae_training.weights import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE, load_weights, write_safetensors, write_text
+
+EVALUATION_FILE = "evaluation.json"
+
+
+@dataclass
+class Run:
+    """Everything with state in a training run; `step` counts finished optimizer steps."""
+
+    cfg: LanguageModelSAERunnerConfig
+    folder: RunFolder
+    store: ActivationsStore
+    trainer: SAETrainer
+    logger: RunLogger
+    progress: Progress
+    held_out: Tensor
+    step: int = 0
+    last_checkpoint: Path | None = None
+    last_checkpoint_time: float = field(default_factory=time.monotonic)
+
+    @property
+    def sae(self) -> SparseAutoencoder:
+        return self.trainer.sae
+
+    @property
+    def n_training_tokens(self) -> int:
+        return self.step * self.cfg.train_batch_size
+
+    def write_status(self, state: str) -> None:
+        self.progress.write_status(state, self.step, self.last_checkpoint)
+
+
+def language_model_sae_runner(
+    cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None
+) -> SparseAutoencoder:
+    """Train what `cfg` describes, or continue its unfinished run, and return the trained autoencoder.
+
+    `model` (a HookedTransformer or TransformerBridge) and `dataset` (a `datasets` object) stand in for those that the
+    config names. The run's folder is runs/<run name>; see `run_folder.choose_run_folder` for when a run is continued.
+    """
+    return run_config(cfg, model, dataset).sae
+
+
+def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None) -> Run:
+    """`language_model_sae_runner`, for callers who want the run and its folder too."""
+    cfg = with_absolute_paths(cfg)
+    if model is None:
+        model = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype)
+    site = find_hook_site(model, cfg.resolved_hook_point, cfg.hook_point_head_index, cfg.d_in)
+    cfg = dataclasses.replace(cfg, d_in=site.d_in)
+    return run_in_folder(choose_run_folder(cfg), cfg, model, dataset)
+
+
+def resume_run(path: str | Path) -> Run:
+    """Continue the unfinished run in the folder `path`, with the config it was started with."""
+    path = Path(path)
+    cfg = read_run_config(path)
+    if (path / "final").is_dir():
+        raise ValueError(f"{path}: this run is finished; its autoencoder is in {path / 'final'}.")
+    return run_in_folder(path, cfg, load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype), None)
+
+
+def run_in_folder(path: Path, cfg: LanguageModelSAERunnerConfig, model: LanguageModel, dataset: Any) -> Run:
+    store = ActivationsStore(cfg, model, dataset)  # before the folder: bad data leaves nothing behind
+    store.check_buffer_size()
+    held_out = store.held_out_tokens()
+    folder = RunFolder(path, cfg)
+    try:
+        run = open_run(cfg, folder, store, held_out)
+        try:
+            with StopRequest(tqdm.write) as stop:
+                train(run, stop)
+                finish(run)
+        except BaseException as error:
+            run.write_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            raise
+        finally:
+            run.progress.close()
+            run.logger.close()
+        return run
+    finally:
+        folder.release()
+
+
+# --------------------------------------------------------------------------------------------------------- the loop
+
+
+def train(run: Run, stop: StopRequest) -> None:
+    cfg, trainer = run.cfg, run.trainer
+    snapshots = snapshot_steps(cfg)
+    while run.step < cfg.total_training_steps:
+        result = trainer.step(run.store.next_batch(), run.step)
+        run.step += 1  # from here on, `step` counts finished steps
+        logs = due(run.step, cfg.wandb_log_frequency)
+        if logs or run.store.device.type == "cpu":  # elsewhere it would make the device wait at every step
+            check_finite(run)
+        if logs:
+            metrics = training_metrics(result, trainer.tracker, run.n_training_tokens)
+            run.logger.log(metrics, run.step, run.n_training_tokens)
+            run.logger.log_timing({"details/tokens_per_second": run.progress.tokens_per_s(run.step)}, run.step)
+            run.progress.show(metrics)
+            run.write_status("training")
+        if due(run.step, cfg.feature_sampling_window):
+            log_sparsity(run)
+        if due(run.step, cfg.eval_every) and run.step < cfg.total_training_steps:
+            run.logger.log(evaluate(run.sae, run.store, run.held_out), run.step, run.n_training_tokens)
+        if run.step in snapshots:
+            save_weights_folder(run, run.folder.path / "snapshots" / f"step_{run.step}", aliases=())
+        if stop.signal is not None:
+            stop_here(run, stop)
+        if checkpoint_is_due(run):
+            save(run)
+        run.progress.advance()
+
+
+def due(step: int, every: int | None) -> bool:
+    return every is not None and every > 0 and step % every == 0
+
+
+def checkpoint_is_due(run: Run) -> bool:
+    minutes = run.cfg.checkpoint_every_minutes
+    by_time = minutes is not None and time.monotonic() - run.last_checkpoint_time >= 60 * minutes
+    return by_time or due(run.step, run.cfg.checkpoint_every_steps)
+
+
+def snapshot_steps(cfg: LanguageModelSAERunnerConfig) -> set[int]:
+    """`n_checkpoints` steps that cut the run into equal parts; the end of the last part is the final save."""
+    return {cfg.total_training_steps * i // (cfg.n_checkpoints + 1) for i in range(1, cfg.n_checkpoints + 1)} - {0}
+
+
+def check_finite(run: Run) -> None:
+    try:
+        run.trainer.check_finite()
+    except NonFiniteLoss as error:
+        last = run.last_checkpoint or "none was saved yet"
+        raise NonFiniteLoss(
+            f"step {run.step}: {error}. The weights were not updated with it. Last good checkpoint: {last}. "
+            f"Lower lr (now {run.trainer.lr(run.step - 1):.3g}), or raise lr_warm_up_steps, and begin a new run."
+        ) from error
+
+
+def stop_here(run: Run, stop: StopRequest) -> None:
+    assert stop.signal is not None
+    saved = save(run)
+    where = f"saved {saved}" if saved else "NOT saved (see above)"
+    raise TrainingInterrupted(
+        f"Stopped by {stop.signal.name} after step {run.step} of {run.cfg.total_training_steps}, {where}. The same "
+        f"command continues it, and so does: python -m sae_training resume {run.folder.path}",
+        exit_code=128 + stop.signal,
+    )
+
+
+def log_sparsity(run: Run) -> None:
+    """End a window of firing counts: log how often latents fired in it."""
+    run.trainer.tracker.start_new_window()
+    log_frequency = run.trainer.tracker.log_frequency()
+    run.logger.log(sparsity_metrics(log_frequency, run.cfg.dead_feature_threshold), run.step, run.n_training_tokens)
+    run.logger.log_histogram("plots/feature_density_line_chart", log_frequency, run.step)
+
+
+# -------------------------------------------------------------------------------------------------- start and resume
+
+
+def open_run(cfg: LanguageModelSAERunnerConfig, folder: RunFolder, store: ActivationsStore, held_out: Tensor) -> Run:
+    """A new run, or the one in `folder` as its newest undamaged checkpoint has it."""
+    trainer = SAETrainer(SparseAutoencoder(cfg), cfg)
+    latest = checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write)
+    parts, state = checkpoint.load_checkpoint(latest) if latest else ({}, {"step": 0, "metrics_bytes": 0})
+    if latest:
+        trainer.load_state_dict({"weights": parts["sae"], **parts["trainer"]})
+        store.load_state_dict(parts["store"])
+        tqdm.write(f"Continuing {folder.path} after step {state['step']}.")
+    else:
+        check_room_for_checkpoints(cfg, folder, trainer, store)
+        start_weights(trainer.sae, cfg, store)
+    logger = RunLogger(
+        folder.path,
+        config=config_to_dict(cfg),
+        log_to_wandb=cfg.log_to_wandb,
+        wandb_project=cfg.wandb_project,
+        wandb_entity=cfg.wandb_entity,
+        run_name=folder.path.name,
+        wandb_mode=cfg.wandb_mode,
+        resume_at=state["metrics_bytes"],
+        notify=tqdm.write,
+    )
+    progress = Progress(cfg, folder, first_step=state["step"])
+    run = Run(cfg, folder, store, trainer, logger, progress, held_out, state["step"], latest)
+    run.write_status("training")
+    return run
+
+
+def start_weights(sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig, store: ActivationsStore) -> None:
+    """From the pretrained file if the config names one, else with b_dec set from a sample of the activations."""
+    if cfg.from_pretrained_path is None:
+        sae.initialize_b_dec(store.sample(32_768), cfg.b_dec_init_method)  # as many as Gao et al. 2024 use
+        return
+    _, tensors = load_weights(Path(cfg.from_pretrained_path))
+    if tensors["W_enc"].shape != sae.W_enc.shape:
+        raise ValueError(
+            f"from_pretrained_path: its W_enc is {tuple(tensors['W_enc'].shape)}, this config's "
+            f"{tuple(sae.W_enc.shape)} "
+            "(d_in, d_sae); set expansion_factor to match."
+        )
+    sae.load_state_dict(tensors)
+    sae.set_decoder_norm_to_unit_norm()
+
+
+def check_room_for_checkpoints(
+    cfg: LanguageModelSAERunnerConfig, folder: RunFolder, trainer: SAETrainer, store: ActivationsStore
+) -> None:
+    """NotEnoughDisk if the checkpoints of this run, at their largest, cannot fit."""
+    if cfg.checkpoint_every_minutes is None and cfg.checkpoint_every_steps is None:
+        return
+    weights = sum(p.numel() * p.element_size() for p in trainer.sae.parameters())
+    buffer = store.n_rows * (store.site.d_in * store.model.cfg.dtype.itemsize + 8)
+    # One is written before the oldest is deleted; weights, and Adam's two moments, are in each.
+    checkpoint.check_free_disk(folder.path, (cfg.keep_checkpoints + 1) * (3 * weights + buffer) + weights)
+
+
+# -------------------------------------------------------------------------------------------------------------- save
+
+
+def save(run: Run) -> Path | None:
+    """Save everything the run needs to go on as if it had not stopped; None, with a message, if the disk is full."""
+    trainer_state = run.trainer.state_dict()
+    parts = {
+        "sae": trainer_state.pop("weights"),
+        "trainer": trainer_state,
+        "store": run.store.state_dict(),
+    }
+    state = {"metrics_bytes": run.logger.position()}
+    config_text = json.dumps(config_to_dict(run.cfg), indent=2) + "\n"
+    try:
+        saved = checkpoint.save_checkpoint(
+            run.folder.checkpoints, run.step, parts, state, extra_files={CONFIG_FILE: config_text}
+        )
+    except OSError as error:
+        tqdm.write(f"Checkpoint not saved, training goes on with the one before it ({run.last_checkpoint}): {error}")
+        return None
+    finally:
+        run.last_checkpoint_time = time.monotonic()
+    run.last_checkpoint = saved
+    checkpoint.delete_old(run.folder.checkpoints, run.cfg.keep_checkpoints)
+    run.write_status("training")
+    return saved
+
+
+def save_weights_folder(run: Run, folder: Path, aliases: tuple[str, ...], **texts: str) -> None:
+    """Weights, config and log10 firing frequencies in `folder`, whole or not at all, and as wandb artifacts."""
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    run.sae.save_model(partial)
+    log_frequency = run.trainer.tracker.log_frequency()
+    write_safetensors(partial / SPARSITY_FILE, {"log_feature_sparsity": log_frequency})
+    for name, text in texts.items():
+        write_text(partial / f"{name}.json", text)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+    name = run.sae.get_name()
+    metadata = config_to_dict(run.cfg)
+    files = [folder / WEIGHTS_FILE, folder / CONFIG_FILE]
+    run.logger.log_artifact(name, "model", files, metadata=metadata, aliases=aliases)
+    run.logger.log_artifact(
+        f"{name}_log_feature_sparsity", "log_feature_sparsity", [folder / SPARSITY_FILE], aliases=aliases
+    )
+
+
+def finish(run: Run) -> None:
+    """Last evaluation, final/, report.html."""
+    evaluation = evaluate(run.sae, run.store, run.held_out)
+    evaluation["sparsity/dead_features"] = int(run.trainer.tracker.dead().sum())
+    run.logger.log(evaluation, run.step, run.n_training_tokens)
+    run.sae.eval()
+    save_weights_folder(
+        run, run.folder.final, aliases=("final_model",), evaluation=json.dumps(evaluation, indent=2) + "\n"
+    )
+    run.write_status("finished")
+    write_report(run.folder.path)
+    tqdm.write(summary(run.folder.path, evaluation, run.sae.d_sae))
+
+
+@torch.no_grad()
+def evaluate_run(path: str | Path) -> dict[str, float]:
+    """Evaluate the finished run in `path` on its held-out tokens again, and rewrite final/evaluation.json."""
+    path = Path(path)
+    cfg = read_run_config(path)
+    sae = SparseAutoencoder.load_from_pretrained(path)
+    model = load_language_model(cfg.model_name, str(sae.device), cfg.lm_dtype)
+    store = ActivationsStore(sae.cfg, model)
+    return evaluate(sae, store, store.held_out_tokens())

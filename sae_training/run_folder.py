@@ -1,0 +1,161 @@
+"""A run's folder: which one a command continues or begins, who holds it, and how far it is.
+
+runs/<run name>/   config.json, metrics.jsonl, status.json, report.html, checkpoints/, snapshots/, final/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config_io import WATCHING_FIELDS, config_differences, config_from_dict, config_to_dict
+from sae_training.weights import write_text
+
+CONFIG_FILE = "config.json"
+STATUS_FILE = "status.json"
+LOCK_FILE = ".lock"
+PACKAGES = ("sae-training", "torch", "transformer-lens", "transformers", "datasets")
+
+
+class RunFolderInUse(OSError):
+    """Another process is training in the folder."""
+
+
+class RunFolder:
+    """A locked run folder. The lock is the operating system's, so it ends with the process, however that ends."""
+
+    def __init__(self, path: Path, cfg: LanguageModelSAERunnerConfig) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(path / LOCK_FILE)
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunFolderInUse(
+                f"{path}: {current_holder(path)} is training in this folder. Wait for it, or give this run another "
+                'run_name, or resume="never" for a new folder.'
+            ) from error
+        except OSError as error:
+            raise type(error)(
+                f"run_dir: cannot write to {path} ({error.strerror}); set run_dir to a folder you may write to."
+            ) from error
+        content = {"config": config_to_dict(cfg), "versions": package_versions()}
+        write_text(path / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+        self.started = time.time()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def write_status(self, state: str, **figures: Any) -> None:
+        """Rewrite status.json atomically. `state`: training, interrupted, failed or finished."""
+        content = {
+            "state": state,
+            **figures,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": timestamp(self.started),
+            "updated": timestamp(time.time()),
+        }
+        write_text(self.path / STATUS_FILE, json.dumps(content, indent=2) + "\n")
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+def choose_run_folder(cfg: LanguageModelSAERunnerConfig) -> Path:
+    """The folder this config trains in: its unfinished run's, or the first free one of <name>, <name>-2, <name>-3, ...
+
+    With resume="auto" an unfinished run of the name is continued; if its config is another one, ValueError says
+    where they differ, and nothing is touched. "never" always begins anew; "must" raises FileNotFoundError if nothing is
+    unfinished.
+    """
+    base = Path(cfg.resolved_run_dir) / cfg.resolved_run_name.replace("/", "_")
+    existing = list(existing_folders(base))
+    unfinished = [folder for folder in existing if not is_finished(folder)]
+    if cfg.resume != "never" and unfinished:
+        folder = unfinished[-1]
+        check_same_config(folder, cfg)
+        return folder
+    if cfg.resume == "must":
+        found = f"finished runs: {', '.join(p.name for p in existing)}" if existing else "no folder of that name"
+        raise FileNotFoundError(f'resume: "must", but {base.parent} has no unfinished run {base.name!r} ({found}).')
+    return base if not existing else base.with_name(f"{base.name}-{len(existing) + 1}")
+
+
+def existing_folders(base: Path) -> Iterator[Path]:
+    folder, number = base, 1
+    while (folder / CONFIG_FILE).is_file():
+        yield folder
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "final").is_dir()
+
+
+def check_same_config(folder: Path, cfg: LanguageModelSAERunnerConfig) -> None:
+    """ValueError if the run in `folder` was started with other values of fields that change the weights."""
+    differences = config_differences(read_run_config(folder), cfg, ignore=WATCHING_FIELDS)
+    if differences:
+        lines = [f"  {name}: {old!r} -> {new!r}" for name, (old, new) in differences.items()]
+        raise ValueError(
+            f"{folder} holds an unfinished run with another config:\n"
+            + "\n".join(lines)
+            + '\nGive the old values to continue it, or another run_name, or resume="never", to begin a new run.'
+        )
+
+
+def read_run_config(folder: Path) -> LanguageModelSAERunnerConfig:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: not a run folder, it has no {CONFIG_FILE}; expected runs/<run name>.")
+    return config_from_dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+
+
+def with_absolute_paths(cfg: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfig:
+    """Local models and data by absolute path, so that the run can be resumed and loaded from any working directory."""
+    changes = {}
+    for name in ("model_name", "dataset_path", "eval_dataset_path", "from_pretrained_path"):
+        value = getattr(cfg, name)
+        if value is not None and os.sep in value and Path(value).expanduser().exists():
+            changes[name] = str(Path(value).expanduser().resolve())
+    return dataclasses.replace(cfg, **changes)
+
+
+def current_holder(folder: Path) -> str:
+    try:
+        status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
+        return f"process {status['pid']} on {status['host']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+def package_versions() -> dict[str, str]:
+    return {name: installed_version(name) for name in PACKAGES}
+
+
+def installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def timestamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -1,0 +1,53 @@
+"""The session loader: a trained autoencoder back together with its language model and its text."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from sae_training.activations_store import ActivationsStore
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.language_model import LanguageModel, find_hook_site, load_language_model
+from sae_training.sparse_autoencoder import SparseAutoencoder
+
+Session = tuple[LanguageModel, SparseAutoencoder, ActivationsStore]
+
+
+class LMSparseAutoencoderSessionloader:
+    """Builds (model, sparse_autoencoder, activations_loader) from a config, or from what a run left on disk.
+
+    The activations loader serves `get_batch_tokens()`, `get_activations(tokens)` and `next_batch()` from the
+    beginning of the run's text, and `held_out_tokens()` that training never saw.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        self.cfg = cfg
+
+    def load_session(self, model: LanguageModel | None = None, dataset: Any = None) -> Session:
+        """A session with a new, untrained autoencoder."""
+        cfg = self.cfg
+        if model is None:
+            model = load_language_model(cfg.model_name, str(cfg.device), getattr(cfg, "lm_dtype", "auto"))
+        if isinstance(cfg, LanguageModelSAERunnerConfig) and cfg.d_in is None:
+            site = find_hook_site(model, cfg.resolved_hook_point, cfg.hook_point_head_index)
+            cfg = dataclasses.replace(cfg, d_in=site.d_in)
+        return model, SparseAutoencoder(cfg), ActivationsStore(cfg, model, dataset)
+
+    @classmethod
+    def load_session_from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | None = None,
+        model: LanguageModel | None = None,
+        dataset: Any = None,
+    ) -> Session:
+        """The session of a run folder, a checkpoint folder, a .safetensors, or an old .pt / .pkl.gz.
+
+        The saved config names the language model and the text; `model` and `dataset` stand in for them, `device` for
+        the saved device (the CPU, if this machine lacks that).
+        """
+        sae = SparseAutoencoder.load_from_pretrained(path, device)
+        sae.eval()
+        model, _, store = cls(sae.cfg).load_session(model, dataset)
+        return model, sae, store

