@@ -163,13 +163,15 @@ def snapshot_steps(cfg: LanguageModelSAERunnerConfig) -> set[int]:
     return {cfg.total_training_steps * i // (cfg.n_checkpoints + 1) for i in range(1, cfg.n_checkpoints + 1)} - {0}
 
 
-def check_finite(run: Run) -> None:
+def check_finite(run: Run, weights: bool = False) -> None:
+    """NonFiniteLoss, with what to do, if the loss of any step (or, if asked, a weight now) is not finite."""
     try:
         run.trainer.check_finite()
+        if weights:
+            run.trainer.check_weights()
     except NonFiniteLoss as error:
-        last = run.last_checkpoint or "none was saved yet"
         raise NonFiniteLoss(
-            f"step {run.step}: {error}. The weights were not updated with it. Last good checkpoint: {last}. "
+            f"step {run.step}: {error}. Last good checkpoint: {run.last_checkpoint or 'none was saved yet'}. "
             f"Lower lr (now {run.trainer.lr(run.step - 1):.3g}), or raise lr_warm_up_steps, and begin a new run."
         ) from error
 
@@ -258,6 +260,7 @@ def check_room_for_checkpoints(
 
 def save(run: Run) -> Path | None:
     """Save everything the run needs to go on as if it had not stopped; None, with a message, if the disk is full."""
+    check_finite(run, weights=True)
     trainer_state = run.trainer.state_dict()
     parts = {
         "sae": trainer_state.pop("weights"),
@@ -271,7 +274,7 @@ def save(run: Run) -> Path | None:
             run.folder.checkpoints, run.step, parts, state, extra_files={CONFIG_FILE: config_text}
         )
     except OSError as error:
-        tqdm.write(f"Checkpoint not saved, training goes on with the one before it ({run.last_checkpoint}): {error}")
+        tqdm.write(f"Checkpoint not saved; the last one is {run.last_checkpoint or 'none'}. {error}")
         return None
     finally:
         run.last_checkpoint_time = time.monotonic()
@@ -304,6 +307,7 @@ def save_weights_folder(run: Run, folder: Path, aliases: tuple[str, ...], **text
 
 def finish(run: Run) -> None:
     """Last evaluation, final/, report.html."""
+    check_finite(run, weights=True)
     evaluation = evaluate(run.sae, run.store, run.held_out)
     evaluation["sparsity/dead_features"] = int(run.trainer.tracker.dead().sum())
     run.logger.log(evaluation, run.step, run.n_training_tokens)

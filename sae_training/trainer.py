@@ -23,7 +23,7 @@ class StepResult(NamedTuple):
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss became NaN or infinite; the weights are those before the step."""
+    """The loss, or a weight, became NaN or infinite."""
 
 
 class SAETrainer:
@@ -72,7 +72,13 @@ class SAETrainer:
     def check_finite(self) -> None:
         """Raise NonFiniteLoss if any step so far had a loss that was not finite. Reads one number off the device."""
         if self.non_finite.item():
-            raise NonFiniteLoss("the loss is not finite (NaN or infinite)")
+            raise NonFiniteLoss("the loss is not finite (NaN or infinite), and the weights were not updated with it")
+
+    def check_weights(self) -> None:
+        """Raise NonFiniteLoss if a weight is not finite: an update can overflow before any loss shows it."""
+        for name, weight in self.sae.weights():
+            if not weight.isfinite().all():
+                raise NonFiniteLoss(f"{name} holds values that are not finite (NaN or infinite)")
 
     def lr(self, step: int) -> float:
         cfg = self.cfg

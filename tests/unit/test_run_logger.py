@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -19,12 +18,11 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from wandb.proto import wandb_internal_pb2
+from wandb_file import artifacts, history, the_run, wandb_files
 
 from sae_training.run_logger import RunLogger
 
 FAKE_KEY = "a" * 40
-RECORD: Any = wandb_internal_pb2.Record  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.fixture(autouse=True)
@@ -63,60 +61,6 @@ def open_logger(folder: Path, notify: Said, **changes: Any) -> RunLogger:
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def wandb_files(folder: Path) -> list[Path]:
-    wandb.teardown()  # a finished run may still be on its way from wandb's service to the disk
-    return sorted((folder / "wandb").glob("*run-*/*.wandb"))
-
-
-def wandb_records(file: Path) -> list[Any]:
-    """Read the LevelDB log that wandb writes: 32 KiB blocks of records with 7-byte headers."""
-    data, records, parts = file.read_bytes(), [], b""
-    place = 7  # the file's own header
-    while place + 7 <= len(data):
-        if 32768 - place % 32768 < 7:  # no header fits into the rest of this block
-            place += 32768 - place % 32768
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, place)
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            records.append(RECORD.FromString(parts))
-            parts = b""
-    return records
-
-
-def history(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    for record in wandb_records(file):
-        if record.WhichOneof("record_type") == "history":
-            row: dict[str, Any] = {}
-            for item in record.history.item:
-                *outer, name = item.nested_key or [item.key]
-                place = row
-                for key in outer:
-                    place = place.setdefault(key, {})
-                place[name] = json.loads(item.value_json)
-            rows.append(row)
-    return rows
-
-
-def the_run(file: Path) -> Any:
-    return next(r.run for r in wandb_records(file) if r.WhichOneof("record_type") == "run")
-
-
-def artifacts(file: Path) -> dict[str, Any]:
-    found = [
-        record.request.log_artifact.artifact if record.WhichOneof("record_type") == "request" else record.artifact
-        for record in wandb_records(file)
-        if record.WhichOneof("record_type") == "artifact"
-        or (
-            record.WhichOneof("record_type") == "request"
-            and record.request.WhichOneof("request_type") == "log_artifact"
-        )
-    ]
-    return {artifact.name: artifact for artifact in found}
 
 
 # metrics.jsonl
@@ -527,6 +471,7 @@ DYING_SERVICE = """
 import os, signal, sys, time
 from pathlib import Path
 from sae_training.run_logger import RunLogger
+from wandb_file import artifacts, history, the_run, wandb_files, wandb_records
 
 def wandb_service():
     for entry in Path("/proc").iterdir():

@@ -1,0 +1,315 @@
+"""Stopped and killed runs, continued: real processes, real signals, and the weights of the uninterrupted run, bit
+for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL_RUN
+
+from sae_training.checkpoint import complete_checkpoints
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config_io import save_config
+from sae_training.lm_runner import resume_run, run_config
+
+N_KILLS = 10
+# 160 steps on a text of one epoch and a half: kills fall into refills, epochs, checkpoints and evaluations.
+LONG_RUN: dict[str, Any] = {
+    **SMALL_RUN,
+    "architecture": "topk",
+    "k": 8,
+    "auxk_coefficient": 1 / 32,
+    "dead_feature_window": 1,
+    "total_training_tokens": 160 * 64,
+    "checkpoint_every_steps": 3,
+    "n_checkpoints": 1,
+    "eval_every_steps": 25,
+    "exclude_special_tokens": True,
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 7,000 tokens, so that the run starts them again."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    words = ["the", "whale", "ship", "captain", "sea", "storm", "of", "and", "a", "harpoon", "under", "white",
+    "sails", "at", "dawn"] shuffle = "
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    "
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    "
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    """random.Random(0)
+    lines = [json.dumps({"text": " ".join(shuffle.choices(words, k=90))}) for _ in range(60)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def config(text: Path, run_dir: Path, **changes: Any) -> LanguageModelSAERunnerConfig:
+    return LanguageModelSAERunnerConfig(
+        **{**LONG_RUN, "dataset_path": str(text), "run_dir": str(run_dir), "run_name": "run", **changes}
+    )
+
+
+def start(cfg: LanguageModelSAERunnerConfig, folder: Path) -> subprocess.Popen[str]:
+   
+   
+   
+   
+   
+    """The run in
+    a process of
+    its own,
+   
+    by the command line.
+    """
+    file = folder / "config.json"
+    save_config(cfg, file)
+    return subprocess.Popen(
+        [sys.executable, "-m", "sae_training", "train", "--config", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=one_thread_environment(),
+    )
+
+
+def one_thread_environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def step_of(run: Path, process: subprocess.Popen[str]) -> int:
+   
+   
+   
+   
+   
+   
+   
+   
+    """The last step that this process has written to status.json;
+   
+   
+   
+   
+   
+   
+   
+    -1 while it has not.
+    """
+    try:
+        status = json.loads((run / "status.json").read_text())
+    except (OSError, ValueError):
+        return -1
+    return status["step"] if status["pid"] == process.pid else -1
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
+ 
+  
+   
+   
+   
+   
+   
+   
+   
+    """Wait until
+ 
+  
+   
+ 
+  
+   
+    `condition`
+    holds (True) or
+    the process
+    ends
+   
+   
+   
+   
+    (False).
+   
+   
+    """ deadline = time.monotonic() + 180 while not condition():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.005)
+    return True
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(config(text, folder), folder)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return folder / "run"
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for name in ("sae.safetensors", "log_feature_sparsity.safetensors", "evaluation.json"):
+        assert (one / "final" / name).read_bytes() == (other / "final" / name).read_bytes(), name
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    (snapshot,) = (one / "snapshots").iterdir()
+    for file in snapshot.glob("*.safetensors"):
+        assert file.read_bytes() == (other / "snapshots" / snapshot.name / file.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_nothing(text: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    cfg, run = config(text, tmp_path / "killed"), tmp_path / "killed" / "run"
+    seed = random.randrange(10**6)
+    print(f"kill seed {seed}")
+    moments = random.Random(seed)
+    n_kills, killed_at = 0, []
+    while True:
+        process = start(cfg, tmp_path)
+        if n_kills < N_KILLS:
+            wait_for(lambda process=process: step_of(run, process) >= 0, process)
+            wanted = step_of(run, process) + moments.randint(0, 20)
+            wait_for(lambda process=process, wanted=wanted: step_of(run, process) >= wanted, process)
+            time.sleep(moments.uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
+        _, err = process.communicate(timeout=300)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err
+        n_kills += 1
+        killed_at.append(step_of(run, process))
+    assert n_kills == N_KILLS, f"seed {seed}: killed at {killed_at}"
+    assert_same_run(uninterrupted, run)
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_and_says_how_to_go_on(
+    number: signal.Signals, exit_code: int, text: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    cfg, run = config(text, tmp_path / "stopped", checkpoint_every_steps=None), tmp_path / "stopped" / "run"
+    process = start(cfg, tmp_path)
+    assert wait_for(lambda: step_of(run, process) >= 20, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == exit_code, err
+    assert "Traceback" not in err
+    assert f"{number.name}: finishing this step" in out
+    assert f"python -m sae_training resume {run}" in err
+    (saved,) = complete_checkpoints(run / "checkpoints")
+    assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
+
+    resumed = subprocess.run(
+        [sys.executable, "-m", "sae_training", "resume", str(run)],
+        capture_output=True,
+        text=True,
+        env=one_thread_environment(),
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"after step {saved.name.removeprefix('step_')}" in resumed.stdout + resumed.stderr
+    assert_same_run(uninterrupted, run)
+
+
+def test_second_signal_stops_at_once(text: Path, tmp_path: Path) -> None:
+    # A step of this size takes seconds, so the first signal is still waiting for its end when the second comes.
+    cfg = config(text, tmp_path, train_batch_size=8192, n_batches_in_buffer=260, expansion_factor=64, k=64,
+                 total_training_tokens=10**6)  # fmt: skip
+    run = tmp_path / "run"
+    process = start(cfg, tmp_path)
+    assert wait_for(lambda: step_of(run, process) >= 0, process)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not complete_checkpoints(run / "checkpoints")
+
+
+@pytest.mark.parametrize("kind", ["standard", "ghost", "topk"])
+def test_every_kind_of_run_resumes_exactly(kind: str, text: Path, tmp_path: Path, demo_model: Any) -> None:
+    changes: dict[str, Any] = {
+        "standard": {"architecture": "standard", "auxk_coefficient": 0.0, "l1_warm_up_steps": 20},
+        "ghost": {"architecture": "standard", "auxk_coefficient": 0.0, "use_ghost_grads": True, "l1_coefficient": 0.1},
+        "topk": {"lr_scheduler_name": "cosineannealingwarmup"},
+    }[kind]
+    changes |= {"total_training_tokens": 40 * 64, "keep_checkpoints": 100, "feature_sampling_window": 7}
+    whole = run_config(config(text, tmp_path / "whole", **changes), demo_model).folder.path
+    # A run that was killed after the checkpoint of step 21 is that run's folder without what came later.
+    cfg = config(text, tmp_path / "cut", **changes)
+    cut = run_config(cfg, demo_model).folder.path
+    shutil.rmtree(cut / "final")
+    for later in complete_checkpoints(cut / "checkpoints"):
+        if int(later.name.removeprefix("step_")) > 21:
+            shutil.rmtree(later)
+    with (cut / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 39, "torn')
+    run_config(cfg, demo_model)
+    assert_same_run(whole, cut)
+
+
+def test_resume_of_a_finished_run_says_where_it_is(small_config: Callable, demo_model: Any) -> None:
+    folder = run_config(small_config(), demo_model).folder.path
+    with pytest.raises(ValueError, match="this run is finished"):
+        resume_run(folder)
+
+
+def test_kill_before_the_first_checkpoint_starts_again_from_the_beginning(
+    text: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    cfg, run = config(text, tmp_path / "early"), tmp_path / "early" / "run"
+    process = start(cfg, tmp_path)
+    assert wait_for(lambda: step_of(run, process) >= 0, process)
+    process.kill()
+    process.communicate()
+    process = start(cfg, tmp_path)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert_same_run(uninterrupted, run)
