@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -20,32 +22,63 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """While entered, notes the first SIGINT or SIGTERM in `signal`; the next one acts as it would without this.
+    """While entered, the first SIGINT or SIGTERM is noted in `signal`, and a second one ends the process.
 
-    Signals reach only the main thread; in another thread (some notebooks) nothing is installed.
+    Python runs signal handlers between two bytecodes of the main thread, so during a long matrix product two signals
+    would count as one, seconds late. The interpreter's wakeup file gets a byte for each at once; a thread reads it.
+    Ending at once loses nothing: every file of a run is written whole or not at all, and its lock is the system's. In a
+    notebook or an interactive session, a second signal raises KeyboardInterrupt instead, to keep the session.
+    Outside the main thread nothing is installed.
     """
 
     def __init__(self, notify: Callable[[str], None]) -> None:
         self.notify = notify
         self.signal: signal.Signals | None = None
-        self.previous: dict[signal.Signals, Any] = {}
+        self.at_once = False
+        self.installed = False
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self.note) for number in SIGNALS}
+            self.read_end, self.write_end = os.pipe()
+            os.set_blocking(self.write_end, False)
+            self.previous_wakeup = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
+            self.previous: dict[int, Any] = {number: signal.signal(number, self.handle) for number in SIGNALS}
+            self.watcher = threading.Thread(target=self.watch, daemon=True)
+            self.watcher.start()
+            self.installed = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.restore()
+        if self.installed:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self.previous_wakeup)
+            os.close(self.write_end)  # the watcher reads the end of the file, and ends
+            self.watcher.join()
+            os.close(self.read_end)
+            self.installed = False
 
-    def note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self.restore()
-        self.notify(f"{self.signal.name}: finishing this step, then saving. Once more stops at once, without saving.")
+    def watch(self) -> None:
+        while received := os.read(self.read_end, 1):
+            if received[0] in SIGNALS:
+                self.note(signal.Signals(received[0]))
 
-    def restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous = {}
+    def note(self, number: signal.Signals) -> None:
+        if self.signal is None:
+            self.signal = number
+            self.notify(f"{number.name}: finishing this step, then saving. Once more stops at once, without saving.")
+        elif is_interactive():
+            self.at_once = True
+        else:
+            os._exit(128 + number)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Python's own handler, which may run late; what counts is what the watcher has seen by then."""
+        if self.at_once:
+            raise KeyboardInterrupt
+
+
+def is_interactive() -> bool:
+    return hasattr(sys, "ps1") or "ipykernel" in sys.modules
