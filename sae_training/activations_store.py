@@ -94,7 +94,10 @@ class ActivationsStore:
         if eval_dataset is None:
             return self.tokens.held_out_contexts()
         n_contexts = option(self.cfg, "n_eval_batches") * self.store_batch_size
-        return self.token_stream(self.open(eval_dataset), 0).first_contexts(n_contexts)
+        try:
+            return self.token_stream(self.open(eval_dataset), 0).first_contexts(n_contexts)
+        except (OSError, ValueError) as error:
+            raise type(error)(str(error).replace("dataset_path", "eval_dataset_path", 1)) from error
 
     # ------------------------------------------------------------------------------------------------ activations
 
@@ -179,7 +182,10 @@ class ActivationsStore:
         self.order = state["order"].clone()
         self.spill = state["spill"].to(self.device)
         self.generator.set_state(state["generator"])
-        self.tokens.load_state_dict(state["tokens"])
+        try:
+            self.tokens.load_state_dict(state["tokens"])
+        except ValueError as error:
+            raise ValueError(f"dataset_path: the data is not what the run was started on. {error}") from error
         self.buffer = state["buffer"].to(self.device) if "buffer" in state else None
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,9 +58,13 @@ def save_checkpoint(
         for name, text in extra_files.items():
             (partial / name).write_text(text, encoding="utf-8")
         write_manifest(partial)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            remove(final)
         os.replace(partial, final)
         flush_to_disk(parent)
+    except SafetensorError as error:  # its word for any failure of the system to write
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{parent}: a checkpoint could not be written ({error}); free some space.") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -82,22 +87,40 @@ def complete_checkpoints(parent: Path) -> list[Path]:
 
 
 def newest_valid(parent: Path, notify: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are as they were written; says which ones it passes over, and why."""
-    for folder in complete_checkpoints(parent):
+    """The newest checkpoint whose files are as they were written.
+
+    Damaged ones are set aside as step_<n>.damaged, so that they never again count, and it says so.
+    """
+    folders = complete_checkpoints(parent)
+    for folder in folders:
         try:
             verify(folder)
             return folder
         except ValueError as error:
-            notify(f"{error} Trying the checkpoint before it.")
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            rest = (
+                "Trying the one before it."
+                if folder != folders[-1]
+                else "There is none before it: the run begins from the beginning."
+            )
+            notify(f"{error} It was set aside as {aside.name}. {rest}")
     return None
 
 
 def delete_old(parent: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what a killed run left half-written."""
     for folder in complete_checkpoints(parent)[keep:]:
-        shutil.rmtree(folder)
+        remove(folder)
     for partial in parent.glob("step_*.tmp"):
         shutil.rmtree(partial)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, first what makes it count: a kill in between leaves nothing that looks complete."""
+    (folder / MANIFEST).unlink()
+    shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------- manifest
@@ -121,15 +144,17 @@ def verify(folder: Path) -> None:
         raise ValueError(f"{folder}: no {MANIFEST}, so this checkpoint was never finished.")
     try:
         entries = json.loads(manifest.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{manifest}: damaged ({error}).") from error
-    for name, expected in entries.items():
-        path = folder / name
+        expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        if folder / STATE not in expected:
+            raise KeyError(STATE)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{manifest}: not a readable manifest ({error!r}); this checkpoint is damaged.") from error
+    for path, (n_bytes, digest) in expected.items():
         size = path.stat().st_size if path.is_file() else None
-        if size != expected["bytes"]:
+        if size != n_bytes:
             found = "no such file" if size is None else f"{size} bytes"
-            raise ValueError(f"{path}: found {found}, expected {expected['bytes']} bytes; this checkpoint is damaged.")
-        if sha256(path) != expected["sha256"]:
+            raise ValueError(f"{path}: found {found}, expected {n_bytes} bytes; this checkpoint is damaged.")
+        if sha256(path) != digest:
             raise ValueError(
                 f"{path}: its content is not what was written (SHA-256 differs); this checkpoint is damaged."
             )
@@ -148,12 +173,12 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_free_disk(folder: Path, n_bytes: int) -> None:
+def check_free_disk(folder: Path, n_bytes: int, what: str = "a checkpoint needs") -> None:
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < n_bytes + SPARE_BYTES:
         raise NotEnoughDisk(
-            f"{folder}: a checkpoint needs {megabytes(n_bytes + SPARE_BYTES)}, but {megabytes(free)} are free; "
+            f"{folder}: {what} {megabytes(n_bytes + SPARE_BYTES)}, but {megabytes(free)} are free; "
             "free some space, or set run_dir to another disk."
         )
 

@@ -35,6 +35,7 @@ class StopRequest:
         self.notify = notify
         self.signal: signal.Signals | None = None
         self.at_once = False
+        self.n_handled = 0
         self.installed = False
 
     def __enter__(self) -> StopRequest:
@@ -75,8 +76,9 @@ class StopRequest:
             os._exit(128 + number)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Python's own handler, which may run late; what counts is what the watcher has seen by then."""
-        if self.at_once:
+        """Python's own handler: late after a long operation, when the watcher has seen more, or earlier than it."""
+        self.n_handled += 1
+        if self.at_once or (self.n_handled > 1 and is_interactive()):
             raise KeyboardInterrupt
 
 

@@ -9,7 +9,9 @@ compatibility mode, which processes the weights in the same way. All later code 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
+import os
 import re
 import warnings
 from contextlib import contextmanager
@@ -31,6 +33,7 @@ __all__ = [
     "HookSite",
     "HookedRootModule",
     "find_hook_site",
+    "fingerprint",
     "language_model_dtype",
     "load_language_model",
     "transformer_lens_version",
@@ -118,6 +121,8 @@ def cast_weights(model: LanguageModel, dtype: torch.dtype) -> None:
 
 def load_by_name(load: Any, name: str, device: str) -> LanguageModel:
     path = Path(name).expanduser()
+    if not path.exists() and name.startswith((".", "~", os.sep)):
+        raise FileNotFoundError(f"model_name: there is no folder {name}; check the path.")
     if path.exists() and not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"model_name: {name} is a path, but holds no config.json; expected a folder in Hugging Face layout "
@@ -166,6 +171,16 @@ def check_tokenizer_fits(model: LanguageModel, name: str) -> None:
             f"{model.cfg.d_vocab} tokens (ids up to {model.cfg.d_vocab - 1}); use the tokenizer the model was "
             "trained with."
         )
+
+
+def fingerprint(model: LanguageModel) -> str:
+    """A hash of 64 evenly spaced values of every parameter: tells two language models of one name apart."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().flatten()
+        sample = values[:: max(1, values.numel() // 64)][:64].float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------------------- hooks
@@ -268,12 +283,17 @@ def unknown_hook_message(model: LanguageModel, hook_point: str) -> str:
     n_blocks = model.cfg.n_layers
     layer = block_number(hook_point)
     if layer is not None and layer >= n_blocks:
-        return f"hook_point: {hook_point} names block {layer}, but this model has {n_blocks} (0 to {n_blocks - 1})."
+        return (
+            f"hook_point: {hook_point} names block {layer}, but this model has {n_blocks}; "
+            f"choose a layer from 0 to {n_blocks - 1}."
+        )
     near = difflib.get_close_matches(hook_point, names, n=1)
-    in_block = [name.replace("blocks.0.", "blocks.{layer}.") for name in names if name.startswith("blocks.0.")]
-    outside = [name for name in names if block_number(name) is None]
+    # The bridge has a second name, of its own, for every hook: the input and output of each of its components.
+    familiar = [name for name in names if not name.endswith((".hook_in", ".hook_out", "hook_cos", "hook_sin"))]
+    in_block = [name.replace("blocks.0.", "blocks.{layer}.") for name in familiar if name.startswith("blocks.0.")]
+    outside = [name for name in familiar if block_number(name) is None]
     suggestion = f" Did you mean {near[0]}?" if near else ""
     return (
-        f"hook_point: this model has no hook {hook_point!r}.{suggestion} Its hooks, for layer 0 to {n_blocks - 1}: "
-        f"{', '.join(in_block + outside)}."
+        f"hook_point: this model has no hook {hook_point!r}.{suggestion}\n"
+        f"Its hooks, for layer 0 to {n_blocks - 1}: {', '.join(in_block + outside)}."
     )

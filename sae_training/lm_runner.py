@@ -24,7 +24,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_io import config_to_dict
 from sae_training.evals import evaluate
 from sae_training.interrupt import StopRequest, TrainingInterrupted
-from sae_training.language_model import LanguageModel, find_hook_site, load_language_model
+from sae_training.language_model import LanguageModel, find_hook_site, fingerprint, load_language_model
 from sae_training.metrics import sparsity_metrics, training_metrics
 from sae_training.progress import Progress
 from sae_training.report import write_report
@@ -101,7 +101,11 @@ def run_in_folder(path: Path, cfg: LanguageModelSAERunnerConfig, model: Language
     held_out = store.held_out_tokens()
     folder = RunFolder(path, cfg)
     try:
-        run = open_run(cfg, folder, store, held_out)
+        try:
+            run = open_run(cfg, folder, store, held_out)
+        except BaseException:
+            folder.discard_if_new()
+            raise
         try:
             with StopRequest(tqdm.write) as stop:
                 train(run, stop)
@@ -138,7 +142,7 @@ def train(run: Run, stop: StopRequest) -> None:
         if due(run.step, cfg.feature_sampling_window):
             log_sparsity(run)
         if due(run.step, cfg.eval_every) and run.step < cfg.total_training_steps:
-            run.logger.log(evaluate(run.sae, run.store, run.held_out), run.step, run.n_training_tokens)
+            run.logger.log(evaluate_now(run), run.step, run.n_training_tokens)
         if run.step in snapshots:
             save_weights_folder(run, run.folder.path / "snapshots" / f"step_{run.step}", aliases=())
         if stop.signal is not None:
@@ -146,6 +150,11 @@ def train(run: Run, stop: StopRequest) -> None:
         if checkpoint_is_due(run):
             save(run)
         run.progress.advance()
+
+
+def evaluate_now(run: Run) -> dict[str, float]:
+    """The figures of `evaluate`; none if the config holds no text out (n_eval_batches=0)."""
+    return evaluate(run.sae, run.store, run.held_out) if len(run.held_out) else {}
 
 
 def due(step: int, every: int | None) -> bool:
@@ -172,7 +181,8 @@ def check_finite(run: Run, weights: bool = False) -> None:
     except NonFiniteLoss as error:
         raise NonFiniteLoss(
             f"step {run.step}: {error}. Last good checkpoint: {run.last_checkpoint or 'none was saved yet'}. "
-            f"Lower lr (now {run.trainer.lr(run.step - 1):.3g}), or raise lr_warm_up_steps, and begin a new run."
+            f"Lower lr (now {run.trainer.lr(run.step - 1):.3g}), or raise lr_warm_up_steps, and begin anew with "
+            'resume="never".'
         ) from error
 
 
@@ -204,6 +214,7 @@ def open_run(cfg: LanguageModelSAERunnerConfig, folder: RunFolder, store: Activa
     latest = checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write)
     parts, state = checkpoint.load_checkpoint(latest) if latest else ({}, {"step": 0, "metrics_bytes": 0})
     if latest:
+        check_same_language_model(state["language_model"], store.model, latest)
         trainer.load_state_dict({"weights": parts["sae"], **parts["trainer"]})
         store.load_state_dict(parts["store"])
         tqdm.write(f"Continuing {folder.path} after step {state['step']}.")
@@ -227,12 +238,25 @@ def open_run(cfg: LanguageModelSAERunnerConfig, folder: RunFolder, store: Activa
     return run
 
 
+def check_same_language_model(expected: str, model: LanguageModel, latest: Path) -> None:
+    found = fingerprint(model)
+    if found != expected:
+        raise ValueError(
+            f"model_name: the language model's weights (fingerprint {found}) are not those that {latest} was trained "
+            "on "
+            f'({expected}); give the same model or precision, or begin a new run with resume="never".'
+        )
+
+
 def start_weights(sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig, store: ActivationsStore) -> None:
     """From the pretrained file if the config names one, else with b_dec set from a sample of the activations."""
     if cfg.from_pretrained_path is None:
         sae.initialize_b_dec(store.sample(32_768), cfg.b_dec_init_method)  # as many as Gao et al. 2024 use
         return
-    _, tensors = load_weights(Path(cfg.from_pretrained_path))
+    try:
+        _, tensors = load_weights(Path(cfg.from_pretrained_path))
+    except (OSError, ValueError) as error:
+        raise type(error)(f"from_pretrained_path: {error}") from error
     if tensors["W_enc"].shape != sae.W_enc.shape:
         raise ValueError(
             f"from_pretrained_path: its W_enc is {tuple(tensors['W_enc'].shape)}, this config's "
@@ -252,7 +276,11 @@ def check_room_for_checkpoints(
     weights = sum(p.numel() * p.element_size() for p in trainer.sae.parameters())
     buffer = store.n_rows * (store.site.d_in * store.model.cfg.dtype.itemsize + 8)
     # One is written before the oldest is deleted; weights, and Adam's two moments, are in each.
-    checkpoint.check_free_disk(folder.path, (cfg.keep_checkpoints + 1) * (3 * weights + buffer) + weights)
+    checkpoint.check_free_disk(
+        folder.path,
+        (cfg.keep_checkpoints + 1) * (3 * weights + buffer) + weights,
+        f"{cfg.keep_checkpoints + 1} checkpoints (keep_checkpoints, and one being written) need",
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- save
@@ -267,7 +295,7 @@ def save(run: Run) -> Path | None:
         "trainer": trainer_state,
         "store": run.store.state_dict(),
     }
-    state = {"metrics_bytes": run.logger.position()}
+    state = {"metrics_bytes": run.logger.position(), "language_model": fingerprint(run.store.model)}
     config_text = json.dumps(config_to_dict(run.cfg), indent=2) + "\n"
     try:
         saved = checkpoint.save_checkpoint(
@@ -308,8 +336,7 @@ def save_weights_folder(run: Run, folder: Path, aliases: tuple[str, ...], **text
 def finish(run: Run) -> None:
     """Last evaluation, final/, report.html."""
     check_finite(run, weights=True)
-    evaluation = evaluate(run.sae, run.store, run.held_out)
-    evaluation["sparsity/dead_features"] = int(run.trainer.tracker.dead().sum())
+    evaluation = evaluate_now(run) | {"sparsity/dead_features": int(run.trainer.tracker.dead().sum())}
     run.logger.log(evaluation, run.step, run.n_training_tokens)
     run.sae.eval()
     save_weights_folder(
@@ -322,7 +349,7 @@ def finish(run: Run) -> None:
 
 @torch.no_grad()
 def evaluate_run(path: str | Path) -> dict[str, float]:
-    """Evaluate the finished run in `path` on its held-out tokens again, and rewrite final/evaluation.json."""
+    """Evaluate the autoencoder of the run in `path` on its held-out tokens, as the run itself did at its end."""
     path = Path(path)
     cfg = read_run_config(path)
     sae = SparseAutoencoder.load_from_pretrained(path)

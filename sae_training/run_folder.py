@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from sae_training.weights import write_text
 CONFIG_FILE = "config.json"
 STATUS_FILE = "status.json"
 LOCK_FILE = ".lock"
+HOLDER_FILE = ".holder.json"
 PACKAGES = ("sae-training", "torch", "transformer-lens", "transformers", "datasets")
 
 
@@ -36,10 +39,12 @@ class RunFolder:
 
     def __init__(self, path: Path, cfg: LanguageModelSAERunnerConfig) -> None:
         self.path = path
+        self.is_new = not (path / CONFIG_FILE).exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(path / LOCK_FILE)
             self.lock.acquire(timeout=0)
+            write_text(path / HOLDER_FILE, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         except Timeout as error:
             raise RunFolderInUse(
                 f"{path}: {current_holder(path)} is training in this folder. Wait for it, or give this run another "
@@ -75,6 +80,13 @@ class RunFolder:
 
     def release(self) -> None:
         self.lock.release()
+
+    def discard_if_new(self) -> None:
+        """Remove the folder if this process made it: a run that could not start leaves nothing to be resumed."""
+        if self.is_new:
+            shutil.rmtree(self.path)
+            with suppress(OSError):
+                self.path.parent.rmdir()  # goes only if nothing else is in it
 
 
 def choose_run_folder(cfg: LanguageModelSAERunnerConfig) -> Path:
@@ -133,15 +145,21 @@ def with_absolute_paths(cfg: LanguageModelSAERunnerConfig) -> LanguageModelSAERu
     changes = {}
     for name in ("model_name", "dataset_path", "eval_dataset_path", "from_pretrained_path"):
         value = getattr(cfg, name)
-        if value is not None and os.sep in value and Path(value).expanduser().exists():
+        if value is not None and is_local(value):
             changes[name] = str(Path(value).expanduser().resolve())
     return dataclasses.replace(cfg, **changes)
 
 
+def is_local(value: str) -> bool:
+    """Whether a model or data set is a local path: a file, or a folder written with a slash ("gpt2" is a name)."""
+    path = Path(value).expanduser()
+    return path.is_file() or (os.sep in value and path.exists())
+
+
 def current_holder(folder: Path) -> str:
     try:
-        status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-        return f"process {status['pid']} on {status['host']}"
+        holder = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError):
         return "another process"
 

@@ -171,9 +171,13 @@ class SparseAutoencoder(HookedRootModule):
                 raise ValueError(f"b_dec_init_method: found {other!r}, expected 'geometric_median', 'mean' or 'zeros'.")
 
     @torch.no_grad()
-    def set_decoder_norm_to_unit_norm(self) -> None:
-        """Divide each row of W_dec by its L2 norm; a row of zeros stays zero."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-30))
+    def set_decoder_norm_to_unit_norm(self, unless: Tensor | bool = False) -> None:
+        """Divide each row of W_dec by its L2 norm; a row of zeros stays zero, and all rows do where `unless` is true.
+
+        Dividing rows of unit norm once more moves them by a rounding error, hence `unless`, read on the device.
+        """
+        norms = self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        self.W_dec.div_(torch.where(torch.as_tensor(unless, device=norms.device), 1.0, norms))
 
     @torch.no_grad()
     def remove_gradient_parallel_to_decoder_directions(self) -> None:

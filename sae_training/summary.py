@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 
 def summary(folder: Path, evaluation: Mapping[str, float], d_sae: int) -> str:
     """The table of `evaluation` (the keys of `evals.evaluate`) and the two lines of Python that reload the run."""
-    get = evaluation.get
-    never_fired = round(get("metrics/eval_dead_fraction", 0.0) * d_sae)
+
+    def get(key: str) -> float:
+        return evaluation.get(key, math.nan)
+
+    never_fired = get("metrics/eval_dead_fraction") * d_sae
     rows = [
         (
             "explained variance",
@@ -19,16 +23,17 @@ def summary(folder: Path, evaluation: Mapping[str, float], d_sae: int) -> str:
         ("L0", f"{get('metrics/eval_l0'):.1f}", f"active latents per token, of {d_sae:,}"),
         (
             "dead latents",
-            f"{get('sparsity/dead_features', 0):,.0f}",
+            f"{get('sparsity/dead_features'):,.0f}",
             "silent for longer than the dead window, in training",
         ),
-        ("silent in evaluation", f"{never_fired:,}", "latents that fire on no held-out token"),
+        ("silent in evaluation", f"{never_fired:,.0f}", "latents that fire on no held-out token"),
         ("CE loss, clean", f"{get('metrics/ce_loss_without_sae'):.4f}", "the language model as it is, nats per token"),
         ("CE loss, with SAE", f"{get('metrics/ce_loss_with_sae'):.4f}", "reconstructions in place of activations"),
         ("CE loss, ablated", f"{get('metrics/ce_loss_with_ablation'):.4f}", "zeros in place of activations"),
         ("CE score", f"{get('metrics/CE_loss_score'):.4f}", "(ablated - with SAE) / (ablated - clean); 1 is perfect"),
     ]
-    lines = [f"  {name:<22}{value:>10}   {meaning}" for name, value, meaning in rows]
+    # A run that holds out no text has no evaluation.
+    lines = [f"  {name:<22}{value:>10}   {meaning}" for name, value, meaning in rows if value != "nan"]
     return "\n".join(
         [
             "",

@@ -42,6 +42,7 @@ class SAETrainer:
         )
         self.non_finite = torch.zeros((), device=sae.device)
 
+    @torch.enable_grad()  # notebooks often switch gradients off for all that follows
     def step(self, x: Tensor, step: int) -> StepResult:
         """One optimizer step (the `step`-th, from 0) on a batch of activations (rows, d_in)."""
         lr, l1_coefficient = self.lr(step), self.l1_coefficient(step)
@@ -54,18 +55,18 @@ class SAETrainer:
         if self.cfg.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.cfg.clip_grad_norm)
 
-        self.update(lr, out.loss.detach())
-        self.sae.set_decoder_norm_to_unit_norm()
+        not_finite = ~torch.isfinite(out.loss.detach())
+        self.update(lr, not_finite)
+        self.sae.set_decoder_norm_to_unit_norm(unless=not_finite)
         self.tracker.update(out.feature_acts.detach())
         return StepResult(x, ForwardOutput(*(t.detach() for t in out)), lr, l1_coefficient)
 
-    def update(self, lr: float, loss: Tensor) -> None:
+    def update(self, lr: float, not_finite: Tensor) -> None:
         """The optimizer step, skipped on the device itself where the loss is not finite: no wait for the host."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        not_finite = (~torch.isfinite(loss)).float()
         # Fused Adam reads this attribute, and leaves parameters and moments as they are where it is 1.
-        setattr(self.optimizer, "found_inf", not_finite)  # noqa: B010 - not declared, so pyright wants it so
+        setattr(self.optimizer, "found_inf", not_finite.float())  # noqa: B010 - not declared, so pyright wants it so
         self.optimizer.step()
         self.non_finite += not_finite
 

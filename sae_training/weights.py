@@ -141,7 +141,11 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     partial = path.with_name(path.name + ".tmp")
     try:
         save_file(tensors, partial, metadata=metadata)
+        partial.chmod(0o644)  # safetensors makes it 600, which colleagues on a shared disk cannot read
         os.replace(partial, path)
+    except SafetensorError as error:  # its word for any failure of the system to write
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written ({error}); free some space.") from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

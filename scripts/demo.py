@@ -41,7 +41,7 @@ def demo_config() -> LanguageModelSAERunnerConfig:
         hook_point="blocks.2.hook_resid_post",
         dataset_path="demo",
         eval_dataset_path="demo-held-out",
-        total_training_tokens=1_500_000,
+        total_training_tokens=1_000_000,
         train_batch_size=2048,
         n_batches_in_buffer=32,
         wandb_log_frequency=20,

@@ -162,14 +162,15 @@ def test_put_back_changes_only_what_at_site_reads(hooked_model: Any) -> None:
 
 
 def test_unknown_hook_lists_the_models_hooks_and_the_nearest(hooked_model: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"Did you mean blocks\.1\.hook_resid_post\?.*blocks\.\{layer\}\.hook_resid_pre"
-    ):
+    listed = (
+        r"Did you mean blocks\.1\.hook_resid_post\?\nIts hooks, for layer 0 to 1: .*blocks\.\{layer\}\.hook_resid_pre"
+    )
+    with pytest.raises(ValueError, match=listed):
         find_hook_site(hooked_model, "blocks.1.hook_resid_pots")
 
 
 def test_block_beyond_the_last_gives_their_number(hooked_model: Any) -> None:
-    with pytest.raises(ValueError, match=r"names block 5, but this model has 2 \(0 to 1\)"):
+    with pytest.raises(ValueError, match=r"names block 5, but this model has 2; choose a layer from 0 to 1"):
         find_hook_site(hooked_model, "blocks.5.hook_resid_pre")
 
 
