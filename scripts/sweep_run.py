@@ -1,0 +1,43 @@
+"""One run of a wandb sweep: turns the flags that `wandb agent` gives into a config, and trains it.
+
+python scripts/sweep_run.py --lr=0.0004 --k=32 --model_name=gpt2-small ...
+
+Each config field is a flag, with the defaults of `python -m sae_training train`; see scripts/sweep.yaml.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+
+from sae_training.cli import parse_train
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.interrupt import TrainingInterrupted
+from sae_training.lm_runner import language_model_sae_runner
+
+
+def config(flags: Sequence[str]) -> LanguageModelSAERunnerConfig:
+    """The config of one run of the sweep, whose folder is <name>-<wandb run id>.
+
+    Flags that are not swept are the same in all runs, run_name too; without the id the second run of an agent would
+    find the first one's folder.
+    """
+    cfg = parse_train(flags)
+    name = cfg.resolved_run_name
+    if run_id := os.environ.get("WANDB_RUN_ID"):
+        name = f"{name}-{run_id}"
+    return dataclasses.replace(cfg, run_name=name, log_to_wandb=True)
+
+
+def main(flags: Sequence[str]) -> None:
+    try:
+        language_model_sae_runner(config(flags))
+    except TrainingInterrupted as stop:  # the agent stops a run that the sweep gives up
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

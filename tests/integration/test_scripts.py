@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import SMALL_RUN
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+from wandb_file import history, the_run, wandb_files
+
+from sae_training.cli import parse_train
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config_io import FIELD_NAMES
+
+ROOT = Path(__file__).parents[2]
+SWEEP: dict[str, Any] = yaml.safe_load((ROOT / "scripts" / "sweep.yaml").read_text(encoding="utf-8"))
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# -------------------------------------------------------------------------------------------------- train_gpt2_small
+
+
+def test_gpt2_config_is_the_readme_example() -> None:
+    example = LanguageModelSAERunnerConfig(
+        model_name="gpt2-small",
+        hook_point="blocks.2.hook_resid_pre",
+        hook_point_layer=2,
+        d_in=768,
+        dataset_path="Skylion007/openwebtext",
+        is_dataset_tokenized=False,
+        expansion_factor=64,
+        b_dec_init_method="geometric_median",
+        lr=0.0004,
+        l1_coefficient=0.00008,
+        lr_scheduler_name="constantwithwarmup",
+        train_batch_size=4096,
+        context_size=128,
+        lr_warm_up_steps=5000,
+        n_batches_in_buffer=128,
+        total_training_tokens=1_000_000 * 300,
+        store_batch_size=32,
+        use_ghost_grads=True,
+        feature_sampling_window=1000,
+        dead_feature_window=5000,
+        dead_feature_threshold=1e-6,
+        log_to_wandb=True,
+        wandb_project="mats_sae_training_gpt2",
+        wandb_entity=None,
+        wandb_log_frequency=100,
+        device="cuda",
+        seed=42,
+        n_checkpoints=10,
+        checkpoint_path="checkpoints",
+        dtype=torch.float32,
+    )
+    assert load_script("train_gpt2_small").config() == example
+
+
+def test_gpt2_config_has_the_sizes_its_comments_say() -> None:
+    cfg = load_script("train_gpt2_small").config()
+    # 768 * 64 latents; 300e6 / 4096 = 73242.2 steps; 128 * 32 * 128 rows of 768 * 4 bytes
+    assert (cfg.d_sae, cfg.total_training_steps, cfg.buffer_rows) == (49_152, 73_242, 524_288)
+
+
+# ------------------------------------------------------------------------------------------------------------- sweep
+
+
+def agent_command(parameters: dict[str, Any]) -> list[str]:
+    """The command line that `wandb agent` makes of sweep.yaml and one choice of its parameters."""
+    parts = create_sweep_command_args({"args": {name: {"value": value} for name, value in parameters.items()}})
+    parts["env"] = ["/usr/bin/env"]
+    words: list[str] = []
+    for word in create_sweep_command(list(SWEEP["command"])):
+        words += parts[word[2:-1]] if word.startswith("${") else [word]
+    return words
+
+
+def choices() -> Iterator[dict[str, Any]]:
+    """Each combination of the parameters of sweep.yaml."""
+    options = [p["values"] if "values" in p else [p["value"]] for p in SWEEP["parameters"].values()]
+    for values in itertools.product(*options):
+        yield dict(zip(SWEEP["parameters"], values, strict=True))
+
+
+def test_sweep_parameters_are_config_fields() -> None:
+    assert SWEEP["parameters"].keys() <= set(FIELD_NAMES)
+
+
+def test_sweep_maximises_a_metric_that_runs_log() -> None:
+    assert SWEEP["metric"] == {"name": "metrics/CE_loss_score", "goal": "maximize"}
+    assert SWEEP["method"] == "grid"
+
+
+@pytest.mark.parametrize("parameters", list(choices()), ids=lambda p: f"lr={p['lr']},k={p['k']}")
+def test_sweep_command_parses_to_the_chosen_values(parameters: dict[str, Any]) -> None:
+    words = agent_command(parameters)
+    assert words[:3] == ["/usr/bin/env", "python", "scripts/sweep_run.py"]
+    cfg = parse_train(words[3:])
+    assert {name: getattr(cfg, name) for name in parameters} == parameters
+
+
+def test_sweep_run_name_differs_between_runs_of_one_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = load_script("sweep_run").config
+    names = []
+    for run_id in ("first123", "second45"):
+        monkeypatch.setenv("WANDB_RUN_ID", run_id)
+        names.append(make(["--run_name=gpt2"]).run_name)
+    assert names == ["gpt2-first123", "gpt2-second45"]
+
+
+def test_sweep_run_logs_to_wandb() -> None:
+    assert load_script("sweep_run").config([]).log_to_wandb
+
+
+# 12 steps, evaluated at 5, 10 and the end; without a run_name, as in sweep.yaml.
+AGENT_RUN = {name: value for name, value in SMALL_RUN.items() if name not in ("run_name", "log_to_wandb")} | {
+    "d_in": None,
+    "lr": 0.001,
+    "k": 4,
+    "architecture": "topk",
+    "use_ghost_grads": True,
+    "auxk_coefficient": 0,
+    "prepend_bos": False,
+}
+
+
+@pytest.fixture(scope="module")
+def agent_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder that the script left after a call as `wandb agent` makes it."""
+    folder = tmp_path_factory.mktemp("agent")
+    sweep_settings = folder / "wandb" / "sweep-swp12345" / "config-run67890.yaml"  # the agent writes it
+    sweep_settings.parent.mkdir(parents=True)
+    swept = {name: {"value": AGENT_RUN[name]} for name in ("lr", "k")}
+    sweep_settings.write_text(yaml.safe_dump({"wandb_version": 1, **swept}))
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(folder),
+        "WANDB_SWEEP_ID": "swp12345",
+        "WANDB_RUN_ID": "run67890",
+        "WANDB_SWEEP_PARAM_PATH": str(sweep_settings),
+    }
+    words = agent_command(AGENT_RUN | {"run_dir": str(folder / "runs")})
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (run_folder,) = (folder / "runs").iterdir()
+    return run_folder
+
+
+def test_agent_run_is_finished_in_a_folder_with_its_id(agent_run: Path) -> None:
+    assert agent_run.name == "2x-K-4-LR-0.001-Tokens-7.680e+02-run67890"
+    assert json.loads((agent_run / "status.json").read_text())["state"] == "finished"
+
+
+def test_agent_run_has_the_swept_values(agent_run: Path) -> None:
+    config = json.loads((agent_run / "config.json").read_text())["config"]
+    assert {name: config[name] for name in AGENT_RUN if name != "d_in"} == {
+        name: value for name, value in AGENT_RUN.items() if name != "d_in"
+    }
+
+
+def test_agent_run_is_logged_to_the_run_of_the_agent(agent_run: Path) -> None:
+    (file,) = wandb_files(agent_run)
+    assert file.name == "run-run67890.wandb"
+    run = the_run(file)
+    assert (run.run_id, run.sweep_id) == ("run67890", "swp12345")
+
+
+def test_agent_run_logs_the_metric_of_the_sweep(agent_run: Path) -> None:
+    (file,) = wandb_files(agent_run)
+    scores = [row["_step"] for row in history(file) if SWEEP["metric"]["name"] in row]
+    assert scores == [5, 10, 12]
