@@ -212,8 +212,9 @@ def open_run(cfg: LanguageModelSAERunnerConfig, folder: RunFolder, store: Activa
     """A new run, or the one in `folder` as its newest undamaged checkpoint has it."""
     trainer = SAETrainer(SparseAutoencoder(cfg), cfg)
     latest = checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write)
-    parts, state = checkpoint.load_checkpoint(latest) if latest else ({}, {"step": 0, "metrics_bytes": 0})
+    state: dict[str, Any] = {"step": 0, "metrics_bytes": 0}
     if latest:
+        parts, state = checkpoint.load_checkpoint(latest)
         check_same_language_model(state["language_model"], store.model, latest)
         trainer.load_state_dict({"weights": parts["sae"], **parts["trainer"]})
         store.load_state_dict(parts["store"])

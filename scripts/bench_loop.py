@@ -33,7 +33,7 @@ from sae_training.trainer import SAETrainer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="instead of SmolLM2-135M")
     parser.add_argument("--dataset", help="instead of State of the Union addresses")
     parser.add_argument("--hook", help="instead of blocks.8.hook_resid_post")

