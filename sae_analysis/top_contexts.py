@@ -78,15 +78,20 @@ def contexts_of(
 def specific_latents(
     found: TopContexts, tokens: Tensor, n: int, rarest: float = 2e-4, commonest: float = 1e-2
 ) -> list[int]:
-    """`n` latents worth a first look: rare but not too rare, firing on different tokens, strongest first."""
-    eligible = (found.density >= rarest) & (found.density <= commonest) & (found.activations[-1] > 0)
+    """`n` latents worth a first look, strongest first: rare but not too rare, and no two with the same strongest token.
+
+    Latents whose strongest tokens are all the same one are left out: they say little more than which token it was.
+    """
+    top_tokens = tokens[found.prompts, found.positions]  # (contexts, d_sae)
+    varied = (top_tokens != top_tokens[0]).sum(dim=0) >= 2
+    eligible = varied & (found.density >= rarest) & (found.density <= commonest) & (found.activations[-1] > 0)
     strength = torch.where(eligible, found.activations.mean(dim=0), torch.zeros(()))
     chosen: list[int] = []
     seen: set[int] = set()
     for latent in strength.argsort(descending=True).tolist():
         if len(chosen) == n or strength[latent] <= 0:
             break
-        top_token = int(tokens[found.prompts[0, latent], found.positions[0, latent]])
+        top_token = int(top_tokens[0, latent])
         if top_token not in seen:
             seen.add(top_token)
             chosen.append(latent)

@@ -140,6 +140,7 @@ def train(run: Run, stop: StopRequest) -> None:
             run.progress.show(metrics)
             run.write_status("training")
         if due(run.step, cfg.feature_sampling_window):
+            trainer.tracker.start_new_window()
             log_sparsity(run)
         if due(run.step, cfg.eval_every) and run.step < cfg.total_training_steps:
             run.logger.log(evaluate_now(run), run.step, run.n_training_tokens)
@@ -198,8 +199,7 @@ def stop_here(run: Run, stop: StopRequest) -> None:
 
 
 def log_sparsity(run: Run) -> None:
-    """End a window of firing counts: log how often latents fired in it."""
-    run.trainer.tracker.start_new_window()
+    """Log how often latents fired, in the window of firing counts that has just ended or (at the end) lately."""
     log_frequency = run.trainer.tracker.log_frequency()
     run.logger.log(sparsity_metrics(log_frequency, run.cfg.dead_feature_threshold), run.step, run.n_training_tokens)
     run.logger.log_histogram("plots/feature_density_line_chart", log_frequency, run.step)
@@ -337,6 +337,8 @@ def save_weights_folder(run: Run, folder: Path, aliases: tuple[str, ...], **text
 def finish(run: Run) -> None:
     """Last evaluation, final/, report.html."""
     check_finite(run, weights=True)
+    if not due(run.step, run.cfg.feature_sampling_window):
+        log_sparsity(run)
     evaluation = evaluate_now(run) | {"sparsity/dead_features": int(run.trainer.tracker.dead().sum())}
     run.logger.log(evaluation, run.step, run.n_training_tokens)
     run.sae.eval()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sae_training.dead_latents import FiringTracker
+from sae_training.losses import l1_norm
 from sae_training.trainer import StepResult
 
 
@@ -32,11 +33,11 @@ def l0(feature_acts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def training_metrics(result: StepResult, tracker: FiringTracker, n_training_tokens: int) -> dict[str, float]:
-    """The figures of a step, read off the device. `losses/l1_loss` is without its coefficient."""
-    out, l1_coefficient = result.out, result.l1_coefficient
+    """The figures of a step, read off the device. `losses/l1_loss` is the L1 norm, without its coefficient."""
+    out = result.out
     figures = {
         "losses/mse_loss": out.mse_loss,
-        "losses/l1_loss": out.l1_loss / l1_coefficient if l1_coefficient else out.feature_acts.abs().sum(-1).mean(),
+        "losses/l1_loss": l1_norm(out.feature_acts),
         "losses/ghost_grad_loss": out.ghost_grad_loss,
         "losses/overall_loss": out.loss,
         "metrics/explained_variance": explained_variance(result.x, out.sae_out),
@@ -46,7 +47,7 @@ def training_metrics(result: StepResult, tracker: FiringTracker, n_training_toke
         "sparsity/dead_features": tracker.dead().sum(),
         "details/n_training_tokens": n_training_tokens,
         "details/current_learning_rate": result.lr,
-        "details/current_l1_coefficient": l1_coefficient,
+        "details/current_l1_coefficient": result.l1_coefficient,
     }
     return {name: value.item() if isinstance(value, Tensor) else value for name, value in figures.items()}
 

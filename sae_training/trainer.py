@@ -95,6 +95,8 @@ class SAETrainer:
         return cfg.resolved_lr * factor
 
     def l1_coefficient(self, step: int) -> float:
+        if self.cfg.architecture != "standard":
+            return 0.0
         return self.cfg.l1_coefficient * warm_up_factor(step, self.cfg.l1_warm_up_steps)
 
     # ------------------------------------------------------------------------------------------------------ state

@@ -42,12 +42,13 @@ def demo_config() -> LanguageModelSAERunnerConfig:
         hook_point="blocks.2.hook_resid_post",
         dataset_path="demo",
         eval_dataset_path="demo-held-out",
-        total_training_tokens=1_000_000,
+        total_training_tokens=1_500_000,
         train_batch_size=2048,
         n_batches_in_buffer=32,
         wandb_log_frequency=20,
         n_eval_batches=4,
         dead_feature_window=200,
+        feature_sampling_window=200,
         run_name="demo",
     )
 
@@ -65,6 +66,7 @@ def smollm2_config(tokens: int) -> LanguageModelSAERunnerConfig:
         n_eval_batches=2,
         eval_every_steps=1000,
         dead_feature_window=60,
+        feature_sampling_window=100,
         run_name="demo-smollm2",
     )
 

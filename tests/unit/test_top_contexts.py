@@ -120,31 +120,35 @@ def test_text_around_a_token(
 # ------------------------------------------------------------------------------------------------- latents worth a look
 
 
-def five_latents() -> tuple[TopContexts, Tensor]:
-    """Strengths 1 to 5 with the top tokens 10, 11, 12, 12 and 14; latent 4 is too common, latent 0 too rare."""
-    tokens = torch.tensor([[0, 10, 11, 12, 14]])
-    density = torch.tensor([1e-5, 1e-3, 1e-3, 1e-3, 0.5])
-    strength = torch.arange(1.0, 6.0).expand(2, 5).clone()
-    positions = torch.tensor([1, 2, 3, 3, 4]).expand(2, 5)
-    return TopContexts(density, strength, torch.zeros(2, 5, dtype=torch.long), positions), tokens
+def six_latents() -> tuple[TopContexts, Tensor]:
+    """Strengths 1 to 6, each latent at one position of three prompts.
+
+    The strongest tokens are 10, 11, 12, 12, 14 and 15. Latent 0 is too rare, 4 too common, 5 always on the token 15.
+    """
+    tokens = torch.tensor([[0, 10, 11, 12, 14, 15], [0, 20, 21, 22, 24, 15], [0, 30, 31, 32, 34, 15]])
+    density = torch.tensor([1e-5, 1e-3, 1e-3, 1e-3, 0.5, 1e-3])
+    strength = torch.arange(1.0, 7.0).expand(3, 6).clone()
+    prompts = torch.arange(3).unsqueeze(1).expand(3, 6)
+    positions = torch.tensor([1, 2, 3, 3, 4, 5]).expand(3, 6)
+    return TopContexts(density, strength, prompts, positions), tokens
 
 
 def test_specific_latents_are_neither_rare_nor_common_and_differ_in_their_token() -> None:
-    found, tokens = five_latents()
+    found, tokens = six_latents()
     assert specific_latents(found, tokens, n=5) == [3, 1]  # 2 fires on the token of 3, and more weakly
 
 
 def test_specific_latents_are_no_more_than_asked_for() -> None:
-    found, tokens = five_latents()
+    found, tokens = six_latents()
     assert specific_latents(found, tokens, n=1) == [3]
 
 
 def test_specific_latents_fire_in_all_their_top_contexts() -> None:
-    found, tokens = five_latents()
-    found.activations[1, 3] = 0
+    found, tokens = six_latents()
+    found.activations[2, 3] = 0
     assert specific_latents(found, tokens, n=5) == [2, 1]
 
 
 def test_no_latent_in_range_gives_none() -> None:
-    found, tokens = five_latents()
+    found, tokens = six_latents()
     assert specific_latents(found, tokens, n=5, rarest=0.9, commonest=1.0) == []
