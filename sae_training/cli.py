@@ -33,7 +33,9 @@ RECIPE: Mapping[str, Any] = {
     "d_in": None,
     "lr": "auto",
     "lr_warm_up_steps": "auto",
+    "lr_scheduler_name": "linearwarmupdecay",
     "auxk_coefficient": "auto",
+    "exclude_special_tokens": True,
     "is_dataset_tokenized": None,
     "log_to_wandb": False,
     "device": "auto",
@@ -63,7 +65,8 @@ class Train(LanguageModelSAERunnerConfig, Common, ConfigFile):
     """Train a sparse autoencoder on the activations of a language model.
 
     The defaults are the recommended recipe: TopK with AuxK, d_in from the model, learning rate and
-    warm-up by measured rules, a GPU if there is one, no Weights & Biases. With --config FILE the
+    warm-up by measured rules, then a line to 0, no training on special tokens (BOS), a GPU if there
+    is one, no Weights & Biases. With --config FILE the
     file's values are the defaults, and fields that the file leaves out have the defaults of
     LanguageModelSAERunnerConfig; flags win over both. Switches also take
     a value (--log-to-wandb=False).

@@ -133,7 +133,7 @@ class LanguageModelSAERunnerConfig:
     """Precision of the autoencoder's weights: float32, bfloat16, float16 or float64."""
 
     encoder_matmul_dtype: PrecisionName = "auto"
-    """Precision of the encoder product; chosen values are recomputed in dtype."""
+    """Precision of the encoder product (this version: auto, which is dtype)."""
 
     # Loss and dead latents
 
@@ -165,7 +165,7 @@ class LanguageModelSAERunnerConfig:
     """The same in tokens; if set it is used in place of dead_feature_window."""
 
     dead_feature_threshold: float = 1e-8
-    """Firing frequency; sparsity/below_dead_feature_threshold counts the latents that fire more rarely."""
+    """Frequency below which sparsity/below_dead_feature_threshold counts a latent."""
 
     # Training
 
@@ -182,7 +182,7 @@ class LanguageModelSAERunnerConfig:
     """Course of the learning rate."""
 
     lr_warm_up_steps: OneOrMany[int | Literal["auto"]] = 500
-    """Steps over which the learning rate rises linearly; auto is 5% of the run, at most 1000."""
+    """Steps of linear warm-up, in schedulers that have one; auto is 5% of the run, at most 1000."""
 
     lr_decay_steps: int = 0
     """Steps at the end over which the learning rate falls linearly to 0."""
@@ -231,7 +231,7 @@ class LanguageModelSAERunnerConfig:
     """Batches of store_batch_size contexts held out for evaluation; 0 holds out none."""
 
     eval_every_steps: int | None = None
-    """Steps between evaluations; None is 10 x wandb_log_frequency."""
+    """Steps between evaluations; None is 10 x wandb_log_frequency, 0 turns all evaluation off."""
 
     # Logging
 
@@ -378,15 +378,8 @@ class LanguageModelSAERunnerConfig:
         return min(auto_auxk_k(self.d_in), self.d_in * self.expansion_factor)
 
     @property
-    def dead_window_steps(self) -> int:
-        """Steps without firing after which a latent counts as dead."""
-        if self.dead_feature_window_tokens is None:
-            return self.dead_feature_window
-        return math.ceil(self.dead_feature_window_tokens / self.train_batch_size)
-
-    @property
     def eval_every(self) -> int:
-        """Steps between evaluations."""
+        """Steps between evaluations; 0 for none."""
         if self.eval_every_steps is None:
             return 10 * self.wandb_log_frequency
         return self.eval_every_steps

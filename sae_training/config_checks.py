@@ -58,7 +58,6 @@ POSITIVE = (
     "clip_grad_norm",
     "grad_acc_steps",
     "micro_batch_size",
-    "eval_every_steps",
     "wandb_log_frequency",
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
@@ -75,6 +74,7 @@ NOT_NEGATIVE = (
     "lr_warm_up_steps",
     "lr_decay_steps",
     "lr_end",
+    "eval_every_steps",
     "n_eval_batches",
     "n_checkpoints",
     "seed",
@@ -89,6 +89,7 @@ BUILT: dict[str, tuple[object, ...]] = {
     "normalize_activations": ("none",),
     "feature_sampling_method": (None,),
     "optimizer": ("adam",),
+    "encoder_matmul_dtype": ("auto", "float32"),
     "grad_acc_steps": (1,),
     "micro_batch_size": (None,),
     "use_cached_activations": (False,),
@@ -324,6 +325,15 @@ def _too_few_tokens(cfg: Config) -> str | None:
     )
 
 
+def _decay_too_long(cfg: Config) -> str | None:
+    if cfg.lr_decay_steps <= cfg.total_training_tokens // cfg.train_batch_size:
+        return None
+    return (
+        f"lr_decay_steps: found {cfg.lr_decay_steps}, expected at most the run's "
+        f"{cfg.total_training_tokens // cfg.train_batch_size} steps; lower it"
+    )
+
+
 def _two_remedies(cfg: Config) -> str | None:
     if not cfg.use_ghost_grads or cfg.resolved_auxk_coefficient == 0:
         return None
@@ -351,6 +361,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = 
         _batch_too_large,
     ),
     (("total_training_tokens", "train_batch_size"), _too_few_tokens),
+    (("lr_decay_steps", "total_training_tokens", "train_batch_size"), _decay_too_long),
     (("use_ghost_grads", "auxk_coefficient", "architecture"), _two_remedies),
     (("checkpoint_path", "run_dir"), _two_run_folders),
 )

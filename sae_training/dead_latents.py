@@ -10,9 +10,8 @@ class FiringTracker:
     """Counts, for each latent, the steps and tokens since it last fired and how often it fires.
 
     A latent fires on a row when its activation is above zero, and is dead when it has not fired for more than
-    `dead_window` steps (or, if given, for more than `dead_window_tokens` tokens). Frequencies are counted in windows of
-    `sampling_window` steps; the last full window is kept until the next is full, so that there is always a stable
-    figure.
+    `dead_window` steps (or, if given, for more than `dead_window_tokens` tokens). Frequencies are counted in windows
+    that the caller ends; the last one is kept until the next ends, so that there is always a stable figure.
     """
 
     def __init__(
@@ -20,12 +19,10 @@ class FiringTracker:
         d_sae: int,
         dead_window: int,
         dead_window_tokens: int | None,
-        sampling_window: int,
         device: torch.device | str = "cpu",
     ) -> None:
         self.dead_window = dead_window
         self.dead_window_tokens = dead_window_tokens
-        self.sampling_window = sampling_window
         counters = torch.zeros(4, d_sae, dtype=torch.int64, device=device)
         self.steps_since_fired, self.tokens_since_fired, self.fired, self.fired_last_window = counters
         self.window_tokens = 0
@@ -47,9 +44,6 @@ class FiringTracker:
         if self.dead_window_tokens is not None:
             return self.tokens_since_fired > self.dead_window_tokens
         return self.steps_since_fired > self.dead_window
-
-    def window_is_full(self, step: int) -> bool:
-        return step % self.sampling_window == 0
 
     def start_new_window(self) -> None:
         self.fired_last_window.copy_(self.fired)

@@ -121,9 +121,10 @@ class RowMoments:
         norms, out_norms = rows.norm(dim=-1), out.sae_out.norm(dim=-1)
         active = out.feature_acts > 0
         self.n_rows += len(rows)
-        self.sum += rows.double().sum(dim=0).cpu()
-        self.sum_squares += rows.double().pow(2).sum().item()
-        self.squared_error += (out.sae_out - rows).double().pow(2).sum().item()
+        exact, exact_error = rows.cpu().double(), (out.sae_out - rows).cpu().double()  # mps has no float64
+        self.sum += exact.sum(dim=0)
+        self.sum_squares += exact.pow(2).sum().item()
+        self.squared_error += exact_error.pow(2).sum().item()
         self.l0 += active.sum().item()
         self.out_norm += out_norms.sum().item()
         self.norm_ratio += (out_norms / norms.clamp_min(1e-12)).sum().item()

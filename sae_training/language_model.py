@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformer_lens
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
@@ -36,14 +35,9 @@ __all__ = [
     "fingerprint",
     "language_model_dtype",
     "load_language_model",
-    "transformer_lens_version",
 ]
 
 LanguageModel = Any  # HookedTransformer or TransformerBridge: they share methods, not a base class
-
-
-def transformer_lens_version() -> str:
-    return str(getattr(transformer_lens, "__version__", "unknown"))
 
 
 # ----------------------------------------------------------------------------------------------------------- loading

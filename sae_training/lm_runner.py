@@ -24,7 +24,13 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_io import config_to_dict
 from sae_training.evals import evaluate
 from sae_training.interrupt import StopRequest, TrainingInterrupted
-from sae_training.language_model import LanguageModel, find_hook_site, fingerprint, load_language_model
+from sae_training.language_model import (
+    LanguageModel,
+    find_hook_site,
+    fingerprint,
+    language_model_dtype,
+    load_language_model,
+)
 from sae_training.metrics import sparsity_metrics, training_metrics
 from sae_training.progress import Progress
 from sae_training.report import write_report
@@ -83,6 +89,8 @@ def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = 
         model = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype)
     site = find_hook_site(model, cfg.resolved_hook_point, cfg.hook_point_head_index, cfg.d_in)
     cfg = dataclasses.replace(cfg, d_in=site.d_in)
+    if cfg.lm_dtype == "auto":  # said in the folder, so that another machine loads the same precision
+        cfg = dataclasses.replace(cfg, lm_dtype=str(language_model_dtype("auto", cfg.device)).removeprefix("torch."))
     return run_in_folder(choose_run_folder(cfg), cfg, model, dataset)
 
 
@@ -142,7 +150,7 @@ def train(run: Run, stop: StopRequest) -> None:
         if due(run.step, cfg.feature_sampling_window):
             trainer.tracker.start_new_window()
             log_sparsity(run)
-        if due(run.step, cfg.eval_every) and run.step < cfg.total_training_steps:
+        if due(run.step, cfg.eval_every) and run.step < cfg.total_training_steps and len(run.held_out):
             run.logger.log(evaluate_now(run), run.step, run.n_training_tokens)
         if run.step in snapshots:
             save_weights_folder(run, run.folder.path / "snapshots" / f"step_{run.step}", aliases=())
@@ -154,8 +162,12 @@ def train(run: Run, stop: StopRequest) -> None:
 
 
 def evaluate_now(run: Run) -> dict[str, float]:
-    """The figures of `evaluate`; none if the config holds no text out (n_eval_batches=0)."""
-    return evaluate(run.sae, run.store, run.held_out) if len(run.held_out) else {}
+    """The figures of `evaluate`; none with evaluation off (eval_every_steps=0) or no text held out
+    (n_eval_batches=0).
+    """
+    if run.cfg.eval_every == 0 or len(run.held_out) == 0:
+        return {}
+    return evaluate(run.sae, run.store, run.held_out)
 
 
 def due(step: int, every: int | None) -> bool:
@@ -358,4 +370,9 @@ def evaluate_run(path: str | Path) -> dict[str, float]:
     sae = SparseAutoencoder.load_from_pretrained(path)
     model = load_language_model(cfg.model_name, str(sae.device), cfg.lm_dtype)
     store = ActivationsStore(sae.cfg, model)
-    return evaluate(sae, store, store.held_out_tokens())
+    tokens = store.held_out_tokens()
+    if len(tokens) == 0:
+        raise ValueError(
+            f"{path}: this run holds no text out (n_eval_batches=0), so there is nothing to evaluate it on."
+        )
+    return evaluate(sae, store, tokens)

@@ -23,8 +23,12 @@ def centred_norm(x: Tensor) -> Tensor:
 
 
 def normalised_squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Elementwise (x_hat - x)^2 / ||x - mean_batch(x)||_2, shape (rows, d); its mean is the MSE loss."""
-    return (x_hat - x).pow(2) / centred_norm(x)
+    """Elementwise (x_hat - x)^2 / ||x - mean_batch(x)||_2, shape (rows, d); its mean is the MSE loss.
+
+    In float32 at least: in float16 the square of an error of 256 is infinite, which divided by the norm it is not.
+    """
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    return ((x_hat.to(wide) - x.to(wide)).pow(2) / centred_norm(x.to(wide))).to(dtype)
 
 
 def l1_norm(feature_acts: Tensor) -> Tensor:
@@ -67,12 +71,14 @@ def auxk_loss(x: Tensor, sae_out: Tensor, hidden_pre: Tensor, W_dec: Tensor, dea
     predicting the mean row, so that a coefficient of 1/32 means what it means in the paper. The gradient reaches the
     encoder and the decoder rows of the chosen dead latents, and b_dec through the encoder's input.
     """
-    error = (x - sae_out).detach()
+    error = (x - sae_out).detach().float()
     dead_pre = hidden_pre[:, dead]
     values, indices = dead_pre.topk(min(k_aux, dead_pre.shape[-1]), dim=-1, sorted=False)
     codes = torch.zeros_like(dead_pre).scatter(-1, indices, values.relu())
-    error_hat = codes @ W_dec[dead]
+    error_hat = (codes @ W_dec[dead]).float()
     variance = (error - error.mean(dim=0)).pow(2).mean()
-    ratio = ((error_hat - error).pow(2).mean() / variance).nan_to_num(0, posinf=0)
-    unit = normalised_squared_error(x.mean(dim=0, keepdim=True), x).mean().detach()
-    return ratio * unit
+    # Without variance (one row, or equal rows) there is nothing to predict: the loss and its gradient are 0. A ratio
+    # by 0 whose value alone is mended would still have a gradient of NaN.
+    weight = torch.where(variance > 0, 1 / torch.where(variance > 0, variance, 1.0), 0.0)
+    unit = normalised_squared_error(x.mean(dim=0, keepdim=True), x).float().mean().detach()
+    return ((error_hat - error).pow(2).mean() * weight * unit).to(x.dtype)

@@ -12,13 +12,13 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sae_training.bundled import bundled_model, bundled_text
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_io import WATCHING_FIELDS, config_differences, config_from_dict, config_to_dict
 from sae_training.weights import write_text
@@ -39,7 +39,8 @@ class RunFolder:
 
     def __init__(self, path: Path, cfg: LanguageModelSAERunnerConfig) -> None:
         self.path = path
-        self.is_new = not (path / CONFIG_FILE).exists()
+        self.is_new = not path.exists()
+        self.made_parent = not path.parent.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(path / LOCK_FILE)
@@ -85,8 +86,8 @@ class RunFolder:
         """Remove the folder if this process made it: a run that could not start leaves nothing to be resumed."""
         if self.is_new:
             shutil.rmtree(self.path)
-            with suppress(OSError):
-                self.path.parent.rmdir()  # goes only if nothing else is in it
+            if self.made_parent:
+                self.path.parent.rmdir()
 
 
 def choose_run_folder(cfg: LanguageModelSAERunnerConfig) -> Path:
@@ -145,15 +146,19 @@ def with_absolute_paths(cfg: LanguageModelSAERunnerConfig) -> LanguageModelSAERu
     changes = {}
     for name in ("model_name", "dataset_path", "eval_dataset_path", "from_pretrained_path"):
         value = getattr(cfg, name)
-        if value is not None and is_local(value):
+        if value is not None and is_local(name, value):
             changes[name] = str(Path(value).expanduser().resolve())
     return dataclasses.replace(cfg, **changes)
 
 
-def is_local(value: str) -> bool:
-    """Whether a model or data set is a local path: a file, or a folder written with a slash ("gpt2" is a name)."""
+def is_local(field: str, value: str) -> bool:
+    """Whether the value is a path here. A bare word is one if it holds what the field needs, but "demo" is a name."""
     path = Path(value).expanduser()
-    return path.is_file() or (os.sep in value and path.exists())
+    if os.sep in value or path.is_file():
+        return path.exists()
+    if value == bundled_model(value) == bundled_text(value):
+        return (path / "config.json").is_file() if field == "model_name" else path.is_dir() and any(path.iterdir())
+    return False
 
 
 def current_holder(folder: Path) -> str:

@@ -190,10 +190,14 @@ class SparseAutoencoder(HookedRootModule):
     # ------------------------------------------------------------------------------------------------ name and files
 
     def get_name(self) -> str:
-        """sparse_autoencoder_{model}_{hook}_{d_sae}, with _head{h} after the hook for a single head."""
+        """sparse_autoencoder_{model}_{hook}_{d_sae}, with _head{h} after the hook for a single head.
+
+        A local model is named by its folder alone.
+        """
+        model = Path(self.cfg.model_name).name if Path(self.cfg.model_name).is_absolute() else self.cfg.model_name
+        hook = getattr(self.cfg, "resolved_hook_point", self.cfg.hook_point)
         head = option(self.cfg, "hook_point_head_index")
-        hook = option(self.cfg, "hook_point") if head is None else f"{self.cfg.hook_point}_head{head}"
-        return f"sparse_autoencoder_{self.cfg.model_name}_{hook}_{self.d_sae}"
+        return f"sparse_autoencoder_{model}_{hook}{'' if head is None else f'_head{head}'}_{self.d_sae}"
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, parameter.detach()) for name, parameter in self.named_parameters())

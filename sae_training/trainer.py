@@ -37,7 +37,6 @@ class SAETrainer:
             sae.d_sae,
             cfg.dead_feature_window,
             cfg.dead_feature_window_tokens,
-            cfg.feature_sampling_window,
             sae.device,
         )
         self.non_finite = torch.zeros((), device=sae.device)
@@ -55,11 +54,16 @@ class SAETrainer:
         if self.cfg.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.cfg.clip_grad_norm)
 
-        not_finite = ~torch.isfinite(out.loss.detach())
+        not_finite = ~torch.isfinite(out.loss.detach() + self.gradient_sum())
         self.update(lr, not_finite)
         self.sae.set_decoder_norm_to_unit_norm(unless=not_finite)
         self.tracker.update(out.feature_acts.detach())
         return StepResult(x, ForwardOutput(*(t.detach() for t in out)), lr, l1_coefficient)
+
+    def gradient_sum(self) -> Tensor:
+        """A number that is not finite if any gradient is not."""
+        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
+        return torch.stack([gradient.abs().sum(dtype=torch.float32) * 0 for gradient in gradients]).sum()
 
     def update(self, lr: float, not_finite: Tensor) -> None:
         """The optimizer step, skipped on the device itself where the loss is not finite: no wait for the host."""
@@ -73,7 +77,9 @@ class SAETrainer:
     def check_finite(self) -> None:
         """Raise NonFiniteLoss if any step so far had a loss that was not finite. Reads one number off the device."""
         if self.non_finite.item():
-            raise NonFiniteLoss("the loss is not finite (NaN or infinite), and the weights were not updated with it")
+            raise NonFiniteLoss(
+                "the loss is not finite, or a gradient (NaN or infinite); the weights were not updated with it"
+            )
 
     def check_weights(self) -> None:
         """Raise NonFiniteLoss if a weight is not finite: an update can overflow before any loss shows it."""

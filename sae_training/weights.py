@@ -112,7 +112,9 @@ def plain_config(cfg: Any) -> dict[str, Any]:
     if isinstance(cfg, LanguageModelSAERunnerConfig):
         return config_to_dict(cfg)
     return {
-        name: value if isinstance(value, (int, float, str, bool, list, type(None))) else str(value)
+        name: value
+        if isinstance(value, (int, float, str, bool, list, type(None)))
+        else str(value).removeprefix("torch.")
         for name, value in vars(cfg).items()
     }
 

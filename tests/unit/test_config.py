@@ -486,12 +486,6 @@ def test_automatic_auxk_k_asks_for_d_in() -> None:
         _ = Config(d_in=None).resolved_auxk_k
 
 
-def test_dead_window_in_tokens_wins_and_rounds_up() -> None:
-    assert Config(dead_feature_window=7).dead_window_steps == 7
-    cfg = Config(dead_feature_window=7, dead_feature_window_tokens=8193)
-    assert cfg.dead_window_steps == 3
-
-
 def test_evals_come_every_ten_logged_rows_unless_given() -> None:
     assert Config(wandb_log_frequency=30).eval_every == 300
     assert Config(eval_every_steps=7).eval_every == 7

@@ -8,7 +8,7 @@ from sae_training.dead_latents import FiringTracker
 
 
 def tracker(**changes) -> FiringTracker:
-    return FiringTracker(**{"d_sae": 3, "dead_window": 2, "dead_window_tokens": None, "sampling_window": 10, **changes})
+    return FiringTracker(**{"d_sae": 3, "dead_window": 2, "dead_window_tokens": None, **changes})
 
 
 def test_latent_is_dead_only_after_more_steps_than_the_window() -> None:

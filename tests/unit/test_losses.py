@@ -126,6 +126,25 @@ def test_auxk_gradient_reaches_the_encoder_of_chosen_dead_latents_only() -> None
     assert (case["W_dec"].grad != 0).any(dim=1).tolist() == [True, False, True]
 
 
+def test_auxk_of_one_row_has_no_loss_and_a_gradient_of_zero() -> None:
+    # One row's error has no variance around the mean error, so there is nothing to predict.
+    case = {name: tensor[:1] if name != "W_dec" else tensor for name, tensor in auxk_case().items()}
+    pre = case["hidden_pre"].detach().requires_grad_()
+    loss = auxk_loss(**(case | {"hidden_pre": pre}), dead=AUXK_DEAD, k_aux=1)
+    loss.backward()
+    assert loss.item() == 0
+    assert not pre.grad.any()
+
+
+def test_squared_error_of_large_activations_is_finite_in_float16() -> None:
+    # An error of 3000 squares to 9e6, above float16's 65,504; over the norm it is about 3000.
+    x = torch.zeros(2, 4, dtype=torch.float16)
+    x[0, 0] = 6000
+    error = normalised_squared_error(x / 2, x)
+    assert error.dtype == torch.float16
+    assert error[0, 0].item() == pytest.approx(3000**2 / 3000, rel=1e-3)
+
+
 def test_auxk_with_a_perfect_reconstruction_is_zero() -> None:
     case = auxk_case()
     case["sae_out"] = case["x"]

@@ -55,7 +55,7 @@ def step_result(l1_coefficient: float = 0.25, l1_loss: float = 0.5) -> StepResul
 
 def tracker() -> FiringTracker:
     """Latents silent for 3 and 1 steps, dead from 3 on."""
-    counts = FiringTracker(d_sae=2, dead_window=2, dead_window_tokens=None, sampling_window=10)
+    counts = FiringTracker(d_sae=2, dead_window=2, dead_window_tokens=None)
     counts.update(torch.tensor([[1.0, 1.0]]))
     for acts in ([[0.0, 1.0]], [[0.0, 1.0]], [[0.0, 0.0]]):
         counts.update(torch.tensor(acts))

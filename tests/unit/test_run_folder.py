@@ -306,3 +306,32 @@ def test_names_stay_names(small_config: Make, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     cfg = small_config(dataset_path="demo", model_name="gpt2", eval_dataset_path="owner/not-here")
     assert with_absolute_paths(cfg) == cfg
+
+
+def test_start_that_fails_in_a_folder_that_was_there_deletes_nothing(small_config: Make, tmp_path: Path) -> None:
+    path = tmp_path / "proj" / "results"
+    path.mkdir(parents=True)
+    (path / "notes.txt").write_text("mine")
+    folder = RunFolder(path, small_config())
+    folder.discard_if_new()
+    folder.release()
+    assert (path / "notes.txt").read_text() == "mine"
+
+
+def test_start_that_fails_in_a_new_folder_leaves_none(small_config: Make, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "run", small_config())
+    folder.discard_if_new()
+    folder.release()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bare_folder_names_that_hold_data_become_absolute(
+    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_model").mkdir()
+    (tmp_path / "my_model" / "config.json").write_text("{}")
+    (tmp_path / "my_text").mkdir()
+    (tmp_path / "my_text" / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    cfg = with_absolute_paths(small_config(model_name="my_model", dataset_path="my_text"))
+    assert (cfg.model_name, cfg.dataset_path) == (str(tmp_path / "my_model"), str(tmp_path / "my_text"))

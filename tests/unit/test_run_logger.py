@@ -471,7 +471,6 @@ DYING_SERVICE = """
 import os, signal, sys, time
 from pathlib import Path
 from sae_training.run_logger import RunLogger
-from wandb_file import artifacts, history, the_run, wandb_files, wandb_records
 
 def wandb_service():
     for entry in Path("/proc").iterdir():

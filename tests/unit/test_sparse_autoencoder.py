@@ -224,6 +224,8 @@ MATS_CONFIG = {
     "use_ghost_grads": True,
     "tokens_per_buffer": 10,
     "checkpoint_path": "checkpoints/abc",
+    "lr_scheduler_name": None,
+    "train_batch_size": 10**9,
 }
 
 
@@ -273,6 +275,11 @@ def test_old_file_loads_without_its_config_class(
     assert (sae.cfg.model_name, sae.cfg.hook_point, sae.cfg.d_sae) == ("gpt2-small", "blocks.8.hook_resid_pre", 12)
 
 
+def test_name_takes_the_layer_into_the_hook_and_of_a_local_model_its_folder() -> None:
+    sae = small(hook_point="blocks.{layer}.hook_resid_pre", hook_point_layer=3, model_name="/models/tiny")
+    assert sae.get_name() == "sparse_autoencoder_tiny_blocks.3.hook_resid_pre_12"
+
+
 class Bomb:
     """Unpickling it would create the file."""
 
@@ -295,7 +302,11 @@ def test_a_duck_typed_config_of_the_mats_era_is_enough(tmp_path: Path) -> None:
     cfg = SimpleNamespace(
         model_name="m", hook_point="h", d_in=4, d_sae=12, l1_coefficient=1e-3, dtype=torch.float32, device="cpu", seed=1
     )
-    assert SparseAutoencoder(cfg)(rows(3)).loss.isfinite()
+    sae = SparseAutoencoder(cfg)
+    assert sae(rows(3)).loss.isfinite()
+    sae.cfg.expansion_factor = 3
+    sae.save_model(tmp_path / "sae")
+    assert torch.equal(SparseAutoencoder.load_from_pretrained(tmp_path / "sae").W_enc, sae.W_enc)
 
 
 @pytest.mark.parametrize(
