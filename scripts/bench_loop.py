@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--hook", help="instead of blocks.8.hook_resid_post")
     parser.add_argument("--tokens", type=int, default=120_000, help="training tokens of each run")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--without-evals", action="store_true", help="leave the run with default evaluations out")
     arguments = parser.parse_args()
 
     cfg = bench_config(arguments)
@@ -52,6 +53,8 @@ def main() -> None:
         "run_s": lambda: time_run(cfg, model),
         "run_with_evals_s": lambda: time_run(with_evals, model),
     }
+    if arguments.without_evals:
+        del timers["run_with_evals_s"]
     times: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(arguments.rounds):
         for name, timer in timers.items():
@@ -144,7 +147,7 @@ def result(cfg: LanguageModelSAERunnerConfig, times: dict[str, list[float]]) -> 
         **{name: round(value, 2) for name, value in median.items()},
         "ratio": round(median["run_s"] / floor, 3),
         "ratio_rows_served_only": round(median["run_s"] / (served_forward + median["step_s"]), 3),
-        "ratio_with_evals": round(median["run_with_evals_s"] / floor, 3),
+        "ratio_with_evals": round(median["run_with_evals_s"] / floor, 3) if "run_with_evals_s" in median else None,
         "all_times": {name: [round(value, 2) for value in values] for name, values in times.items()},
     }
 
