@@ -13,7 +13,7 @@ from sae_training import evals
 from sae_training.activations import harvest
 from sae_training.activations_store import ActivationsStore
 from sae_training.bundled import DEMO_HELD_OUT_TEXT, DEMO_MODEL
-from sae_training.evals import cross_entropy_sum, evaluate, kl_sum, pattern_kl_sum
+from sae_training.evals import cross_entropy_sum, evaluate, next_token_logprobs, pattern_kl_sum, row_dots
 from sae_training.lm_runner import language_model_sae_runner
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
@@ -179,14 +179,17 @@ def test_dead_fraction_counts_latents_that_never_fire(make_store: Make, tokens: 
 def test_cross_entropy_sum_by_hand() -> None:
     # Position 0 gives token 1 the odds 3 : 1, position 1 gives token 0 the odds 1 : 1; position 2 predicts nothing.
     logits = torch.tensor([[[0.0, math.log(3)], [0.0, 0.0], [5.0, 0.0]]])
-    assert cross_entropy_sum(logits, torch.tensor([[0, 1, 0]])) == pytest.approx(math.log(4 / 3) + math.log(2))
+    assert cross_entropy_sum(next_token_logprobs(logits), torch.tensor([1, 0])) == pytest.approx(
+        math.log(4 / 3) + math.log(2)
+    )
 
 
-def test_kl_sum_by_hand() -> None:
+def test_kl_by_row_dots_by_hand() -> None:
     # Position 0: (1/4, 3/4) against (1/2, 1/2); position 1 is the last and does not count.
-    clean = torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log()
-    expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
-    assert kl_sum(clean, torch.zeros(1, 2, 2)) == pytest.approx(expected)
+    clean = next_token_logprobs(torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log())
+    changed = next_token_logprobs(torch.zeros(1, 2, 2))
+    kl = row_dots(clean.exp(), clean) - row_dots(clean.exp(), changed)
+    assert kl.tolist() == pytest.approx([0.25 * math.log(0.5) + 0.75 * math.log(1.5)])
 
 
 def test_pattern_kl_sum_is_in_bits_and_skips_masked_keys() -> None:
