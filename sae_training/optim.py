@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import get_args
 
 import torch
 
-SCHEDULERS = (
-    "constant",
-    "constantwithwarmup",
-    "linearwarmupdecay",
-    "cosineannealing",
-    "cosineannealingwarmup",
-    "cosineannealingwarmrestarts",
-)
+from sae_training.config import SchedulerName
+
+SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
 WITH_WARM_UP = ("constantwithwarmup", "linearwarmupdecay", "cosineannealingwarmup")
 
 
