@@ -39,9 +39,12 @@ PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 
 # What "auto" means, by architecture: the learning rate is scale / sqrt(d_sae / 2**14), or scale
 # itself.
-AUTO_LR_SCALE: dict[str, float] = {"standard": 4e-4, "topk": 6.4e-4}
-AUTO_LR_FALLS_WITH_WIDTH: dict[str, bool] = {"standard": False, "topk": True}
-AUTO_AUXK_COEFFICIENT: dict[str, float] = {"standard": 0.0, "topk": 1 / 32}
+FIXED_SIZE = ("topk", "batchtopk", "matryoshka")
+AUTO_LR_SCALE: dict[str, float] = {"standard": 4e-4, "jumprelu": 4e-4, "gated": 4e-4} | dict.fromkeys(
+    FIXED_SIZE, 6.4e-4
+)
+AUTO_LR_FALLS_WITH_WIDTH: tuple[str, ...] = FIXED_SIZE
+AUTO_AUXK_COEFFICIENT: dict[str, float] = dict.fromkeys(FIXED_SIZE, 1 / 32)
 AUTO_WARM_UP_MAX_STEPS = 1000
 AUTO_WARM_UP_SHARE = 0.05
 
@@ -106,19 +109,31 @@ class LanguageModelSAERunnerConfig:
     # Autoencoder
 
     architecture: OneOrMany[Architecture] = "standard"
-    """standard is ReLU with L1, topk keeps the k largest (this version: these two)."""
+    """standard is ReLU with L1, topk keeps the k largest; all are in architectures.py."""
 
     expansion_factor: OneOrMany[int] = 4
     """Latents per input dimension: d_sae = d_in * expansion_factor."""
 
     k: OneOrMany[int] = 32
-    """Active latents per token (topk)."""
+    """Active latents per token (topk, batchtopk, matryoshka)."""
+
+    k_anneal_steps: int = 0
+    """Steps over which the active latents fall linearly from min(d_sae / 2, 8k) to k."""
 
     multi_topk: bool = False
-    """Add the reconstruction from 4k latents to the loss at weight 1/8 (not in this version)."""
+    """Add the reconstruction from 4k latents to the loss at weight 1/8 (topk)."""
 
     matryoshka_widths: tuple[int, ...] = ()
-    """Sizes of the nested dictionaries (not in this version)."""
+    """Sizes of the nested dictionaries inside the whole, ascending (matryoshka)."""
+
+    matryoshka_selection: Literal["batchtopk", "topk"] = "batchtopk"
+    """How matryoshka chooses its active latents."""
+
+    jumprelu_bandwidth: float = 0.05
+    """Width of the kernel of jumprelu's straight-through estimators."""
+
+    jumprelu_init_threshold: float = 0.1
+    """Threshold that all latents of jumprelu start with, in units of the activations."""
 
     b_dec_init_method: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
     """Starting value of the decoder bias, from the first buffer of activations."""
@@ -133,18 +148,33 @@ class LanguageModelSAERunnerConfig:
     """Precision of the autoencoder's weights: float32, bfloat16, float16 or float64."""
 
     encoder_matmul_dtype: PrecisionName = "auto"
-    """Precision of the encoder product (this version: auto, which is dtype)."""
+    """Precision in which training chooses latents; auto is bfloat16 where that is fast."""
 
     # Loss and dead latents
 
     l1_coefficient: OneOrMany[float] = 1e-3
-    """Weight of the L1 penalty (standard)."""
+    """Weight of the sparsity penalty (standard and gated: L1, jumprelu: L0)."""
 
     l1_warm_up_steps: int = 0
-    """Steps over which the L1 weight rises linearly from 0."""
+    """Steps over which the weight of the sparsity penalty rises linearly from 0."""
+
+    lp_norm: float = 1.0
+    """Power of the activations in the penalty: 1 is L1 (standard, gated)."""
+
+    scale_sparsity_penalty_by_decoder_norm: bool = False
+    """Penalise activation times decoder norm, and leave the decoder's norms free."""
+
+    target_l0: float | None = None
+    """L0 that jumprelu aims at, by the penalty (L0 / target_l0 - 1)^2; None penalises L0 itself."""
+
+    jumprelu_sparsity_loss_mode: Literal["step", "tanh"] = "step"
+    """Penalty of jumprelu: step is L0, tanh the sum of tanh(jumprelu_tanh_scale * activation)."""
+
+    jumprelu_tanh_scale: float = 4.0
+    """Steepness of the tanh penalty."""
 
     auxk_coefficient: float | Literal["auto"] = 0.0
-    """Weight of the AuxK loss for dead latents; auto is 1/32 for topk, 0 for standard."""
+    """Weight of the AuxK loss for dead latents; auto is 1/32 with a fixed k, else 0."""
 
     auxk_k: int | None = None
     """Dead latents per token that the AuxK loss uses; None is the power of two near d_in / 2."""
@@ -333,7 +363,7 @@ class LanguageModelSAERunnerConfig:
         if self.run_name is not None:
             return self.run_name
         width = f"{self.expansion_factor}x" if self.d_sae is None else self.d_sae
-        sparsity = f"L1-{self.l1_coefficient}" if self.architecture == "standard" else f"K-{self.k}"
+        sparsity = f"K-{self.k}" if self.architecture in FIXED_SIZE else f"L1-{self.l1_coefficient}"
         lr = self.lr if self.d_sae is None else f"{self.resolved_lr:.3g}" if self.lr == "auto" else self.lr
         return f"{width}-{sparsity}-LR-{lr}-Tokens-{self.total_training_tokens:3.3e}"
 
@@ -365,7 +395,7 @@ class LanguageModelSAERunnerConfig:
     def resolved_auxk_coefficient(self) -> float:
         """auxk_coefficient, with "auto" replaced by its rule."""
         if self.auxk_coefficient == "auto":
-            return AUTO_AUXK_COEFFICIENT[self.architecture]
+            return AUTO_AUXK_COEFFICIENT.get(self.architecture, 0.0)
         return self.auxk_coefficient
 
     @property
@@ -388,7 +418,7 @@ class LanguageModelSAERunnerConfig:
 def auto_lr(architecture: str, d_sae: int | None) -> float:
     """Learning rate that "auto" stands for."""
     scale = AUTO_LR_SCALE[architecture]
-    if not AUTO_LR_FALLS_WITH_WIDTH[architecture]:
+    if architecture not in AUTO_LR_FALLS_WITH_WIDTH:
         return scale
     if d_sae is None:
         raise ValueError(_needs_d_in("lr", "auto"))

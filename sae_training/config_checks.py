@@ -63,12 +63,18 @@ POSITIVE = (
     "checkpoint_every_minutes",
     "keep_checkpoints",
     "matryoshka_widths",
+    "lp_norm",
+    "target_l0",
+    "jumprelu_bandwidth",
+    "jumprelu_init_threshold",
+    "jumprelu_tanh_scale",
 )
 NOT_NEGATIVE = (
     "hook_point_layer",
     "hook_point_head_index",
     "l1_coefficient",
     "l1_warm_up_steps",
+    "k_anneal_steps",
     "auxk_coefficient",
     "dead_feature_threshold",
     "lr_warm_up_steps",
@@ -83,13 +89,9 @@ NOT_EMPTY = ("model_name", "hook_point", "dataset_path", "dataset_split", "run_d
 
 # What this version does of each option that has values it does not know how to train yet.
 BUILT: dict[str, tuple[object, ...]] = {
-    "architecture": ("standard", "topk"),
-    "multi_topk": (False,),
-    "matryoshka_widths": ((),),
     "normalize_activations": ("none",),
     "feature_sampling_method": (None,),
     "optimizer": ("adam",),
-    "encoder_matmul_dtype": ("auto", "float32"),
     "grad_acc_steps": (1,),
     "micro_batch_size": (None,),
     "use_cached_activations": (False,),
@@ -293,13 +295,40 @@ def _reads_as_number(text: str) -> bool:
 
 
 def _k_too_large(cfg: Config) -> str | None:
-    if cfg.architecture != "topk" or cfg.d_sae is None or cfg.k <= cfg.d_sae:
+    if cfg.architecture not in ("topk", "batchtopk", "matryoshka") or cfg.d_sae is None or cfg.k <= cfg.d_sae:
         return None
     return (
         f"k: found {cfg.k}, expected at most d_sae = {cfg.d_sae} "
         f"(d_in {cfg.d_in} x expansion_factor {cfg.expansion_factor}); "
         "lower k or raise expansion_factor"
     )
+
+
+def _widths_not_nested(cfg: Config) -> str | None:
+    widths = cfg.matryoshka_widths
+    if cfg.architecture != "matryoshka":
+        return (
+            f"matryoshka_widths: found {widths} with architecture {cfg.architecture}; leave it out" if widths else None
+        )
+    ascending = all(a < b for a, b in zip(widths, widths[1:], strict=False))
+    if widths and ascending and (cfg.d_sae is None or widths[-1] <= cfg.d_sae):
+        return None
+    return (
+        f"matryoshka_widths: found {list(widths)}, expected sizes of nested dictionaries, ascending and at most d_sae"
+        f"{'' if cfg.d_sae is None else f' = {cfg.d_sae}'}; for instance d_sae / 8, d_sae / 4 and d_sae / 2"
+    )
+
+
+def _option_of_another(cfg: Config) -> str | None:
+    """An option that the architecture would silently ignore."""
+    if cfg.multi_topk and cfg.architecture != "topk":
+        return f"multi_topk: found True with architecture {cfg.architecture}, expected topk; set one of them"
+    if cfg.target_l0 is not None and (cfg.architecture != "jumprelu" or cfg.jumprelu_sparsity_loss_mode != "step"):
+        return (
+            f"target_l0: found {cfg.target_l0} with architecture {cfg.architecture} and jumprelu_sparsity_loss_mode "
+            f"{cfg.jumprelu_sparsity_loss_mode}, expected jumprelu and step; leave it out"
+        )
+    return None
 
 
 def _batch_too_large(cfg: Config) -> str | None:
@@ -356,6 +385,8 @@ def _two_run_folders(cfg: Config) -> str | None:
 # of them.
 RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = (
     (("k", "d_in", "expansion_factor", "architecture"), _k_too_large),
+    (("matryoshka_widths", "architecture", "d_in", "expansion_factor"), _widths_not_nested),
+    (("multi_topk", "target_l0", "architecture", "jumprelu_sparsity_loss_mode"), _option_of_another),
     (
         ("train_batch_size", "n_batches_in_buffer", "store_batch_size", "context_size"),
         _batch_too_large,

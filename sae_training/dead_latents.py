@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_training.sparse_code import Code
+
 
 class FiringTracker:
     """Counts, for each latent, the steps and tokens since it last fired and how often it fires.
@@ -28,10 +30,10 @@ class FiringTracker:
         self.window_tokens = 0
         self.last_window_tokens = 0
 
-    def update(self, feature_acts: Tensor) -> None:
-        """Count one batch of activations, (rows, d_sae)."""
-        n_rows = feature_acts.shape[0]
-        fired = (feature_acts > 0).sum(dim=0)
+    def update(self, code: Code) -> None:
+        """Count one batch of latent activations."""
+        n_rows = code.n_rows
+        fired = code.counts()
         silent = fired == 0
         # Multiplying by the mask instead of indexing with it keeps the device from waiting for the host.
         self.steps_since_fired.add_(1).mul_(silent)

@@ -26,6 +26,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_training.bundled import bundled_model
+from sae_training.precision import bfloat16_is_fast
 
 __all__ = [
     "HookPoint",
@@ -69,14 +70,7 @@ def language_model_dtype(lm_dtype: str, device: str) -> torch.dtype:
     """The precision to run the language model in; "auto" is bfloat16 where the hardware multiplies in it."""
     if lm_dtype != "auto":
         return getattr(torch, lm_dtype)
-    kind = torch.device(device).type
-    if kind == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif kind == "cpu":
-        fast = bool(torch.cpu._is_avx512_bf16_supported())  # SmolLM2: 8,980 tokens/s against 2,660 in float32
-    else:
-        fast = False
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
 
 
 def hooked_transformer_class(name: str) -> Any | None:

@@ -31,54 +31,53 @@ def normalised_squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
     return ((x_hat.to(wide) - x.to(wide)).pow(2) / centred_norm(x.to(wide))).to(dtype)
 
 
-def l1_norm(feature_acts: Tensor) -> Tensor:
-    """Mean over rows of the sum of |activations|, a scalar."""
-    return feature_acts.abs().sum(dim=-1).mean()
+def mean_normalised_error(x_hat: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    """The mean of `normalised_squared_error`, given `norm` = `centred_norm(x)`: the MSE loss, in few passes."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    error = x_hat.to(wide) - x.to(wide)
+    return ((torch.linalg.vecdot(error, error) / norm.squeeze(-1).to(wide)).mean() / x.shape[-1]).to(x.dtype)
 
 
-def ghost_grad_loss(x: Tensor, sae_out: Tensor, hidden_pre: Tensor, W_dec: Tensor, dead: Tensor, mse: Tensor) -> Tensor:
+def ghost_grad_loss(x: Tensor, sae_out: Tensor, dead_pre: Tensor, W_dec: Tensor) -> Tensor:
     """Ghost gradients: lets dead latents predict the residual through exp() of their pre-activations.
 
-    `hidden_pre` (rows, d_sae), `dead` (d_sae,) bool, `mse` the elementwise reconstruction loss (rows, d). In five
-    steps, r being the residual x - sae_out:
+    `dead_pre` (rows, n) are the pre-activations of the dead latents (-inf for others among them), `W_dec` (n, d) their
+    decoder rows. In five steps, r being the residual x - sae_out:
       1. the norm of r in each row;
-      2. g = exp(pre-activations of dead latents) W_dec[dead], scaled (without gradient) to half the norm of r;
+      2. g = exp(dead_pre) W_dec, scaled (without gradient) to half the norm of r;
       3. the squared error of g against r, over the row's centred norm of r;
       4. rescaled element by element, without gradient, to the size of the MSE loss, so that only its gradient speaks;
       5. the mean.
     The gradient reaches the dead columns of W_enc and b_enc, the dead rows of W_dec, and b_dec through the encoder's
     input. Source: Jermyn & Templeton, Ghost Grads, Transformer Circuits, January 2024.
     """
-    residual = (x - sae_out).detach().float()
-    dead_pre = hidden_pre[:, dead].float()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    residual = (x - sae_out).detach().to(wide)
+    dead_pre = dead_pre.to(wide)
     # exp() overflows above 88 in float32. A factor common to a row drops out of step 2, so large rows are shifted down;
     # the 1e-6 shrinks with them, which keeps the value exactly that of the unshifted formula.
     shift = dead_pre.detach().amax(dim=-1, keepdim=True).clamp_min(0)
-    ghost = (dead_pre - shift).exp() @ W_dec[dead].float()
+    ghost = (dead_pre - shift).exp() @ W_dec.to(wide)
     ghost_norm = ghost.detach().norm(dim=-1, keepdim=True)
     scale = residual.norm(dim=-1, keepdim=True) / (1e-6 * (-shift).exp() + 2 * ghost_norm)
     error = normalised_squared_error(ghost * scale.nan_to_num(0, posinf=0), residual)
-    rescale = mse.detach().float() / (error.detach() + 1e-6)
-    return (rescale * error).mean().to(mse.dtype)
+    mse = normalised_squared_error(sae_out.detach(), x).to(wide)
+    rescale = mse / (error.detach() + 1e-6)
+    return (rescale * error).mean().to(x.dtype)
 
 
-def auxk_loss(x: Tensor, sae_out: Tensor, hidden_pre: Tensor, W_dec: Tensor, dead: Tensor, k_aux: int) -> Tensor:
-    """AuxK: the error of the reconstruction, predicted by the `k_aux` most active dead latents of each row.
+def auxk_loss(x: Tensor, error: Tensor, error_hat: Tensor) -> Tensor:
+    """AuxK: how badly `error_hat`, made by dead latents, predicts the `error` (rows, d) of reconstructing `x` (rows, d).
 
-    With e = x - sae_out (no gradient) and e_hat = the dead latents' ReLU pre-activations, top k_aux, times W_dec (no
-    b_dec): mean (e_hat - e)^2 / mean (e - mean_batch(e))^2, which is 1 for predicting the mean error (Gao et al. 2024,
-    arXiv 2406.04093, appendix A.2). That ratio is brought to the unit of the MSE loss by the MSE loss of
-    predicting the mean row, so that a coefficient of 1/32 means what it means in the paper. The gradient reaches the
-    encoder and the decoder rows of the chosen dead latents, and b_dec through the encoder's input.
+    mean (e_hat - e)^2 / mean (e - mean_rows(e))^2, which is 1 for predicting the mean error (Gao et al. 2024, arXiv
+    2406.04093, appendix A.2); e must carry no gradient. That ratio is brought to the unit of the MSE loss by the MSE
+    loss of predicting the mean row, so that a coefficient of 1/32 means what it means in the paper.
     """
-    error = (x - sae_out).detach().float()
-    dead_pre = hidden_pre[:, dead]
-    values, indices = dead_pre.topk(min(k_aux, dead_pre.shape[-1]), dim=-1, sorted=False)
-    codes = torch.zeros_like(dead_pre).scatter(-1, indices, values.relu())
-    error_hat = (codes @ W_dec[dead]).float()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    error, error_hat = error.to(wide), error_hat.to(wide)
     variance = (error - error.mean(dim=0)).pow(2).mean()
     # Without variance (one row, or equal rows) there is nothing to predict: the loss and its gradient are 0. A ratio
     # by 0 whose value alone is mended would still have a gradient of NaN.
     weight = torch.where(variance > 0, 1 / torch.where(variance > 0, variance, 1.0), 0.0)
-    unit = normalised_squared_error(x.mean(dim=0, keepdim=True), x).float().mean().detach()
+    unit = normalised_squared_error(x.mean(dim=0, keepdim=True), x).to(wide).mean()
     return ((error_hat - error).pow(2).mean() * weight * unit).to(x.dtype)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from sae_training.dead_latents import FiringTracker
-from sae_training.losses import l1_norm
 from sae_training.trainer import StepResult
 
 
@@ -26,23 +25,18 @@ def row_explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
     return 1 - (x_hat - x).pow(2).sum(dim=-1) / (x - x.mean(dim=0)).pow(2).sum(dim=-1)
 
 
-def l0(feature_acts: Tensor) -> Tensor:
-    """Mean number of active latents per row."""
-    return (feature_acts > 0).sum(dim=-1).float().mean()
-
-
 @torch.no_grad()
 def training_metrics(result: StepResult, tracker: FiringTracker, n_training_tokens: int) -> dict[str, float]:
     """The figures of a step, read off the device. `losses/l1_loss` is the L1 norm, without its coefficient."""
     out = result.out
     figures = {
         "losses/mse_loss": out.mse_loss,
-        "losses/l1_loss": l1_norm(out.feature_acts),
+        "losses/l1_loss": out.code.l1(),
         "losses/ghost_grad_loss": out.ghost_grad_loss,
         "losses/overall_loss": out.loss,
         "metrics/explained_variance": explained_variance(result.x, out.sae_out),
         "metrics/explained_variance_std": row_explained_variance(result.x, out.sae_out).std(),
-        "metrics/l0": l0(out.feature_acts),
+        "metrics/l0": out.code.l0(),
         "sparsity/mean_passes_since_fired": tracker.steps_since_fired.float().mean(),
         "sparsity/dead_features": tracker.dead().sum(),
         "details/n_training_tokens": n_training_tokens,

@@ -26,6 +26,14 @@ def warm_up_factor(step: int, warm_up_steps: int) -> float:
     return min(1.0, (step + 1) / warm_up_steps) if warm_up_steps > 0 else 1.0
 
 
+def annealed_k(step: int, k: int, d_sae: int, anneal_steps: int) -> int:
+    """Active latents per row in a step: in a line from min(d_sae / 2, 8k) at step 0 to k from `anneal_steps` on."""
+    if step >= anneal_steps:
+        return k
+    start = max(k, min(d_sae // 2, 8 * k))
+    return round(start + (k - start) * step / anneal_steps)
+
+
 def lr_factor(
     step: int,
     scheduler_name: str,

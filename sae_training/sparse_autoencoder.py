@@ -2,12 +2,13 @@
 
 sae_in       = x - b_dec
 hidden_pre   = sae_in @ W_enc + b_enc
-feature_acts = ReLU(hidden_pre)                the k largest of each row only, for architecture "topk"
+feature_acts = activation(hidden_pre)          which latents are active, and how: architectures.py
 sae_out      = feature_acts @ W_dec + b_dec
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sae_training import architectures
 from sae_training.config_io import option
 from sae_training.geometric_median import geometric_median
 from sae_training.language_model import HookedRootModule, HookPoint
-from sae_training.losses import auxk_loss, ghost_grad_loss, l1_norm, normalised_squared_error
+from sae_training.objective import Coefficients, objective
+from sae_training.precision import bfloat16_is_fast
+from sae_training.sparse_code import Code
 from sae_training.weights import load_weights, save_weights
 
 
@@ -34,7 +38,7 @@ class ForwardOutput(NamedTuple):
     mse_loss: Tensor
     """Mean over elements of the squared error over the row's centred norm."""
     l1_loss: Tensor
-    """l1_coefficient times the mean over rows of the L1 norm; 0 for topk."""
+    """The architecture's sparsity penalty times l1_coefficient; 0 for topk, batchtopk and matryoshka."""
     ghost_grad_loss: Tensor
     """The loss of the remedy for dead latents: ghost gradients, or AuxK times its coefficient; else 0."""
 
@@ -44,7 +48,8 @@ class SparseAutoencoder(HookedRootModule):
 
     `cfg` is a LanguageModelSAERunnerConfig, or any object with its attributes; attributes it lacks take that class's
     defaults. Parameters: W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_in) with rows of unit norm, b_dec
-    (d_in,).
+    (d_in,); jumprelu has log_threshold (d_sae,), gated r_mag and b_mag (d_sae,). W_enc lies in memory latent by latent,
+    as W_dec does, so that picking a latent reads one stretch of it.
     """
 
     def __init__(self, cfg: Any) -> None:
@@ -58,17 +63,39 @@ class SparseAutoencoder(HookedRootModule):
         self.device = torch.device(cfg.device)
         self.architecture: str = option(cfg, "architecture")
         self.k: int = option(cfg, "k")
+        self.multi_topk: bool = option(cfg, "multi_topk")
+        self.matryoshka_widths = matryoshka_widths(cfg)
         self.l1_coefficient: float = option(cfg, "l1_coefficient")
+        self.lp_norm: float = option(cfg, "lp_norm")
+        self.scale_sparsity_penalty_by_decoder_norm: bool = option(cfg, "scale_sparsity_penalty_by_decoder_norm")
+        self.jumprelu_bandwidth: float = option(cfg, "jumprelu_bandwidth")
+        self.jumprelu_sparsity_loss_mode: str = option(cfg, "jumprelu_sparsity_loss_mode")
+        self.jumprelu_tanh_scale: float = option(cfg, "jumprelu_tanh_scale")
+        self.target_l0: float | None = option(cfg, "target_l0")
         self.use_ghost_grads: bool = option(cfg, "use_ghost_grads")
         self.auxk_coefficient: float = getattr(cfg, "resolved_auxk_coefficient", 0.0)
         self.auxk_k: int = getattr(cfg, "resolved_auxk_k", 0)
+        self.choice = self.architecture
+        """How the active latents are chosen: as the architecture does, of which matryoshka has two kinds."""
+        if self.architecture == "matryoshka":
+            self.choice = option(cfg, "matryoshka_selection")
+        self.encoder_dtype = encoder_dtype(option(cfg, "encoder_matmul_dtype"), self.dtype, self.device)
 
         W_enc, W_dec = self.initial_weights(seed=option(cfg, "seed"))
         placed = {"dtype": self.dtype, "device": self.device}
-        self.W_enc = nn.Parameter(W_enc.to(**placed))
+        self.W_enc = nn.Parameter(W_enc.T.contiguous().to(**placed).T)
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, **placed))
         self.W_dec = nn.Parameter(W_dec.to(**placed))
         self.b_dec = nn.Parameter(torch.zeros(self.d_in, **placed))
+
+        if self.architecture == "jumprelu":
+            start = math.log(option(cfg, "jumprelu_init_threshold"))
+            self.log_threshold = nn.Parameter(torch.full((self.d_sae,), start, **placed))
+        if self.architecture == "gated":
+            self.r_mag = nn.Parameter(torch.zeros(self.d_sae, **placed))
+            self.b_mag = nn.Parameter(torch.zeros(self.d_sae, **placed))
+        if self.choice == "batchtopk":
+            self.register_buffer("inference_threshold", torch.zeros((), **placed))
 
         self.hook_sae_in = HookPoint()
         self.hook_hidden_pre = HookPoint()
@@ -79,42 +106,66 @@ class SparseAutoencoder(HookedRootModule):
     def initial_weights(self, seed: int) -> tuple[Tensor, Tensor]:
         """Kaiming-uniform W_enc and W_dec, decoder rows of unit norm, the same for a seed on every device.
 
-        For topk the encoder starts as the decoder's transpose (Gao et al. 2024), which leaves far fewer latents dead;
-        for standard the two are independent, as in mats.
+        The encoder starts as the decoder's transpose (Gao et al. 2024), which leaves far fewer latents dead; for
+        standard the two are independent, as in mats.
         """
         generator = torch.Generator().manual_seed(seed)
         W_enc = nn.init.kaiming_uniform_(torch.empty(self.d_in, self.d_sae), generator=generator)
         W_dec = nn.init.kaiming_uniform_(torch.empty(self.d_sae, self.d_in), generator=generator)
         W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
-        if self.architecture == "topk":
-            W_enc = W_dec.T.contiguous()
+        if self.architecture != "standard":
+            W_enc = W_dec.T
         return W_enc, W_dec
 
     # ------------------------------------------------------------------------------------------------- the function
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations (..., d_sae) of activations (..., d_in)."""
-        return self.activate(self.pre_activations(x))
+        return self.activate(self.pre_activations(self.sae_input(x)), self.k)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruction (..., d_in) of latent activations (..., d_sae)."""
         return self.hook_sae_out(feature_acts @ self.W_dec + self.b_dec)
 
-    def pre_activations(self, x: Tensor) -> Tensor:
+    def sae_input(self, x: Tensor) -> Tensor:
         self.check_width(x)
-        sae_in = self.hook_sae_in(x.to(self.dtype) - self.b_dec)
+        return self.hook_sae_in(x.to(self.dtype) - self.b_dec)
+
+    def b_dec_in_input(self) -> Tensor | None:
+        """What `sae_input` subtracts, for the gradient that reaches it through the encoder."""
+        return self.b_dec
+
+    def pre_activations(self, sae_in: Tensor) -> Tensor:
         return self.hook_hidden_pre(sae_in @ self.W_enc + self.b_enc)
 
-    def activate(self, hidden_pre: Tensor) -> Tensor:
-        match self.architecture:
-            case "standard":
-                acts = hidden_pre.relu()
+    def activate(self, pre: Tensor, k: int) -> Tensor:
+        """Latent activations of all pre-activations (..., d_sae)."""
+        acts = self.activation(Code(pre))
+        match self.choice:
             case "topk":
-                values, indices = hidden_pre.topk(self.k, dim=-1, sorted=False)
-                acts = torch.zeros_like(hidden_pre).scatter(-1, indices, values.relu())
-            case other:
-                raise ValueError(f"architecture: found {other!r}, expected 'standard' or 'topk'.")
+                acts = acts * architectures.top_k_mask(pre, k)
+            case "batchtopk" if self.training:
+                acts = acts * architectures.batch_top_k_mask(acts, k)
+            case "batchtopk":
+                acts = acts * (pre > self.inference_threshold)
         return self.hook_hidden_post(acts)
+
+    def activation(self, pre: Code) -> Tensor:
+        """Activations of the pre-activations that are chosen, of the shape of `pre.values`."""
+        match self.architecture:
+            case "jumprelu":
+                acts = architectures.JumpReLU.apply(pre.values, pre.at(self.threshold), self.jumprelu_bandwidth)
+                return acts  # pyright: ignore[reportReturnType] - Function.apply
+            case "gated":
+                at = pre.at
+                return architectures.gated_activation(pre.values, at(self.b_enc), at(self.r_mag), at(self.b_mag))
+            case _:
+                return pre.values.relu()
+
+    @property
+    def threshold(self) -> Tensor:
+        """jumprelu: the pre-activation (d_sae,) above which each latent is active."""
+        return self.log_threshold.exp()
 
     def forward(self, x: Tensor, dead_neuron_mask: Tensor | None = None) -> ForwardOutput:
         """Reconstruct activations `x` (..., d_in), with all losses; leading dimensions are rows alike.
@@ -122,32 +173,17 @@ class SparseAutoencoder(HookedRootModule):
         `dead_neuron_mask` (d_sae,) bool marks the latents that the remedy for dead latents (ghost gradients or AuxK, in
         training mode only) works on; None means none.
         """
-        return self.losses(x, dead_neuron_mask, self.l1_coefficient)
-
-    def losses(self, x: Tensor, dead: Tensor | None, l1_coefficient: float) -> ForwardOutput:
-        x = x.to(self.dtype)
-        hidden_pre = self.pre_activations(x)
-        feature_acts = self.activate(hidden_pre)
-        sae_out = self.decode(feature_acts)
-
-        rows, rows_out = x.reshape(-1, self.d_in), sae_out.reshape(-1, self.d_in)
-        mse = normalised_squared_error(rows_out, rows)
-        mse_loss = mse.mean()
-        if self.architecture == "standard":
-            l1_loss = l1_coefficient * l1_norm(feature_acts)
-        else:
-            l1_loss = torch.zeros_like(mse_loss)
-        remedy_loss = self.remedy_loss(rows, rows_out, hidden_pre.reshape(-1, self.d_sae), mse, dead)
-        loss = mse_loss + l1_loss + remedy_loss
-        return ForwardOutput(sae_out, feature_acts, loss, mse_loss, l1_loss, remedy_loss)
-
-    def remedy_loss(self, x: Tensor, sae_out: Tensor, hidden_pre: Tensor, mse: Tensor, dead: Tensor | None) -> Tensor:
-        has_remedy = self.use_ghost_grads or self.auxk_coefficient > 0
-        if dead is None or not has_remedy or not self.training or not dead.any():
-            return torch.zeros((), dtype=x.dtype, device=x.device)
-        if self.use_ghost_grads:
-            return ghost_grad_loss(x, sae_out, hidden_pre, self.W_dec, dead, mse)
-        return self.auxk_coefficient * auxk_loss(x, sae_out, hidden_pre, self.W_dec, dead, self.auxk_k)
+        self.check_width(x)
+        rows = x.to(self.dtype).reshape(-1, self.d_in)
+        losses = objective(self, rows, rows, Coefficients(self.l1_coefficient, self.k), dead_neuron_mask)
+        return ForwardOutput(
+            losses.sae_out.view(x.shape),
+            losses.feature_acts.view(*x.shape[:-1], self.d_sae),
+            losses.loss,
+            losses.mse_loss,
+            losses.l1_loss,
+            losses.ghost_grad_loss,
+        )
 
     def check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.d_in:
@@ -169,6 +205,20 @@ class SparseAutoencoder(HookedRootModule):
                 self.b_dec.zero_()
             case other:
                 raise ValueError(f"b_dec_init_method: found {other!r}, expected 'geometric_median', 'mean' or 'zeros'.")
+
+    @property
+    def has_unit_norm_decoder(self) -> bool:
+        """Whether training keeps W_dec's rows at norm 1; not if the penalty counts the norms."""
+        return not self.scale_sparsity_penalty_by_decoder_norm
+
+    @torch.no_grad()
+    def track_inference_threshold(self, code: Code, step: int) -> None:
+        """batchtopk: follow the smallest activation of each training batch, as a mean with a memory of 100 steps."""
+        if self.choice == "batchtopk":
+            smallest = architectures.smallest_active(code.values)
+            weight = max(0.01, 1 / (step + 1))
+            new = torch.lerp(self.inference_threshold, smallest.to(self.dtype), weight)
+            self.inference_threshold.copy_(torch.where(smallest.isfinite(), new, self.inference_threshold))
 
     @torch.no_grad()
     def set_decoder_norm_to_unit_norm(self, unless: Tensor | bool = False) -> None:
@@ -200,7 +250,8 @@ class SparseAutoencoder(HookedRootModule):
         return f"sparse_autoencoder_{model}_{hook}{'' if head is None else f'_head{head}'}_{self.d_sae}"
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, parameter.detach()) for name, parameter in self.named_parameters())
+        """All that is saved: the parameters and, for batchtopk, the threshold of inference."""
+        return ((name, tensor.detach()) for name, tensor in self.state_dict().items())
 
     def save_model(self, path: str | Path) -> None:
         """Save to a folder (cfg.json + sae.safetensors), or to one file if `path` ends in .safetensors."""
@@ -217,3 +268,18 @@ class SparseAutoencoder(HookedRootModule):
         sae = cls(cfg)
         sae.load_state_dict(tensors)
         return sae
+
+
+def matryoshka_widths(cfg: Any) -> tuple[int, ...]:
+    """Sizes of the nested dictionaries, the whole last; empty for other architectures."""
+    if option(cfg, "architecture") != "matryoshka":
+        return ()
+    inner = tuple(width for width in option(cfg, "matryoshka_widths") if width < cfg.d_sae)
+    return (*inner, cfg.d_sae)
+
+
+def encoder_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Precision of the encoder's product in training, for `encoder_matmul_dtype`; "auto" is bfloat16 if that is fast."""
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if dtype == torch.float32 and bfloat16_is_fast(device) else dtype

@@ -7,17 +7,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_training.architectures import PENALISED
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.dead_latents import FiringTracker
-from sae_training.optim import lr_factor, make_adam, warm_up_factor
-from sae_training.sparse_autoencoder import ForwardOutput, SparseAutoencoder
+from sae_training.objective import Coefficients, Losses, objective
+from sae_training.optim import annealed_k, lr_factor, make_adam, warm_up_factor
+from sae_training.sparse_autoencoder import SparseAutoencoder
 
 
 class StepResult(NamedTuple):
     """What a step leaves for logging; the tensors are detached and nothing has been read off the device yet."""
 
     x: Tensor
-    out: ForwardOutput
+    out: Losses
     lr: float
     l1_coefficient: float
 
@@ -44,26 +46,31 @@ class SAETrainer:
     @torch.enable_grad()  # notebooks often switch gradients off for all that follows
     def step(self, x: Tensor, step: int) -> StepResult:
         """One optimizer step (the `step`-th, from 0) on a batch of activations (rows, d_in)."""
-        lr, l1_coefficient = self.lr(step), self.l1_coefficient(step)
+        lr, coefficients = self.lr(step), Coefficients(self.l1_coefficient(step), self.k(step))
         self.sae.train()
-        out = self.sae.losses(x, self.tracker.dead(), l1_coefficient)
+        x = x.to(self.sae.dtype)
+        out = objective(self.sae, x, x, coefficients, self.tracker.dead(), sparse=True)
 
         self.optimizer.zero_grad(set_to_none=True)
         out.loss.backward()
-        self.sae.remove_gradient_parallel_to_decoder_directions()
+        if self.sae.has_unit_norm_decoder:
+            self.sae.remove_gradient_parallel_to_decoder_directions()
         if self.cfg.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.cfg.clip_grad_norm)
 
         not_finite = ~torch.isfinite(out.loss.detach() + self.gradient_sum())
         self.update(lr, not_finite)
-        self.sae.set_decoder_norm_to_unit_norm(unless=not_finite)
-        self.tracker.update(out.feature_acts.detach())
-        return StepResult(x, ForwardOutput(*(t.detach() for t in out)), lr, l1_coefficient)
+        if self.sae.has_unit_norm_decoder:
+            self.sae.set_decoder_norm_to_unit_norm(unless=not_finite)
+        out = out.detach()
+        self.sae.track_inference_threshold(out.code, step)
+        self.tracker.update(out.code)
+        return StepResult(x, out, lr, coefficients.l1_coefficient)
 
     def gradient_sum(self) -> Tensor:
         """A number that is not finite if any gradient is not."""
         gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
-        return torch.stack([gradient.abs().sum(dtype=torch.float32) * 0 for gradient in gradients]).sum()
+        return torch.stack([gradient.sum(dtype=torch.float32) * 0 for gradient in gradients]).sum()
 
     def update(self, lr: float, not_finite: Tensor) -> None:
         """The optimizer step, skipped on the device itself where the loss is not finite: no wait for the host."""
@@ -101,9 +108,12 @@ class SAETrainer:
         return cfg.resolved_lr * factor
 
     def l1_coefficient(self, step: int) -> float:
-        if self.cfg.architecture != "standard":
+        if self.cfg.architecture not in PENALISED:
             return 0.0
         return self.cfg.l1_coefficient * warm_up_factor(step, self.cfg.l1_warm_up_steps)
+
+    def k(self, step: int) -> int:
+        return annealed_k(step, self.cfg.k, self.sae.d_sae, self.cfg.k_anneal_steps)
 
     # ------------------------------------------------------------------------------------------------------ state
 
@@ -121,8 +131,10 @@ class SAETrainer:
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         self.sae.load_state_dict(state["weights"])
         for name, parameter in self.sae.named_parameters():
+            moments = {key: state["optimizer"][f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {
-                key: state["optimizer"][f"{key}.{name}"].to(self.sae.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                # In the parameter's own order in memory: fused Adam walks both as flat arrays.
+                key: torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.ndim else value
+                for key, value in moments.items()
             }
         self.tracker.load_state_dict(state["tracker"])

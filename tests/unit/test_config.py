@@ -56,7 +56,16 @@ MATS_DEFAULTS: dict[str, Any] = {
 OWN_DEFAULTS: dict[str, Any] = {
     "architecture": "standard",
     "k": 32,
+    "k_anneal_steps": 0,
     "multi_topk": False,
+    "matryoshka_selection": "batchtopk",
+    "jumprelu_bandwidth": 0.05,
+    "jumprelu_init_threshold": 0.1,
+    "jumprelu_sparsity_loss_mode": "step",
+    "jumprelu_tanh_scale": 4.0,
+    "lp_norm": 1.0,
+    "scale_sparsity_penalty_by_decoder_norm": False,
+    "target_l0": None,
     "auxk_coefficient": 0.0,
     "auxk_k": None,
     "feature_sampling_method": None,
@@ -298,16 +307,42 @@ def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"matryoshka_widths": (8, 16)},
+            "matryoshka_widths: found (8, 16) with architecture standard; leave it out",
+        ),
+        (
+            {"architecture": "matryoshka", "matryoshka_widths": (16, 8), "d_in": 512},
+            "matryoshka_widths: found [16, 8], expected sizes of nested dictionaries, ascending and at most d_sae = "
+            "2048; for instance d_sae / 8, d_sae / 4 and d_sae / 2",
+        ),
+        (
+            {"multi_topk": True},
+            "multi_topk: found True with architecture standard, expected topk; set one of them",
+        ),
+        (
+            {"target_l0": 50.0},
+            "target_l0: found 50.0 with architecture standard and jumprelu_sparsity_loss_mode step, expected jumprelu "
+            "and step; leave it out",
+        ),
+    ],
+)
+def test_option_of_another_architecture_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        Config(**values)
+    assert str(raised.value).splitlines()[1:] == [message]
+
+
+@pytest.mark.parametrize(
     ("name", "value", "available"),
     [
-        ("architecture", "gated", "standard, topk; choose one"),
         ("feature_sampling_method", "l2", "None; leave the field out"),
         ("optimizer", "signum", "adam; leave the field out"),
         ("parallel", "layers", "data; leave the field out"),
         ("use_cached_activations", True, "False; leave the field out"),
-        ("matryoshka_widths", (8, 16), "(); leave the field out"),
         ("normalize_activations", "unit_norm", "none; leave the field out"),
-        ("multi_topk", True, "False; leave the field out"),
         ("grad_acc_steps", 2, "1; leave the field out"),
         ("micro_batch_size", 64, "None; leave the field out"),
         ("compile_lm", True, "False; leave the field out"),

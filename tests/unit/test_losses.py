@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from sae_training.losses import auxk_loss, centred_norm, ghost_grad_loss, l1_norm, normalised_squared_error
+from sae_training.losses import (
+    auxk_loss,
+    centred_norm,
+    ghost_grad_loss,
+    mean_normalised_error,
+    normalised_squared_error,
+)
 
 
 def test_normalised_squared_error_by_hand() -> None:
@@ -30,8 +36,10 @@ def test_centred_norm_of_zeros_is_one() -> None:
     assert centred_norm(torch.zeros(2, 3)).tolist() == [[1.0], [1.0]]
 
 
-def test_l1_norm_is_the_mean_over_rows_of_the_sum() -> None:
-    assert l1_norm(torch.tensor([[1.0, 2.0], [0.0, 5.0]])).item() == 4.0
+def test_mean_normalised_error_is_the_mean_of_the_elements() -> None:
+    x, x_hat = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    expected = normalised_squared_error(x_hat, x).mean()
+    torch.testing.assert_close(mean_normalised_error(x_hat, x, centred_norm(x)), expected)
 
 
 def ghost_case(dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -47,18 +55,27 @@ def ghost_case(dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[s
 DEAD = torch.tensor([True, False, False, True, False])
 
 
+def ghost(case: dict[str, torch.Tensor], masked: bool = False) -> torch.Tensor:
+    """The loss from the dead latents picked out, or (`masked`) from all of them with the live ones at -inf."""
+    dead_pre, W_dec = case["hidden_pre"][:, DEAD], case["W_dec"][DEAD]
+    if masked:
+        dead_pre, W_dec = case["hidden_pre"].masked_fill(~DEAD, -torch.inf), case["W_dec"]
+    return ghost_grad_loss(case["x"], case["sae_out"], dead_pre, W_dec)
+
+
 def test_ghost_grad_loss_has_the_value_of_the_mse_loss() -> None:
     case = ghost_case()
     mse = normalised_squared_error(case["sae_out"], case["x"])
-    ghost = ghost_grad_loss(**case, dead=DEAD, mse=mse)
+    loss = ghost(case)
     # Step 4 rescales each element to the MSE's; the 1e-6 in the denominator makes it a little smaller.
-    torch.testing.assert_close(ghost, mse.mean(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(loss, mse.mean(), rtol=1e-3, atol=0)
 
 
-def test_ghost_grad_gradient_follows_the_five_steps() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_ghost_grad_gradient_follows_the_five_steps(masked: bool) -> None:
     case = ghost_case()
     mse = normalised_squared_error(case["sae_out"], case["x"])
-    ghost_grad_loss(**case, dead=DEAD, mse=mse).backward()
+    ghost(case, masked).backward()
     pre, W = case["hidden_pre"].detach(), case["W_dec"].detach()
 
     # The same steps element by element, with the derivative written out: d loss / d g_ij = rescale_ij * 2 (g_ij - r_ij)
@@ -81,7 +98,7 @@ def test_ghost_grad_gradient_follows_the_five_steps() -> None:
 
 def test_ghost_grad_gives_live_latents_exactly_no_gradient() -> None:
     case = ghost_case()
-    ghost_grad_loss(**case, dead=DEAD, mse=normalised_squared_error(case["sae_out"], case["x"])).backward()
+    ghost(case).backward()
     assert not case["hidden_pre"].grad[:, ~DEAD].any()
     assert not case["W_dec"].grad[~DEAD].any()
     assert case["hidden_pre"].grad[:, DEAD].all()
@@ -91,7 +108,7 @@ def test_ghost_grad_gives_live_latents_exactly_no_gradient() -> None:
 @pytest.mark.parametrize("scale", [1.0, 200.0, -200.0])
 def test_ghost_grad_is_finite_for_any_pre_activation(dtype: torch.dtype, scale: float) -> None:
     case = ghost_case(dtype, scale)
-    loss = ghost_grad_loss(**case, dead=DEAD, mse=normalised_squared_error(case["sae_out"], case["x"]))
+    loss = ghost(case)
     loss.backward()
     assert loss.isfinite()
     assert case["hidden_pre"].grad.isfinite().all()
@@ -110,17 +127,24 @@ def auxk_case() -> dict[str, torch.Tensor]:
 AUXK_DEAD = torch.tensor([True, False, True])
 
 
+def auxk(case: dict[str, torch.Tensor]) -> torch.Tensor:
+    """AuxK with the most active of the dead latents 0 and 2 on each row."""
+    dead_pre = case["hidden_pre"].masked_fill(~AUXK_DEAD, -torch.inf)
+    chosen = dead_pre == dead_pre.max(dim=1, keepdim=True).values
+    return auxk_loss(case["x"], case["x"] - case["sae_out"], (dead_pre.relu() * chosen) @ case["W_dec"])
+
+
 def test_auxk_loss_by_hand() -> None:
     # Top 1 of the dead latents 0 and 2: row 0 takes latent 0 at 1, row 1 takes latent 2 at 0.2. e_hat is (1, 0) and
     # (0, 0.2), e is (2, 0) and (0, 0): squared errors 1 and 0.04, mean 1.04 / 4. e - mean e is (1, 0) and (-1, 0):
     # mean of squares 2 / 4. The mean row of x is (1, 0), at distance 1 from each row: unit (1 + 1) / 1 / 4.
-    loss = auxk_loss(**auxk_case(), dead=AUXK_DEAD, k_aux=1)
+    loss = auxk(auxk_case())
     assert loss.item() == pytest.approx((1.04 / 4) / (2 / 4) * (2 / 4))
 
 
 def test_auxk_gradient_reaches_the_encoder_of_chosen_dead_latents_only() -> None:
     case = auxk_case()
-    auxk_loss(**case, dead=AUXK_DEAD, k_aux=1).backward()
+    auxk(case).backward()
     reached = case["hidden_pre"].grad != 0
     assert reached.tolist() == [[True, False, False], [False, False, True]]
     assert (case["W_dec"].grad != 0).any(dim=1).tolist() == [True, False, True]
@@ -130,7 +154,7 @@ def test_auxk_of_one_row_has_no_loss_and_a_gradient_of_zero() -> None:
     # One row's error has no variance around the mean error, so there is nothing to predict.
     case = {name: tensor[:1] if name != "W_dec" else tensor for name, tensor in auxk_case().items()}
     pre = case["hidden_pre"].detach().requires_grad_()
-    loss = auxk_loss(**(case | {"hidden_pre": pre}), dead=AUXK_DEAD, k_aux=1)
+    loss = auxk(case | {"hidden_pre": pre})
     loss.backward()
     assert loss.item() == 0
     assert not pre.grad.any()
@@ -148,4 +172,4 @@ def test_squared_error_of_large_activations_is_finite_in_float16() -> None:
 def test_auxk_with_a_perfect_reconstruction_is_zero() -> None:
     case = auxk_case()
     case["sae_out"] = case["x"]
-    assert auxk_loss(**case, dead=AUXK_DEAD, k_aux=1).item() == 0
+    assert auxk(case).item() == 0

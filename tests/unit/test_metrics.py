@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sae_training.dead_latents import FiringTracker
-from sae_training.metrics import explained_variance, l0, row_explained_variance, sparsity_metrics, training_metrics
-from sae_training.sparse_autoencoder import ForwardOutput
+from sae_training.metrics import explained_variance, row_explained_variance, sparsity_metrics, training_metrics
+from sae_training.objective import Losses
+from sae_training.sparse_code import Code
 from sae_training.trainer import StepResult
 
 # The rows have the mean (0, 0) and squared distances 4, 1, 1 from it; the reconstruction misses by 2, 1/4 and 0.
@@ -41,7 +42,7 @@ def test_explained_variance_in_half_precision_sums_in_float32() -> None:
 
 
 def test_l0_is_the_mean_count_above_zero() -> None:
-    assert l0(torch.tensor([[0.0, 1e-9, 3.0], [0.0, 0.0, 2.0]])).item() == 1.5
+    assert Code(torch.tensor([[0.0, 1e-9, 3.0], [0.0, 0.0, 2.0]])).l0().item() == 1.5
 
 
 # --------------------------------------------------------------------------------------------------------- a train step
@@ -50,15 +51,15 @@ def test_l0_is_the_mean_count_above_zero() -> None:
 def step_result(l1_coefficient: float = 0.25, l1_loss: float = 0.5) -> StepResult:
     acts = torch.tensor([[1.0, 0.0], [0.0, 0.0], [2.0, 3.0]])
     losses = (torch.tensor(value) for value in (2.0, 1.0, l1_loss, 0.125))  # loss, mse, l1, ghost
-    return StepResult(X, ForwardOutput(X_HAT, acts, *losses), lr=3e-4, l1_coefficient=l1_coefficient)
+    return StepResult(X, Losses(X_HAT, Code(acts), *losses), lr=3e-4, l1_coefficient=l1_coefficient)
 
 
 def tracker() -> FiringTracker:
     """Latents silent for 3 and 1 steps, dead from 3 on."""
     counts = FiringTracker(d_sae=2, dead_window=2, dead_window_tokens=None)
-    counts.update(torch.tensor([[1.0, 1.0]]))
+    counts.update(Code(torch.tensor([[1.0, 1.0]])))
     for acts in ([[0.0, 1.0]], [[0.0, 1.0]], [[0.0, 0.0]]):
-        counts.update(torch.tensor(acts))
+        counts.update(Code(torch.tensor(acts)))
     return counts
 
 

@@ -127,7 +127,8 @@ def test_result_is_detached_and_holds_the_batch() -> None:
     x = batch()
     result = make_trainer().step(x, 0)
     assert result.x is x
-    assert not any(tensor.requires_grad for tensor in result.out)
+    tensors = [result.out.sae_out, result.out.code.values, result.out.loss, result.out.mse_loss]
+    assert not any(tensor.requires_grad for tensor in tensors)
 
 
 def test_tracker_counts_the_steps_activations() -> None:

@@ -1,0 +1,120 @@
+"""What the architectures differ in: which latents are active, with what activation, and the penalty on them.
+
+| architecture | active                                   | activation                     | penalty (weight l1_coefficient)      |
+|--------------|------------------------------------------|--------------------------------|--------------------------------------|
+| standard     | pre > 0                                  | pre                            | L1, or Lp: sum of activation ** p    |
+| topk         | the k largest of a row                   | ReLU(pre)                      | none                                 |
+| batchtopk    | the k * rows largest of a batch          | ReLU(pre)                      | none                                 |
+| matryoshka   | as topk or batchtopk                     | ReLU(pre)                      | none                                 |
+| jumprelu     | pre > threshold of the latent            | pre                            | L0; its distance from a target; tanh |
+| gated        | pre > 0 (the gate)                       | ReLU(e^r_mag (pre - b_enc) + b_mag) | L1 of ReLU(pre)                 |
+
+`pre` are pre-activations, (rows, d_sae), or (n,) at the entries of a sparse code. All functions take both: a parameter
+with one number per latent comes as `at(parameter)`, of a shape that fits. At inference batchtopk uses the threshold
+that training measured, so that a row's code does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+TOPK_LIKE = ("topk", "batchtopk", "matryoshka")
+"""Architectures whose code is a fixed number of the largest pre-activations."""
+
+PENALISED = ("standard", "jumprelu", "gated")
+"""Architectures with a sparsity penalty."""
+
+
+def rectangle(u: Tensor) -> Tensor:
+    """The kernel of the straight-through estimators: 1 where |u| < 1/2."""
+    return (u.abs() < 0.5).to(u.dtype)
+
+
+class JumpReLU(Function):
+    """pre where pre > threshold, else 0; Rajamanoharan et al. 2024 (arXiv 2407.14435).
+
+    The pseudo-derivative with respect to the threshold is -(threshold / bandwidth) rectangle((pre - threshold) /
+    bandwidth); with respect to pre it is that of the function itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Any:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return torch.where(pre > threshold, pre, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        pre, threshold = ctx.saved_tensors
+        slope = -(threshold / ctx.bandwidth) * rectangle((pre - threshold) / ctx.bandwidth)
+        return torch.where(pre > threshold, gradient, 0.0), sum_to(gradient * slope, threshold), None
+
+
+class Step(Function):
+    """1 where pre > threshold, else 0: the L0 norm's summand.
+
+    Pseudo-derivative with respect to the threshold: -(1 / bandwidth) rectangle((pre - threshold) / bandwidth); none
+    with respect to pre (same source).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Any:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        pre, threshold = ctx.saved_tensors
+        slope = -rectangle((pre - threshold) / ctx.bandwidth) / ctx.bandwidth
+        return None, sum_to(gradient * slope, threshold), None
+
+
+def sum_to(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient of a value that was broadcast from the shape of `parameter`."""
+    return gradient.sum_to_size(parameter.shape)
+
+
+def gated_activation(pre: Tensor, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
+    """Magnitudes where the gate pre is open; encoder weights are shared up to e^r_mag (arXiv 2404.16014).
+
+    The gate's step has no gradient: it learns from its penalty and from the auxiliary loss.
+    """
+    magnitude = (r_mag.exp() * (pre - b_enc) + b_mag).relu()
+    return torch.where(pre > 0, magnitude, 0.0)
+
+
+def top_k_mask(pre: Tensor, k: int) -> Tensor:
+    """Bool mask of the k largest of each row."""
+    indices = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False).indices
+    return torch.zeros_like(pre, dtype=torch.bool).scatter(-1, indices, True)
+
+
+def batch_top_k_mask(pre: Tensor, k: int) -> Tensor:
+    """Bool mask of the k * rows largest of all rows together."""
+    flat = pre.flatten()
+    n = min(k * (pre.numel() // pre.shape[-1]), len(flat))
+    indices = flat.topk(n, sorted=False).indices
+    return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, indices, True).view_as(pre)
+
+
+def smallest_active(values: Tensor) -> Tensor:
+    """The smallest activation above 0, a scalar; infinite if there is none."""
+    return torch.where(values > 0, values, torch.inf).amin()
+
+
+# ---------------------------------------------------------------------------------------------------------- penalties
+
+
+def lp_penalty(acts: Tensor, p: float) -> Tensor:
+    """|activation| ** p, 0 (with a gradient of 0) where the activation is 0."""
+    if p == 1:
+        return acts.abs()
+    active = acts > 0
+    return torch.where(active, torch.where(active, acts, 1.0).pow(p), 0.0)

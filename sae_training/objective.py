@@ -1,0 +1,282 @@
+"""What a training step minimises: reconstruction, sparsity penalty, and the remedy for dead latents.
+
+There is one definition and two ways to the latent codes in it: dense, where every pre-activation is at hand (what
+`SparseAutoencoder.forward` shows and what any architecture falls back to), and sparse, where only the active entries
+are ever computed in full (`selection`, `sparse_code`). Both give the same losses and gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae_training import architectures
+from sae_training.losses import auxk_loss, centred_norm, ghost_grad_loss, mean_normalised_error
+from sae_training.selection import Encoder, above_threshold, top_k_of_batch, top_k_of_rows
+from sae_training.sparse_code import Code, Entries, PreActivations, concatenate, fixed_size_entries
+
+if TYPE_CHECKING:
+    from sae_training.sparse_autoencoder import SparseAutoencoder
+
+AUXK_ROWS_SHARE, AUXK_MIN_ROWS = 16, 256
+"""AuxK looks at one row in 16 (at least 256 rows, or all): a random sample, since rows are shuffled.
+
+Its loss is a mean over rows, so the expected gradient is that of all rows; with k_aux = d_in / 2 it would otherwise
+have several times the entries of the step itself.
+"""
+MULTI_TOPK_FACTOR, MULTI_TOPK_WEIGHT = 4, 1 / 8
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What schedules set anew in each step."""
+
+    l1_coefficient: float
+    k: int
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of a batch; `loss` is the sum of the three others. See `sparse_autoencoder.ForwardOutput`."""
+
+    sae_out: Tensor
+    code: Code
+    loss: Tensor
+    mse_loss: Tensor
+    l1_loss: Tensor
+    ghost_grad_loss: Tensor
+
+    @property
+    def feature_acts(self) -> Tensor:
+        """Latent activations as (rows, d_sae)."""
+        return self.code.dense()
+
+    def detach(self) -> Losses:
+        tensors = (self.loss, self.mse_loss, self.l1_loss, self.ghost_grad_loss)
+        return Losses(self.sae_out.detach(), self.code.detach(), *(t.detach() for t in tensors))
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What the encoder and decoder make of a batch of `rows` rows; all but `sae_outs` may be missing."""
+
+    pre: Code
+    """Pre-activations, dense or at the active entries."""
+    acts: Code
+    sae_outs: Tensor
+    """(prefixes, rows, d_in): one reconstruction, or one for each nested dictionary, the whole last."""
+    multi_out: Tensor | None = None
+    """From MULTI_TOPK_FACTOR * k latents, (rows, d_in)."""
+    gate_out: Tensor | None = None
+    """From the gate's ReLU through the frozen decoder, (rows, d_in)."""
+    error_hat: Tensor | None = None
+    """What AuxK's dead latents predict of the error, (auxk_rows, d_in)."""
+
+
+def objective(
+    sae: SparseAutoencoder,
+    x: Tensor,
+    target: Tensor,
+    coefficients: Coefficients,
+    dead: Tensor | None = None,
+    sparse: bool = False,
+) -> Losses:
+    """Losses of reconstructing `target` (rows, d_out) from `x` (rows, d_in).
+
+    `dead` (d_sae,) bool marks what the remedy works on. `sparse` asks for the sparse way; codes that are not sparse go
+    the dense way all the same.
+    """
+    dead = dead if has_work(sae, dead) else None
+    sae_in = sae.sae_input(x)
+    entries = choose(sae, sae_in.detach(), coefficients.k) if sparse else None
+    if entries is None:
+        made = dense_parts(sae, sae_in, coefficients.k, dead)
+    else:
+        made = sparse_parts(sae, sae_in, entries, coefficients.k, dead)
+
+    norm = centred_norm(target)
+    errors = [mean_normalised_error(out, target, norm) for out in made.sae_outs]
+    mse_loss = torch.stack(errors).mean() if len(errors) > 1 else errors[0]
+    if made.multi_out is not None:
+        mse_loss = mse_loss + MULTI_TOPK_WEIGHT * mean_normalised_error(made.multi_out, target, norm)
+    if made.gate_out is not None:
+        mse_loss = mse_loss + mean_normalised_error(made.gate_out, target, norm)
+    penalty = sparsity_penalty(sae, made.pre, made.acts, coefficients.l1_coefficient)
+    remedy = remedy_loss(sae, sae_in, target, made, dead)
+    return Losses(made.sae_outs[-1], made.acts, mse_loss + penalty + remedy, mse_loss, penalty, remedy)
+
+
+def has_work(sae: SparseAutoencoder, dead: Tensor | None) -> bool:
+    """Whether the remedy for dead latents has anything to do; off the CPU, where asking would wait for the device, yes."""
+    if dead is None or not sae.training or not (sae.use_ghost_grads or sae.auxk_coefficient > 0):
+        return False
+    return dead.device.type != "cpu" or bool(dead.any())
+
+
+def n_auxk_rows(n_rows: int) -> int:
+    return min(n_rows, max(AUXK_MIN_ROWS, n_rows // AUXK_ROWS_SHARE))
+
+
+# ---------------------------------------------------------------------------------------------------------- dense way
+
+
+def dense_parts(sae: SparseAutoencoder, sae_in: Tensor, k: int, dead: Tensor | None) -> Reconstruction:
+    pre = sae.pre_activations(sae_in)
+    acts = sae.activate(pre, k)
+    multi_out = gate_out = error_hat = None
+    if sae.multi_topk:
+        chosen = architectures.top_k_mask(pre, MULTI_TOPK_FACTOR * k)
+        multi_out = (pre.relu() * chosen) @ sae.W_dec + sae.b_dec
+    if sae.architecture == "gated":
+        gate_out = pre.relu() @ sae.W_dec.detach() + sae.b_dec.detach()
+    if dead is not None and sae.auxk_coefficient > 0:
+        few = pre[: n_auxk_rows(len(pre))].masked_fill(~dead, -torch.inf)
+        error_hat = (few.relu() * architectures.top_k_mask(few, sae.auxk_k)) @ sae.W_dec
+    return Reconstruction(Code(pre), Code(acts), dense_outputs(sae, acts), multi_out, gate_out, error_hat)
+
+
+def dense_outputs(sae: SparseAutoencoder, acts: Tensor) -> Tensor:
+    """(prefixes, rows, d_in): the reconstructions, from ever more of the latents."""
+    if not sae.matryoshka_widths:
+        return sae.decode(acts).unsqueeze(0)
+    edges = (0, *sae.matryoshka_widths)
+    blocks = [acts[:, i:j] @ sae.W_dec[i:j] for i, j in zip(edges, edges[1:], strict=False)]
+    return torch.stack(blocks).cumsum(dim=0) + sae.b_dec
+
+
+# --------------------------------------------------------------------------------------------------------- sparse way
+
+
+def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
+    """The active latents of a batch `sae_in` (rows, d_in); None if this machine, or this batch, asks for the dense way."""
+    if sae.device.type != "cpu" or sae.dtype not in (torch.float32, torch.float64):
+        return None
+    encoder = Encoder(sae_in, sae.W_enc.detach(), sae.b_enc.detach(), sae.encoder_dtype)
+    match sae.choice:
+        case "topk":
+            n = MULTI_TOPK_FACTOR * k if sae.multi_topk else k
+            return top_k_of_rows(encoder, n)
+        case "batchtopk":
+            return top_k_of_batch(encoder, k)
+        case "jumprelu":  # just below the threshold there is no activation, but a gradient to the threshold
+            return above_threshold(encoder, (sae.threshold - sae.jumprelu_bandwidth / 2).detach())
+        case _:
+            return above_threshold(encoder, 0.0)
+
+
+def sparse_parts(
+    sae: SparseAutoencoder, sae_in: Tensor, entries: Entries, k: int, dead: Tensor | None
+) -> Reconstruction:
+    # AuxK's entries ride along as more rows of the same code, so that all weight gradients come from one pass.
+    aux = None if dead is None or sae.auxk_coefficient == 0 else dead_entries(sae, sae_in.detach(), dead)
+    encoded, encoder_rows = [entries], [sae_in.detach()]
+    if aux is not None:
+        encoded, encoder_rows = [entries, aux], [sae_in.detach(), sae_in.detach()[: aux.n_rows]]
+    all_pre = PreActivations.apply(
+        torch.cat(encoder_rows), sae.b_dec_in_input(), sae.W_enc, sae.b_enc, concatenate(encoded)
+    )
+    pre = Code(all_pre[: len(entries.latents)], entries)  # pyright: ignore[reportOptionalSubscript] - Function.apply
+    aux_pre = all_pre[len(entries.latents) :]  # pyright: ignore[reportOptionalSubscript]
+
+    multi = None
+    if sae.multi_topk:
+        multi, pre = pre, top_k_of_entries(pre, k)
+    acts = pre.with_values(sae.activation(pre))
+    to_decode = [by_prefix(acts, sae.matryoshka_widths)]
+    if multi is not None:
+        to_decode.append(multi.with_values(multi.values.relu()))
+    if aux is not None:
+        to_decode.append(Code(aux_pre.relu(), aux))
+    outs = decode_together(to_decode, sae.W_dec)
+
+    sae_outs = outs.pop(0).view(-1, len(sae_in), sae.W_dec.shape[1])
+    if len(sae_outs) > 1:
+        sae_outs = sae_outs.cumsum(dim=0)
+    multi_out = outs.pop(0) + sae.b_dec if multi is not None else None
+    error_hat = outs.pop(0) if aux is not None else None
+    gate_out = None
+    if sae.architecture == "gated":
+        gate_out = pre.with_values(pre.values.relu()).decode(sae.W_dec.detach()) + sae.b_dec.detach()
+    return Reconstruction(pre, acts, sae_outs + sae.b_dec, multi_out, gate_out, error_hat)
+
+
+def dead_entries(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) -> Entries:
+    """The k_aux dead latents with the largest pre-activations on each of AuxK's rows."""
+    numbers = dead.nonzero().flatten()
+    encoder = Encoder(
+        sae_in[: n_auxk_rows(len(sae_in))],
+        sae.W_enc.detach()[:, numbers],
+        sae.b_enc.detach()[numbers],
+        sae.encoder_dtype,
+    )
+    among_dead = top_k_of_rows(encoder, sae.auxk_k)
+    return Entries(numbers[among_dead.latents], among_dead.offsets, sae.d_sae)
+
+
+def top_k_of_entries(code: Code, k: int) -> Code:
+    """The k largest of the entries of each row, of which there is the same number on every row."""
+    entries = code.entries
+    assert entries is not None
+    per_row = code.values.view(entries.n_rows, -1)
+    values, places = per_row.topk(k, dim=1, sorted=False)
+    latents = entries.latents.view_as(per_row).gather(1, places)
+    return Code(values.flatten(), fixed_size_entries(latents, entries.d_sae))
+
+
+def by_prefix(code: Code, widths: tuple[int, ...]) -> Code:
+    """The entries of latents below widths[0] on all rows, then on as many new rows those below widths[1], and so on."""
+    entries = code.entries
+    if entries is None or len(widths) < 2:
+        return code
+    edges = torch.tensor(widths[:-1], device=entries.latents.device)
+    new_rows = torch.bucketize(entries.latents, edges, right=True) * entries.n_rows + entries.rows
+    order = new_rows.argsort(stable=True)
+    counts = torch.bincount(new_rows, minlength=len(widths) * entries.n_rows)
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return Code(code.values.index_select(0, order), Entries(entries.latents[order], offsets, entries.d_sae))
+
+
+def decode_together(codes: list[Code], W_dec: Tensor) -> list[Tensor]:
+    """The reconstructions (rows, d_in) of several codes, from one product."""
+    entries = [code.entries for code in codes if code.entries is not None]
+    together = Code(torch.cat([code.values for code in codes]), concatenate(entries))
+    return list(together.decode(W_dec).split([code.n_rows for code in codes]))
+
+
+# ---------------------------------------------------------------------------------------------- penalties and remedies
+
+
+def sparsity_penalty(sae: SparseAutoencoder, pre: Code, acts: Code, l1_coefficient: float) -> Tensor:
+    """l1_coefficient times the mean over rows of the architecture's penalty, a scalar."""
+    if sae.architecture not in architectures.PENALISED:
+        return torch.zeros((), dtype=acts.values.dtype, device=acts.values.device)
+    penalised = pre.values.relu() if sae.architecture == "gated" else acts.values
+    if sae.scale_sparsity_penalty_by_decoder_norm:
+        penalised = penalised * acts.at(sae.W_dec.norm(dim=1))
+    if sae.architecture != "jumprelu":
+        return l1_coefficient * architectures.lp_penalty(penalised, sae.lp_norm).sum() / acts.n_rows
+    if sae.jumprelu_sparsity_loss_mode == "tanh":
+        return l1_coefficient * (sae.jumprelu_tanh_scale * penalised).tanh().sum() / acts.n_rows
+    steps = architectures.Step.apply(pre.values, pre.at(sae.threshold), sae.jumprelu_bandwidth)
+    l0 = steps.sum() / acts.n_rows  # pyright: ignore[reportOptionalMemberAccess] - Function.apply
+    return l1_coefficient * (l0 if sae.target_l0 is None else (l0 / sae.target_l0 - 1).pow(2))
+
+
+def remedy_loss(
+    sae: SparseAutoencoder, sae_in: Tensor, target: Tensor, made: Reconstruction, dead: Tensor | None
+) -> Tensor:
+    sae_out = made.sae_outs[-1]
+    if dead is None:
+        return torch.zeros((), dtype=target.dtype, device=target.device)
+    if made.error_hat is not None:
+        n = len(made.error_hat)
+        return sae.auxk_coefficient * auxk_loss(target[:n], (target[:n] - sae_out[:n]).detach(), made.error_hat)
+    if dead.device.type == "cpu":
+        dead_pre, W_dec = sae_in @ sae.W_enc[:, dead] + sae.b_enc[dead], sae.W_dec[dead]
+    else:  # picking the dead ones would wait for the device
+        all_pre = made.pre.values if made.pre.entries is None else sae_in @ sae.W_enc + sae.b_enc
+        dead_pre, W_dec = all_pre.masked_fill(~dead, -torch.inf), sae.W_dec
+    return ghost_grad_loss(target, sae_out, dead_pre, W_dec) * dead.any()

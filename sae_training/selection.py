@@ -1,0 +1,156 @@
+"""Which latents are active: the encoder's product and the choice among its outputs, in pieces that stay in cache.
+
+The pre-activations of a batch are (rows, d_sae), by far the largest tensor of a step, and nothing here ever holds more
+than a tile of them: TILE_ELEMENTS, 4 MB in bfloat16. No gradient flows through a choice, so the tile can be in a lower
+precision than the weights; the values at the chosen latents are computed again in full (`sparse_code.PreActivations`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sae_training.sparse_code import Entries, fixed_size_entries
+
+TILE_ELEMENTS = 2**21
+TILE_LATENTS = 8192
+TOO_DENSE = 0.1
+"""Share of active latents from which sparse products cost more than dense ones (measured: scripts/bench_step.py)."""
+
+
+class Encoder:
+    """The encoder's weights in the precision of the product, for one batch `sae_in` (rows, d_in)."""
+
+    def __init__(self, sae_in: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype) -> None:
+        self.sae_in = sae_in.to(dtype)
+        self.table = W_enc.T.to(dtype)
+        self.bias = b_enc.to(dtype)
+        self.d_sae = W_enc.shape[1]
+        self.tile_latents = min(self.d_sae, TILE_LATENTS)
+        self.tile_rows = max(1, TILE_ELEMENTS // self.tile_latents)
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows of sae_in), `tile_rows` at a time."""
+        for start in range(0, len(self.sae_in), self.tile_rows):
+            yield start, self.sae_in[start : start + self.tile_rows]
+
+    def tiles(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first latent, pre-activations (rows, tile_latents)) for a chunk of rows."""
+        for start in range(0, self.d_sae, self.tile_latents):
+            tile = slice(start, start + self.tile_latents)
+            yield start, torch.addmm(self.bias[tile], rows, self.table[tile].T)
+
+
+# --------------------------------------------------------------------------------------------------- k of each row
+
+
+def top_k_of_rows(encoder: Encoder, k: int) -> Entries:
+    """The k latents with the largest pre-activations on each row."""
+    chosen = []
+    for _, rows in encoder.chunks():
+        best = [(start, *top_k(tile, k)) for start, tile in encoder.tiles(rows)]
+        if len(best) == 1:
+            chosen.append(best[0][2])
+            continue
+        values = torch.cat([values for _, values, _ in best], dim=1)
+        latents = torch.cat([latents + start for start, _, latents in best], dim=1)
+        chosen.append(latents.gather(1, values.topk(k, dim=1, sorted=False).indices))
+    return fixed_size_entries(torch.cat(chosen), encoder.d_sae)
+
+
+def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and indices of the k largest of each row of `x` (rows, n), in no order; all of them if n <= k.
+
+    The k largest numbers lie in the k groups with the largest maxima: with groups of 16 far fewer numbers are
+    compared. The maximum over groups j, j + n/16, j + 2n/16, ... is a maximum of whole vectors.
+    """
+    n_rows, n = x.shape
+    k = min(k, n)
+    group = 16
+    if n % group or n // group < 2 * k or x.is_cuda:
+        return x.topk(k, dim=1, sorted=False)
+    grouped = x.view(n_rows, group, n // group)
+    best_groups = grouped.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    candidates = grouped.gather(2, best_groups.unsqueeze(1).expand(-1, group, -1)).flatten(start_dim=1)
+    values, places = candidates.topk(k, dim=1, sorted=False)
+    member, which = places // k, places % k
+    return values, member * (n // group) + best_groups.gather(1, which)
+
+
+# --------------------------------------------------------------------------------------------------- by a threshold
+
+
+def above_threshold(encoder: Encoder, threshold: Tensor | float) -> Entries | None:
+    """All latents with a pre-activation above `threshold` (a number, or one per latent (d_sae,)).
+
+    None if there are so many of them that dense products are cheaper: the first chunk of rows, a random sample of the
+    batch, decides.
+    """
+    keys = []
+    for first_row, rows in encoder.chunks():
+        keys.append(keys_above(encoder, first_row, rows, threshold))
+        if first_row == 0 and len(keys[0]) > TOO_DENSE * len(rows) * encoder.d_sae:
+            return None
+    return entries_from_keys(torch.cat(keys), len(encoder.sae_in), encoder.d_sae)
+
+
+def keys_above(encoder: Encoder, first_row: int, rows: Tensor, threshold: Tensor | float) -> Tensor:
+    """row * d_sae + latent of each pre-activation above the threshold, ascending, (n,) int64."""
+    keys = []
+    for first_latent, tile in encoder.tiles(rows):
+        limit = threshold
+        if isinstance(threshold, Tensor):
+            limit = threshold[first_latent : first_latent + tile.shape[1]].to(tile.dtype)
+        row, latent = (tile > limit).nonzero(as_tuple=True)
+        keys.append((row + first_row) * encoder.d_sae + latent + first_latent)
+    return keys[0] if len(keys) == 1 else torch.cat(keys).sort().values
+
+
+def entries_from_keys(keys: Tensor, n_rows: int, d_sae: int) -> Entries:
+    """Entries from ascending keys row * d_sae + latent."""
+    rows = keys // d_sae
+    counts = torch.bincount(rows, minlength=n_rows)
+    return Entries(keys - rows * d_sae, F.pad(counts.cumsum(0), (1, 0)), d_sae)
+
+
+# -------------------------------------------------------------------------------------------------- k to a row, in all
+
+
+def top_k_of_batch(encoder: Encoder, k: int) -> Entries:
+    """The k * rows largest positive pre-activations of the whole batch (Bussmann et al. 2024).
+
+    The first chunk of rows gives a low estimate of the smallest one kept; whatever lies above it in any row is
+    collected, and the largest of these are the answer. Should the estimate prove too high, 0 takes its place.
+    """
+    n_rows = len(encoder.sae_in)
+    wanted = k * n_rows
+    _, first = next(encoder.chunks())
+    sample = torch.cat([tile.flatten() for _, tile in encoder.tiles(first)])
+    low = largest(sample, 2 * k * len(first)).clamp_min(0)
+    keys, values = collect(encoder, low)
+    if len(keys) < wanted:
+        keys, values = collect(encoder, torch.zeros_like(low))
+    if len(keys) > wanted:
+        keep = values.topk(wanted, sorted=False).indices
+        keys = keys[keep].sort().values
+    return entries_from_keys(keys, n_rows, encoder.d_sae)
+
+
+def largest(values: Tensor, n: int) -> Tensor:
+    """The n-th largest of `values`, or their smallest if there are fewer."""
+    n = min(n, len(values))
+    return values.float().kthvalue(len(values) - n + 1).values.to(values.dtype)
+
+
+def collect(encoder: Encoder, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the pre-activations above one threshold for all latents."""
+    keys, values = [], []
+    for first_row, rows in encoder.chunks():
+        for first_latent, tile in encoder.tiles(rows):
+            row, latent = (tile > threshold).nonzero(as_tuple=True)
+            keys.append((row + first_row) * encoder.d_sae + latent + first_latent)
+            values.append(tile[row, latent])
+    return torch.cat(keys), torch.cat(values)

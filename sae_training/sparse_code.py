@@ -1,0 +1,202 @@
+"""Sparse latent codes: which latents are active on which rows, and the products that need nothing else.
+
+A dense autoencoder step is six products of 2 * rows * d_in * d_sae operations. Only the encoder's forward product must
+look at every latent; with n active entries the other five cost 2 * n * d_in each:
+
+    pre-activations   values[e] = x[row e] . W_enc[:, latent e] + b_enc[latent e]
+    decode            out[row]  = sum of values[e] * W_dec[latent e] over the row's entries
+    dL/dvalues[e]               = dL/dout[row e] . W_dec[latent e]
+    dL/dW_dec[latent]           = sum of values[e] * dL/dout[row e] over the latent's entries
+    dL/dW_enc[:, latent]        = sum of dL/dvalues[e] * x[row e] over the latent's entries
+
+Both weight gradients go through the entries latent by latent: one sort, shared. The gradient of b_dec through the
+encoder's input is a matrix-vector product, since every row's input holds the same -b_dec.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The active (row, latent) pairs of a batch, row after row; their values live in tensors (n,) beside it."""
+
+    latents: Tensor
+    """(n,) int64: the latent of each entry."""
+    offsets: Tensor
+    """(n_rows + 1,) int64: row i has the entries offsets[i] to offsets[i + 1]."""
+    d_sae: int
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(n,) int64: the row of each entry."""
+        counts = self.offsets.diff()
+        positions = torch.arange(self.n_rows, device=counts.device)
+        return positions.repeat_interleave(counts, output_size=len(self.latents))
+
+    @cached_property
+    def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries in the order of their latents: (order (n,), row of each (n,), offsets (d_sae + 1,))."""
+        order = self.latents.argsort(stable=True)
+        counts = torch.bincount(self.latents, minlength=self.d_sae)
+        return order, self.rows[order], F.pad(counts.cumsum(0), (1, 0))
+
+    def counts(self, values: Tensor) -> Tensor:
+        """(d_sae,) int64: on how many rows each latent's value is above 0."""
+        return torch.zeros(self.d_sae, dtype=torch.int64, device=values.device).index_add_(
+            0, self.latents, (values > 0).to(torch.int64)
+        )
+
+    def dense(self, values: Tensor) -> Tensor:
+        """The codes as (n_rows, d_sae)."""
+        flat = torch.zeros(self.n_rows * self.d_sae, dtype=values.dtype, device=values.device)
+        return flat.index_add(0, self.rows * self.d_sae + self.latents, values).view(self.n_rows, self.d_sae)
+
+    def sum_by_latent(self, values: Tensor) -> Tensor:
+        """(d_sae,): the sum of each latent's values."""
+        return torch.zeros(self.d_sae, dtype=values.dtype, device=values.device).index_add_(0, self.latents, values)
+
+
+def concatenate(parts: list[Entries]) -> Entries:
+    """The rows of all parts under each other."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = torch.cat([part.offsets[-1:] for part in parts]).cumsum(0)
+    offsets = [parts[0].offsets] + [part.offsets[1:] + end for part, end in zip(parts[1:], ends, strict=False)]
+    return Entries(torch.cat([part.latents for part in parts]), torch.cat(offsets), parts[0].d_sae)
+
+
+def fixed_size_entries(latents: Tensor, d_sae: int) -> Entries:
+    """Entries from `latents` (rows, k): k to a row."""
+    n_rows, k = latents.shape
+    offsets = torch.arange(0, n_rows * k + 1, k, device=latents.device)
+    return Entries(latents.flatten(), offsets, d_sae)
+
+
+# ---------------------------------------------------------------------------------------------------------- products
+
+
+def row_products(rows: Tensor, table: Tensor, entries: Entries) -> Tensor:
+    """(n,): rows[row e] . table[latent e] for each entry, `rows` (n_rows, d), `table` (d_sae, d)."""
+    if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
+        size = (entries.n_rows, entries.d_sae)
+        zeros = torch.zeros(len(entries.latents), dtype=rows.dtype)
+        where = torch.sparse_csr_tensor(entries.offsets, entries.latents, zeros, size, check_invariants=False)
+        return torch.sparse.sampled_addmm(where, rows, table.T, beta=0.0).values()
+    # Elsewhere: gathered in pieces of at most 64 MB, so that (n, d) is never held at once.
+    n = max(1, 2**24 // rows.shape[1])
+    pieces = zip(entries.rows.split(n), entries.latents.split(n), strict=True)
+    return torch.cat([torch.linalg.vecdot(rows[r], table[latent]) for r, latent in pieces])
+
+
+def sum_of_latents(values: Tensor, table: Tensor, entries: Entries) -> Tensor:
+    """(n_rows, d): in each row, the sum of values[e] * table[latent e]."""
+    return bags(entries.latents, entries.offsets, values, table)
+
+
+def sum_of_rows(values: Tensor, rows: Tensor, entries: Entries) -> Tensor:
+    """(d_sae, d): for each latent, the sum of values[e] * rows[row e]."""
+    order, row_of, offsets = entries.by_latent
+    return bags(row_of, offsets, values[order], rows)
+
+
+def bags(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    """Weighted sums of rows of `table`, one for each stretch of `indices` between two `offsets`."""
+    return F.embedding_bag(
+        indices, table, offsets, mode="sum", per_sample_weights=weights.to(table.dtype), include_last_offset=True
+    )
+
+
+class PreActivations(Function):
+    """(x - b_dec) W_enc + b_enc at the entries alone, (n,). `sae_in` is x - b_dec; gradients reach the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, sae_in: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor, entries: Entries) -> Any:
+        ctx.save_for_backward(sae_in, W_enc)
+        ctx.entries = entries
+        return row_products(sae_in, W_enc.T, entries).add_(b_enc[entries.latents])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        sae_in, W_enc = ctx.saved_tensors
+        b_enc_gradient = ctx.entries.sum_by_latent(gradient)
+        b_dec_gradient = -(W_enc @ b_enc_gradient) if ctx.needs_input_grad[1] else None
+        return None, b_dec_gradient, sum_of_rows(gradient, sae_in, ctx.entries).T, b_enc_gradient, None
+
+
+class Decode(Function):
+    """The rows' sums of values[e] * W_dec[latent e], (n_rows, d_in)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, entries: Entries) -> Any:
+        ctx.save_for_backward(values, W_dec)
+        ctx.entries = entries
+        return sum_of_latents(values, W_dec, entries)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        values, W_dec = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        W_dec_gradient = sum_of_rows(values, gradient, ctx.entries) if ctx.needs_input_grad[1] else None
+        return row_products(gradient, W_dec, ctx.entries), W_dec_gradient, None
+
+
+# ---------------------------------------------------------------------------------------------------- codes of a batch
+
+
+@dataclass(frozen=True)
+class Code:
+    """The latent activations of a batch: `values` (rows, d_sae), or (n,) at `entries`."""
+
+    values: Tensor
+    entries: Entries | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.values) if self.entries is None else self.entries.n_rows
+
+    def at(self, parameter: Tensor) -> Tensor:
+        """A parameter (d_sae,), broadcast over the rows or picked for each entry."""
+        return parameter if self.entries is None else parameter.index_select(0, self.entries.latents)
+
+    def with_values(self, values: Tensor) -> Code:
+        return Code(values, self.entries)
+
+    def detach(self) -> Code:
+        return Code(self.values.detach(), self.entries)
+
+    def decode(self, W_dec: Tensor) -> Tensor:
+        """(rows, d_in): the codes times W_dec (d_sae, d_in)."""
+        if self.entries is None:
+            return self.values @ W_dec
+        return Decode.apply(self.values, W_dec, self.entries)  # pyright: ignore[reportReturnType] - Function.apply
+
+    def l1(self) -> Tensor:
+        """Mean over rows of the sum of |activations|, a scalar."""
+        return self.values.abs().sum() / self.n_rows
+
+    def l0(self) -> Tensor:
+        """Mean number of active latents per row, a scalar."""
+        return (self.values > 0).sum().float() / self.n_rows
+
+    def counts(self) -> Tensor:
+        """(d_sae,) int64: on how many rows each latent is active."""
+        return (self.values > 0).sum(dim=0) if self.entries is None else self.entries.counts(self.values)
+
+    def dense(self) -> Tensor:
+        """(rows, d_sae)."""
+        return self.values if self.entries is None else self.entries.dense(self.values)
