@@ -1,13 +1,13 @@
 """What the architectures differ in: which latents are active, with what activation, and the penalty on them.
 
-| architecture | active                                   | activation                     | penalty (weight l1_coefficient)      |
-|--------------|------------------------------------------|--------------------------------|--------------------------------------|
-| standard     | pre > 0                                  | pre                            | L1, or Lp: sum of activation ** p    |
-| topk         | the k largest of a row                   | ReLU(pre)                      | none                                 |
-| batchtopk    | the k * rows largest of a batch          | ReLU(pre)                      | none                                 |
-| matryoshka   | as topk or batchtopk                     | ReLU(pre)                      | none                                 |
-| jumprelu     | pre > threshold of the latent            | pre                            | L0; its distance from a target; tanh |
-| gated        | pre > 0 (the gate)                       | ReLU(e^r_mag (pre - b_enc) + b_mag) | L1 of ReLU(pre)                 |
+| architecture | active                          | activation             | penalty, weighted by l1_coefficient  |
+|--------------|---------------------------------|------------------------|--------------------------------------|
+| standard     | pre > 0                         | pre                    | L1, or Lp: sum of activation ** p    |
+| topk         | the k largest of a row          | ReLU(pre)              | none                                 |
+| batchtopk    | the k * rows largest of a batch | ReLU(pre)              | none                                 |
+| matryoshka   | as topk or batchtopk            | ReLU(pre)              | none                                 |
+| jumprelu     | pre > threshold of the latent   | pre                    | L0; its distance from a target; tanh |
+| gated        | pre > 0 (the gate)              | `gated_activation`     | L1 of ReLU(pre)                      |
 
 `pre` are pre-activations, (rows, d_sae), or (n,) at the entries of a sparse code. All functions take both: a parameter
 with one number per latent comes as `at(parameter)`, of a shape that fits. At inference batchtopk uses the threshold
@@ -74,6 +74,14 @@ class Step(Function):
         pre, threshold = ctx.saved_tensors
         slope = -rectangle((pre - threshold) / ctx.bandwidth) / ctx.bandwidth
         return None, sum_to(gradient * slope, threshold), None
+
+
+def jumprelu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    return JumpReLU.apply(pre, threshold, bandwidth)  # pyright: ignore[reportReturnType]
+
+
+def step_above(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    return Step.apply(pre, threshold, bandwidth)  # pyright: ignore[reportReturnType]
 
 
 def sum_to(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ class LanguageModelSAERunnerConfig:
     """Add the reconstruction from 4k latents to the loss at weight 1/8 (topk)."""
 
     matryoshka_widths: tuple[int, ...] = ()
-    """Sizes of the nested dictionaries inside the whole, ascending (matryoshka)."""
+    """Sizes of the nested dictionaries, ascending (matryoshka); () is d_sae / 16, / 8, / 4, / 2."""
 
     matryoshka_selection: Literal["batchtopk", "topk"] = "batchtopk"
     """How matryoshka chooses its active latents."""
@@ -183,10 +183,10 @@ class LanguageModelSAERunnerConfig:
     """Revive dead latents with ghost gradients."""
 
     feature_sampling_method: Literal["anthropic", "l2"] | None = None
-    """Resampling of dead latents (not in this version)."""
+    """Resample dead latents at the end of each feature_sampling_window in the run's first half."""
 
     feature_sampling_window: int = 2000
-    """Steps over which the logged firing frequencies are counted before they start anew."""
+    """Steps over which firing frequencies are counted; resampling comes at the end of each."""
 
     dead_feature_window: int = 1000
     """Steps without firing after which a latent counts as dead."""
@@ -224,10 +224,10 @@ class LanguageModelSAERunnerConfig:
     """Cycles of cosineannealingwarmrestarts."""
 
     optimizer: Literal["adam", "adam8bit", "signum"] = "adam"
-    """Optimizer (this version: adam)."""
+    """Optimizer (this version: adam, signum)."""
 
     adam_beta1: float = 0.9
-    """Decay of Adam's mean of gradients, per step."""
+    """Decay of the mean of gradients, per step (adam and signum)."""
 
     adam_beta2: float = 0.999
     """Decay of Adam's mean of squared gradients, per step."""

@@ -90,8 +90,7 @@ NOT_EMPTY = ("model_name", "hook_point", "dataset_path", "dataset_split", "run_d
 # What this version does of each option that has values it does not know how to train yet.
 BUILT: dict[str, tuple[object, ...]] = {
     "normalize_activations": ("none",),
-    "feature_sampling_method": (None,),
-    "optimizer": ("adam",),
+    "optimizer": ("adam", "signum"),
     "grad_acc_steps": (1,),
     "micro_batch_size": (None,),
     "use_cached_activations": (False,),
@@ -311,7 +310,7 @@ def _widths_not_nested(cfg: Config) -> str | None:
             f"matryoshka_widths: found {widths} with architecture {cfg.architecture}; leave it out" if widths else None
         )
     ascending = all(a < b for a, b in zip(widths, widths[1:], strict=False))
-    if widths and ascending and (cfg.d_sae is None or widths[-1] <= cfg.d_sae):
+    if not widths or ascending and (cfg.d_sae is None or widths[-1] <= cfg.d_sae):
         return None
     return (
         f"matryoshka_widths: found {list(widths)}, expected sizes of nested dictionaries, ascending and at most d_sae"

@@ -13,7 +13,8 @@ class FiringTracker:
 
     A latent fires on a row when its activation is above zero, and is dead when it has not fired for more than
     `dead_window` steps (or, if given, for more than `dead_window_tokens` tokens). Frequencies are counted in windows
-    that the caller ends; the last one is kept until the next ends, so that there is always a stable figure.
+    that the caller ends; the last one is kept until the next ends, so that there is always a stable figure. `revived`
+    counts how often a dead latent fired again.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class FiringTracker:
         self.dead_window_tokens = dead_window_tokens
         counters = torch.zeros(4, d_sae, dtype=torch.int64, device=device)
         self.steps_since_fired, self.tokens_since_fired, self.fired, self.fired_last_window = counters
+        self.revived = torch.zeros((), dtype=torch.int64, device=device)
         self.window_tokens = 0
         self.last_window_tokens = 0
 
@@ -35,6 +37,7 @@ class FiringTracker:
         n_rows = code.n_rows
         fired = code.counts()
         silent = fired == 0
+        self.revived += (self.dead() & ~silent).sum()
         # Multiplying by the mask instead of indexing with it keeps the device from waiting for the host.
         self.steps_since_fired.add_(1).mul_(silent)
         self.tokens_since_fired.add_(n_rows).mul_(silent)
@@ -46,6 +49,11 @@ class FiringTracker:
         if self.dead_window_tokens is not None:
             return self.tokens_since_fired > self.dead_window_tokens
         return self.steps_since_fired > self.dead_window
+
+    def restart(self, which: Tensor) -> None:
+        """Count the latents in the mask `which` (d_sae,) as if they had just fired: they were resampled."""
+        self.steps_since_fired.masked_fill_(which, 0)
+        self.tokens_since_fired.masked_fill_(which, 0)
 
     def start_new_window(self) -> None:
         self.fired_last_window.copy_(self.fired)
@@ -69,10 +77,11 @@ class FiringTracker:
             "tokens_since_fired": self.tokens_since_fired,
             "fired": self.fired,
             "fired_last_window": self.fired_last_window,
+            "revived": self.revived,
             "window_tokens": torch.tensor([self.window_tokens, self.last_window_tokens]),
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name in ("steps_since_fired", "tokens_since_fired", "fired", "fired_last_window"):
+        for name in ("steps_since_fired", "tokens_since_fired", "fired", "fired_last_window", "revived"):
             getattr(self, name).copy_(state[name])
         self.window_tokens, self.last_window_tokens = state["window_tokens"].tolist()

@@ -42,6 +42,7 @@ from sae_training.trainer import NonFiniteLoss, SAETrainer
 from sae_training.weights import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE, load_weights, write_safetensors, write_text
 
 EVALUATION_FILE = "evaluation.json"
+RESAMPLE_ROWS = 16_384  # of the buffer, from which resampling draws its directions
 
 
 @dataclass
@@ -150,6 +151,7 @@ def train(run: Run, stop: StopRequest) -> None:
         if due(run.step, cfg.feature_sampling_window):
             trainer.tracker.start_new_window()
             log_sparsity(run)
+            resample_dead_latents(run)
         if due(run.step, cfg.eval_every) and run.step < cfg.total_training_steps and len(run.held_out):
             run.logger.log(evaluate_now(run), run.step, run.n_training_tokens)
         if run.step in snapshots:
@@ -208,6 +210,14 @@ def stop_here(run: Run, stop: StopRequest) -> None:
         f"command continues it, and so does: python -m sae_training resume {run.folder.path}",
         exit_code=128 + stop.signal,
     )
+
+
+def resample_dead_latents(run: Run) -> None:
+    """Resampling, if the config asks for it; not in the second half of the run, which newcomers could not learn in."""
+    if run.cfg.feature_sampling_method is None or run.step > run.cfg.total_training_steps // 2:
+        return
+    n = run.trainer.resample(run.store.sample(RESAMPLE_ROWS), run.step)
+    run.logger.log({"metrics/n_resampled_neurons": n}, run.step, run.n_training_tokens)
 
 
 def log_sparsity(run: Run) -> None:

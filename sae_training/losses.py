@@ -67,7 +67,7 @@ def ghost_grad_loss(x: Tensor, sae_out: Tensor, dead_pre: Tensor, W_dec: Tensor)
 
 
 def auxk_loss(x: Tensor, error: Tensor, error_hat: Tensor) -> Tensor:
-    """AuxK: how badly `error_hat`, made by dead latents, predicts the `error` (rows, d) of reconstructing `x` (rows, d).
+    """AuxK: how badly `error_hat`, made by dead latents, predicts the `error` of reconstructing `x`, all (rows, d).
 
     mean (e_hat - e)^2 / mean (e - mean_rows(e))^2, which is 1 for predicting the mean error (Gao et al. 2024, arXiv
     2406.04093, appendix A.2); e must carry no gradient. That ratio is brought to the unit of the MSE loss by the MSE

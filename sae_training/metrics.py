@@ -39,6 +39,7 @@ def training_metrics(result: StepResult, tracker: FiringTracker, n_training_toke
         "metrics/l0": out.code.l0(),
         "sparsity/mean_passes_since_fired": tracker.steps_since_fired.float().mean(),
         "sparsity/dead_features": tracker.dead().sum(),
+        "sparsity/revived_features": tracker.revived,
         "details/n_training_tokens": n_training_tokens,
         "details/current_learning_rate": result.lr,
         "details/current_l1_coefficient": result.l1_coefficient,

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_training import architectures
 from sae_training.losses import auxk_loss, centred_norm, ghost_grad_loss, mean_normalised_error
 from sae_training.selection import Encoder, above_threshold, top_k_of_batch, top_k_of_rows
-from sae_training.sparse_code import Code, Entries, PreActivations, concatenate, fixed_size_entries
+from sae_training.sparse_code import Code, Entries, concatenate, fixed_size_entries, pre_activations_at
 
 if TYPE_CHECKING:
     from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -110,7 +110,7 @@ def objective(
 
 
 def has_work(sae: SparseAutoencoder, dead: Tensor | None) -> bool:
-    """Whether the remedy for dead latents has anything to do; off the CPU, where asking would wait for the device, yes."""
+    """Whether the remedy for dead latents has work; yes off the CPU, where asking would wait for the device."""
     if dead is None or not sae.training or not (sae.use_ghost_grads or sae.auxk_coefficient > 0):
         return False
     return dead.device.type != "cpu" or bool(dead.any())
@@ -151,7 +151,7 @@ def dense_outputs(sae: SparseAutoencoder, acts: Tensor) -> Tensor:
 
 
 def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
-    """The active latents of a batch `sae_in` (rows, d_in); None if this machine, or this batch, asks for the dense way."""
+    """The active latents of a batch `sae_in` (rows, d_in); None if the machine or the batch asks for the dense way."""
     if sae.device.type != "cpu" or sae.dtype not in (torch.float32, torch.float64):
         return None
     encoder = Encoder(sae_in, sae.W_enc.detach(), sae.b_enc.detach(), sae.encoder_dtype)
@@ -174,12 +174,16 @@ def sparse_parts(
     aux = None if dead is None or sae.auxk_coefficient == 0 else dead_entries(sae, sae_in.detach(), dead)
     encoded, encoder_rows = [entries], [sae_in.detach()]
     if aux is not None:
-        encoded, encoder_rows = [entries, aux], [sae_in.detach(), sae_in.detach()[: aux.n_rows]]
-    all_pre = PreActivations.apply(
-        torch.cat(encoder_rows), sae.b_dec_in_input(), sae.W_enc, sae.b_enc, concatenate(encoded)
+        encoded.append(aux)
+        encoder_rows.append(sae_in.detach()[: aux.n_rows])
+    all_pre = pre_activations_at(
+        concatenate(encoded),
+        encoder_rows[0] if aux is None else torch.cat(encoder_rows),
+        sae.b_dec_in_input(),
+        sae.W_enc,
+        sae.b_enc,
     )
-    pre = Code(all_pre[: len(entries.latents)], entries)  # pyright: ignore[reportOptionalSubscript] - Function.apply
-    aux_pre = all_pre[len(entries.latents) :]  # pyright: ignore[reportOptionalSubscript]
+    pre, aux_pre = Code(all_pre[: len(entries.latents)], entries), all_pre[len(entries.latents) :]
 
     multi = None
     if sae.multi_topk:
@@ -260,8 +264,7 @@ def sparsity_penalty(sae: SparseAutoencoder, pre: Code, acts: Code, l1_coefficie
         return l1_coefficient * architectures.lp_penalty(penalised, sae.lp_norm).sum() / acts.n_rows
     if sae.jumprelu_sparsity_loss_mode == "tanh":
         return l1_coefficient * (sae.jumprelu_tanh_scale * penalised).tanh().sum() / acts.n_rows
-    steps = architectures.Step.apply(pre.values, pre.at(sae.threshold), sae.jumprelu_bandwidth)
-    l0 = steps.sum() / acts.n_rows  # pyright: ignore[reportOptionalMemberAccess] - Function.apply
+    l0 = architectures.step_above(pre.values, pre.at(sae.threshold), sae.jumprelu_bandwidth).sum() / acts.n_rows
     return l1_coefficient * (l0 if sae.target_l0 is None else (l0 / sae.target_l0 - 1).pow(2))
 
 

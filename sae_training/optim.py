@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -14,11 +14,50 @@ SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
 WITH_WARM_UP = ("constantwithwarmup", "linearwarmupdecay", "cosineannealingwarmup")
 
 
-def make_adam(parameters: Iterable[torch.nn.Parameter], lr: float, betas: tuple[float, float]) -> torch.optim.Adam:
-    """Adam in one fused pass over each parameter (on a CPU 3 to 10 times faster than the loop over tensor
-    operations).
+def make_optimizer(
+    name: str, parameters: Iterable[torch.nn.Parameter], lr: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """adam, or signum (which uses the first of `betas`).
+
+    Both leave parameters and moments as they are in a step where their attribute `found_inf` (a scalar tensor) is 1.
+    Adam goes over each parameter once, fused: on a CPU 3 to 10 times faster than a loop over tensor operations.
     """
-    return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
+    match name:
+        case "adam":
+            return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
+        case "signum":
+            return Signum(parameters, lr=lr, momentum=betas[0])
+        case other:
+            raise ValueError(f"optimizer: found {other!r}, expected 'adam' or 'signum'.")
+
+
+class Signum(torch.optim.Optimizer):
+    """Each step moves every number by the learning rate, along the sign of the running mean of its gradient.
+
+    Bernstein et al. 2018 (arXiv 1802.04434). One moment instead of Adam's two. A latent that seldom fires moves as far
+    as one that often does, which leaves few latents dead.
+    """
+
+    found_inf: torch.Tensor
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - no closure here
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                mean = state["exp_avg"]
+                found_inf = getattr(self, "found_inf", None)
+                gradient = parameter.grad if found_inf is None else torch.where(found_inf > 0, mean, parameter.grad)
+                mean.lerp_(gradient, 1 - group["momentum"])
+                kept = 1.0 if found_inf is None else 1 - found_inf
+                parameter.sub_(mean.sign().mul_(group["lr"] * kept))
 
 
 def warm_up_factor(step: int, warm_up_steps: int) -> float:

@@ -17,6 +17,7 @@ from sae_training.sparse_code import Entries, fixed_size_entries
 
 TILE_ELEMENTS = 2**21
 TILE_LATENTS = 8192
+SAMPLE_ROWS = 32  # from which `top_k_of_batch` estimates its threshold
 TOO_DENSE = 0.1
 """Share of active latents from which sparse products cost more than dense ones (measured: scripts/bench_step.py)."""
 
@@ -122,12 +123,13 @@ def entries_from_keys(keys: Tensor, n_rows: int, d_sae: int) -> Entries:
 def top_k_of_batch(encoder: Encoder, k: int) -> Entries:
     """The k * rows largest positive pre-activations of the whole batch (Bussmann et al. 2024).
 
-    The first chunk of rows gives a low estimate of the smallest one kept; whatever lies above it in any row is
+    A few rows give a low estimate of the smallest one kept; whatever lies above it in any row is
     collected, and the largest of these are the answer. Should the estimate prove too high, 0 takes its place.
     """
     n_rows = len(encoder.sae_in)
     wanted = k * n_rows
     _, first = next(encoder.chunks())
+    first = first[:SAMPLE_ROWS]
     sample = torch.cat([tile.flatten() for _, tile in encoder.tiles(first)])
     low = largest(sample, 2 * k * len(first)).clamp_min(0)
     keys, values = collect(encoder, low)

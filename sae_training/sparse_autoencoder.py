@@ -52,6 +52,9 @@ class SparseAutoencoder(HookedRootModule):
     as W_dec does, so that picking a latent reads one stretch of it.
     """
 
+    inference_threshold: Tensor
+    """batchtopk: the pre-activation above which a latent is active outside training, a scalar."""
+
     def __init__(self, cfg: Any) -> None:
         super().__init__()
         if not isinstance(cfg.d_in, int):
@@ -154,8 +157,7 @@ class SparseAutoencoder(HookedRootModule):
         """Activations of the pre-activations that are chosen, of the shape of `pre.values`."""
         match self.architecture:
             case "jumprelu":
-                acts = architectures.JumpReLU.apply(pre.values, pre.at(self.threshold), self.jumprelu_bandwidth)
-                return acts  # pyright: ignore[reportReturnType] - Function.apply
+                return architectures.jumprelu(pre.values, pre.at(self.threshold), self.jumprelu_bandwidth)
             case "gated":
                 at = pre.at
                 return architectures.gated_activation(pre.values, at(self.b_enc), at(self.r_mag), at(self.b_mag))
@@ -234,7 +236,7 @@ class SparseAutoencoder(HookedRootModule):
         """Take from W_dec's gradient what would only stretch or shrink its (unit) rows."""
         if self.W_dec.grad is None:
             raise ValueError("W_dec has no gradient: call backward() first.")
-        along = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
+        along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec).unsqueeze(1)
         self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
 
     # ------------------------------------------------------------------------------------------------ name and files
@@ -274,12 +276,12 @@ def matryoshka_widths(cfg: Any) -> tuple[int, ...]:
     """Sizes of the nested dictionaries, the whole last; empty for other architectures."""
     if option(cfg, "architecture") != "matryoshka":
         return ()
-    inner = tuple(width for width in option(cfg, "matryoshka_widths") if width < cfg.d_sae)
-    return (*inner, cfg.d_sae)
+    widths = option(cfg, "matryoshka_widths") or [cfg.d_sae // 2**i for i in (4, 3, 2, 1)]
+    return (*(width for width in widths if 0 < width < cfg.d_sae), cfg.d_sae)
 
 
 def encoder_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Precision of the encoder's product in training, for `encoder_matmul_dtype`; "auto" is bfloat16 if that is fast."""
+    """Precision in which training chooses latents; for "auto", bfloat16 if that is fast."""
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if dtype == torch.float32 and bfloat16_is_fast(device) else dtype

@@ -120,7 +120,7 @@ def bags(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor) -> Te
 
 
 class PreActivations(Function):
-    """(x - b_dec) W_enc + b_enc at the entries alone, (n,). `sae_in` is x - b_dec; gradients reach the parameters."""
+    """`pre_activations_at`; gradients reach the four parameters."""
 
     @staticmethod
     def forward(ctx: Any, sae_in: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor, entries: Entries) -> Any:
@@ -135,6 +135,11 @@ class PreActivations(Function):
         b_enc_gradient = ctx.entries.sum_by_latent(gradient)
         b_dec_gradient = -(W_enc @ b_enc_gradient) if ctx.needs_input_grad[1] else None
         return None, b_dec_gradient, sum_of_rows(gradient, sae_in, ctx.entries).T, b_enc_gradient, None
+
+
+def pre_activations_at(entries: Entries, sae_in: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    """(n,) pre-activations at the entries. `sae_in` (n_rows, d_in) already is x - b_dec (x, if `b_dec` is None)."""
+    return PreActivations.apply(sae_in, b_dec, W_enc, b_enc, entries)  # pyright: ignore[reportReturnType]
 
 
 class Decode(Function):
@@ -183,7 +188,7 @@ class Code:
         """(rows, d_in): the codes times W_dec (d_sae, d_in)."""
         if self.entries is None:
             return self.values @ W_dec
-        return Decode.apply(self.values, W_dec, self.entries)  # pyright: ignore[reportReturnType] - Function.apply
+        return Decode.apply(self.values, W_dec, self.entries)  # pyright: ignore[reportReturnType]
 
     def l1(self) -> Tensor:
         """Mean over rows of the sum of |activations|, a scalar."""

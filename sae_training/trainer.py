@@ -11,7 +11,8 @@ from sae_training.architectures import PENALISED
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.dead_latents import FiringTracker
 from sae_training.objective import Coefficients, Losses, objective
-from sae_training.optim import annealed_k, lr_factor, make_adam, warm_up_factor
+from sae_training.optim import annealed_k, lr_factor, make_optimizer, warm_up_factor
+from sae_training.resampling import resample
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 
@@ -34,7 +35,8 @@ class SAETrainer:
     def __init__(self, sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig) -> None:
         self.sae = sae
         self.cfg = cfg
-        self.optimizer = make_adam(sae.parameters(), cfg.resolved_lr, (cfg.adam_beta1, cfg.adam_beta2))
+        betas = (cfg.adam_beta1, cfg.adam_beta2)
+        self.optimizer = make_optimizer(cfg.optimizer, sae.parameters(), cfg.resolved_lr, betas)
         self.tracker = FiringTracker(
             sae.d_sae,
             cfg.dead_feature_window,
@@ -67,6 +69,16 @@ class SAETrainer:
         self.tracker.update(out.code)
         return StepResult(x, out, lr, coefficients.l1_coefficient)
 
+    def resample(self, rows: Tensor, step: int) -> int:
+        """Give dead latents new directions from `rows` (n, d_in), after `step` finished steps; returns how many."""
+        method = self.cfg.feature_sampling_method
+        assert method is not None
+        generator = torch.Generator().manual_seed(self.cfg.seed + step)
+        dead = self.tracker.dead()
+        n = resample(self.sae, self.optimizer, dead, rows, method, generator)
+        self.tracker.restart(dead)
+        return n
+
     def gradient_sum(self) -> Tensor:
         """A number that is not finite if any gradient is not."""
         gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
@@ -76,7 +88,7 @@ class SAETrainer:
         """The optimizer step, skipped on the device itself where the loss is not finite: no wait for the host."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # Fused Adam reads this attribute, and leaves parameters and moments as they are where it is 1.
+        # The optimizer reads this attribute, and leaves parameters and moments as they are where it is 1.
         setattr(self.optimizer, "found_inf", not_finite.float())  # noqa: B010 - not declared, so pyright wants it so
         self.optimizer.step()
         self.non_finite += not_finite
@@ -130,11 +142,11 @@ class SAETrainer:
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         self.sae.load_state_dict(state["weights"])
-        for name, parameter in self.sae.named_parameters():
-            moments = {key: state["optimizer"][f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {
-                # In the parameter's own order in memory: fused Adam walks both as flat arrays.
-                key: torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.ndim else value
-                for key, value in moments.items()
-            }
+        parameters = dict(self.sae.named_parameters())
+        for full_name, value in state["optimizer"].items():
+            key, name = full_name.split(".", 1)
+            parameter = parameters[name]
+            # In the parameter's own order in memory: the fused optimizer walks both as flat arrays.
+            moment = torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.ndim else value
+            self.optimizer.state[parameter][key] = moment.to(self.sae.device)
         self.tracker.load_state_dict(state["tracker"])

@@ -116,6 +116,7 @@ def test_wandb_receives_every_key_of_the_mats_era(small_config: MakeConfig, demo
         "metrics/l0",
         "sparsity/mean_passes_since_fired",
         "sparsity/dead_features",
+        "sparsity/revived_features",
         "details/n_training_tokens",
         "details/current_learning_rate",
         "metrics/mean_log10_feature_sparsity",

@@ -338,8 +338,7 @@ def test_option_of_another_architecture_is_refused(values: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("name", "value", "available"),
     [
-        ("feature_sampling_method", "l2", "None; leave the field out"),
-        ("optimizer", "signum", "adam; leave the field out"),
+        ("optimizer", "adam8bit", "adam, signum; choose one"),
         ("parallel", "layers", "data; leave the field out"),
         ("use_cached_activations", True, "False; leave the field out"),
         ("normalize_activations", "unit_norm", "none; leave the field out"),
@@ -382,7 +381,7 @@ def test_list_is_no_value_of_a_field_that_takes_one() -> None:
 
 def test_all_problems_come_in_one_error() -> None:
     with pytest.raises(ValueError) as caught:
-        Config(k="x", lr=-1, optimizer="signum", total_training_tokens=1)  # pyright: ignore
+        Config(k="x", lr=-1, optimizer="adam8bit", total_training_tokens=1)  # pyright: ignore
     lines = str(caught.value).splitlines()
     assert lines[0] == "LanguageModelSAERunnerConfig: 4 problems"
     assert [line.split(":")[0] for line in lines[1:]] == [

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sae_training.optim import SCHEDULERS, lr_factor, make_adam, warm_up_factor
+from sae_training.optim import SCHEDULERS, annealed_k, lr_factor, make_optimizer, warm_up_factor
 
 
 def test_constant_ignores_warm_up() -> None:
@@ -74,7 +74,50 @@ def test_warm_up_factor_without_steps_is_one() -> None:
 def test_first_adam_step_moves_each_weight_by_the_learning_rate() -> None:
     # With bias correction, m / sqrt(v) is the sign of the gradient at the first step.
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = make_adam([weight], lr=0.1, betas=(0.9, 0.999))
+    optimizer = make_optimizer("adam", [weight], lr=0.1, betas=(0.9, 0.999))
     weight.grad = torch.tensor([5.0, -0.01])
     optimizer.step()
     torch.testing.assert_close(weight.detach(), torch.tensor([0.9, -1.9]), atol=1e-5, rtol=0)
+
+
+def test_signum_moves_by_the_learning_rate_along_the_sign_of_the_mean_gradient() -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
+    optimizer = make_optimizer("signum", [weight], lr=0.1, betas=(0.5, 0.999))
+    # Means after the second step: 0.25 * 4 - 0.5 = 0.5, 0.25 * -4 + 0.5 = -0.5, 0.
+    for gradient in ([4.0, -4.0, 0.0], [-1.0, 1.0, 0.0]):
+        weight.grad = torch.tensor(gradient)
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([0.8, 1.2, 1.0]))
+
+
+@pytest.mark.parametrize("name", ["adam", "signum"])
+def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = make_optimizer(name, [weight], lr=0.1, betas=(0.9, 0.999))
+    weight.grad = torch.ones(2)
+    optimizer.found_inf = torch.zeros(())  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    before, moment = weight.detach().clone(), optimizer.state[weight]["exp_avg"].clone()
+    weight.grad = torch.tensor([torch.nan, torch.inf])
+    optimizer.found_inf = torch.ones(())  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    assert torch.equal(weight.detach(), before)
+    assert torch.equal(optimizer.state[weight]["exp_avg"], moment)
+
+
+def test_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="found 'sgd', expected 'adam' or 'signum'"):
+        make_optimizer("sgd", [], lr=0.1, betas=(0.9, 0.999))
+
+
+def test_k_falls_in_a_line_from_eight_times_k() -> None:
+    assert [annealed_k(step, k=4, d_sae=1000, anneal_steps=4) for step in range(6)] == [32, 25, 18, 11, 4, 4]
+
+
+def test_k_starts_at_half_the_dictionary_if_that_is_less() -> None:
+    assert annealed_k(0, k=4, d_sae=40, anneal_steps=4) == 20
+    assert annealed_k(0, k=4, d_sae=6, anneal_steps=4) == 4
+
+
+def test_without_annealing_k_is_k() -> None:
+    assert annealed_k(0, k=4, d_sae=1000, anneal_steps=0) == 4

@@ -1,0 +1,83 @@
+"""Autoencoders in another form that compute the same: for exchange, for inference, for comparison."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_training.architectures import TOPK_LIKE
+from sae_training.sparse_autoencoder import SparseAutoencoder
+
+
+@torch.no_grad()
+def fold_decoder_norms(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """The same function with decoder rows of unit norm: what W_dec's rows lose in length, the activations gain.
+
+    For architectures whose activation scales with the pre-activation: standard, jumprelu (its thresholds scale along)
+    and gated. A fixed k chooses by size among all latents, which scaling would change: ValueError unless the rows have
+    unit norm already. Rows of zeros stay.
+    """
+    norms = sae.W_dec.norm(dim=1)
+    norms = torch.where(norms > 0, norms, 1.0)
+    if sae.architecture in TOPK_LIKE and not torch.allclose(norms, torch.ones_like(norms), atol=1e-3):
+        raise ValueError(
+            f"fold_decoder_norms: architecture {sae.architecture} chooses latents by the size of their activations, "
+            "which folding would change; convert it with to_jumprelu first."
+        )
+    folded = copy.deepcopy(sae)
+    folded.W_dec.div_(norms.unsqueeze(1))
+    if sae.architecture == "gated":
+        folded.r_mag.add_(norms.log())
+        folded.b_mag.mul_(norms)
+        return folded
+    folded.W_enc.mul_(norms)
+    folded.b_enc.mul_(norms)
+    if sae.architecture == "jumprelu":
+        folded.log_threshold.add_(norms.log())
+    return folded
+
+
+@torch.no_grad()
+def fold_input_scale(sae: SparseAutoencoder, scale: float) -> SparseAutoencoder:
+    """The autoencoder for raw activations x, given one trained on scale * x: same codes, outputs in raw units."""
+    if not scale > 0:
+        raise ValueError(f"scale: found {scale}, expected a number above 0, the factor that training put before x.")
+    folded = copy.deepcopy(sae)
+    folded.W_enc.mul_(scale)
+    folded.W_dec.div_(scale)
+    folded.b_dec.div_(scale)
+    return folded
+
+
+@torch.no_grad()
+def to_jumprelu(sae: SparseAutoencoder, rows: Tensor | None = None) -> SparseAutoencoder:
+    """A jumprelu autoencoder in place of a fixed k: a latent is active where its pre-activation exceeds one threshold.
+
+    For batchtopk that is what inference does anyway, and the function stays the same. topk and matryoshka with topk
+    have no such threshold: it is taken from `rows` (n, d_in), so that k are active a row on average.
+    """
+    if sae.architecture not in TOPK_LIKE:
+        raise ValueError(f"to_jumprelu: found architecture {sae.architecture}, expected one of {', '.join(TOPK_LIKE)}.")
+    if sae.choice == "batchtopk":
+        threshold = sae.inference_threshold.clone()
+    elif rows is None:
+        raise ValueError("to_jumprelu: topk needs `rows`, activations (n, d_in), to take its threshold from.")
+    else:
+        pre = sae.pre_activations(sae.sae_input(rows)).relu().flatten()
+        threshold = pre.kthvalue(max(1, len(pre) - sae.k * len(rows))).values
+    converted = SparseAutoencoder(with_architecture(sae.cfg, "jumprelu"))
+    tensors = dict(sae.weights())
+    tensors.pop("inference_threshold", None)
+    start = threshold.clamp_min(torch.finfo(sae.dtype).tiny).log().to(sae.dtype)
+    converted.load_state_dict({**tensors, "log_threshold": start.expand(sae.d_sae).clone()})
+    return converted.train(sae.training)
+
+
+def with_architecture(cfg: Any, architecture: str) -> Any:
+    """The config with another architecture, and without the options that only the old one has."""
+    changed = copy.copy(cfg)
+    vars(changed).update(architecture=architecture, multi_topk=False, matryoshka_widths=())
+    return changed

@@ -1,0 +1,58 @@
+"""Resampling: dead latents start anew as directions that the autoencoder reconstructs badly.
+
+Source: Bricken et al. 2023, Towards Monosemanticity, appendix on neuron resampling.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_training.sparse_autoencoder import SparseAutoencoder
+
+ENCODER_NORM_SHARE = 0.2  # of the live latents' mean encoder norm: small, so that the newcomers do not disturb the loss
+
+
+@torch.no_grad()
+def resample(
+    sae: SparseAutoencoder,
+    optimizer: torch.optim.Optimizer,
+    dead: Tensor,
+    rows: Tensor,
+    method: str,
+    generator: torch.Generator,
+) -> int:
+    """Give each dead latent (`dead`, (d_sae,) bool) a new direction from `rows` (n, d_in); returns how many got one.
+
+    A row is drawn without replacement with a probability proportional to its squared error ("l2"), or to the square
+    of that ("anthropic"). Then, with u the unit vector along row - b_dec:
+      W_dec[latent] = u, W_enc[:, latent] = u * 0.2 * mean encoder norm of the live latents, b_enc[latent] = 0,
+    and the optimizer forgets its moments at these places. With fewer rows of any error than dead latents, the first
+    dead latents get one.
+    """
+    rows = rows.to(sae.dtype)
+    weight = (sae(rows).sae_out - rows).double().pow(2).sum(dim=1)
+    weight = weight.pow(2) if method == "anthropic" else weight
+    numbers = dead.nonzero().flatten()[: int((weight > 0).sum())]
+    if len(numbers) == 0:
+        return 0
+    drawn = torch.multinomial((weight / weight.max()).cpu(), len(numbers), generator=generator).to(rows.device)
+    directions = rows[drawn] - sae.b_dec
+    directions = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-30)
+
+    live = sae.W_enc[:, ~dead].norm(dim=0)
+    norm = live.mean() if len(live) else torch.ones((), dtype=sae.dtype, device=rows.device)
+    sae.W_dec[numbers] = directions
+    sae.W_enc[:, numbers] = (directions * ENCODER_NORM_SHARE * norm).T
+    sae.b_enc[numbers] = 0
+    forget(optimizer, sae.W_dec, numbers)
+    forget(optimizer, sae.b_enc, numbers)
+    forget(optimizer, sae.W_enc, (slice(None), numbers))
+    return len(numbers)
+
+
+def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, place: Tensor | tuple[slice, Tensor]) -> None:
+    """Set the optimizer's moments to 0 at a place of a parameter."""
+    for moment in optimizer.state.get(parameter, {}).values():
+        if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+            moment[place] = 0
