@@ -119,7 +119,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--sweep", action="store_true", help="over d_sae at --k and --l0, then over k (for ReLU-type: L0)")
     add("--sweep-factors", type=int, nargs="*", default=SWEEP_FACTORS, help="d_sae / d_in")
     add("--sweep-ks", type=int, nargs="*", default=SWEEP_KS)
-    add("--sweep-peers", action="store_true", help="with the peers, where they fit in memory")
+    add("--sweep-peers", action="store_true", help="with the peers, where all fit in memory together")
     arguments = parser.parse_args(words)
     if arguments.d_in is None:
         arguments.d_in = 576 if arguments.sweep else 512
@@ -408,15 +408,15 @@ def sweep_table(points: list[dict[str, Any]]) -> list[str]:
     for label in labels:
         first: tuple[float, float] | None = None
         for point in points:
-            reason = point["left_out"].get(label)
-            if reason is not None:
-                lines.append(f"{label:{width}}{point['sizes']['d_sae']:>8}{point['sizes']['k']:>5}  left out: {reason}")
+            start = f"{label:{width}}{point['sizes']['d_sae']:>8}{point['sizes']['k']:>5}"
+            if label in point["left_out"]:
+                lines.append(f"{start}  left out: {point['left_out'][label]}")
                 continue
             row, encoder = point["systems"][label], point["systems"].get("floor/encoder-float32")
             ms, encoder_ms = row["median_ms"], encoder["median_ms"] if encoder else float("nan")
             first = first or (ms, encoder_ms)
             lines.append(
-                f"{label:{width}}{point['sizes']['d_sae']:>8}{point['sizes']['k']:>5}{shown(row['l0'], 1):>8}{ms:>10.2f}"
+                f"{start}{shown(row['l0'], 1):>8}{ms:>10.2f}"
                 f"{ms / encoder_ms:>15.3f}{ms / first[0]:>9.2f}{encoder_ms / first[1]:>15.2f}"
             )
     for point in points:

@@ -439,7 +439,12 @@ def forget_peak(device: str) -> None:
 
 
 def limit_memory() -> None:
-    """Let this process fail, rather than the machine, where a system needs more memory than is free now."""
+    """Let this process fail, rather than the machine, where a system needs more memory than is free now.
+
+    Not with CUDA, which reserves address space without end.
+    """
+    if torch.cuda.is_available():
+        return
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         available_kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -471,8 +476,6 @@ class Worker:
         device = self.sizes.device
         if device.startswith("cuda"):
             torch.cuda.set_device(torch.device(device).index or 0)
-        else:
-            limit_memory()
         self.batches = planted_batches(self.sizes)
         self.turn = 0
         warm_up(BUILDERS[system], architecture, self.sizes)
@@ -517,6 +520,7 @@ class Worker:
         return {"l0": l0, "peak_mib": peak}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        limit_memory()
         match request:
             case {"do": "build", **arguments}:
                 return self.build(**arguments)
