@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import bench_step
 import pytest
 import torch
 import yaml
@@ -189,3 +190,63 @@ def test_agent_run_logs_the_metric_of_the_sweep(agent_run: Path) -> None:
     (file,) = wandb_files(agent_run)
     scores = [row["_step"] for row in history(file) if SWEEP["metric"]["name"] in row]
     assert scores == [5, 10, 12]
+
+
+# -------------------------------------------------------------------------------------------------------- bench_step
+
+
+def bench(*words: str) -> tuple[dict[str, Any], str]:
+    """The JSON and the table that the script printed for tiny sizes."""
+    sizes = ["--d-in=16", "--batch=64", "--k=4", "--l0=6", "--rounds=2", "--threads=1"]
+    command = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), *sizes, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.fixture(scope="module")
+def benched() -> tuple[dict[str, Any], str]:
+    return bench("--d-sae=64", "--peers", "sae-lens", "--peer-python=sae-lens=/no/such/python")
+
+
+def test_bench_step_times_ours_and_the_floors(benched: tuple[dict[str, Any], str]) -> None:
+    systems = benched[0]["systems"]
+    assert list(systems) == [f"floor/{name}" for name in bench_step.FLOORS] + ["ours/topk", "ours/standard"]
+    for row in systems.values():
+        assert len(row["times_ms"]) == 2 * 2
+        assert min(row["times_ms"]) <= row["median_ms"] <= max(row["times_ms"])
+
+
+def test_bench_step_has_the_sparsity_that_was_asked_for(benched: tuple[dict[str, Any], str]) -> None:
+    systems = benched[0]["systems"]
+    assert systems["ours/topk"]["l0"] == 4
+    assert systems["ours/standard"]["l0"] == pytest.approx(6, rel=0.1)
+
+
+def test_bench_step_goes_on_without_a_peer_that_is_not_there(benched: tuple[dict[str, Any], str]) -> None:
+    result, table = benched
+    assert set(result["left_out"]) == {"sae-lens/topk", "sae-lens/standard"}
+    assert "No such file" in result["left_out"]["sae-lens/topk"]
+    assert "left out: sae-lens/topk" in table
+
+
+def test_bench_step_sweeps_and_holds_latents_dead() -> None:
+    words = ["--ours", "topk", "--dead-share=0.5", "--sweep-factors", "2", "--sweep-ks"]
+    result, table = bench("--sweep", *words)
+    (point,) = result["points"]
+    assert point["sizes"]["d_sae"] == 32
+    assert set(point["ratio_to_floor"]) == {"ours/topk", "ours/topk+auxk"}
+    assert "encoder grown" in table
+
+
+def test_bench_step_sweep_covers_widths_then_sparsities() -> None:
+    arguments = bench_step.parse(["--sweep"])
+    points = bench_step.sweep_points(arguments)
+    assert [arguments.d_in * factor for factor, _, _ in points[:6]] == [4032, 8064, 16128, 32832, 65664, 131328]
+    assert points[6:] == [(28, 16, 16.0), (28, 32, 32.0), (28, 64, 64.0), (28, 128, 128.0), (28, 256, 256.0)]
+
+
+def test_bench_step_ratio_compares_like_with_like() -> None:
+    peer, mine = (bench_step.Entry(label, "", name) for label, name in (("p", "topk-adam"), ("o", "topk")))
+    with_auxk = bench_step.Entry("o+auxk", "ours", "topk", dead_share=0.5)
+    assert peer.family == mine.family != with_auxk.family
