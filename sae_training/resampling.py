@@ -16,7 +16,7 @@ ENCODER_NORM_SHARE = 0.2  # of the live latents' mean encoder norm: small, so th
 @torch.no_grad()
 def resample(
     sae: SparseAutoencoder,
-    optimizer: torch.optim.Optimizer,
+    moments: list[Tensor],
     dead: Tensor,
     rows: Tensor,
     method: str,
@@ -27,7 +27,7 @@ def resample(
     A row is drawn without replacement with a probability proportional to its squared error ("l2"), or to the square
     of that ("anthropic"). Then, with u the unit vector along row - b_dec:
       W_dec[latent] = u, W_enc[:, latent] = u * 0.2 * mean encoder norm of the live latents, b_enc[latent] = 0,
-    and the optimizer forgets its moments at these places. With fewer rows of any error than dead latents, the first
+    and the optimizer's `moments` (d_sae, ...) are set to 0 at these latents. With fewer rows of any error than dead latents, the first
     dead latents get one.
     """
     rows = rows.to(sae.dtype)
@@ -45,14 +45,6 @@ def resample(
     sae.W_dec[numbers] = directions
     sae.W_enc[:, numbers] = (directions * ENCODER_NORM_SHARE * norm).T
     sae.b_enc[numbers] = 0
-    forget(optimizer, sae.W_dec, numbers)
-    forget(optimizer, sae.b_enc, numbers)
-    forget(optimizer, sae.W_enc, (slice(None), numbers))
+    for moment in moments:
+        moment[numbers] = 0
     return len(numbers)
-
-
-def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, place: Tensor | tuple[slice, Tensor]) -> None:
-    """Set the optimizer's moments to 0 at a place of a parameter."""
-    for moment in optimizer.state.get(parameter, {}).values():
-        if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-            moment[place] = 0

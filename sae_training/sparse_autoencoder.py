@@ -25,6 +25,8 @@ from sae_training.precision import bfloat16_is_fast
 from sae_training.sparse_code import Code
 from sae_training.weights import load_weights, save_weights
 
+CACHED_ROWS = 1024  # of the decoder, that stay in cache from one pass over them to the next
+
 
 class ForwardOutput(NamedTuple):
     """What `SparseAutoencoder.forward` returns; unpacks in this order."""
@@ -236,8 +238,9 @@ class SparseAutoencoder(HookedRootModule):
         """Take from W_dec's gradient what would only stretch or shrink its (unit) rows."""
         if self.W_dec.grad is None:
             raise ValueError("W_dec has no gradient: call backward() first.")
-        along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec).unsqueeze(1)
-        self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+        for gradient, rows in zip(self.W_dec.grad.split(CACHED_ROWS), self.W_dec.split(CACHED_ROWS), strict=True):
+            along = torch.linalg.vecdot(gradient, rows).unsqueeze(1)
+            gradient.addcmul_(along, rows, value=-1)
 
     # ------------------------------------------------------------------------------------------------ name and files
 

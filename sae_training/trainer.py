@@ -10,6 +10,7 @@ from torch import Tensor
 from sae_training.architectures import PENALISED
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.dead_latents import FiringTracker
+from sae_training.memory import keep_freed_memory
 from sae_training.objective import Coefficients, Losses, objective
 from sae_training.optim import annealed_k, lr_factor, make_optimizer, warm_up_factor
 from sae_training.resampling import resample
@@ -35,8 +36,10 @@ class SAETrainer:
     def __init__(self, sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig) -> None:
         self.sae = sae
         self.cfg = cfg
+        self.masters = {name: in_memory_order(p) for name, p in sae.named_parameters()}
+        """The parameters as the optimizer sees them: the same numbers, W_enc as (d_sae, d_in)."""
         betas = (cfg.adam_beta1, cfg.adam_beta2)
-        self.optimizer = make_optimizer(cfg.optimizer, sae.parameters(), cfg.resolved_lr, betas)
+        self.optimizer = make_optimizer(cfg.optimizer, self.masters.values(), cfg.resolved_lr, betas)
         self.tracker = FiringTracker(
             sae.d_sae,
             cfg.dead_feature_window,
@@ -44,6 +47,7 @@ class SAETrainer:
             sae.device,
         )
         self.non_finite = torch.zeros((), device=sae.device)
+        keep_freed_memory()
 
     @torch.enable_grad()  # notebooks often switch gradients off for all that follows
     def step(self, x: Tensor, step: int) -> StepResult:
@@ -53,7 +57,7 @@ class SAETrainer:
         x = x.to(self.sae.dtype)
         out = objective(self.sae, x, x, coefficients, self.tracker.dead(), sparse=True)
 
-        self.optimizer.zero_grad(set_to_none=True)
+        self.sae.zero_grad(set_to_none=True)
         out.loss.backward()
         if self.sae.has_unit_norm_decoder:
             self.sae.remove_gradient_parallel_to_decoder_directions()
@@ -75,9 +79,18 @@ class SAETrainer:
         assert method is not None
         generator = torch.Generator().manual_seed(self.cfg.seed + step)
         dead = self.tracker.dead()
-        n = resample(self.sae, self.optimizer, dead, rows, method, generator)
+        n = resample(self.sae, self.moments(), dead, rows, method, generator)
         self.tracker.restart(dead)
         return n
+
+    def moments(self) -> list[Tensor]:
+        """The optimizer's moments that have a row for each latent."""
+        return [
+            value
+            for master in self.masters.values()
+            for value in self.optimizer.state[master].values()
+            if value.ndim and len(value) == self.sae.d_sae
+        ]
 
     def gradient_sum(self) -> Tensor:
         """A number that is not finite if any gradient is not."""
@@ -90,6 +103,9 @@ class SAETrainer:
             group["lr"] = lr
         # The optimizer reads this attribute, and leaves parameters and moments as they are where it is 1.
         setattr(self.optimizer, "found_inf", not_finite.float())  # noqa: B010 - not declared, so pyright wants it so
+        for name, parameter in self.sae.named_parameters():
+            gradient, master = parameter.grad, self.masters[name]
+            master.grad = gradient if gradient is None or master.shape == gradient.shape else gradient.T
         self.optimizer.step()
         self.non_finite += not_finite
 
@@ -134,19 +150,20 @@ class SAETrainer:
             "weights": dict(self.sae.weights()),
             "optimizer": {
                 f"{key}.{name}": value
-                for name, parameter in self.sae.named_parameters()
-                for key, value in self.optimizer.state[parameter].items()
+                for name, master in self.masters.items()
+                for key, value in self.optimizer.state[master].items()
             },
             "tracker": self.tracker.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         self.sae.load_state_dict(state["weights"])
-        parameters = dict(self.sae.named_parameters())
         for full_name, value in state["optimizer"].items():
             key, name = full_name.split(".", 1)
-            parameter = parameters[name]
-            # In the parameter's own order in memory: the fused optimizer walks both as flat arrays.
-            moment = torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.ndim else value
-            self.optimizer.state[parameter][key] = moment.to(self.sae.device)
+            self.optimizer.state[self.masters[name]][key] = value.to(self.sae.device)
         self.tracker.load_state_dict(state["tracker"])
+
+
+def in_memory_order(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """A parameter over the same memory whose rows lie one after the other: fused Adam copies others in every step."""
+    return parameter if parameter.is_contiguous() else torch.nn.Parameter(parameter.detach().T)
