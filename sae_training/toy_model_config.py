@@ -87,6 +87,9 @@ class SAEToyModelRunnerConfig:
     l1_coefficient: float = 1e-3
     """Weight of the L1 penalty (standard)."""
 
+    l1_warm_up_steps: int = 500
+    """Steps over which the L1 weight rises linearly from 0."""
+
     auxk_coefficient: float | Literal["auto"] = "auto"
     """Weight of the AuxK loss for dead latents; auto is 1/32 for topk, 0 for standard."""
 
@@ -110,7 +113,7 @@ class SAEToyModelRunnerConfig:
 
     # Training
 
-    total_training_tokens: int = 1_024_000
+    total_training_tokens: int = 768_000
     """Rows to train on; all are drawn afresh."""
 
     train_batch_size: int = 512

@@ -19,7 +19,7 @@ from sae_training.toy_model_runner import SAEToyModelRunnerConfig, ToyModelResul
 
 ROOT = Path(__file__).parents[2]
 
-# 24 features in 16 dimensions, of which 1.44 fire per row; 600 steps of 256 rows take about a second.
+# 24 features in 16 dimensions, of which 1.44 fire per row; 300 steps of 256 rows take about half a second.
 SMALL: dict[str, Any] = {
     "n_features": 24,
     "n_hidden": 16,
@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
     "frequencies": "uniform",
     "feature_probability": 0.06,
     "train_batch_size": 256,
-    "total_training_tokens": 256 * 600,
+    "total_training_tokens": 256 * 300,
     "n_eval_rows": 5000,
 }
 SHORT = SMALL | {"total_training_tokens": 256 * 20}
@@ -53,14 +53,14 @@ def test_defaults_are_valid_and_inert(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     cfg = SAEToyModelRunnerConfig()
     assert cfg.dtype is torch.float32
-    assert (cfg.d_in, cfg.mean_active_features, cfg.total_training_steps) == (128, 6.4, 2000)
+    assert (cfg.d_in, cfg.mean_active_features, cfg.total_training_steps) == (128, 6.4, 1500)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_autoencoder_config_has_the_shared_fields_the_sizes_and_the_options() -> None:
     cfg = SAEToyModelRunnerConfig(**SMALL, lr=0.02, seed=5, sae={"adam_beta2": 0.99, "lr_decay_steps": 10})
     sae_cfg = autoencoder_config(cfg)
-    assert (sae_cfg.d_in, sae_cfg.d_sae, sae_cfg.total_training_steps) == (16, 48, 600)
+    assert (sae_cfg.d_in, sae_cfg.d_sae, sae_cfg.total_training_steps) == (16, 48, 300)
     assert (sae_cfg.adam_beta2, sae_cfg.lr_decay_steps) == (0.99, 10)
     for name in SHARED:
         assert getattr(sae_cfg, name) == getattr(cfg, name)
@@ -112,7 +112,7 @@ def test_unknown_field_is_answered_with_the_nearest() -> None:
             "sae: adam_beta is not a field of LanguageModelSAERunnerConfig; did you mean 'adam_beta2'?",
         ),
         ({"sae": {"clip_grad_norm": -1}}, "sae: clip_grad_norm: found -1, expected more than 0; change it"),
-        ({"sae": {"lr_decay_steps": 9999}}, "lr_decay_steps: found 9999, expected at most the run's 2000 steps"),
+        ({"sae": {"lr_decay_steps": 9999}}, "lr_decay_steps: found 9999, expected at most the run's 1500 steps"),
     ],
     ids=lambda part: "-".join(map(str, part)) if isinstance(part, dict) else "",
 )
@@ -165,7 +165,7 @@ def test_zipf_frequencies_have_the_mean_asked_for() -> None:
     "changes",
     [
         {"architecture": "topk"},
-        {"architecture": "standard", "l1_coefficient": 0.02, "total_training_tokens": 256 * 1500},
+        {"architecture": "standard", "l1_coefficient": 0.02, "lr": 0.02, "total_training_tokens": 256 * 800},
     ],
     ids=["topk", "standard"],
 )
