@@ -84,7 +84,7 @@ class SAEToyModelRunnerConfig:
     k: int = 6
     """Active latents per row (topk)."""
 
-    l1_coefficient: float = 1e-3
+    l1_coefficient: float = 1.5e-3
     """Weight of the L1 penalty (standard)."""
 
     l1_warm_up_steps: int = 500
