@@ -1,4 +1,4 @@
-"""The command line: `sae-training train | resume | eval | report`.
+"""The command line: `sae-training train | resume | eval | report | toy`.
 
 tyro turns the config's fields into flags. Parsing is apart from doing: `parse` and `parse_train`
 give values, `main` acts on them. What does the work is imported only inside the verb that needs it,
@@ -24,7 +24,8 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_checks import field_types, is_union, nearest, plain_value, value_problems
-from sae_training.config_io import FIELD_NAMES, config_from_dict, read_config_values
+from sae_training.config_io import FIELD_NAMES, config_from_dict, read_config_values, read_yaml
+from sae_training.toy_model_config import SAEToyModelRunnerConfig
 
 # What `train` starts from without a config file; the class itself keeps the defaults of the mats
 # era.
@@ -106,7 +107,18 @@ class Report(Common):
     """Run folder."""
 
 
-Verb = Train | Resume | Eval | Report
+@dataclass(kw_only=True)
+class Toy(SAEToyModelRunnerConfig, Common):
+    """Train on synthetic data whose dictionary is known, and score what was found.
+
+    The folder that is printed holds scores.json and picture.html.
+    """
+
+    def __post_init__(self) -> None:
+        """Checks nothing, as in Train."""
+
+
+Verb = Train | Resume | Eval | Report | Toy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,6 +167,12 @@ def run_verb(verb: Verb) -> None:
             from sae_training.report import write_report
 
             sys.stdout.write(f"{write_report(verb.run)}\n")
+        case Toy():
+            from sae_training.toy_model_runner import toy_model_sae_runner
+
+            names = field_types(SAEToyModelRunnerConfig)
+            result = toy_model_sae_runner(SAEToyModelRunnerConfig(**{name: getattr(verb, name) for name in names}))
+            sys.stdout.write(table(result.scores) + f"{result.folder}\n")
         case _:
             assert_never(verb)
 
@@ -168,6 +186,7 @@ def parse(argv: Sequence[str]) -> Verb:
         Annotated[Resume, subcommand("resume")],
         Annotated[Eval, subcommand("eval")],
         Annotated[Report, subcommand("report")],
+        Annotated[Toy, subcommand("toy")],
     ]
     return tyro.cli(
         verbs,
@@ -215,7 +234,8 @@ def config_of(train: Train) -> LanguageModelSAERunnerConfig:
 
 def spell_switches(argv: Sequence[str]) -> list[str]:
     """`--flag=True`, as `wandb agent` writes it, to `--flag`; `--flag False` to `--no-flag`."""
-    switches = {n for n, hint in field_types(LanguageModelSAERunnerConfig).items() if hint is bool}
+    hints = {**field_types(LanguageModelSAERunnerConfig), **field_types(SAEToyModelRunnerConfig)}
+    switches = {name for name, hint in hints.items() if hint is bool}
     words: list[str] = []
     for word in argv:
         flag, _, value = word.partition("=")
@@ -283,6 +303,27 @@ def _commas(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         is_instance=lambda value: isinstance(value, (list, tuple)) or single.is_instance(value),
         str_from_instance=lambda value: [",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)],
     )
+
+
+@registry.primitive_rule
+def _values_by_name(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Values of several fields: `--sae lr_decay_steps=100 adam_beta2=0.99`, each read as YAML."""
+    if typing.get_origin(info.type) is not dict:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=VALUE [...]",
+        instance_from_str=lambda words: dict(map(_named_value, words)),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{name}={part}" for name, part in value.items()],
+    )
+
+
+def _named_value(word: str) -> tuple[str, Any]:
+    name, equals, text = word.partition("=")
+    if not equals:
+        raise ValueError(f"found {word!r}, expected NAME=VALUE")
+    return name, read_yaml(text)
 
 
 def _whole(text: str) -> int:

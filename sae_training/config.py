@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union, cast
 
-from sae_training.config_checks import checked_names, plain_values, problems
+from sae_training.config_checks import checked_names, plain_values, problems, refuse
 
 T = TypeVar("T")
 if TYPE_CHECKING:
@@ -320,9 +320,7 @@ class LanguageModelSAERunnerConfig:
     def __post_init__(self) -> None:
         for name, value in plain_values(self).items():
             setattr(self, name, value)
-        if found := problems(self):
-            noun = "problem" if len(found) == 1 else "problems"
-            raise ValueError("\n".join([f"{type(self).__name__}: {len(found)} {noun}", *found]))
+        refuse(type(self), problems(self))
         # Here and not at the top: `--help` reads this file, and torch takes over a second.
         import torch
 

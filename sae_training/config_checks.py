@@ -139,7 +139,7 @@ def checked_names(cls: type[C]) -> type[C]:
     return cls
 
 
-def plain_values(cfg: Config) -> dict[str, Any]:
+def plain_values(cfg: Any) -> dict[str, Any]:
     """The fields as they are stored and checked: dtypes and devices by name, paths as text."""
     hints = field_types(type(cfg))
     return {f.name: plain_value(getattr(cfg, f.name), hints[f.name]) for f in fields(cfg)}
@@ -161,7 +161,14 @@ def problems(cfg: Config) -> list[str]:
     return list(found.values())
 
 
-def value_problems(values: Mapping[str, Any], cls: type[Config]) -> dict[str, str]:
+def refuse(cls: type[Any], found: list[str]) -> None:
+    """ValueError with all the problems found, if there are any."""
+    if found:
+        noun = "problem" if len(found) == 1 else "problems"
+        raise ValueError("\n".join([f"{cls.__name__}: {len(found)} {noun}", *found]))
+
+
+def value_problems(values: Mapping[str, Any], cls: type[Any]) -> dict[str, str]:
     """What is wrong with each value by itself; `values` may hold only some of the fields."""
     found: dict[str, str] = {}
     for name, hint in field_types(cls).items():
@@ -171,7 +178,7 @@ def value_problems(values: Mapping[str, Any], cls: type[Config]) -> dict[str, st
 
 
 @functools.cache
-def field_types(cls: type[Config]) -> dict[str, Any]:
+def field_types(cls: type[Any]) -> dict[str, Any]:
     """The annotation of each field, resolved."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in fields(cls)}
@@ -240,6 +247,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (list, tuple):
         element = typing.get_args(hint)[0]
         return type(value) is origin and all(_fits(part, element) for part in value)
+    if origin is dict:
+        return isinstance(value, dict)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -281,6 +290,8 @@ def _described(hint: Any) -> str:
         return ", ".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return "a list of whole numbers"
+    if typing.get_origin(hint) is dict:
+        return "values by name"
     names = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
     return names.get(hint, "None")
 

@@ -56,8 +56,8 @@ for _yaml in (_YamlLoader, _YamlDumper):
     )
 
 
-def config_to_dict(cfg: LanguageModelSAERunnerConfig) -> dict[str, Any]:
-    """The fields in JSON types: dtype as "float32", tuples as lists."""
+def config_to_dict(cfg: Any) -> dict[str, Any]:
+    """The fields of a config (of this or the toy runner) in JSON types: dtype as "float32", tuples as lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in plain_values(cfg).items()}
 
 
@@ -105,7 +105,7 @@ def read_config_values(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such config file, expected .yaml or .json; check the path")
     text = path.read_text(encoding="utf-8")
     try:
-        values = yaml.load(text, Loader=_YamlLoader) if _is_yaml(path) else json.loads(text)
+        values = read_yaml(text) if _is_yaml(path) else json.loads(text)
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: {error}; correct the file") from error
     values = {} if values is None else values
@@ -115,6 +115,11 @@ def read_config_values(path: str | Path) -> dict[str, Any]:
     if lines := unknown_names(map(str, values), FIELD_NAMES, "the config"):
         raise ValueError(f"{path}: " + "\n".join(lines))
     return values
+
+
+def read_yaml(text: str) -> Any:
+    """The value that a YAML text stands for, 1e-4 being a number."""
+    return yaml.load(text, Loader=_YamlLoader)
 
 
 def config_differences(

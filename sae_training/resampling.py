@@ -27,8 +27,8 @@ def resample(
     A row is drawn without replacement with a probability proportional to its squared error ("l2"), or to the square
     of that ("anthropic"). Then, with u the unit vector along row - b_dec:
       W_dec[latent] = u, W_enc[:, latent] = u * 0.2 * mean encoder norm of the live latents, b_enc[latent] = 0,
-    and the optimizer's `moments` (d_sae, ...) are set to 0 at these latents. With fewer rows of any error than dead latents, the first
-    dead latents get one.
+    and the optimizer's `moments` (d_sae, ...) are set to 0 at these latents. With fewer rows of any error than dead
+    latents, the first of these get one.
     """
     rows = rows.to(sae.dtype)
     weight = (sae(rows).sae_out - rows).double().pow(2).sum(dim=1)

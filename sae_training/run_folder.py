@@ -37,7 +37,7 @@ class RunFolderInUse(OSError):
 class RunFolder:
     """A locked run folder. The lock is the operating system's, so it ends with the process, however that ends."""
 
-    def __init__(self, path: Path, cfg: LanguageModelSAERunnerConfig) -> None:
+    def __init__(self, path: Path, cfg: Any) -> None:
         self.path = path
         self.is_new = not path.exists()
         self.made_parent = not path.parent.exists()
@@ -107,6 +107,12 @@ def choose_run_folder(cfg: LanguageModelSAERunnerConfig) -> Path:
     if cfg.resume == "must":
         found = f"finished runs: {', '.join(p.name for p in existing)}" if existing else "no folder of that name"
         raise FileNotFoundError(f'resume: "must", but {base.parent} has no unfinished run {base.name!r} ({found}).')
+    return free_folder(base)
+
+
+def free_folder(base: Path) -> Path:
+    """`base`, or the first of <name>-2, <name>-3, ... that holds no run."""
+    existing = list(existing_folders(base))
     return base if not existing else base.with_name(f"{base.name}-{len(existing) + 1}")
 
 
