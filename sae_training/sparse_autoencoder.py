@@ -119,7 +119,7 @@ class SparseAutoencoder(HookedRootModule):
         W_dec = nn.init.kaiming_uniform_(torch.empty(self.d_sae, self.d_in), generator=generator)
         W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
         if self.architecture != "standard":
-            W_enc = W_dec.T
+            W_enc = W_dec.T.clone()
         return W_enc, W_dec
 
     # ------------------------------------------------------------------------------------------------- the function

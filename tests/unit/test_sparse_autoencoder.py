@@ -40,9 +40,13 @@ def test_new_decoder_rows_have_unit_norm_and_biases_are_zero(architecture: str) 
     assert not sae.b_dec.any()
 
 
-def test_topk_encoder_starts_as_the_decoder_transposed() -> None:
-    sae = small(architecture="topk")
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "gated", "matryoshka"])
+def test_encoder_starts_as_the_decoder_transposed_in_memory_of_its_own(architecture: str) -> None:
+    sae = small(architecture=architecture)
     assert torch.equal(sae.W_enc, sae.W_dec.T)
+    with torch.no_grad():
+        sae.W_enc.zero_()
+    assert sae.W_dec.all()
 
 
 def test_seed_decides_the_initial_weights() -> None:
