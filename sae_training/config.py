@@ -235,6 +235,9 @@ class LanguageModelSAERunnerConfig:
     clip_grad_norm: float | None = None
     """Largest norm of the gradient; None does not clip."""
 
+    ema_decay: float | None = None
+    """Decay per step of a moving average of the weights, which the run then ends with; None has none."""
+
     grad_acc_steps: int = 1
     """Batches whose gradients are added up before an optimizer step (this version: 1)."""
 

@@ -231,7 +231,7 @@ def _wrong_range(name: str, number: float) -> str | None:
         return "more than 0"
     if name in NOT_NEGATIVE and number < 0:
         return "0 or more"
-    if name in ("adam_beta1", "adam_beta2") and not 0 <= number < 1:
+    if name in ("adam_beta1", "adam_beta2", "ema_decay") and not 0 <= number < 1:
         return "at least 0 and less than 1"
     if name == "context_size" and number < 2:
         return "at least 2"

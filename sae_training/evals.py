@@ -79,17 +79,12 @@ def add_batch(
     clean_logits, clean_pattern = run(model, prompts, site, look)
     moments.add(sae, seen["clean"].to(sae.dtype)[keep.squeeze(-1)])
     sums["tokens"] += prompts[:, 1:].numel()
-    following = prompts[:, 1:].flatten()
-    clean = next_token_logprobs(clean_logits)
-    sums["ce_clean"] += cross_entropy_sum(clean, following)
-    clean_probs = clean.exp()
-    clean_negentropy = row_dots(clean_probs, clean)
-    del clean_logits, clean
     for name, change in (("sae", reconstruct), ("ablation", ablate)):
         logits, pattern = run(model, prompts, site, change)
-        changed = next_token_logprobs(logits)
-        sums[f"ce_{name}"] += cross_entropy_sum(changed, following)
-        sums[f"kl_{name}"] += (clean_negentropy - row_dots(clean_probs, changed)).double().sum().item()
+        ce_clean, ce, kl = compare_predictions(clean_logits, logits, prompts)
+        sums["ce_clean"] += ce_clean / 2  # the same number in each of two runs
+        sums[f"ce_{name}"] += ce
+        sums[f"kl_{name}"] += kl
         if clean_pattern is not None and pattern is not None:
             sums[f"pattern_kl_{name}"] += pattern_kl_sum(clean_pattern, pattern)
             sums["queries"] += clean_pattern.shape[0] * clean_pattern.shape[1] / 2  # counted once in each of two runs
@@ -161,22 +156,21 @@ def figures(sums: Sums, rows: RowMoments) -> dict[str, float]:
     return result
 
 
-def next_token_logprobs(logits: Tensor) -> Tensor:
-    """Log-probabilities (prompts * (positions - 1), vocab) in float32; the last position predicts nothing we hold."""
-    return logits[:, :-1].flatten(end_dim=1).float().log_softmax(dim=-1)
+def compare_predictions(clean: Tensor, changed: Tensor, prompts: Tensor) -> tuple[float, float, float]:
+    """Sums over predicted tokens of clean cross-entropy, changed cross-entropy and KL(clean || changed), in nats.
 
-
-def cross_entropy_sum(logprobs: Tensor, following: Tensor) -> float:
-    """Sum over positions of -log p(next token), `following` (n,) being those tokens."""
-    return -logprobs.gather(1, following.unsqueeze(1)).double().sum().item()
-
-
-def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Dot product of each row with its counterpart, (n,); KL(clean || changed) is the difference of two of them.
-
-    One pass without a temporary: on a CPU 10 times faster than `kl_div` on 1,280 x 49,152.
+    `clean` and `changed` are logits (prompts, positions, vocab); the last position predicts no token we hold. One
+    prompt at a time: what it needs in float32 then stays small enough for its memory to be used again.
     """
-    return torch.einsum("nv,nv->n", a, b)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for tokens, clean_logits, changed_logits in zip(prompts, clean, changed, strict=True):
+        following = tokens[1:].unsqueeze(1)
+        before = clean_logits[:-1].float().log_softmax(dim=-1)
+        after = changed_logits[:-1].float().log_softmax(dim=-1)
+        kl = torch.linalg.vecdot(before.exp(), before - after)
+        sums += torch.stack([-before.gather(1, following).sum(), -after.gather(1, following).sum(), kl.sum()]).cpu()
+    clean_sum, changed_sum, kl_sum = sums.tolist()
+    return clean_sum, changed_sum, kl_sum
 
 
 def pattern_kl_sum(clean: Tensor, changed: Tensor) -> float:

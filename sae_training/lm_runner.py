@@ -361,6 +361,7 @@ def finish(run: Run) -> None:
     check_finite(run, weights=True)
     if not due(run.step, run.cfg.feature_sampling_window):
         log_sparsity(run)
+    run.trainer.take_average()
     evaluation = evaluate_now(run) | {"sparsity/dead_features": int(run.trainer.tracker.dead().sum())}
     run.logger.log(evaluation, run.step, run.n_training_tokens)
     run.sae.eval()

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_training.architectures import TOPK_LIKE
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
-ENCODER_NORM_SHARE = 0.2  # of the live latents' mean encoder norm: small, so that the newcomers do not disturb the loss
+ENCODER_NORM_SHARE = 0.2  # of the live latents' mean encoder norm
 
 
 @torch.no_grad()
@@ -26,12 +27,13 @@ def resample(
 
     A row is drawn without replacement with a probability proportional to its squared error ("l2"), or to the square
     of that ("anthropic"). Then, with u the unit vector along row - b_dec:
-      W_dec[latent] = u, W_enc[:, latent] = u * 0.2 * mean encoder norm of the live latents, b_enc[latent] = 0,
+      W_dec[latent] = u, W_enc[:, latent] = u * share * mean encoder norm of the live latents, b_enc[latent] = 0,
+    share being 0.2, so that newcomers do not disturb the loss, or 1 for a fixed k, where they would never be chosen,
     and the optimizer's `moments` (d_sae, ...) are set to 0 at these latents. With fewer rows of any error than dead
     latents, the first of these get one.
     """
     rows = rows.to(sae.dtype)
-    weight = (sae(rows).sae_out - rows).double().pow(2).sum(dim=1)
+    weight = (rows - sae(rows).sae_out).double().pow(2).sum(dim=1)
     weight = weight.pow(2) if method == "anthropic" else weight
     numbers = dead.nonzero().flatten()[: int((weight > 0).sum())]
     if len(numbers) == 0:
@@ -40,10 +42,11 @@ def resample(
     directions = rows[drawn] - sae.b_dec
     directions = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-30)
 
+    share = 1.0 if sae.architecture in TOPK_LIKE else ENCODER_NORM_SHARE
     live = sae.W_enc[:, ~dead].norm(dim=0)
     norm = live.mean() if len(live) else torch.ones((), dtype=sae.dtype, device=rows.device)
     sae.W_dec[numbers] = directions
-    sae.W_enc[:, numbers] = (directions * ENCODER_NORM_SHARE * norm).T
+    sae.W_enc[:, numbers] = (directions * share * norm).T
     sae.b_enc[numbers] = 0
     for moment in moments:
         moment[numbers] = 0

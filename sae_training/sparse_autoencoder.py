@@ -267,12 +267,13 @@ class SparseAutoencoder(HookedRootModule):
         """Load a run folder, a folder or file written by `save_model`, or an old .pt / .pkl / .pkl.gz.
 
         `device` overrides the saved one; without it, a saved device that this machine lacks falls back to the CPU. Old
-        files are read by an unpickler that builds tensors and plain config data and nothing else.
+        files are read by an unpickler that builds tensors and plain config data and nothing else. It comes in inference
+        mode (`eval`), where batchtopk uses its threshold.
         """
         cfg, tensors = load_weights(Path(path), device)
         sae = cls(cfg)
         sae.load_state_dict(tensors)
-        return sae
+        return sae.eval()
 
 
 def matryoshka_widths(cfg: Any) -> tuple[int, ...]:

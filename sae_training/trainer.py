@@ -46,6 +46,7 @@ class SAETrainer:
             cfg.dead_feature_window_tokens,
             sae.device,
         )
+        self.average = {} if cfg.ema_decay is None else {name: p.detach().clone() for name, p in sae.named_parameters()}
         self.non_finite = torch.zeros((), device=sae.device)
         keep_freed_memory()
 
@@ -68,6 +69,7 @@ class SAETrainer:
         self.update(lr, not_finite)
         if self.sae.has_unit_norm_decoder:
             self.sae.set_decoder_norm_to_unit_norm(unless=not_finite)
+        self.update_average(step)
         out = out.detach()
         self.sae.track_inference_threshold(out.code, step)
         self.tracker.update(out.code)
@@ -108,6 +110,22 @@ class SAETrainer:
             master.grad = gradient if gradient is None or master.shape == gradient.shape else gradient.T
         self.optimizer.step()
         self.non_finite += not_finite
+
+    @torch.no_grad()
+    def update_average(self, step: int) -> None:
+        """Exponential moving average of the weights; young averages forget faster: decay is at most (n + 1) / (n + 10)
+        after n steps, so that none is left of the random start."""
+        for name, parameter in self.sae.named_parameters() if self.average else ():
+            decay = min(float(self.cfg.ema_decay or 0), (step + 1) / (step + 10))
+            self.average[name].lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Put the averaged weights, if there are any, in place of the last step's; training ends with this."""
+        for name, parameter in self.sae.named_parameters() if self.average else ():
+            parameter.copy_(self.average[name])
+        if self.average and self.sae.has_unit_norm_decoder:
+            self.sae.set_decoder_norm_to_unit_norm()
 
     def check_finite(self) -> None:
         """Raise NonFiniteLoss if any step so far had a loss that was not finite. Reads one number off the device."""
@@ -154,6 +172,7 @@ class SAETrainer:
                 for key, value in self.optimizer.state[master].items()
             },
             "tracker": self.tracker.state_dict(),
+            "average": self.average,
         }
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
@@ -162,6 +181,8 @@ class SAETrainer:
             key, name = full_name.split(".", 1)
             self.optimizer.state[self.masters[name]][key] = value.to(self.sae.device)
         self.tracker.load_state_dict(state["tracker"])
+        for name, average in self.average.items():
+            average.copy_(state["average"][name])
 
 
 def in_memory_order(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

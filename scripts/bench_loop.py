@@ -13,9 +13,11 @@ as often, and on as many tokens, as it does by default.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -125,7 +127,7 @@ def time_steps(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
 
 
 def time_run(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON
         start = time.perf_counter()
         language_model_sae_runner(dataclasses.replace(cfg, run_dir=folder), model)
         return time.perf_counter() - start

@@ -56,6 +56,7 @@ MATS_DEFAULTS: dict[str, Any] = {
 OWN_DEFAULTS: dict[str, Any] = {
     "architecture": "standard",
     "k": 32,
+    "ema_decay": None,
     "k_anneal_steps": 0,
     "multi_topk": False,
     "matryoshka_selection": "batchtopk",

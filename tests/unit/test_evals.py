@@ -13,7 +13,7 @@ from sae_training import evals
 from sae_training.activations import harvest
 from sae_training.activations_store import ActivationsStore
 from sae_training.bundled import DEMO_HELD_OUT_TEXT, DEMO_MODEL
-from sae_training.evals import cross_entropy_sum, evaluate, next_token_logprobs, pattern_kl_sum, row_dots
+from sae_training.evals import compare_predictions, evaluate, pattern_kl_sum
 from sae_training.lm_runner import language_model_sae_runner
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
@@ -176,20 +176,23 @@ def test_dead_fraction_counts_latents_that_never_fire(make_store: Make, tokens: 
 # ---------------------------------------------------------------------------------------------------------- the sums
 
 
-def test_cross_entropy_sum_by_hand() -> None:
-    # Position 0 gives token 1 the odds 3 : 1, position 1 gives token 0 the odds 1 : 1; position 2 predicts nothing.
-    logits = torch.tensor([[[0.0, math.log(3)], [0.0, 0.0], [5.0, 0.0]]])
-    assert cross_entropy_sum(next_token_logprobs(logits), torch.tensor([1, 0])) == pytest.approx(
-        math.log(4 / 3) + math.log(2)
-    )
+def test_compare_predictions_by_hand() -> None:
+    # Tokens 0, 1, 0. Clean: position 0 gives token 1 the odds 3 : 1, position 1 gives token 0 the odds 1 : 1. Changed:
+    # odds 1 : 1 in both. Position 2 predicts no token that we hold.
+    clean = torch.tensor([[[0.0, math.log(3)], [0.0, 0.0], [5.0, 0.0]]])
+    changed = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [0.0, 9.0]]])
+    ce_clean, ce_changed, kl = compare_predictions(clean, changed, torch.tensor([[0, 1, 0]]))
+    assert ce_clean == pytest.approx(math.log(4 / 3) + math.log(2))
+    assert ce_changed == pytest.approx(2 * math.log(2))
+    assert kl == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
 
 
-def test_kl_by_row_dots_by_hand() -> None:
-    # Position 0: (1/4, 3/4) against (1/2, 1/2); position 1 is the last and does not count.
-    clean = next_token_logprobs(torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log())
-    changed = next_token_logprobs(torch.zeros(1, 2, 2))
-    kl = row_dots(clean.exp(), clean) - row_dots(clean.exp(), changed)
-    assert kl.tolist() == pytest.approx([0.25 * math.log(0.5) + 0.75 * math.log(1.5)])
+def test_compare_predictions_sums_over_prompts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, changed = torch.randn(2, 3, 4, 7, generator=generator)
+    tokens = torch.randint(7, (3, 4), generator=generator)
+    each = [compare_predictions(clean[i : i + 1], changed[i : i + 1], tokens[i : i + 1]) for i in range(3)]
+    assert compare_predictions(clean, changed, tokens) == pytest.approx([sum(part) for part in zip(*each, strict=True)])
 
 
 def test_pattern_kl_sum_is_in_bits_and_skips_masked_keys() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.sparse_autoencoder import SparseAutoencoder
+from sae_training.sparse_code import Code
 
 Config = LanguageModelSAERunnerConfig
 
@@ -343,3 +344,38 @@ def test_saved_device_that_this_machine_lacks_falls_back_to_the_cpu(tmp_path: Pa
     sae.cfg = Config(d_in=4, expansion_factor=3, k=2, device="cuda")
     sae.save_model(tmp_path / "sae")
     assert SparseAutoencoder.load_from_pretrained(tmp_path / "sae").W_enc.device.type == "cpu"
+
+
+# ------------------------------------------------------------------------------------------------------------ batchtopk
+
+
+def test_batchtopk_outside_training_codes_a_row_by_its_threshold_alone() -> None:
+    sae = small(architecture="batchtopk").eval()
+    sae.inference_threshold.fill_(0.3)
+    x = rows(50)
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    torch.testing.assert_close(sae.encode(x), torch.where(pre > 0.3, pre, 0.0))
+    torch.testing.assert_close(sae.encode(x)[7], sae.encode(x[7]))
+
+
+def test_batchtopk_follows_the_smallest_activation_of_training_batches() -> None:
+    sae = small(architecture="batchtopk")
+    acts = [torch.tensor([[0.0, 2.0], [3.0, 0.0]]), torch.tensor([[1.0, 5.0], [0.0, 0.0]]), torch.zeros(2, 2)]
+    for step, values in enumerate(acts):
+        sae.track_inference_threshold(Code(values), step)
+    # The first batch sets it to 2, the second weighs 1/2; a batch without any activation leaves it.
+    assert sae.inference_threshold.item() == pytest.approx(1.5)
+
+
+def test_batchtopk_comes_back_with_its_threshold_ready_for_inference(tmp_path: Path) -> None:
+    sae = small(architecture="batchtopk")
+    sae.inference_threshold.fill_(0.3)
+    sae.save_model(tmp_path)
+    loaded = SparseAutoencoder.load_from_pretrained(tmp_path)
+    assert not loaded.training
+    torch.testing.assert_close(loaded.encode(rows(9)), sae.eval().encode(rows(9)))
+
+
+def test_matryoshka_without_widths_halves_the_dictionary_four_times() -> None:
+    sae = SparseAutoencoder(Config(d_in=16, expansion_factor=4, architecture="matryoshka"))
+    assert sae.matryoshka_widths == (4, 8, 16, 32, 64)

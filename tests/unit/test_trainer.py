@@ -315,7 +315,22 @@ def test_weight_that_is_not_finite_is_named() -> None:
 # ---------------------------------------------------------------------------------------------------------------- state
 
 
-@REMEDIES
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "standard"},
+        {"architecture": "standard", "use_ghost_grads": True, "dead_feature_window": 1},
+        {"architecture": "topk", "k_anneal_steps": 6},
+        {"architecture": "topk", "auxk_coefficient": 0.5, "auxk_k": 2, "dead_feature_window": 1},
+        {"architecture": "topk", "optimizer": "signum"},
+        {"architecture": "topk", "ema_decay": 0.9},
+        {"architecture": "batchtopk"},
+        {"architecture": "jumprelu"},
+        {"architecture": "gated"},
+        {"architecture": "matryoshka"},
+    ],
+    ids=lambda changes: " ".join(str(value) for value in changes.values()),
+)
 def test_restored_trainer_goes_on_bit_for_bit(changes: dict[str, Any], tmp_path: Path) -> None:
     one, other = make_trainer(**changes), make_trainer(**{**changes, "seed": 7})
     for step in range(4):
@@ -328,6 +343,7 @@ def test_restored_trainer_goes_on_bit_for_bit(changes: dict[str, Any], tmp_path:
         assert equal(parameters(one), parameters(other))
         assert equal(moments(one), moments(other))
         assert equal(one.tracker.state_dict(), other.tracker.state_dict())
+        assert equal(one.average, other.average)
 
 
 @REMEDIES
@@ -340,3 +356,25 @@ def test_logging_changes_nothing(changes: dict[str, Any]) -> None:
         logged.tracker.log_frequency()
     assert equal(parameters(quiet), parameters(logged))
     assert equal(moments(quiet), moments(logged))
+
+
+def test_average_of_the_weights_follows_the_formula_and_is_taken_at_the_end() -> None:
+    trainer = make_trainer(ema_decay=0.5)
+    expected = trainer.sae.b_enc.detach().clone()
+    for step in range(4):
+        trainer.step(batch(step), step)
+        decay = min(0.5, (step + 1) / (step + 10))
+        expected = decay * expected + (1 - decay) * trainer.sae.b_enc.detach()
+    last = trainer.sae.b_enc.detach().clone()
+    trainer.take_average()
+    torch.testing.assert_close(trainer.sae.b_enc.detach(), expected)
+    assert not torch.equal(trainer.sae.b_enc.detach(), last)
+    torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+
+def test_without_an_average_the_last_weights_stay() -> None:
+    trainer = make_trainer()
+    trainer.step(batch(), 0)
+    before = parameters(trainer)
+    trainer.take_average()
+    assert equal(before, parameters(trainer))
