@@ -217,10 +217,10 @@ class SparseAutoencoder(HookedRootModule):
 
     @torch.no_grad()
     def track_inference_threshold(self, code: Code, step: int) -> None:
-        """batchtopk: follow the smallest activation of each training batch, as a mean with a memory of 100 steps."""
+        """batchtopk: follow the smallest activation of each training batch, as a mean with a memory of 10 steps."""
         if self.choice == "batchtopk":
             smallest = architectures.smallest_active(code.values)
-            weight = max(0.01, 1 / (step + 1))
+            weight = max(0.1, 1 / (step + 1))
             new = torch.lerp(self.inference_threshold, smallest.to(self.dtype), weight)
             self.inference_threshold.copy_(torch.where(smallest.isfinite(), new, self.inference_threshold))
 

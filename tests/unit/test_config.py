@@ -462,25 +462,26 @@ def test_layer_is_filled_into_the_hook_point() -> None:
     ("values", "lr"),
     [
         ({"lr": 1e-4}, 1e-4),
-        ({"lr": "auto"}, 4e-4),
-        ({"lr": "auto", "d_in": None}, 4e-4),
-        # d_sae = 512 * 8 = 2**12, so the divisor is 1/2
-        ({"lr": "auto", "architecture": "topk", "expansion_factor": 8}, 1.28e-3),
+        # 2e6 tokens are 488 steps of 4096; d_sae = 512 * 4 = 2**11, so sqrt(d_sae / 2**14) is 8**-0.5
+        ({"lr": "auto"}, 3.7e-3 * 8**0.5 / (488 / 250) ** 0.5),
+        ({"lr": "auto", "architecture": "topk", "total_training_tokens": 4096 * 25_000}, 3.7e-4 * 8**0.5),
+        ({"lr": "auto", "total_training_tokens": 4096 * 100, "expansion_factor": 32}, 3.7e-3),  # a short run
+        ({"lr": "auto", "total_training_tokens": 4096 * 100, "expansion_factor": 1}, 1e-2),  # the most there is
     ],
-    ids=["number", "standard", "standard unknown width", "topk"],
+    ids=["number", "standard", "topk", "short", "narrow"],
 )
 def test_resolved_lr(values: dict[str, Any], lr: float) -> None:
     assert Config(**values).resolved_lr == pytest.approx(lr)
 
 
-def test_resolved_lr_of_topk_asks_for_d_in() -> None:
-    cfg = Config(lr="auto", architecture="topk", d_in=None)
+def test_automatic_lr_asks_for_d_in() -> None:
+    cfg = Config(lr="auto", d_in=None)
     with pytest.raises(ValueError, match="^lr: found 'auto' with d_in None"):
         _ = cfg.resolved_lr
 
 
-@pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (40, 2), (20_000, 1000), (10**6, 1000)], ids=str)
-def test_automatic_warm_up_is_a_twentieth_and_at_most_a_thousand(steps: int, warm_up: int) -> None:
+@pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (40, 10), (4000, 1000), (10**6, 1000)], ids=str)
+def test_automatic_warm_up_is_a_quarter_and_at_most_a_thousand(steps: int, warm_up: int) -> None:
     cfg = Config(lr_warm_up_steps="auto", total_training_tokens=4096 * steps)
     assert cfg.resolved_lr_warm_up_steps == warm_up
 
@@ -499,7 +500,7 @@ def test_lr_end_is_a_tenth_unless_given() -> None:
     [
         ({"auxk_coefficient": 0.5}, 0.5),
         ({"auxk_coefficient": "auto"}, 0.0),
-        ({"auxk_coefficient": "auto", "architecture": "topk"}, 0.03125),
+        ({"auxk_coefficient": "auto", "architecture": "topk"}, 0.25),
     ],
     ids=["number", "standard", "topk"],
 )
