@@ -214,7 +214,7 @@ class LanguageModelSAERunnerConfig:
     """Course of the learning rate."""
 
     lr_warm_up_steps: OneOrMany[int | Literal["auto"]] = 500
-    """Steps of linear warm-up, in schedulers with one; auto is a quarter of the run, at most 1000."""
+    """Steps of linear warm-up, in schedulers with one; auto is a quarter of the run up to 1000."""
 
     lr_decay_steps: int = 0
     """Steps at the end over which the learning rate falls linearly to 0."""
