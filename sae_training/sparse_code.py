@@ -58,9 +58,8 @@ class Entries:
     @cached_property
     def rows(self) -> Tensor:
         """(n,) int64: the row of each entry."""
-        if self.offsets.device.type != "cpu":  # where repeat_interleave may wait for the device to check the counts
-            positions = torch.arange(len(self.latents), device=self.offsets.device)
-            return torch.searchsorted(self.offsets, positions, right=True) - 1
+        if self.offsets.device.type != "cpu":  # there repeat_interleave may wait for the device, to check the counts
+            return keys_of(self.offsets, len(self.latents))
         positions = torch.arange(self.n_rows)
         return positions.repeat_interleave(self.offsets.diff(), output_size=len(self.latents))
 
@@ -90,6 +89,11 @@ class Entries:
 def offsets_of(keys: Tensor, n: int) -> Tensor:
     """(n + 1,) int64: key i has the positions out[i] to out[i + 1] of the ascending `keys`."""
     return torch.searchsorted(keys, torch.arange(n + 1, device=keys.device))
+
+
+def keys_of(offsets: Tensor, n: int) -> Tensor:
+    """(n,) int64: the ascending keys that have these `offsets`."""
+    return torch.searchsorted(offsets, torch.arange(n, device=offsets.device), right=True) - 1
 
 
 def concatenate(parts: list[Entries]) -> Entries:

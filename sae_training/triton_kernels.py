@@ -13,6 +13,9 @@ Triton is optional. Where it is missing, or cannot compile, `available` is False
 TRITON_INTERPRET=1 in the environment at import the kernels run in Triton's interpreter, on CPU tensors too.
 """
 
+# Triton looks for the annotation tl.constexpr, which is no type.
+# pyright: reportInvalidTypeForm=false
+
 from __future__ import annotations
 
 import importlib
@@ -33,7 +36,7 @@ def optional_module(name: str) -> Any:
 
 
 triton, tl = optional_module("triton"), optional_module("triton.language")
-jit = (lambda function: function) if triton is None else triton.jit
+jit: Any = (lambda function: function) if triton is None else triton.jit
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sae_training import sparse_code, triton_kernels
-from sae_training.sparse_code import Entries, fixed_size_entries, offsets_of
+from sae_training.sparse_code import Entries, fixed_size_entries, keys_of, offsets_of
 from sae_training.triton_kernels import INTERPRETED
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -39,6 +39,7 @@ N_ROWS, D_SAE = 9, 12
 CHUNK = 24  # instead of 256, for the interpreter's sake
 
 
+@pytest.mark.slow
 @needs_triton
 @only_once
 def test_kernels_in_the_interpreter() -> None:
@@ -217,6 +218,7 @@ def test_offsets_and_rows_of_entries() -> None:
     entries = some_entries(CODES["empty rows"])
     assert entries.rows.tolist() == [1] * 3 + [3] * 11 + [4] + [7] * 17
     assert offsets_of(entries.rows, N_ROWS).tolist() == entries.offsets.tolist()
+    assert torch.equal(keys_of(entries.offsets, len(entries.latents)), entries.rows)
     order, latents, rows, offsets = entries.by_latent
     assert latents.tolist() == sorted(entries.latents.tolist())
     assert torch.equal(latents, entries.latents[order])
@@ -305,7 +307,7 @@ def autoencoder(device: torch.device, dtype: str, d_in: int = D_IN, **options: A
         d_in=d_in,
         expansion_factor=WIDE // d_in,
         dtype=dtype,  # pyright: ignore[reportArgumentType]
-        encoder_matmul_dtype="auto" if dtype == "float64" else dtype,
+        encoder_matmul_dtype="auto" if dtype == "float64" else dtype,  # pyright: ignore[reportArgumentType]
         device=device.type,
         train_batch_size=ROWS,
         **{"k": K, **options},
