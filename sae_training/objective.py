@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae_training import architectures
+from sae_training import architectures, triton_kernels
 from sae_training.losses import auxk_loss, centred_norm, ghost_grad_loss, mean_normalised_error
 from sae_training.selection import Encoder, above_threshold, top_k_of_batch, top_k_of_rows
-from sae_training.sparse_code import Code, Entries, concatenate, fixed_size_entries, pre_activations_at
+from sae_training.sparse_code import Code, Entries, concatenate, fixed_size_entries, offsets_of, pre_activations_at
 
 if TYPE_CHECKING:
     from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -152,12 +152,12 @@ def dense_outputs(sae: SparseAutoencoder, acts: Tensor) -> Tensor:
 
 def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
     """The active latents of a batch `sae_in` (rows, d_in); None if the machine or the batch asks for the dense way."""
-    if sae.device.type != "cpu" or sae.dtype not in (torch.float32, torch.float64):
+    n = min(MULTI_TOPK_FACTOR * k if sae.multi_topk else k, sae.d_sae)
+    if not has_sparse_way(sae, n):
         return None
     encoder = Encoder(sae_in, sae.W_enc.detach(), sae.b_enc.detach(), sae.encoder_dtype)
     match sae.choice:
         case "topk":
-            n = MULTI_TOPK_FACTOR * k if sae.multi_topk else k
             return top_k_of_rows(encoder, n)
         case "batchtopk":
             return top_k_of_batch(encoder, k)
@@ -167,11 +167,24 @@ def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
             return above_threshold(encoder, 0.0)
 
 
+def has_sparse_way(sae: SparseAutoencoder, n_active: int) -> bool:
+    """Whether the sparse way works on the device, and pays with `n_active` latents a row.
+
+    On a GPU only for a fixed number on each row: how many others there are, only the device knows, and asking waits.
+    """
+    if sae.device.type == "cpu":
+        return sae.dtype in (torch.float32, torch.float64)
+    return sae.choice == "topk" and triton_kernels.use_triton(sae.device, sae.dtype, sae.d_sae, n_active)
+
+
 def sparse_parts(
     sae: SparseAutoencoder, sae_in: Tensor, entries: Entries, k: int, dead: Tensor | None
 ) -> Reconstruction:
     # AuxK's entries ride along as more rows of the same code, so that all weight gradients come from one pass.
-    aux = None if dead is None or sae.auxk_coefficient == 0 else dead_entries(sae, sae_in.detach(), dead)
+    aux = None
+    if dead is not None and sae.auxk_coefficient > 0:
+        choose_dead = dead_entries if dead.device.type == "cpu" else dead_entries_of_all
+        aux = choose_dead(sae, sae_in.detach(), dead)
     encoded, encoder_rows = [entries], [sae_in.detach()]
     if aux is not None:
         encoded.append(aux)
@@ -192,8 +205,9 @@ def sparse_parts(
     to_decode = [by_prefix(acts, sae.matryoshka_widths)]
     if multi is not None:
         to_decode.append(multi.with_values(multi.values.relu()))
-    if aux is not None:
-        to_decode.append(Code(aux_pre.relu(), aux))
+    if aux is not None and dead is not None:
+        # Live latents, which `dead_entries_of_all` may hold, take no part.
+        to_decode.append(Code(aux_pre.relu() * dead[aux.latents], aux))
     outs = decode_together(to_decode, sae.W_dec)
 
     sae_outs = outs.pop(0).view(-1, len(sae_in), sae.W_dec.shape[1])
@@ -220,6 +234,16 @@ def dead_entries(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) -> Entrie
     return Entries(numbers[among_dead.latents], among_dead.offsets, sae.d_sae)
 
 
+def dead_entries_of_all(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) -> Entries:
+    """`dead_entries` without asking which latents are dead: the live ones' bias is -inf.
+
+    Always k_aux to a row; where fewer latents are dead, live ones fill the rest.
+    """
+    bias = sae.b_enc.detach().masked_fill(~dead, -torch.inf)
+    encoder = Encoder(sae_in[: n_auxk_rows(len(sae_in))], sae.W_enc.detach(), bias, sae.encoder_dtype)
+    return top_k_of_rows(encoder, sae.auxk_k)
+
+
 def top_k_of_entries(code: Code, k: int) -> Code:
     """The k largest of the entries of each row, of which there is the same number on every row."""
     entries = code.entries
@@ -235,11 +259,11 @@ def by_prefix(code: Code, widths: tuple[int, ...]) -> Code:
     entries = code.entries
     if entries is None or len(widths) < 2:
         return code
-    edges = torch.tensor(widths[:-1], device=entries.latents.device)
-    new_rows = torch.bucketize(entries.latents, edges, right=True) * entries.n_rows + entries.rows
-    order = new_rows.argsort(stable=True)
-    counts = torch.bincount(new_rows, minlength=len(widths) * entries.n_rows)
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    new_rows = entries.rows
+    for width in widths[:-1]:
+        new_rows = new_rows + entries.n_rows * (entries.latents >= width)
+    new_rows, order = new_rows.sort(stable=True)
+    offsets = offsets_of(new_rows, len(widths) * entries.n_rows)
     return Code(code.values.index_select(0, order), Entries(entries.latents[order], offsets, entries.d_sae))
 
 
@@ -276,7 +300,8 @@ def remedy_loss(
         return torch.zeros((), dtype=target.dtype, device=target.device)
     if made.error_hat is not None:
         n = len(made.error_hat)
-        return sae.auxk_coefficient * auxk_loss(target[:n], (target[:n] - sae_out[:n]).detach(), made.error_hat)
+        loss = auxk_loss(target[:n], (target[:n] - sae_out[:n]).detach(), made.error_hat)
+        return sae.auxk_coefficient * loss * dead.any()
     if dead.device.type == "cpu":
         dead_pre, W_dec = sae_in @ sae.W_enc[:, dead] + sae.b_enc[dead], sae.W_dec[dead]
     else:  # picking the dead ones would wait for the device

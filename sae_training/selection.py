@@ -1,8 +1,9 @@
 """Which latents are active: the encoder's product and the choice among its outputs, in pieces that stay in cache.
 
 The pre-activations of a batch are (rows, d_sae), by far the largest tensor of a step, and nothing here ever holds more
-than a tile of them: TILE_ELEMENTS, 4 MB in bfloat16. No gradient flows through a choice, so the tile can be in a lower
-precision than the weights; the values at the chosen latents are computed again in full (`sparse_code.PreActivations`).
+than a tile of them: 4 MB in bfloat16, 128 MB on a GPU. No gradient flows through a choice, so the tile can be in a
+lower precision than the weights; the values at the chosen latents are computed again in full
+(`sparse_code.PreActivations`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sae_training.sparse_code import Entries, fixed_size_entries
 
 TILE_ELEMENTS = 2**21
 TILE_LATENTS = 8192
+GPU_TILE_ELEMENTS = 2**26  # all latents of a few hundred rows: large products, few launches
 SAMPLE_ROWS = 32  # from which `top_k_of_batch` estimates its threshold
 TOO_DENSE = 0.1
 """Share of active latents from which sparse products cost more than dense ones (measured: scripts/bench_step.py)."""
@@ -30,8 +32,9 @@ class Encoder:
         self.table = W_enc.T.to(dtype)
         self.bias = b_enc.to(dtype)
         self.d_sae = W_enc.shape[1]
-        self.tile_latents = min(self.d_sae, TILE_LATENTS)
-        self.tile_rows = max(1, TILE_ELEMENTS // self.tile_latents)
+        on_gpu = sae_in.is_cuda
+        self.tile_latents = self.d_sae if on_gpu else min(self.d_sae, TILE_LATENTS)
+        self.tile_rows = max(1, (GPU_TILE_ELEMENTS if on_gpu else TILE_ELEMENTS) // self.tile_latents)
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows of sae_in), `tile_rows` at a time."""

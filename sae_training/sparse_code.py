@@ -11,18 +11,34 @@ look at every latent; with n active entries the other five cost 2 * n * d_in eac
 
 Both weight gradients go through the entries latent by latent: one sort, shared. The gradient of b_dec through the
 encoder's input is a matrix-vector product, since every row's input holds the same -b_dec.
+
+`row_products` and `bags` are the two products that the device decides on: kernels of torch on the CPU, of
+`triton_kernels` on CUDA. Nothing here reads a number off the device to go on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
+
+from sae_training import triton_kernels
+
+
+class ByLatent(NamedTuple):
+    """The entries in the order of their latents."""
+
+    order: Tensor
+    """(n,) int64: which entry comes where."""
+    latents: Tensor
+    rows: Tensor
+    offsets: Tensor
+    """(d_sae + 1,) int64: latent i has the entries offsets[i] to offsets[i + 1]."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +58,15 @@ class Entries:
     @cached_property
     def rows(self) -> Tensor:
         """(n,) int64: the row of each entry."""
-        counts = self.offsets.diff()
-        positions = torch.arange(self.n_rows, device=counts.device)
-        return positions.repeat_interleave(counts, output_size=len(self.latents))
+        if self.offsets.device.type != "cpu":  # there repeat_interleave may wait for the device, to check the counts
+            return keys_of(self.offsets, len(self.latents))
+        positions = torch.arange(self.n_rows)
+        return positions.repeat_interleave(self.offsets.diff(), output_size=len(self.latents))
 
     @cached_property
-    def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The entries in the order of their latents: (order (n,), row of each (n,), offsets (d_sae + 1,))."""
-        order = self.latents.argsort(stable=True)
-        counts = torch.bincount(self.latents, minlength=self.d_sae)
-        return order, self.rows[order], F.pad(counts.cumsum(0), (1, 0))
+    def by_latent(self) -> ByLatent:
+        latents, order = self.latents.sort(stable=True)
+        return ByLatent(order, latents, self.rows[order], offsets_of(latents, self.d_sae))
 
     def counts(self, values: Tensor) -> Tensor:
         """(d_sae,) int64: on how many rows each latent's value is above 0."""
@@ -66,7 +81,19 @@ class Entries:
 
     def sum_by_latent(self, values: Tensor) -> Tensor:
         """(d_sae,): the sum of each latent's values."""
+        if triton_kernels.supports(values):  # index_add_ adds in another order each time there
+            return sum_of_rows(values, values.new_ones(self.n_rows, 1), self).squeeze(1)
         return torch.zeros(self.d_sae, dtype=values.dtype, device=values.device).index_add_(0, self.latents, values)
+
+
+def offsets_of(keys: Tensor, n: int) -> Tensor:
+    """(n + 1,) int64: key i has the positions out[i] to out[i + 1] of the ascending `keys`."""
+    return torch.searchsorted(keys, torch.arange(n + 1, device=keys.device))
+
+
+def keys_of(offsets: Tensor, n: int) -> Tensor:
+    """(n,) int64: the ascending keys that have these `offsets`."""
+    return torch.searchsorted(offsets, torch.arange(n, device=offsets.device), right=True) - 1
 
 
 def concatenate(parts: list[Entries]) -> Entries:
@@ -90,6 +117,8 @@ def fixed_size_entries(latents: Tensor, d_sae: int) -> Entries:
 
 def row_products(rows: Tensor, table: Tensor, entries: Entries) -> Tensor:
     """(n,): rows[row e] . table[latent e] for each entry, `rows` (n_rows, d), `table` (d_sae, d)."""
+    if triton_kernels.supports(rows):
+        return triton_kernels.row_products(rows, table, entries.latents, entries.rows)
     if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
         size = (entries.n_rows, entries.d_sae)
         zeros = torch.zeros(len(entries.latents), dtype=rows.dtype)
@@ -108,12 +137,17 @@ def sum_of_latents(values: Tensor, table: Tensor, entries: Entries) -> Tensor:
 
 def sum_of_rows(values: Tensor, rows: Tensor, entries: Entries) -> Tensor:
     """(d_sae, d): for each latent, the sum of values[e] * rows[row e]."""
-    order, row_of, offsets = entries.by_latent
-    return bags(row_of, offsets, values[order], rows)
+    order, latents, row_of, offsets = entries.by_latent
+    return bags(row_of, offsets, values[order], rows, bag_of=latents)
 
 
-def bags(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    """Weighted sums of rows of `table`, one for each stretch of `indices` between two `offsets`."""
+def bags(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor, bag_of: Tensor | None = None) -> Tensor:
+    """Weighted sums of rows of `table`, one for each stretch of `indices` between two `offsets`.
+
+    `bag_of` (n,) names the stretch of each index where some are very long.
+    """
+    if triton_kernels.supports(table):
+        return triton_kernels.bags(indices, offsets, weights, table, bag_of)
     return F.embedding_bag(
         indices, table, offsets, mode="sum", per_sample_weights=weights.to(table.dtype), include_last_offset=True
     )
