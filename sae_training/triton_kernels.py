@@ -9,8 +9,10 @@ The bags are the rows of a batch (decode) or the latents (weight gradients). All
 follows from the data alone: no atomics, and block sizes that are fixed rather than found by timing. Two runs on the
 same kind of device give the same bits, which exact resume needs.
 
-Triton is optional. Where it is missing, or cannot compile, `available` is False, and the caller takes plain torch. With
-TRITON_INTERPRET=1 in the environment at import the kernels run in Triton's interpreter, on CPU tensors too.
+They are off unless SAE_TRAINING_TRITON=1 is in the environment: they compile for sm_80 and sm_90 and are exact in
+Triton's interpreter, but no GPU has run or timed them yet. Triton is optional: where it is missing, or cannot compile,
+`available` is False, and the caller takes plain torch. With TRITON_INTERPRET=1 in the environment at import the kernels
+run in the interpreter, on CPU tensors too.
 """
 
 # Triton looks for the annotation tl.constexpr, which is no type.
@@ -57,7 +59,8 @@ SPARSE_FROM = {"float32": 32, "tf32": 128, "bfloat16": 128}
 @cache
 def available(device: torch.device) -> bool:
     """Whether the kernels run on `device`: CUDA, with a Triton that can compile, or the interpreter anywhere."""
-    if triton is None or not (device.type == "cuda" or INTERPRETED):
+    wanted = INTERPRETED or (device.type == "cuda" and os.environ.get("SAE_TRAINING_TRITON") == "1")
+    if triton is None or not wanted:
         return False
     try:
         one = torch.ones(1, 1, device=device)

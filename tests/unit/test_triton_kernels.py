@@ -24,6 +24,7 @@ from sae_training import sparse_code, triton_kernels
 from sae_training.sparse_code import Entries, fixed_size_entries, keys_of, offsets_of
 from sae_training.triton_kernels import INTERPRETED
 
+os.environ["SAE_TRAINING_TRITON"] = "1"  # read when a device is first asked about
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
