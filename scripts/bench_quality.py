@@ -2,8 +2,8 @@
 
     python scripts/bench_quality.py                               every system of SYSTEMS, one seed
     python scripts/bench_quality.py --seeds 0 1 2 --continue      three seeds; what is in --results is not run again
-    python scripts/bench_quality.py --systems ours:topk 'ours:topk:{"optimizer": "signum", "lr": 0.009}' \
-        eai-sparsify:topk-signum 'dictionary-learning:standard:{"l1_penalty": 0.02}' --save saes
+    python scripts/bench_quality.py --systems ours:topk 'ours:topk:{"optimizer": "signum", "lr": 0.009}' --save saes
+    python scripts/bench_quality.py --systems sae-lens:topk 'dictionary-learning:standard:{"l1_penalty": 0.1}'
 
 A system is PACKAGE:ARCHITECTURE, or PACKAGE:ARCHITECTURE:{JSON} with settings under the package's own names: for ours
 config fields, for dictionary-learning arguments of its trainer, for sae-lens and eai-sparsify fields of their two
@@ -78,6 +78,7 @@ SYSTEMS = (
 )
 WARM_UP_SHARE = 0.05  # of the run's steps: what the warm-ups of the peers, of 1000 and more steps, are shortened to
 DEAD_WINDOW_SHARE = 0.1  # of the run: silent for so long is dead, in all packages, for their own remedies
+THRESHOLD_RATE = 0.05  # per step: what the peers' running means of batchtopk's threshold are hastened to
 CONTEXT_SIZE = 128
 STORE_BATCH = 16  # contexts per pass of the language model
 CHUNK = 4096  # rows encoded at a time
@@ -322,13 +323,17 @@ def defaults(spec: Spec, steps: int, batch: int) -> dict[str, Any]:
             recipe = {name: value for name, value in RECIPE.items() if name not in ("architecture", "d_in", "device")}
             return recipe | {"dead_feature_window": dead_window}
         case "sae-lens":
-            penalty = {"l1_coefficient": 0.05} if spec.architecture == "standard" else {}
-            return {"lr": 3e-4, "dead_feature_window": dead_window, **penalty}
+            its_own = {
+                "standard": {"l1_coefficient": 0.05},
+                "batchtopk": {"topk_threshold_lr": THRESHOLD_RATE},
+                "matryoshka": {"topk_threshold_lr": THRESHOLD_RATE},
+            }
+            return {"lr": 3e-4, "dead_feature_window": dead_window, **its_own.get(spec.architecture, {})}
         case "eai-sparsify":
             return {
                 "lr": None,
                 "lr_warmup_steps": warm_up,
-                "auxk_alpha": 0.0,
+                "auxk_alpha": 0.0,  # the package's own: with 1/32 the window below acts
                 "dead_feature_threshold": dead_window * batch,
             }
         case _ if spec.architecture in RELU_TYPE:
@@ -341,7 +346,7 @@ def defaults(spec: Spec, steps: int, batch: int) -> dict[str, Any]:
                 "warmup_steps": warm_up,
                 "dead_feature_threshold": dead_window * batch,
                 "threshold_start_step": steps // 2,
-                "threshold_beta": 0.99,
+                "threshold_beta": 1 - THRESHOLD_RATE,
             }
 
 

@@ -284,6 +284,7 @@ def sae_lens(architecture: str, sizes: Sizes) -> System:
         "total_training_samples": sizes.batch * sizes.steps,
         "train_batch_size_samples": sizes.batch,
         "lr": LR,
+        "lr_end": of_trainer.get("lr", LR) / 10,  # as its runner sets it; the default schedule is constant
         "device": sizes.device,
     }
     cfg = SAETrainerConfig(**its_run | of_trainer)
@@ -301,9 +302,7 @@ def sae_lens(architecture: str, sizes: Sizes) -> System:
         sae.process_state_dict_for_saving_inference(tensors)  # as its own saving does: decoder norms folded, threshold
         if architecture == "gated":
             tensors["b_enc"] = tensors.pop("b_gate")
-        activation = "gated" if architecture == "gated" else "topk" if architecture == "topk" else "relu"
-        if "threshold" in tensors:
-            activation = "threshold"
+        activation = {"standard": "relu", "topk": "topk", "gated": "gated"}.get(architecture, "threshold")
         k = sae.cfg.k if activation == "topk" else None
         return Plain(tensors, activation, k, subtract_b_dec=sae.cfg.apply_b_dec_to_input)
 
@@ -344,12 +343,12 @@ def eai_sparsify(architecture: str, sizes: Sizes) -> System:
     timed = {"lr": LR, "lr_warmup_steps": 0, "auxk_alpha": 1 / 32 if sizes.n_dead else 0.0}
     cfg = TrainConfig(SparseCoderConfig(**of_sae), optimizer=architecture.split("-")[1], **timed | of_run)
     sae = SparseCoder(sizes.d_in, cfg.sae, sizes.device, dtype=torch.float32)
-    scale = (sae.num_latents / (2**14)) ** 0.5
+    lr = cfg.lr or (2e-4 if cfg.optimizer == "adam" else 5e-3) / (sae.num_latents / (2**14)) ** 0.5
     if cfg.optimizer == "adam":
-        optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.lr or 2e-4 / scale)
+        optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
         schedulers = [get_linear_schedule_with_warmup(optimizer, cfg.lr_warmup_steps, sizes.steps)]
     else:
-        optimizer = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=cfg.lr or 5e-3 / scale), momentum=0.95)
+        optimizer = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=lr), momentum=0.95)
         optimizer.train()
         schedulers = []
     since_fired = torch.zeros(sae.num_latents, device=sizes.device, dtype=torch.long)
@@ -396,9 +395,7 @@ def eai_sparsify(architecture: str, sizes: Sizes) -> System:
         before_step=hold_dead,
         start=start,
         plain=plain,
-        config=lambda: (
-            asdict(cfg) | {"lr": optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])}
-        ),
+        config=lambda: asdict(cfg) | {"lr": lr},
     )
 
 
@@ -488,7 +485,7 @@ def dictionary_learning(architecture: str, sizes: Sizes) -> System:
         trainer.ae,
         before_step=hold_dead,
         plain=plain,
-        config=lambda: {name: value for name, value in trainer.config.items()} | arguments,
+        config=lambda: arguments | {"dead_feature_threshold": dead_after} | trainer.config,
     )
 
 
