@@ -489,12 +489,14 @@ def evaluate(sae: Plain, held_out: HeldOut, last_rows: Iterator[Tensor]) -> dict
     | dead_train    | share that fire on none of `last_rows` (training rows, in chunks), with the weights of the end |
     """
     sae = dataclasses.replace(sae, tensors={name: t.to(held_out.rows.device) for name, t in sae.tensors.items()})
-    squared_errors, fired = [], 0
+    squared_errors: list[Tensor] = []
+    counts: list[Tensor] = []
     for x in held_out.rows.split(CHUNK):
         acts = encode(sae, x)
         squared_errors.append((decode(sae, acts) - x).pow(2).sum(dim=1))
-        fired += (acts > 0).sum(dim=0)
-    fired_last = sum((encode(sae, x.to(held_out.rows.device)) > 0).sum(dim=0) for x in last_rows)
+        counts.append((acts > 0).sum(dim=0))
+    fired = torch.stack(counts).sum(dim=0)
+    fired_last = torch.stack([(encode(sae, x.to(fired.device)) > 0).sum(dim=0) for x in last_rows]).sum(dim=0)
     errors, ordinary = torch.cat(squared_errors), held_out.ordinary
     clean, ablated = held_out.ce_clean, held_out.ce_ablated
     with_sae = held_out.cross_entropy(lambda x: decode(sae, encode(sae, x.float())))

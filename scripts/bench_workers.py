@@ -382,7 +382,7 @@ def eai_sparsify(architecture: str, sizes: Sizes) -> System:
         sae.b_dec.data = rows[: sizes.batch].mean(0)
 
     def plain() -> Plain:
-        if cfg.optimizer == "signum":
+        if isinstance(optimizer, ScheduleFreeWrapper):
             optimizer.eval()  # the averaged weights, as its own saving does
         tensors = {"W_enc": sae.encoder.weight.T, "b_enc": sae.encoder.bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
         return Plain(tensors, "topk", sae.cfg.k)
