@@ -84,15 +84,17 @@ class Entry:
 def main() -> None:
     arguments = parse(sys.argv[1:])
     left_out: dict[str, str] = {}
-    pythons = peer_pythons(arguments, left_out)
+    wanted = arguments.peers if arguments.sweep_peers or not arguments.sweep else []
+    pythons = peer_pythons(wanted, arguments.peer_python, left_out)
     if arguments.sweep:
         points = [measure(arguments, pythons, *point) for point in sweep_points(arguments)]
-        result = {"machine": machine(arguments), "left_out": left_out, "points": points}
+        result = {"machine": machine(arguments) | rounds(arguments), "left_out": left_out, "points": points}
         show(sweep_table(points))
     else:
         factor = arguments.d_sae // arguments.d_in
         point = measure(arguments, pythons, factor, arguments.k, arguments.l0)
-        result = {"machine": machine(arguments), "left_out": left_out | point.pop("left_out"), **point}
+        left_out |= point.pop("left_out")
+        result = {"machine": machine(arguments) | rounds(arguments), "left_out": left_out, **point}
         show(table(result))
         show([f"left out: {name}: {reason}" for name, reason in result["left_out"].items()])
     print(json.dumps(result, indent=2))
@@ -129,13 +131,17 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error(f"--dead-share: found {arguments.dead_share}, expected 0 or more and less than 1")
     if arguments.rounds < 1 or arguments.steps < 1:
         parser.error("--rounds and --steps: expected at least 1")
-    if unknown := [word for word in arguments.peer_python if word.partition("=")[0] not in PEERS]:
-        parser.error(f"--peer-python: found {unknown[0]!r}, expected PEER=PYTHON with one of {', '.join(PEERS)}")
+    check_peer_pythons(parser, arguments.peer_python)
     try:
         arguments.ours = [(word, *architecture_and_config(word)) for word in arguments.ours]
     except json.JSONDecodeError as error:
         parser.error(f"--ours: expected NAME or NAME:{{JSON}}; {error}")
     return arguments
+
+
+def check_peer_pythons(parser: argparse.ArgumentParser, given_words: list[str]) -> None:
+    if unknown := [word for word in given_words if word.partition("=")[0] not in PEERS]:
+        parser.error(f"--peer-python: found {unknown[0]!r}, expected PEER=PYTHON with one of {', '.join(PEERS)}")
 
 
 def architecture_and_config(word: str) -> tuple[str, dict[str, Any]]:
@@ -178,10 +184,12 @@ def sweep_points(arguments: argparse.Namespace) -> list[tuple[int, int, float]]:
 # ------------------------------------------------------------------------------------------------------------- peers
 
 
-def peer_pythons(arguments: argparse.Namespace, left_out: dict[str, str]) -> dict[str, str]:
-    """The interpreter of each peer that is wanted and can be had; the others go into `left_out` with the reason."""
-    given = dict(word.split("=", 1) for word in arguments.peer_python)
-    wanted = arguments.peers if arguments.sweep_peers or not arguments.sweep else []
+def peer_pythons(wanted: Iterable[str], given_words: list[str], left_out: dict[str, str]) -> dict[str, str]:
+    """The interpreter of each peer that is wanted and can be had; the others go into `left_out` with the reason.
+
+    `given_words` are PEER=PYTHON.
+    """
+    given = dict(word.split("=", 1) for word in given_words)
     pythons = {}
     for name in wanted:
         try:
@@ -373,9 +381,11 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
         "platform": platform.platform(),
         "threads": arguments.threads,
         "device": arguments.device,
-        "rounds": arguments.rounds,
-        "steps_per_round": arguments.steps,
     }
+
+
+def rounds(arguments: argparse.Namespace) -> dict[str, int]:
+    return {"rounds": arguments.rounds, "steps_per_round": arguments.steps}
 
 
 def cpu_name() -> str:

@@ -1,11 +1,16 @@
-"""One system's training step, built and timed in its own process for `bench_step.py`.
+"""One system's training, built and run in its own process for `bench_step.py` and `bench_quality.py`.
 
-Runs in the virtual environment of the system it times: each builder imports its own package, and only `ours` imports
+Runs in the virtual environment of the system it runs: each builder imports its own package, and only `ours` imports
 sae_training. Requests are JSON lines on stdin, replies JSON lines on stdout; what the packages print goes to stderr.
 
     {"do": "build", "system": "sae-lens", "architecture": "topk", "sizes": {...}}    -> versions
     {"do": "step", "n": 3}                                                          -> {"ms": [...]}
     {"do": "finish"}                                                                -> {"l0": ..., "peak_mib": ...}
+
+or, for a whole run on the rows of a file, saved in the form that `Plain` describes:
+
+    {"do": "train", "system": ..., "architecture": ..., "sizes": {...}, "rows": FILE, "scale": 0.3, "save": FILE}
+                                                                -> versions, {"seconds": ..., "config": {...}}
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -34,7 +39,8 @@ N_BATCHES = 4  # different batches, used in turn
 N_ATOMS = 8192  # at most, in the planted dictionary
 ATOMS_PER_ROW = 20
 SAMPLE_ROWS = 256  # rows encoded at a time where L0 is set or measured
-LR = 1e-8  # so small that L0 stays where it was set
+LR = 1e-8  # so small that L0 stays where it was set; a config may name another
+START_ROWS = 32_768  # rows that ours takes the decoder bias's starting value from
 LONG_AGO = 10**9  # steps or tokens: more than any system waits before it calls a latent dead
 RELU_TYPE = ("standard", "jumprelu", "gated")  # L0 follows from weights and biases, not from k
 ENCODER_BIASES = ("b_enc", "encoder.bias", "b_gate", "b_mag", "gate_bias", "mag_bias")
@@ -54,8 +60,12 @@ class Sizes:
     device: str = "cpu"
     dead_share: float = 0.0
     """Share of latents held dead, for AuxK to work on; 0 leaves the counters alone."""
+    steps: int = 10**6
+    """Steps of the whole run, which schedules follow."""
+    seed: int = 0
+    """Seed of the starting weights."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Further config fields, for ours."""
+    """Further settings, under the system's own names; they win over all others."""
 
     @property
     def n_dead(self) -> int:
@@ -69,6 +79,34 @@ class Sizes:
 
 
 @dataclass
+class Plain:
+    """A trained autoencoder in the form that all systems' are brought to; saved as one .safetensors.
+
+    pre = (x - b_dec) @ W_enc + b_enc, or x @ W_enc + b_enc without `subtract_b_dec`; out = acts @ W_dec + b_dec; and
+
+    | activation | acts                                                        | tensors besides            |
+    |------------|-------------------------------------------------------------|----------------------------|
+    | relu       | ReLU(pre)                                                   |                            |
+    | topk       | ReLU of the k largest of a row                              |                            |
+    | threshold  | ReLU(pre) where pre > threshold                             | threshold (d_sae,)         |
+    | gated      | ReLU(e^r_mag * (pre - b_enc) + b_mag) where pre > 0         | r_mag and b_mag, (d_sae,)  |
+    """
+
+    tensors: dict[str, Tensor]
+    """W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,), and the activation's own."""
+    activation: str
+    k: int | None = None
+    subtract_b_dec: bool = True
+
+    def save(self, path: str | Path) -> None:
+        from safetensors.torch import save_file
+
+        facts = {"activation": self.activation, "k": self.k, "subtract_b_dec": self.subtract_b_dec}
+        tensors = {name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in self.tensors.items()}
+        save_file(tensors, str(path), {"plain": json.dumps(facts)})
+
+
+@dataclass
 class System:
     step: Callable[[Tensor], object]
     """One training step on a batch (rows, d_in)."""
@@ -78,6 +116,12 @@ class System:
     module: nn.Module | None = None
     before_step: Callable[[], object] = lambda: None
     """Called before each step, untimed."""
+    start: Callable[[Tensor], object] = lambda rows: None
+    """Called with the first START_ROWS rows before a whole run: what the system does with data before it trains."""
+    plain: Callable[[], Plain] | None = None
+    """The autoencoder as it is now; called at the end, as it may change the optimizer's state."""
+    config: Callable[[], dict[str, Any]] = dict
+    """All settings, as the system itself holds them."""
 
 
 # ----------------------------------------------------------------------------------------------------------- floors
@@ -131,6 +175,7 @@ def cast_first(step: Callable[[Tensor], None], dtype: torch.dtype) -> Callable[[
 def ours(architecture: str, sizes: Sizes) -> System:
     import sae_training
     from sae_training.config import LanguageModelSAERunnerConfig
+    from sae_training.config_io import config_to_dict
     from sae_training.sparse_autoencoder import SparseAutoencoder
     from sae_training.trainer import SAETrainer
 
@@ -146,10 +191,11 @@ def ours(architecture: str, sizes: Sizes) -> System:
         "store_batch_size": 32,
         "context_size": 128,
         "n_batches_in_buffer": -(-2 * sizes.batch // (32 * 128)),
-        "total_training_tokens": sizes.batch * 10**6,
+        "total_training_tokens": sizes.batch * sizes.steps,
         "lr": LR,
         "lr_warm_up_steps": 0,
         "device": sizes.device,
+        "seed": sizes.seed,
         "log_to_wandb": False,
     }
     if architecture == "matryoshka":
@@ -157,19 +203,40 @@ def ours(architecture: str, sizes: Sizes) -> System:
     if sizes.n_dead:
         fields["auxk_coefficient"] = 1 / 32
     cfg = LanguageModelSAERunnerConfig(**fields | sizes.config)
-    trainer = SAETrainer(SparseAutoencoder(cfg), cfg)
+    sae = SparseAutoencoder(cfg)
+    trainer = SAETrainer(sae, cfg)
     steps = count()
 
     def hold_dead() -> None:
         trainer.tracker.steps_since_fired[: sizes.n_dead] = LONG_AGO
         trainer.tracker.tokens_since_fired[: sizes.n_dead] = LONG_AGO
 
+    def plain() -> Plain:
+        trainer.check_finite()
+        tensors = dict(sae.weights())
+        match sae.choice:
+            case "topk":
+                return Plain(tensors, "topk", sae.k)
+            case "batchtopk":
+                tensors["threshold"] = tensors.pop("inference_threshold").expand(sae.d_sae)
+                return Plain(tensors, "threshold")
+            case "jumprelu":
+                tensors["threshold"] = tensors.pop("log_threshold").exp()
+                return Plain(tensors, "threshold")
+            case "gated":
+                return Plain(tensors, "gated")
+            case _:
+                return Plain(tensors, "relu")
+
     return System(
         step=lambda x: trainer.step(x, next(steps)),
         version=commit(Path(sae_training.__path__[0]).parent),
-        encode=trainer.sae.encode,
-        module=trainer.sae,
+        encode=sae.encode,
+        module=sae,
         before_step=hold_dead,
+        start=lambda rows: sae.initialize_b_dec(rows, cfg.b_dec_init_method),
+        plain=plain,
+        config=lambda: config_to_dict(cfg) | {"resolved_lr": cfg.resolved_lr},
     )
 
 
@@ -185,7 +252,7 @@ def commit(folder: Path) -> str:
 
 
 def sae_lens(architecture: str, sizes: Sizes) -> System:
-    """SAETrainer.step, with the package's defaults for all but sizes and learning rate."""
+    """SAETrainer.step, with the package's defaults for all but sizes, learning rate and what `sizes.config` names."""
     from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
     from sae_lens.saes import (  # pyright: ignore[reportMissingImports]
         batchtopk_sae,
@@ -205,19 +272,22 @@ def sae_lens(architecture: str, sizes: Sizes) -> System:
         "jumprelu": (jumprelu_sae, "JumpReLUTrainingSAE"),
         "gated": (gated_sae, "GatedTrainingSAE"),
     }[architecture]
-    fields: dict[str, Any] = {"d_in": sizes.d_in, "d_sae": sizes.d_sae, "dtype": "float32", "device": sizes.device}
+    make_config = getattr(module, f"{name}Config")
+    of_sae, of_trainer = settings_of(make_config, sizes.config)
+    its_sizes: dict[str, Any] = {"d_in": sizes.d_in, "d_sae": sizes.d_sae, "dtype": "float32", "device": sizes.device}
     if architecture not in RELU_TYPE:
-        fields["k"] = sizes.k
+        its_sizes["k"] = sizes.k
     if architecture == "matryoshka":
-        fields["matryoshka_widths"] = sizes.matryoshka_widths
-    sae = getattr(module, name)(getattr(module, f"{name}Config")(**fields))
-    cfg = SAETrainerConfig(
-        total_training_samples=sizes.batch * 10**6,
-        train_batch_size_samples=sizes.batch,
-        lr=LR,
-        lr_end=LR,
-        device=sizes.device,
-    )
+        its_sizes["matryoshka_widths"] = sizes.matryoshka_widths
+    sae = getattr(module, name)(make_config(**its_sizes | of_sae))
+    its_run = {
+        "total_training_samples": sizes.batch * sizes.steps,
+        "train_batch_size_samples": sizes.batch,
+        "lr": LR,
+        "lr_end": of_trainer.get("lr", LR) / 10,  # as its runner sets it; the default schedule is constant
+        "device": sizes.device,
+    }
+    cfg = SAETrainerConfig(**its_run | of_trainer)
     trainer = SAETrainer(cfg, sae, data_provider=iter(()))
 
     def step(x: Tensor) -> None:
@@ -227,7 +297,31 @@ def sae_lens(architecture: str, sizes: Sizes) -> System:
     def hold_dead() -> None:
         trainer.n_forward_passes_since_fired[: sizes.n_dead] = LONG_AGO
 
-    return System(step, version("sae-lens"), lambda x: sae.encode_with_hidden_pre(x)[0], sae, hold_dead)
+    def plain() -> Plain:
+        tensors = dict(sae.state_dict())
+        sae.process_state_dict_for_saving_inference(tensors)  # as its own saving does: decoder norms folded, threshold
+        if architecture == "gated":
+            tensors["b_enc"] = tensors.pop("b_gate")
+        activation = {"standard": "relu", "topk": "topk", "gated": "gated"}.get(architecture, "threshold")
+        k = sae.cfg.k if activation == "topk" else None
+        return Plain(tensors, activation, k, subtract_b_dec=sae.cfg.apply_b_dec_to_input)
+
+    return System(
+        step,
+        version("sae-lens"),
+        encode=lambda x: sae.encode_with_hidden_pre(x)[0],
+        module=sae,
+        before_step=hold_dead,
+        plain=plain,
+        config=lambda: {"sae": sae.cfg.to_dict(), "trainer": asdict(cfg)},
+    )
+
+
+def settings_of(config_class: Any, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that are fields of a dataclass, and the others."""
+    names = {f.name for f in fields(config_class)}
+    mine = {name: value for name, value in settings.items() if name in names}
+    return mine, {name: value for name, value in settings.items() if name not in names}
 
 
 # ------------------------------------------------------------------------------------------------------ eai-sparsify
@@ -235,7 +329,8 @@ def sae_lens(architecture: str, sizes: Sizes) -> System:
 
 def eai_sparsify(architecture: str, sizes: Sizes) -> System:
     """What Trainer.fit does per batch to one SparseCoder, with loss "fvu" and no accumulation, wandb or language model:
-    its step is not a function of its own. Copying and masking the language model's output is left out.
+    its step is not a function of its own. Copying and masking the language model's output is left out, and so is
+    k_decay_steps. A learning rate of None is the rule of the package.
     """
     from schedulefree import ScheduleFreeWrapper  # pyright: ignore[reportMissingImports]
     from sparsify.config import SparseCoderConfig, TrainConfig  # pyright: ignore[reportMissingImports]
@@ -244,13 +339,16 @@ def eai_sparsify(architecture: str, sizes: Sizes) -> System:
     from transformers import get_linear_schedule_with_warmup
 
     torch.set_float32_matmul_precision("high")  # as Trainer.fit
-    cfg = TrainConfig(SparseCoderConfig(num_latents=sizes.d_sae, k=sizes.k), auxk_alpha=1 / 32 if sizes.n_dead else 0.0)
+    of_sae, of_run = settings_of(SparseCoderConfig, {"num_latents": sizes.d_sae, "k": sizes.k} | sizes.config)
+    timed = {"lr": LR, "lr_warmup_steps": 0, "auxk_alpha": 1 / 32 if sizes.n_dead else 0.0}
+    cfg = TrainConfig(SparseCoderConfig(**of_sae), optimizer=architecture.split("-")[1], **timed | of_run)
     sae = SparseCoder(sizes.d_in, cfg.sae, sizes.device, dtype=torch.float32)
-    if architecture == "topk-adam":
-        optimizer = torch.optim.Adam(sae.parameters(), lr=LR)
-        schedulers = [get_linear_schedule_with_warmup(optimizer, 0, 10**9)]
+    lr = cfg.lr or (2e-4 if cfg.optimizer == "adam" else 5e-3) / (sae.num_latents / (2**14)) ** 0.5
+    if cfg.optimizer == "adam":
+        optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
+        schedulers = [get_linear_schedule_with_warmup(optimizer, cfg.lr_warmup_steps, sizes.steps)]
     else:
-        optimizer = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=LR), momentum=0.95)
+        optimizer = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=lr), momentum=0.95)
         optimizer.train()
         schedulers = []
     since_fired = torch.zeros(sae.num_latents, device=sizes.device, dtype=torch.long)
@@ -280,14 +378,34 @@ def eai_sparsify(architecture: str, sizes: Sizes) -> System:
     def hold_dead() -> None:
         since_fired[: sizes.n_dead] = LONG_AGO
 
-    return System(step, version("eai-sparsify"), lambda x: sae.encode(x).top_acts, sae, hold_dead)
+    def start(rows: Tensor) -> None:
+        sae.b_dec.data = rows[: sizes.batch].mean(0)
+
+    def plain() -> Plain:
+        if isinstance(optimizer, ScheduleFreeWrapper):
+            optimizer.eval()  # the averaged weights, as its own saving does
+        tensors = {"W_enc": sae.encoder.weight.T, "b_enc": sae.encoder.bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+        return Plain(tensors, "topk", sae.cfg.k)
+
+    return System(
+        step,
+        version("eai-sparsify"),
+        encode=lambda x: sae.encode(x).top_acts,
+        module=sae,
+        before_step=hold_dead,
+        start=start,
+        plain=plain,
+        config=lambda: asdict(cfg) | {"lr": lr},
+    )
 
 
 # ----------------------------------------------------------------------------------------------- dictionary-learning
 
 
 def dictionary_learning(architecture: str, sizes: Sizes) -> System:
-    """The trainers' update(), with the package's defaults for all but sizes, learning rate and warm-ups."""
+    """The trainers' update(), with the package's defaults for all but sizes, learning rate, warm-ups and what
+    `sizes.config` names: arguments of the trainer, and its attribute dead_feature_threshold.
+    """
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer  # pyright: ignore[reportMissingImports]
     from dictionary_learning.trainers.gdm import GatedSAETrainer  # pyright: ignore[reportMissingImports]
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer  # pyright: ignore[reportMissingImports]
@@ -305,28 +423,31 @@ def dictionary_learning(architecture: str, sizes: Sizes) -> System:
         "jumprelu": JumpReluTrainer,
         "gated": GatedSAETrainer,
     }[architecture]
-    fields: dict[str, Any] = {
-        "steps": 10**9,
+    arguments: dict[str, Any] = {
+        "steps": sizes.steps,
         "activation_dim": sizes.d_in,
         "dict_size": sizes.d_sae,
         "layer": 0,
         "lm_name": "",
         "lr": LR,
         "warmup_steps": 0,
-        "seed": 0,
+        "seed": sizes.seed,
         "device": sizes.device,
     }
     if architecture in RELU_TYPE:
-        fields["sparsity_warmup_steps"] = None
+        arguments["sparsity_warmup_steps"] = None
     else:
-        fields["k"] = sizes.k
+        arguments |= {"k": sizes.k, "threshold_start_step": 0}  # in a long run nearly all steps come after it
     if architecture == "jumprelu":
-        fields["target_l0"] = sizes.l0
+        arguments["target_l0"] = sizes.l0
     if architecture == "matryoshka":
-        fields["group_fractions"] = list(GROUP_SHARES)
-    trainer = trainer_class(**fields)
-    # Step 0 alone takes the geometric median of the batch; from step 1001 on the threshold is updated in every step.
-    steps = (0 if i == 0 else 2000 + i for i in count())
+        arguments["group_fractions"] = list(GROUP_SHARES)
+    arguments |= sizes.config
+    dead_after = arguments.pop("dead_feature_threshold", None)
+    trainer = trainer_class(**arguments)
+    if dead_after is not None:
+        trainer.dead_feature_threshold = dead_after
+    steps = count()
 
     def encode(x: Tensor) -> Tensor:
         # by default these two encode with the threshold of inference
@@ -337,8 +458,34 @@ def dictionary_learning(architecture: str, sizes: Sizes) -> System:
         if architecture not in RELU_TYPE:
             trainer.num_tokens_since_fired[: sizes.n_dead] = LONG_AGO
 
+    def plain() -> Plain:
+        ae = trainer.ae
+        if architecture in ("jumprelu", "matryoshka"):
+            tensors = {name: getattr(ae, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        else:
+            tensors = {"W_enc": ae.encoder.weight.T, "W_dec": ae.decoder.weight.T}
+            if architecture == "gated":
+                tensors |= {"b_enc": ae.gate_bias, "r_mag": ae.r_mag, "b_mag": ae.mag_bias, "b_dec": ae.decoder_bias}
+            else:
+                b_dec = ae.bias if architecture == "standard" else ae.b_dec
+                tensors |= {"b_enc": ae.encoder.bias, "b_dec": b_dec}
+        match architecture:
+            case "topk":
+                return Plain(tensors, "topk", int(ae.k))
+            case "standard" | "gated":
+                return Plain(tensors, "relu" if architecture == "standard" else "gated")
+            case _:  # negative where batchtopk has not measured one yet
+                tensors["threshold"] = torch.as_tensor(ae.threshold).expand(sizes.d_sae)
+                return Plain(tensors, "threshold", subtract_b_dec=architecture != "jumprelu")
+
     return System(
-        lambda x: trainer.update(next(steps), x), version("dictionary-learning"), encode, trainer.ae, hold_dead
+        lambda x: trainer.update(next(steps), x),
+        version("dictionary-learning"),
+        encode,
+        trainer.ae,
+        before_step=hold_dead,
+        plain=plain,
+        config=lambda: arguments | {"dead_feature_threshold": dead_after} | trainer.config,
     )
 
 
@@ -488,13 +635,51 @@ class Worker:
             set_l0(self.system, self.batches[0], self.sizes.l0)
         forget_peak(device)
         self.steps(N_BATCHES)
+        return self.versions()
+
+    def versions(self) -> dict[str, Any]:
         return {
             "version": self.system.version,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
+            "gpu": torch.cuda.get_device_name() if self.sizes.device.startswith("cuda") else None,
         }
+
+    def train(
+        self, system: str, architecture: str, sizes: dict[str, Any], rows: str, scale: float, save: str
+    ) -> dict[str, Any]:
+        """Train on the first sizes.steps batches of a file's tensor `rows` in its order, each row times `scale`.
+
+        The seconds are those of the steps and of the system's own start, without reading the rows.
+        """
+        from safetensors import safe_open
+
+        self.sizes = Sizes(**sizes)
+        torch.manual_seed(self.sizes.seed)
+        self.system = BUILDERS[system](architecture, self.sizes)
+        if self.system.plain is None:
+            raise ValueError(f"{system} cannot be trained")
+        with safe_open(rows, framework="pt") as file:
+            stored, batch = file.get_slice("rows"), self.sizes.batch
+
+            def read(start: int, stop: int) -> Tensor:
+                return (stored[start:stop].float() * scale).to(self.sizes.device)
+
+            seconds = self.timed(self.system.start, read(0, min(START_ROWS, stored.get_shape()[0])))
+            for i in range(self.sizes.steps):
+                seconds += self.timed(self.system.step, read(i * batch, (i + 1) * batch))
+        self.system.plain().save(save)
+        config = json.loads(json.dumps(self.system.config(), default=str))
+        return self.versions() | {"seconds": seconds, "config": config}
+
+    def timed(self, action: Callable[[Tensor], object], x: Tensor) -> float:
+        """Seconds that `action` takes with `x`."""
+        self.wait()
+        start = time.perf_counter()
+        action(x)
+        self.wait()
+        return time.perf_counter() - start
 
     def steps(self, n: int) -> list[float]:
         """Milliseconds of each of `n` steps."""
@@ -503,11 +688,7 @@ class Worker:
             x = self.batches[self.turn % N_BATCHES]
             self.turn += 1
             self.system.before_step()
-            self.wait()
-            start = time.perf_counter()
-            self.system.step(x)
-            self.wait()
-            times.append(1000 * (time.perf_counter() - start))
+            times.append(1000 * self.timed(self.system.step, x))
         return times
 
     def wait(self) -> None:
@@ -528,6 +709,8 @@ class Worker:
                 return {"ms": self.steps(n)}
             case {"do": "finish"}:
                 return self.finish()
+            case {"do": "train", **arguments}:
+                return self.train(**arguments)
             case _:
                 raise ValueError(f"unknown request {request}")
 

@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import bench_quality
 import bench_step
+import bench_workers
 import pytest
 import torch
 import yaml
@@ -250,3 +254,75 @@ def test_bench_step_ratio_compares_like_with_like() -> None:
     peer, mine = (bench_step.Entry(label, "", name) for label, name in (("p", "topk-adam"), ("o", "topk")))
     with_auxk = bench_step.Entry("o+auxk", "ours", "topk", dead_share=0.5)
     assert peer.family == mine.family != with_auxk.family
+
+
+# ----------------------------------------------------------------------------------------------------- bench_quality
+
+QUALITY_SYSTEMS = ["ours:topk", 'ours:standard:{"l1_coefficient": 1e-4, "lr": 0.01}']
+
+
+def quality(folder: Path, *words: str) -> tuple[dict[str, Any], str]:
+    """The JSON and the table that the script printed for a few small steps on the bundled model."""
+    source = ["--model=demo", "--text=demo", "--hook-point=blocks.1.hook_resid_post", "--held-out=8"]
+    sizes = ["--rows=3_000", "--batch=256", "--d-sae=512", "--k=8", "--dead-rows=1_000", "--threads=1"]
+    files = [f"--rows-file={folder / 'rows.safetensors'}", f"--results={folder / 'results.jsonl'}"]
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        bench_quality.main([*source, *sizes, *files, *words])
+    return json.loads(out.getvalue()), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    folder = tmp_path_factory.mktemp("quality")
+    return folder, *quality(folder, "--systems", *QUALITY_SYSTEMS, f"--save={folder}")
+
+
+def test_bench_quality_evaluates_what_it_trained(compared: tuple[Path, dict[str, Any], str]) -> None:
+    folder, result, table = compared
+    assert [row["system"] for row in result["results"]] == QUALITY_SYSTEMS
+    topk, standard = (row["metrics"] for row in result["results"])
+    assert 0 < topk["l0"] <= 8 < standard["l0"]
+    for metrics in (topk, standard):
+        assert 0.1 < metrics["ev"] < 1
+        assert 0.1 < metrics["ev_ordinary"] < 1
+        assert metrics["ce_clean"] < metrics["ce_sae"] < metrics["ce_ablated"]
+        assert 0 <= metrics["dead_held_out"] < 1
+    assert "CE score" in table
+    saved = bench_quality.load_plain(folder / result["results"][0]["file"])
+    assert (saved.activation, saved.k, saved.tensors["W_enc"].shape) == ("topk", 8, (256, 512))
+
+
+def test_bench_quality_continues_with_what_is_missing(compared: tuple[Path, dict[str, Any], str]) -> None:
+    folder, before, _ = compared
+    result, table = quality(folder, "--systems", "ours:topk", "--seeds", "0", "1", "--continue")
+    first, second = result["results"]
+    assert first == before["results"][0]
+    assert second["seed"] == 1
+    assert second["metrics"]["ev"] != first["metrics"]["ev"]
+    assert table.count("training ours:topk") == 1
+    assert "mean" in table
+
+
+def test_bench_quality_refuses_rows_of_another_source(compared: tuple[Path, dict[str, Any], str]) -> None:
+    folder, _, _ = compared
+    arguments = bench_quality.parse(["--rows=3_000", "--batch=256", f"--rows-file={folder / 'rows.safetensors'}"])
+    with pytest.raises(SystemExit, match="'model': 'demo'"):
+        bench_quality.open_rows(arguments)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"])
+def test_bench_quality_plain_form_is_the_same_function_in_other_units(architecture: str) -> None:
+    sizes = bench_workers.Sizes(d_in=16, d_sae=64, batch=32, k=4, l0=4, config={"lr": 0.01})
+    system = bench_workers.ours(architecture, sizes)
+    x = 3 + torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    system.start(x)
+    for _ in range(20):
+        system.step(x)
+    assert system.plain is not None and system.module is not None
+    plain = system.plain()
+    with torch.no_grad():
+        expected = system.module.eval()(x)
+        scaled = bench_quality.in_model_units(plain, scale=0.5)
+        acts = bench_quality.encode(scaled, 2 * x)
+        torch.testing.assert_close(acts, 2 * expected.feature_acts)
+        torch.testing.assert_close(bench_quality.decode(scaled, acts), 2 * expected.sae_out)
