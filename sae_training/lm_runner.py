@@ -283,11 +283,16 @@ def start_weights(sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig, sto
     if tensors["W_enc"].shape != sae.W_enc.shape:
         raise ValueError(
             f"from_pretrained_path: its W_enc is {tuple(tensors['W_enc'].shape)}, this config's "
-            f"{tuple(sae.W_enc.shape)} "
-            "(d_in, d_sae); set expansion_factor to match."
+            f"{tuple(sae.W_enc.shape)} (d_in, d_sae); set expansion_factor to match."
+        )
+    if tensors.keys() != sae.state_dict().keys():
+        raise ValueError(
+            f"from_pretrained_path: its tensors are {', '.join(tensors)}, those of architecture {sae.architecture} are "
+            f"{', '.join(sae.state_dict())}; set architecture to that of the file."
         )
     sae.load_state_dict(tensors)
-    sae.set_decoder_norm_to_unit_norm()
+    if sae.has_unit_norm_decoder:
+        sae.set_decoder_norm_to_unit_norm()
 
 
 def check_room_for_checkpoints(

@@ -60,7 +60,7 @@ from sae_training.activations import at_site, put_back
 from sae_training.activations_store import ActivationsStore, special_token_ids
 from sae_training.cli import RECIPE
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.evals import batches_of_prompts, cross_entropy_sum, next_token_logprobs, run
+from sae_training.evals import batches_of_prompts, run
 from sae_training.language_model import LanguageModel, find_hook_site, load_language_model
 
 CACHE = Path.home() / ".cache" / "sae-training"
@@ -465,7 +465,8 @@ class HeldOut:
         for prompts in batches_of_prompts(self.tokens, self.model):
             keep = ~torch.isin(prompts, self.special)
             logits, _ = run(self.model, prompts, self.site, partial(self.splice, keep=keep, change=change))
-            total += cross_entropy_sum(next_token_logprobs(logits), prompts[:, 1:].flatten())
+            for tokens, predicted in zip(prompts, logits, strict=True):  # one prompt at a time: float32 is large
+                total += torch.nn.functional.cross_entropy(predicted[:-1].float(), tokens[1:], reduction="sum").item()
         return total / self.tokens[:, 1:].numel()
 
     def splice(self, activations: Tensor, hook: Any, keep: Tensor, change: Change) -> Tensor:

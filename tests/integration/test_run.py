@@ -193,6 +193,13 @@ def test_fine_tuning_another_width_names_both_shapes(small_config: MakeConfig, d
         run_config(cfg, demo_model)
 
 
+def test_fine_tuning_another_architecture_names_both(small_config: MakeConfig, demo_model: Any) -> None:
+    first = run_config(small_config(), demo_model)
+    cfg = small_config(run_name="tuned", from_pretrained_path=str(first.folder.path), architecture="jumprelu")
+    with pytest.raises(ValueError, match=r"those of architecture jumprelu are .*log_threshold"):
+        run_config(cfg, demo_model)
+
+
 def test_non_finite_loss_stops_before_the_update_and_names_the_last_checkpoint(
     small_config: MakeConfig, demo_model: Any
 ) -> None:
