@@ -114,7 +114,8 @@ def batch_top_k_mask(pre: Tensor, k: int) -> Tensor:
 
 def smallest_active(values: Tensor) -> Tensor:
     """The smallest activation above 0, a scalar; infinite if there is none."""
-    return torch.where(values > 0, values, torch.inf).amin()
+    positive = torch.where(values > 0, values, torch.inf).flatten()
+    return torch.cat([positive, positive.new_full((1,), torch.inf)]).amin()
 
 
 # ---------------------------------------------------------------------------------------------------------- penalties

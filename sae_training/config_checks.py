@@ -99,6 +99,20 @@ BUILT: dict[str, tuple[object, ...]] = {
 }
 
 
+# Options that only some architectures have; elsewhere they would do nothing, or harm.
+OPTION_OF: dict[str, tuple[str, ...]] = {
+    "multi_topk": ("topk",),
+    "k_anneal_steps": ("topk", "batchtopk", "matryoshka"),
+    "lp_norm": ("standard", "gated"),
+    "scale_sparsity_penalty_by_decoder_norm": ("standard", "gated", "jumprelu"),
+    "target_l0": ("jumprelu",),
+    "jumprelu_bandwidth": ("jumprelu",),
+    "jumprelu_init_threshold": ("jumprelu",),
+    "jumprelu_sparsity_loss_mode": ("jumprelu",),
+    "jumprelu_tanh_scale": ("jumprelu",),
+}
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The one of `names` that `name` was probably meant to be, or None."""
     folded = {known.lower().replace("-", "_"): known for known in names}
@@ -331,12 +345,18 @@ def _widths_not_nested(cfg: Config) -> str | None:
 
 def _option_of_another(cfg: Config) -> str | None:
     """An option that the architecture would silently ignore."""
-    if cfg.multi_topk and cfg.architecture != "topk":
-        return f"multi_topk: found True with architecture {cfg.architecture}, expected topk; set one of them"
-    if cfg.target_l0 is not None and (cfg.architecture != "jumprelu" or cfg.jumprelu_sparsity_loss_mode != "step"):
+    for name, architectures in OPTION_OF.items():
+        value, default = getattr(cfg, name), type(cfg).__dataclass_fields__[name].default
+        if value != default and cfg.architecture not in architectures:
+            expected = " or ".join(architectures)
+            return f"{name}: found {value} with architecture {cfg.architecture}, expected {expected}; set one of them"
+    step = cfg.architecture == "jumprelu" and cfg.jumprelu_sparsity_loss_mode == "step"
+    if cfg.target_l0 is not None and not step:
+        return f"target_l0: found {cfg.target_l0} with jumprelu_sparsity_loss_mode tanh, expected step; set one of them"
+    if cfg.scale_sparsity_penalty_by_decoder_norm and step:
         return (
-            f"target_l0: found {cfg.target_l0} with architecture {cfg.architecture} and jumprelu_sparsity_loss_mode "
-            f"{cfg.jumprelu_sparsity_loss_mode}, expected jumprelu and step; leave it out"
+            "scale_sparsity_penalty_by_decoder_norm: found True with jumprelu_sparsity_loss_mode step, which counts "
+            "latents and not their sizes; set it to tanh"
         )
     return None
 
@@ -396,7 +416,7 @@ def _two_run_folders(cfg: Config) -> str | None:
 RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = (
     (("k", "d_in", "expansion_factor", "architecture"), _k_too_large),
     (("matryoshka_widths", "architecture", "d_in", "expansion_factor"), _widths_not_nested),
-    (("multi_topk", "target_l0", "architecture", "jumprelu_sparsity_loss_mode"), _option_of_another),
+    (("architecture", *OPTION_OF), _option_of_another),
     (
         ("train_batch_size", "n_batches_in_buffer", "store_batch_size", "context_size"),
         _batch_too_large,

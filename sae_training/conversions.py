@@ -28,6 +28,8 @@ def fold_decoder_norms(sae: SparseAutoencoder) -> SparseAutoencoder:
             "which folding would change; convert it with to_jumprelu first."
         )
     folded = copy.deepcopy(sae)
+    if sae.architecture in TOPK_LIKE:
+        return folded
     folded.W_dec.div_(norms.unsqueeze(1))
     if sae.architecture == "gated":
         folded.r_mag.add_(norms.log())

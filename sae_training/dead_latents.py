@@ -50,10 +50,10 @@ class FiringTracker:
             return self.tokens_since_fired > self.dead_window_tokens
         return self.steps_since_fired > self.dead_window
 
-    def restart(self, which: Tensor) -> None:
-        """Count the latents in the mask `which` (d_sae,) as if they had just fired: they were resampled."""
-        self.steps_since_fired.masked_fill_(which, 0)
-        self.tokens_since_fired.masked_fill_(which, 0)
+    def restart(self, latents: Tensor) -> None:
+        """Count the latents numbered `latents` as if they had just fired (they were resampled), but not as revived."""
+        self.steps_since_fired[latents] = 0
+        self.tokens_since_fired[latents] = 0
 
     def start_new_window(self) -> None:
         self.fired_last_window.copy_(self.fired)

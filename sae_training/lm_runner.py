@@ -36,7 +36,7 @@ from sae_training.progress import Progress
 from sae_training.report import write_report
 from sae_training.run_folder import RunFolder, choose_run_folder, read_run_config, with_absolute_paths
 from sae_training.run_logger import RunLogger
-from sae_training.sparse_autoencoder import SparseAutoencoder
+from sae_training.sparse_autoencoder import SparseAutoencoder, encoder_dtype
 from sae_training.summary import summary
 from sae_training.trainer import NonFiniteLoss, SAETrainer
 from sae_training.weights import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE, load_weights, write_safetensors, write_text
@@ -92,6 +92,9 @@ def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = 
     cfg = dataclasses.replace(cfg, d_in=site.d_in)
     if cfg.lm_dtype == "auto":  # said in the folder, so that another machine loads the same precision
         cfg = dataclasses.replace(cfg, lm_dtype=str(language_model_dtype("auto", cfg.device)).removeprefix("torch."))
+    if cfg.encoder_matmul_dtype == "auto":
+        dtype = encoder_dtype("auto", cfg.dtype, torch.device(cfg.device))
+        cfg = dataclasses.replace(cfg, encoder_matmul_dtype=str(dtype).removeprefix("torch."))
     return run_in_folder(choose_run_folder(cfg), cfg, model, dataset)
 
 

@@ -97,7 +97,7 @@ def objective(
     else:
         made = sparse_parts(sae, sae_in, entries, coefficients.k, dead)
 
-    norm = centred_norm(target)
+    norm = centred_norm(target.to(torch.promote_types(target.dtype, torch.float32)))
     errors = [mean_normalised_error(out, target, norm) for out in made.sae_outs]
     mse_loss = torch.stack(errors).mean() if len(errors) > 1 else errors[0]
     if made.multi_out is not None:
@@ -162,7 +162,9 @@ def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
         case "batchtopk":
             return top_k_of_batch(encoder, k)
         case "jumprelu":  # just below the threshold there is no activation, but a gradient to the threshold
-            return above_threshold(encoder, (sae.threshold - sae.jumprelu_bandwidth / 2).detach())
+            limit = (sae.threshold - sae.jumprelu_bandwidth / 2).detach()
+            # Rounding the limit and the product must not hide an entry; one too many does no harm.
+            return above_threshold(encoder, limit - 2 * torch.finfo(sae.encoder_dtype).eps * limit.abs())
         case _:
             return above_threshold(encoder, 0.0)
 

@@ -142,9 +142,8 @@ def top_k_of_batch(encoder: Encoder, k: int) -> Entries:
     if len(keys) < wanted:
         keys, values = collect(encoder, torch.zeros_like(low))
     if len(keys) > wanted:
-        keep = values.topk(wanted, sorted=False).indices
-        keys = keys[keep].sort().values
-    return entries_from_keys(keys, n_rows, encoder.d_sae)
+        keys = keys[values.topk(wanted, sorted=False).indices]
+    return entries_from_keys(keys.sort().values, n_rows, encoder.d_sae)
 
 
 def largest(values: Tensor, n: int) -> Tensor:

@@ -38,7 +38,10 @@ class ForwardOutput(NamedTuple):
     loss: Tensor
     """mse_loss + l1_loss + ghost_grad_loss, a scalar."""
     mse_loss: Tensor
-    """Mean over elements of the squared error over the row's centred norm."""
+    """Mean over elements of the squared error over the row's centred norm.
+
+    matryoshka: its mean over the nested dictionaries. gated and multi_topk: with their second reconstruction's added.
+    """
     l1_loss: Tensor
     """The architecture's sparsity penalty times l1_coefficient; 0 for topk, batchtopk and matryoshka."""
     ghost_grad_loss: Tensor
@@ -230,7 +233,7 @@ class SparseAutoencoder(HookedRootModule):
 
         Dividing rows of unit norm once more moves them by a rounding error, hence `unless`, read on the device.
         """
-        norms = self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        norms = self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.dtype).tiny)
         self.W_dec.div_(torch.where(torch.as_tensor(unless, device=norms.device), 1.0, norms))
 
     @torch.no_grad()

@@ -80,19 +80,17 @@ class SAETrainer:
         method = self.cfg.feature_sampling_method
         assert method is not None
         generator = torch.Generator().manual_seed(self.cfg.seed + step)
-        dead = self.tracker.dead()
-        n = resample(self.sae, self.moments(), dead, rows, method, generator)
-        self.tracker.restart(dead)
-        return n
+        numbers = resample(self.sae, self.by_latent(), self.tracker.dead(), rows, method, generator)
+        self.tracker.restart(numbers)
+        return len(numbers)
 
-    def moments(self) -> list[Tensor]:
-        """The optimizer's moments that have a row for each latent."""
-        return [
-            value
-            for master in self.masters.values()
-            for value in self.optimizer.state[master].values()
-            if value.ndim and len(value) == self.sae.d_sae
+    def by_latent(self) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """What each latent has beside its weights: the optimizer's moments (d_sae, ...), and averaged weights."""
+        masters = {name: master for name, master in self.masters.items() if name != "b_dec"}
+        moments = [
+            value for master in masters.values() for value in self.optimizer.state[master].values() if value.ndim
         ]
+        return moments, self.average
 
     def gradient_sum(self) -> Tensor:
         """A number that is not finite if any gradient is not."""
@@ -107,7 +105,7 @@ class SAETrainer:
         setattr(self.optimizer, "found_inf", not_finite.float())  # noqa: B010 - not declared, so pyright wants it so
         for name, parameter in self.sae.named_parameters():
             gradient, master = parameter.grad, self.masters[name]
-            master.grad = gradient if gradient is None or master.shape == gradient.shape else gradient.T
+            master.grad = gradient if gradient is None or master is parameter else gradient.T
         self.optimizer.step()
         self.non_finite += not_finite
 

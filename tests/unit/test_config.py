@@ -325,8 +325,7 @@ def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
         ),
         (
             {"target_l0": 50.0},
-            "target_l0: found 50.0 with architecture standard and jumprelu_sparsity_loss_mode step, expected jumprelu "
-            "and step; leave it out",
+            "target_l0: found 50.0 with architecture standard, expected jumprelu; set one of them",
         ),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_training import selection
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.objective import Coefficients, Losses, objective
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -42,13 +43,14 @@ DEAD = torch.arange(D_SAE) % 5 == 0
 def make(case: str, **changes: Any) -> SparseAutoencoder:
     """An autoencoder in float64 whose weights are away from their start, and whose codes are sparse."""
     options: dict[str, Any] = {"architecture": case.split()[0], **CASES[case], **changes}
+    if options["architecture"] == "jumprelu":
+        options["jumprelu_bandwidth"] = BANDWIDTH
     cfg = LanguageModelSAERunnerConfig(
         d_in=D_IN,
         expansion_factor=D_SAE // D_IN,
         k=K,
         dtype="float64",  # pyright: ignore[reportArgumentType]
         l1_coefficient=L1,
-        jumprelu_bandwidth=BANDWIDTH,
         train_batch_size=ROWS,
         **options,
     )
@@ -204,3 +206,28 @@ def test_batchtopk_keeps_k_a_row_on_average_and_may_give_rows_more() -> None:
     per_row = (losses.feature_acts > 0).sum(dim=1)
     assert per_row.sum() == K * ROWS
     assert per_row.max() > K
+
+
+@pytest.mark.parametrize("case", ["batchtopk", "topk", "standard"])
+def test_tiles_of_latents_change_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = make(case)
+    whole, whole_gradients = run(sae, None, sparse=True)
+    monkeypatch.setattr(selection, "TILE_LATENTS", 7)
+    monkeypatch.setattr(selection, "TILE_ELEMENTS", 7 * 11)
+    tiled, tiled_gradients = run(sae, None, sparse=True)
+    assert tiled.code.entries is not None
+    torch.testing.assert_close(tiled.feature_acts, whole.feature_acts)
+    for name, gradient in whole_gradients.items():
+        torch.testing.assert_close(tiled_gradients[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_code_without_any_active_latent_is_trained_on(case: str) -> None:
+    sae = make(case)
+    with torch.no_grad():
+        sae.b_enc.sub_(1000.0)
+    losses, found = run(sae, None, sparse=True)
+    assert not losses.feature_acts.any()
+    torch.testing.assert_close(losses.sae_out, sae.b_dec.detach().expand(ROWS, D_IN))
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    sae.track_inference_threshold(losses.code, 0)

@@ -26,7 +26,7 @@ def rows(n: int, seed: int = 9) -> torch.Tensor:
 
 
 def run(trainer: SAETrainer, x: torch.Tensor, method: str = "anthropic", dead: torch.Tensor = DEAD) -> int:
-    return resample(trainer.sae, trainer.moments(), dead, x, method, torch.Generator().manual_seed(0))
+    return len(resample(trainer.sae, trainer.by_latent(), dead, x, method, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize("method", ["anthropic", "l2"])
@@ -85,3 +85,26 @@ def test_resampled_latents_are_not_dead_until_they_are_silent_again() -> None:
     assert trainer.tracker.dead().sum() == 2
     assert trainer.resample(rows(50), step=3) == 2
     assert trainer.tracker.dead().sum() == 0
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated", "topk"])
+def test_resampled_latents_fire_on_the_row_they_came_from(architecture: str) -> None:
+    trainer, x = trained(architecture=architecture, k=4, ema_decay=0.9), rows(50)
+    sae = trainer.sae
+    with torch.no_grad():
+        sae.b_enc[DEAD] = -100
+        if architecture == "jumprelu":
+            sae.log_threshold[DEAD] = 5
+        if architecture == "gated":
+            sae.b_mag[DEAD] = -100
+    assert not sae.encode(x)[:, DEAD].any()
+    run(trainer, x)
+    assert sae.encode(x)[:, DEAD].any(dim=0).all()
+    assert torch.equal(trainer.average["W_enc"][:, DEAD], sae.W_enc[:, DEAD])
+
+
+def test_with_fewer_rows_than_dead_latents_the_others_stay_dead() -> None:
+    trainer = trained(feature_sampling_method="l2", dead_feature_window=2)
+    trainer.tracker.steps_since_fired[DEAD] = 10
+    assert trainer.resample(rows(1), step=3) == 1
+    assert trainer.tracker.dead().sum() == 1

@@ -378,3 +378,14 @@ def test_without_an_average_the_last_weights_stay() -> None:
     before = parameters(trainer)
     trainer.take_average()
     assert equal(before, parameters(trainer))
+
+
+def test_as_many_latents_as_inputs_train_by_the_plain_formula() -> None:
+    # W_enc is square then, and its transpose is no longer seen by its shape.
+    trainer = make_trainer(expansion_factor=1, lr=0.1)
+    before = trainer.sae.W_enc.detach().clone()
+    trainer.step(batch(), 0)
+    gradient = trainer.sae.W_enc.grad
+    assert gradient is not None
+    # Adam's first step is lr along the sign of the gradient.
+    torch.testing.assert_close(trainer.sae.W_enc.detach() - before, -0.1 * gradient.sign(), rtol=1e-3, atol=1e-5)
