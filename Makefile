@@ -2,6 +2,8 @@
 PYTHON ?= python3
 POETRY ?= poetry
 BIN := .venv/bin
+# For its interpreter, which the tests of the CUDA kernels use; there is none elsewhere.
+TRITON := $(if $(filter Linux,$(shell uname)),triton)
 
 .PHONY: demo demo-smollm2 test install lint lock clean
 
@@ -19,7 +21,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]' $(TRITON)
 	touch $@
 
 lint: install

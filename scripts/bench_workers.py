@@ -383,7 +383,7 @@ def eai_sparsify(architecture: str, sizes: Sizes) -> System:
 
     def plain() -> Plain:
         if isinstance(optimizer, ScheduleFreeWrapper):
-            optimizer.eval()  # the averaged weights, as its own saving does
+            optimizer.eval()  # pyright: ignore[reportAttributeAccessIssue] - the averaged weights, as its saving does
         tensors = {"W_enc": sae.encoder.weight.T, "b_enc": sae.encoder.bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
         return Plain(tensors, "topk", sae.cfg.k)
 
