@@ -89,12 +89,13 @@ def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = 
     if model is None:
         model = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype)
     site = find_hook_site(model, cfg.resolved_hook_point, cfg.hook_point_head_index, cfg.d_in)
-    cfg = dataclasses.replace(cfg, d_in=site.d_in)
-    if cfg.lm_dtype == "auto":  # said in the folder, so that another machine loads the same precision
-        cfg = dataclasses.replace(cfg, lm_dtype=str(language_model_dtype("auto", cfg.device)).removeprefix("torch."))
-    if cfg.encoder_matmul_dtype == "auto":
-        dtype = encoder_dtype("auto", cfg.dtype, torch.device(cfg.device))
-        cfg = dataclasses.replace(cfg, encoder_matmul_dtype=str(dtype).removeprefix("torch."))
+    # Said in the folder, so that another machine computes in the same precisions.
+    precisions: dict[str, Any] = {"lm_dtype": language_model_dtype(cfg.lm_dtype, cfg.device)}
+    if cfg.dtype == torch.float32:  # elsewhere "auto" is dtype on every machine
+        precisions["encoder_matmul_dtype"] = encoder_dtype(
+            cfg.encoder_matmul_dtype, cfg.dtype, torch.device(cfg.device)
+        )
+    cfg = dataclasses.replace(cfg, d_in=site.d_in, **precisions)
     return run_in_folder(choose_run_folder(cfg), cfg, model, dataset)
 
 

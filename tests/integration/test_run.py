@@ -193,6 +193,11 @@ def test_fine_tuning_another_width_names_both_shapes(small_config: MakeConfig, d
         run_config(cfg, demo_model)
 
 
+def test_run_in_float64_chooses_latents_in_float64(small_config: MakeConfig, demo_model: Any) -> None:
+    run = run_config(small_config(dtype="float64"), demo_model)
+    assert run.sae.W_enc.dtype == run.sae.encoder_dtype == torch.float64
+
+
 def test_fine_tuning_another_architecture_names_both(small_config: MakeConfig, demo_model: Any) -> None:
     first = run_config(small_config(), demo_model)
     cfg = small_config(run_name="tuned", from_pretrained_path=str(first.folder.path), architecture="jumprelu")
