@@ -22,9 +22,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-TOPK_LIKE = ("topk", "batchtopk", "matryoshka")
-"""Architectures whose code is a fixed number of the largest pre-activations."""
-
 PENALISED = ("standard", "jumprelu", "gated")
 """Architectures with a sparsity penalty."""
 

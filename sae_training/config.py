@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union, cast
 
-from sae_training.config_checks import checked_names, plain_values, problems, refuse
+from sae_training.config_checks import FIXED_K, checked_names, plain_values, problems, refuse
 
 T = TypeVar("T")
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ SchedulerName = Literal[
 ]
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 
-FIXED_SIZE = ("topk", "batchtopk", "matryoshka")
-
 # What "auto" means. The learning rate is
 #     AUTO_LR / sqrt(d_sae / 2**14) / sqrt(max(1, steps / AUTO_LR_STEPS)), at most AUTO_LR_MAX:
 # measured on SmolLM2, d_sae 4608, 500k rows in 122 to 976 steps (README, "What auto means"). At 100,000 steps it is
@@ -46,7 +44,7 @@ FIXED_SIZE = ("topk", "batchtopk", "matryoshka")
 AUTO_LR = 3.7e-3
 AUTO_LR_STEPS = 250
 AUTO_LR_MAX = 1e-2
-AUTO_AUXK_COEFFICIENT: dict[str, float] = dict.fromkeys(FIXED_SIZE, 1 / 4)
+AUTO_AUXK_COEFFICIENT: dict[str, float] = dict.fromkeys(FIXED_K, 1 / 4)
 AUTO_WARM_UP_SHARE = 0.25
 AUTO_WARM_UP_MAX_STEPS = 1000
 
@@ -366,7 +364,7 @@ class LanguageModelSAERunnerConfig:
         if self.run_name is not None:
             return self.run_name
         width = f"{self.expansion_factor}x" if self.d_sae is None else self.d_sae
-        sparsity = f"K-{self.k}" if self.architecture in FIXED_SIZE else f"L1-{self.l1_coefficient}"
+        sparsity = f"K-{self.k}" if self.architecture in FIXED_K else f"L1-{self.l1_coefficient}"
         lr = self.lr if self.d_sae is None else f"{self.resolved_lr:.3g}" if self.lr == "auto" else self.lr
         return f"{width}-{sparsity}-LR-{lr}-Tokens-{self.total_training_tokens:3.3e}"
 

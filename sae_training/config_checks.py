@@ -99,10 +99,13 @@ BUILT: dict[str, tuple[object, ...]] = {
 }
 
 
+FIXED_K = ("topk", "batchtopk", "matryoshka")
+"""Architectures whose code is a fixed number of the largest pre-activations."""
+
 # Options that only some architectures have; elsewhere they would do nothing, or harm.
 OPTION_OF: dict[str, tuple[str, ...]] = {
     "multi_topk": ("topk",),
-    "k_anneal_steps": ("topk", "batchtopk", "matryoshka"),
+    "k_anneal_steps": FIXED_K,
     "lp_norm": ("standard", "gated"),
     "scale_sparsity_penalty_by_decoder_norm": ("standard", "gated", "jumprelu"),
     "target_l0": ("jumprelu",),
@@ -319,7 +322,7 @@ def _reads_as_number(text: str) -> bool:
 
 
 def _k_too_large(cfg: Config) -> str | None:
-    if cfg.architecture not in ("topk", "batchtopk", "matryoshka") or cfg.d_sae is None or cfg.k <= cfg.d_sae:
+    if cfg.architecture not in FIXED_K or cfg.d_sae is None or cfg.k <= cfg.d_sae:
         return None
     return (
         f"k: found {cfg.k}, expected at most d_sae = {cfg.d_sae} "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae_training.architectures import TOPK_LIKE
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config_checks import FIXED_K, OPTION_OF
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 
@@ -22,13 +24,13 @@ def fold_decoder_norms(sae: SparseAutoencoder) -> SparseAutoencoder:
     """
     norms = sae.W_dec.norm(dim=1)
     norms = torch.where(norms > 0, norms, 1.0)
-    if sae.architecture in TOPK_LIKE and not torch.allclose(norms, torch.ones_like(norms), atol=1e-3):
+    if sae.architecture in FIXED_K and not torch.allclose(norms, torch.ones_like(norms), atol=1e-3):
         raise ValueError(
             f"fold_decoder_norms: architecture {sae.architecture} chooses latents by the size of their activations, "
             "which folding would change; convert it with to_jumprelu first."
         )
     folded = copy.deepcopy(sae)
-    if sae.architecture in TOPK_LIKE:
+    if sae.architecture in FIXED_K:
         return folded
     folded.W_dec.div_(norms.unsqueeze(1))
     if sae.architecture == "gated":
@@ -61,8 +63,8 @@ def to_jumprelu(sae: SparseAutoencoder, rows: Tensor | None = None) -> SparseAut
     For batchtopk that is what inference does anyway, and the function stays the same. topk and matryoshka with topk
     have no such threshold: it is taken from `rows` (n, d_in), so that k are active a row on average.
     """
-    if sae.architecture not in TOPK_LIKE:
-        raise ValueError(f"to_jumprelu: found architecture {sae.architecture}, expected one of {', '.join(TOPK_LIKE)}.")
+    if sae.architecture not in FIXED_K:
+        raise ValueError(f"to_jumprelu: found architecture {sae.architecture}, expected one of {', '.join(FIXED_K)}.")
     if sae.choice == "batchtopk":
         threshold = sae.inference_threshold.clone()
     elif rows is None:
@@ -81,5 +83,7 @@ def to_jumprelu(sae: SparseAutoencoder, rows: Tensor | None = None) -> SparseAut
 def with_architecture(cfg: Any, architecture: str) -> Any:
     """The config with another architecture, and without the options that only the old one has."""
     changed = copy.copy(cfg)
-    vars(changed).update(architecture=architecture, multi_topk=False, matryoshka_widths=())
+    defaults = {f.name: f.default for f in dataclasses.fields(LanguageModelSAERunnerConfig)}
+    others = [name for name, owners in OPTION_OF.items() if architecture not in owners]
+    vars(changed).update({name: defaults[name] for name in [*others, "matryoshka_widths"]}, architecture=architecture)
     return changed

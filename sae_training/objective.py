@@ -194,7 +194,7 @@ def sparse_parts(
     all_pre = pre_activations_at(
         concatenate(encoded),
         encoder_rows[0] if aux is None else torch.cat(encoder_rows),
-        sae.b_dec_in_input(),
+        sae.b_dec,
         sae.W_enc,
         sae.b_enc,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_training.architectures import TOPK_LIKE
+from sae_training.config_checks import FIXED_K
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 ENCODER_NORM_SHARE = 0.2  # of the live latents' mean encoder norm
@@ -48,7 +48,7 @@ def resample(
     directions = rows[drawn] - sae.b_dec
     directions = directions / directions.norm(dim=1, keepdim=True).clamp_min(torch.finfo(sae.dtype).tiny)
 
-    share = 1.0 if sae.architecture in TOPK_LIKE else ENCODER_NORM_SHARE
+    share = 1.0 if sae.architecture in FIXED_K else ENCODER_NORM_SHARE
     live = sae.W_enc[:, ~dead].norm(dim=0)
     norm = live.mean() if len(live) else torch.ones((), dtype=sae.dtype, device=rows.device)
     sae.W_dec[numbers] = directions

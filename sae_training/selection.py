@@ -12,9 +12,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sae_training.sparse_code import Entries, fixed_size_entries
+from sae_training.sparse_code import Entries, fixed_size_entries, offsets_of
 
 TILE_ELEMENTS = 2**21
 TILE_LATENTS = 8192
@@ -111,16 +110,20 @@ def keys_above(encoder: Encoder, first_row: int, rows: Tensor, threshold: Tensor
         limit = threshold
         if isinstance(threshold, Tensor):
             limit = threshold[first_latent : first_latent + tile.shape[1]].to(tile.dtype)
-        row, latent = (tile > limit).nonzero(as_tuple=True)
-        keys.append((row + first_row) * encoder.d_sae + latent + first_latent)
+        keys.append(keys_of_tile(tile > limit, first_row, first_latent, encoder.d_sae))
     return keys[0] if len(keys) == 1 else torch.cat(keys).sort().values
+
+
+def keys_of_tile(mask: Tensor, first_row: int, first_latent: int, d_sae: int) -> Tensor:
+    """row * d_sae + latent of each place that is true in the mask of a tile, row after row."""
+    row, latent = mask.nonzero(as_tuple=True)
+    return (row + first_row) * d_sae + latent + first_latent
 
 
 def entries_from_keys(keys: Tensor, n_rows: int, d_sae: int) -> Entries:
     """Entries from ascending keys row * d_sae + latent."""
     rows = keys // d_sae
-    counts = torch.bincount(rows, minlength=n_rows)
-    return Entries(keys - rows * d_sae, F.pad(counts.cumsum(0), (1, 0)), d_sae)
+    return Entries(keys - rows * d_sae, offsets_of(rows, n_rows), d_sae)
 
 
 # -------------------------------------------------------------------------------------------------- k to a row, in all
@@ -157,7 +160,7 @@ def collect(encoder: Encoder, threshold: Tensor) -> tuple[Tensor, Tensor]:
     keys, values = [], []
     for first_row, rows in encoder.chunks():
         for first_latent, tile in encoder.tiles(rows):
-            row, latent = (tile > threshold).nonzero(as_tuple=True)
-            keys.append((row + first_row) * encoder.d_sae + latent + first_latent)
-            values.append(tile[row, latent])
+            mask = tile > threshold
+            keys.append(keys_of_tile(mask, first_row, first_latent, encoder.d_sae))
+            values.append(tile[mask])
     return torch.cat(keys), torch.cat(values)

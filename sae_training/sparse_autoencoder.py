@@ -139,10 +139,6 @@ class SparseAutoencoder(HookedRootModule):
         self.check_width(x)
         return self.hook_sae_in(x.to(self.dtype) - self.b_dec)
 
-    def b_dec_in_input(self) -> Tensor | None:
-        """What `sae_input` subtracts, for the gradient that reaches it through the encoder."""
-        return self.b_dec
-
     def pre_activations(self, sae_in: Tensor) -> Tensor:
         return self.hook_hidden_pre(sae_in @ self.W_enc + self.b_enc)
 

@@ -70,9 +70,7 @@ class Entries:
 
     def counts(self, values: Tensor) -> Tensor:
         """(d_sae,) int64: on how many rows each latent's value is above 0."""
-        return torch.zeros(self.d_sae, dtype=torch.int64, device=values.device).index_add_(
-            0, self.latents, (values > 0).to(torch.int64)
-        )
+        return self.sum_by_latent((values > 0).to(torch.int64))
 
     def dense(self, values: Tensor) -> Tensor:
         """The codes as (n_rows, d_sae)."""

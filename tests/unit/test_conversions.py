@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,3 +85,11 @@ def test_topk_without_rows_and_other_architectures_are_refused() -> None:
         to_jumprelu(make("topk"))
     with pytest.raises(ValueError, match="found architecture standard, expected one of topk"):
         to_jumprelu(make("standard"))
+
+
+def test_converted_autoencoder_comes_back_from_its_file(tmp_path: Path) -> None:
+    sae = make("batchtopk", k_anneal_steps=10)  # an option that jumprelu refuses
+    sae.inference_threshold.fill_(0.4)
+    to_jumprelu(sae).save_model(tmp_path)
+    loaded = SparseAutoencoder.load_from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.encode(rows()), sae.encode(rows()))
