@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,18 +11,21 @@ from sae_training.language_model import HookSite, LanguageModel
 
 
 @torch.inference_mode()
-def harvest(model: LanguageModel, tokens: Tensor, site: HookSite) -> Tensor:
-    """Activations (prompts, positions, d_in) at `site`, in the model's precision, of token ids (prompts, positions).
+def harvest(model: LanguageModel, tokens: Tensor, sites: Sequence[HookSite]) -> list[Tensor]:
+    """Activations (prompts, positions, width) at each site, in the model's precision, of ids (prompts, positions).
 
-    With a head axis: the one head the site names, or all heads side by side.
+    With a head axis: the one head the site names, or all heads side by side. Some hooks hold float32 in a narrower
+    model (normalised activations do), which is rounded.
     """
+    names = {site.read_name for site in sites}
+    layers = [site.stop_at_layer for site in sites]
     _, cache = model.run_with_cache(
         tokens,
-        names_filter=lambda name: name == site.read_name,
-        stop_at_layer=site.stop_at_layer,
+        names_filter=lambda name: name in names,
+        stop_at_layer=None if None in layers else max(layer for layer in layers if layer is not None),
         return_cache_object=False,
     )
-    return at_site(cache[site.read_name], site)
+    return [at_site(cache[site.read_name], site).to(model.cfg.dtype) for site in sites]
 
 
 def at_site(activations: Tensor, site: HookSite) -> Tensor:

@@ -5,13 +5,13 @@
 The buffer is allocated once. Batches are drawn from it in a random order; when half of its rows have been served,
 exactly those rows are overwritten in place by new ones, and a new order is drawn. A row waits in the buffer for two
 refills on average, so each batch mixes tokens of many prompts. Rows keep the language model's own precision, hence
-lose nothing.
+lose nothing. For a transcoder a row holds the activations at both of its hooks side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,16 @@ from tqdm import tqdm
 from sae_training.activations import harvest
 from sae_training.config_io import option
 from sae_training.documents import Documents
-from sae_training.language_model import LanguageModel, find_hook_site
+from sae_training.language_model import HookSite, LanguageModel, check_order, find_hook_site, find_target_site
 from sae_training.text_data import open_documents
 from sae_training.tokens import TokenStream
+
+
+class Batch(NamedTuple):
+    """What an autoencoder reads, (rows, d_in), and what it is to make of it, (rows, d_out): `x`, or another hook's."""
+
+    x: Tensor
+    target: Tensor
 
 
 class ActivationsStore:
@@ -45,6 +52,12 @@ class ActivationsStore:
         self.n_rows = cfg.n_batches_in_buffer * cfg.store_batch_size * cfg.context_size
         hook_point = getattr(cfg, "resolved_hook_point", cfg.hook_point)
         self.site = find_hook_site(model, hook_point, option(cfg, "hook_point_head_index"), cfg.d_in)
+        self.sites = (self.site,)
+        target_hook_point = getattr(cfg, "resolved_target_hook_point", option(cfg, "target_hook_point"))
+        if target_hook_point is not None:
+            self.sites += (find_target_site(model, target_hook_point, option(cfg, "d_out")),)
+            check_order(model, *self.sites)
+        self.widths = [site.d_in for site in self.sites]
         check_context_size(cfg.context_size, model)
 
         self.documents = self.open(cfg.dataset_path if dataset is None else dataset)
@@ -59,7 +72,7 @@ class ActivationsStore:
         self.buffer: Tensor | None = None
         self.order = torch.empty(0, dtype=torch.long)
         self.served = 0
-        self.spill = torch.empty(0, self.site.d_in, dtype=model.cfg.dtype, device=self.device)
+        self.spill = torch.empty(0, sum(self.widths), dtype=model.cfg.dtype, device=self.device)
 
     # ----------------------------------------------------------------------------------------------------- tokens
 
@@ -103,7 +116,13 @@ class ActivationsStore:
 
     def get_activations(self, tokens: Tensor) -> Tensor:
         """Activations of token ids (prompts, context), as (prompts, context, d_in) in the config's dtype."""
-        return harvest(self.model, tokens, self.site).to(self.dtype).clone()
+        (activations,) = harvest(self.model, tokens, [self.site])
+        return activations.to(self.dtype).clone()
+
+    @property
+    def target_site(self) -> HookSite:
+        """Where the autoencoder's output belongs."""
+        return self.sites[-1]
 
     def keeps(self, tokens: Tensor) -> Tensor:
         """Bool mask, of the shape of `tokens`: the positions the autoencoder is trained on."""
@@ -112,24 +131,34 @@ class ActivationsStore:
         return ~torch.isin(tokens, self.excluded_ids.to(tokens.device))
 
     def next_rows(self) -> Tensor:
-        """Rows (n, d_in) of the next `store_batch_size` prompts, in the model's precision."""
+        """Rows (n, d_in, or both widths) of the next `store_batch_size` prompts, in the model's precision."""
         tokens = self.get_batch_tokens()
-        rows = harvest(self.model, tokens, self.site).flatten(end_dim=1)
+        found = harvest(self.model, tokens, self.sites)
+        rows = (found[0] if len(found) == 1 else torch.cat(found, dim=-1)).flatten(end_dim=1)
         return rows if self.excluded_ids is None else rows[self.keeps(tokens).flatten()]
 
     def next_batch(self) -> Tensor:
         """The next random batch, (train_batch_size, d_in), in the config's dtype."""
-        self.fill()
-        assert self.buffer is not None
-        rows = self.order[self.served : self.served + self.train_batch_size].to(self.device)
-        self.served += self.train_batch_size
-        return self.buffer.index_select(0, rows).to(self.dtype)
+        return self.next_pair().x
 
-    def sample(self, n_rows: int) -> Tensor:
-        """Up to `n_rows` random rows of the buffer, in the config's dtype, without serving them."""
+    def next_pair(self) -> Batch:
+        """The next random batch with its targets, (train_batch_size, d_in) and (train_batch_size, d_out)."""
         self.fill()
+        rows = self.order[self.served : self.served + self.train_batch_size]
+        self.served += self.train_batch_size
+        return self.rows_at(rows)
+
+    def sample(self, n_rows: int) -> Batch:
+        """Up to `n_rows` random rows of the buffer, without serving them."""
+        self.fill()
+        return self.rows_at(self.order[:n_rows])
+
+    def rows_at(self, places: Tensor) -> Batch:
+        """The buffer's rows at `places` (n,), in the config's dtype."""
         assert self.buffer is not None
-        return self.buffer.index_select(0, self.order[:n_rows].to(self.device)).to(self.dtype)
+        rows = self.buffer.index_select(0, places.to(self.device))
+        parts = [part.to(self.dtype).contiguous() for part in rows.split(self.widths, dim=1)]
+        return Batch(parts[0], parts[-1])
 
     # ----------------------------------------------------------------------------------------------------- buffer
 
@@ -137,7 +166,7 @@ class ActivationsStore:
         """Allocate and fill the buffer at first, and refill its served half when the next batch would pass it."""
         if self.buffer is None:
             self.check_buffer_size()
-            self.buffer = torch.empty(self.n_rows, self.site.d_in, dtype=self.model.cfg.dtype, device=self.device)
+            self.buffer = torch.empty(self.n_rows, sum(self.widths), dtype=self.model.cfg.dtype, device=self.device)
             self.overwrite(torch.arange(self.n_rows))
         elif self.served + self.train_batch_size > self.n_rows // 2:
             self.overwrite(self.order[: self.served])

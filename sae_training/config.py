@@ -71,6 +71,12 @@ class LanguageModelSAERunnerConfig:
     d_in: int | None = 512
     """Width of the activations; None takes it from the model."""
 
+    target_hook_point: str | None = None
+    """Hook whose activations a transcoder predicts from those at hook_point; None: its own."""
+
+    d_out: int | None = None
+    """Width of the target's activations; None takes it from the model."""
+
     lm_dtype: PrecisionName = "auto"
     """Precision of the frozen model; auto is bfloat16 where that is fast, else float32."""
 
@@ -134,6 +140,9 @@ class LanguageModelSAERunnerConfig:
 
     jumprelu_init_threshold: float = 0.1
     """Threshold that all latents of jumprelu start with, in units of the activations."""
+
+    skip_connection: bool = False
+    """Add a linear map of the input to a transcoder's output (starts at zero)."""
 
     b_dec_init_method: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
     """Starting value of the decoder bias, from the first buffer of activations."""
@@ -224,7 +233,7 @@ class LanguageModelSAERunnerConfig:
     """Cycles of cosineannealingwarmrestarts."""
 
     optimizer: Literal["adam", "adam8bit", "signum"] = "adam"
-    """Optimizer (this version: adam, signum)."""
+    """Optimizer; adam8bit keeps its moments in 8 bits and needs the extra of that name."""
 
     adam_beta1: float = 0.9
     """Decay of the mean of gradients, per step (adam and signum)."""
@@ -357,6 +366,11 @@ class LanguageModelSAERunnerConfig:
     def resolved_hook_point(self) -> str:
         """hook_point with its layer filled in."""
         return self.hook_point.replace("{layer}", str(self.hook_point_layer))
+
+    @property
+    def resolved_target_hook_point(self) -> str | None:
+        """target_hook_point with its layer filled in."""
+        return self.target_hook_point and self.target_hook_point.replace("{layer}", str(self.hook_point_layer))
 
     @property
     def resolved_run_name(self) -> str:

@@ -42,6 +42,7 @@ ALIASES = {
 
 POSITIVE = (
     "d_in",
+    "d_out",
     "expansion_factor",
     "k",
     "context_size",
@@ -85,12 +86,11 @@ NOT_NEGATIVE = (
     "n_checkpoints",
     "seed",
 )
-NOT_EMPTY = ("model_name", "hook_point", "dataset_path", "dataset_split", "run_dir", "run_name")
+NOT_EMPTY = ("model_name", "hook_point", "target_hook_point", "dataset_path", "dataset_split", "run_dir", "run_name")
 
 # What this version does of each option that has values it does not know how to train yet.
 BUILT: dict[str, tuple[object, ...]] = {
     "normalize_activations": ("none",),
-    "optimizer": ("adam", "signum"),
     "grad_acc_steps": (1,),
     "micro_batch_size": (None,),
     "use_cached_activations": (False,),
@@ -364,6 +364,36 @@ def _option_of_another(cfg: Config) -> str | None:
     return None
 
 
+def _transcoder_option_without_target(cfg: Config) -> str | None:
+    """What only a transcoder has, or cannot have."""
+    if cfg.target_hook_point is None:
+        for name, default in (("d_out", None), ("skip_connection", False)):
+            if (value := getattr(cfg, name)) != default:
+                return (
+                    f"{name}: found {value} without target_hook_point, expected a hook whose activations to predict; "
+                    f"name one, or leave {name} out"
+                )
+    elif cfg.hook_point_head_index is not None:
+        return (
+            f"hook_point_head_index: found {cfg.hook_point_head_index} with target_hook_point "
+            f"{cfg.target_hook_point!r}, expected None, which takes all heads; leave it out"
+        )
+    return None
+
+
+def _not_in_8_bits(cfg: Config) -> str | None:
+    if cfg.optimizer != "adam8bit":
+        return None
+    if cfg.feature_sampling_method is not None:
+        return (
+            f"optimizer: found adam8bit with feature_sampling_method {cfg.feature_sampling_method}, expected adam or "
+            "signum, whose moments can be reset latent by latent; change one of them"
+        )
+    if str(cfg.dtype).removeprefix("torch.") == "float64":
+        return "optimizer: found adam8bit with dtype float64, expected adam or signum; change one of them"
+    return None
+
+
 def _batch_too_large(cfg: Config) -> str | None:
     half = cfg.buffer_rows // 2
     if cfg.train_batch_size <= half:
@@ -420,6 +450,8 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = 
     (("k", "d_in", "expansion_factor", "architecture"), _k_too_large),
     (("matryoshka_widths", "architecture", "d_in", "expansion_factor"), _widths_not_nested),
     (("architecture", *OPTION_OF), _option_of_another),
+    (("optimizer", "feature_sampling_method", "dtype"), _not_in_8_bits),
+    (("skip_connection", "target_hook_point", "d_out", "hook_point_head_index"), _transcoder_option_without_target),
     (
         ("train_batch_size", "n_batches_in_buffer", "store_batch_size", "context_size"),
         _batch_too_large,

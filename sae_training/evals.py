@@ -36,17 +36,17 @@ def evaluate(sae: SparseAutoencoder, store: ActivationsStore, tokens: Tensor) ->
     | metrics/kl_with_sae, ..._with_ablation | KL(clean || changed) of the next-token distribution, nats per token     |
     | metrics/eval_explained_variance | 1 - sum of squared errors / sum of squares around the mean, over all rows      |
     | metrics/eval_l0               | mean number of active latents a token                                            |
-    | metrics/l2_norm, metrics/l2_ratio | mean L2 norm of the reconstruction; mean ratio to the norm of the input      |
+    | metrics/l2_norm, metrics/l2_ratio | mean L2 norm of the reconstruction; mean ratio to the norm of its target     |
     | metrics/eval_dead_fraction    | share of latents that fire on none of these tokens                               |
     | metrics/kldiv_reconstructed, metrics/kldiv_ablation | one head only: KL of its attention pattern, bits a query   |
 
     Positions the autoencoder is not trained on (`exclude_special_tokens`) keep their clean activations in both changed
-    runs and do not count in the figures about rows.
+    runs and do not count in the figures about rows. A transcoder's reconstruction takes the place of its target.
     """
     was_training = sae.training
     sae.eval()
     sums: Sums = defaultdict(float)
-    row_moments = RowMoments(sae.d_in, sae.d_sae)
+    row_moments = RowMoments(sae.d_out, sae.d_sae)
     for prompts in batches_of_prompts(tokens, store.model):
         add_batch(sums, row_moments, sae, store, prompts.to(store.device))
     sae.train(was_training)
@@ -61,26 +61,21 @@ def batches_of_prompts(tokens: Tensor, model: LanguageModel) -> Iterator[Tensor]
 def add_batch(
     sums: Sums, moments: RowMoments, sae: SparseAutoencoder, store: ActivationsStore, prompts: Tensor
 ) -> None:
-    model, site = store.model, store.site
-    keep = store.keeps(prompts).unsqueeze(-1)
-    seen: dict[str, Tensor] = {}
+    model, target_site = store.model, store.target_site
+    keep = store.keeps(prompts)
+    seen: list[Tensor] = []
 
-    def look(activations: Tensor, hook: Any) -> None:
-        seen["clean"] = at_site(activations, site)
+    def look_at(site: HookSite) -> Callable[[Tensor, Any], None]:
+        return lambda activations, hook: seen.append(at_site(activations, site))
 
-    def reconstruct(activations: Tensor, hook: Any) -> Tensor:
-        clean = at_site(activations, site)
-        return put_back(activations, torch.where(keep, sae(clean).sae_out.to(clean.dtype), clean), site)
-
-    def ablate(activations: Tensor, hook: Any) -> Tensor:
-        clean = at_site(activations, site)
-        return put_back(activations, torch.where(keep, torch.zeros_like(clean), clean), site)
-
-    clean_logits, clean_pattern = run(model, prompts, site, look)
-    moments.add(sae, seen["clean"].to(sae.dtype)[keep.squeeze(-1)])
+    clean_logits, clean_pattern = run(model, prompts, store.site, [(site.name, look_at(site)) for site in store.sites])
+    x, target = seen[0], seen[-1]  # in the order in which the pass comes to them
+    feature_acts = sae.encode(x)
+    sae_out = sae.decode(feature_acts, x)
+    moments.add(feature_acts[keep], sae_out[keep], target.to(sae.dtype)[keep])
     sums["tokens"] += prompts[:, 1:].numel()
-    for name, change in (("sae", reconstruct), ("ablation", ablate)):
-        logits, pattern = run(model, prompts, site, change)
+    for name, new in (("sae", sae_out), ("ablation", torch.zeros_like(sae_out))):
+        logits, pattern = run(model, prompts, store.site, [(target_site.name, replacing(target_site, new, keep))])
         ce_clean, ce, kl = compare_predictions(clean_logits, logits, prompts)
         sums["ce_clean"] += ce_clean / 2  # the same number in each of two runs
         sums[f"ce_{name}"] += ce
@@ -90,18 +85,27 @@ def add_batch(
             sums["queries"] += clean_pattern.shape[0] * clean_pattern.shape[1] / 2  # counted once in each of two runs
 
 
+def replacing(site: HookSite, new: Tensor, keep: Tensor) -> Callable[[Tensor, Any], Tensor]:
+    """A hook that puts `new` (prompts, positions, width) at the site, at the positions `keep` (prompts, positions)."""
+
+    def replace(activations: Tensor, hook: Any) -> Tensor:
+        clean = at_site(activations, site)
+        return put_back(activations, torch.where(keep.unsqueeze(-1), new.to(clean.dtype), clean), site)
+
+    return replace
+
+
 def run(
-    model: LanguageModel, prompts: Tensor, site: HookSite, at_hook: Callable[[Tensor, Any], Tensor | None]
+    model: LanguageModel, prompts: Tensor, site: HookSite, hooks: list[tuple[str, Callable[[Tensor, Any], Any]]]
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits (prompts, positions, vocab) with `at_hook` at the site and, for one head, its attention pattern."""
+    """Logits (prompts, positions, vocab) with `hooks` and, where the site is one head, its attention pattern."""
     pattern: list[Tensor] = []
 
     def keep_pattern(activations: Tensor, hook: Any) -> None:
         pattern.append(activations[:, site.head_index])
 
-    hooks = [(site.name, at_hook)]
     if site.head_index is not None:
-        hooks.append((f"blocks.{site.layer}.attn.hook_pattern", keep_pattern))
+        hooks = [*hooks, (f"blocks.{site.layer}.attn.hook_pattern", keep_pattern)]
     logits = model.run_with_hooks(prompts, fwd_hooks=hooks, return_type="logits")
     return logits, pattern[0] if pattern else None
 
@@ -109,18 +113,18 @@ def run(
 class RowMoments:
     """Running sums over rows, from which the figures about reconstructions follow."""
 
-    def __init__(self, d_in: int, d_sae: int) -> None:
+    def __init__(self, d_out: int, d_sae: int) -> None:
         self.n_rows = 0
-        self.sum = torch.zeros(d_in, dtype=torch.float64)
+        self.sum = torch.zeros(d_out, dtype=torch.float64)
         self.sum_squares = self.squared_error = self.l0 = self.out_norm = self.norm_ratio = 0.0
         self.fired = torch.zeros(d_sae, dtype=torch.bool)
 
-    def add(self, sae: SparseAutoencoder, rows: Tensor) -> None:
-        out = sae(rows)
-        norms, out_norms = rows.norm(dim=-1), out.sae_out.norm(dim=-1)
-        active = out.feature_acts > 0
-        self.n_rows += len(rows)
-        exact, exact_error = rows.cpu().double(), (out.sae_out - rows).cpu().double()  # mps has no float64
+    def add(self, feature_acts: Tensor, sae_out: Tensor, target: Tensor) -> None:
+        """Codes (n, d_sae), their reconstructions and what these should be, (n, d_out)."""
+        norms, out_norms = target.norm(dim=-1), sae_out.norm(dim=-1)
+        active = feature_acts > 0
+        self.n_rows += len(target)
+        exact, exact_error = target.cpu().double(), (sae_out - target).cpu().double()  # mps has no float64
         self.sum += exact.sum(dim=0)
         self.sum_squares += exact.pow(2).sum().item()
         self.squared_error += exact_error.pow(2).sum().item()

@@ -32,7 +32,9 @@ __all__ = [
     "HookPoint",
     "HookSite",
     "HookedRootModule",
+    "check_order",
     "find_hook_site",
+    "find_target_site",
     "fingerprint",
     "language_model_dtype",
     "load_language_model",
@@ -218,6 +220,29 @@ def find_hook_site(
             "the width from the model."
         )
     return HookSite(hook_point, read_name, stop_at_layer, head_index, head_axis, width)
+
+
+def find_target_site(model: LanguageModel, target_hook_point: str, d_out: int | None = None) -> HookSite:
+    """`find_hook_site` for the hook that a transcoder predicts."""
+    try:
+        return find_hook_site(model, target_hook_point, None, d_out)
+    except ValueError as error:
+        named = str(error).replace("d_in", "d_out")
+        raise ValueError(re.sub(r"\bhook_point(_head_index)?:", r"target_hook_point:", named, count=1)) from error
+
+
+@torch.inference_mode()
+def check_order(model: LanguageModel, site: HookSite, target: HookSite) -> None:
+    """ValueError unless the forward pass comes to `site` before `target`, whose place a transcoder's output takes."""
+    seen: list[str] = []
+    tokens = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=model.cfg.device)
+    hooks = [(name, lambda activations, hook, name=name: seen.append(name)) for name in (site.name, target.name)]
+    model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None)
+    if seen != [site.name, target.name]:
+        raise ValueError(
+            f"target_hook_point: the model computes {target.name} before {site.name}, expected a hook that comes after "
+            "hook_point; swap them, or choose another."
+        )
 
 
 def find_width(hook_point: str, shape: tuple[int, ...], head_index: int | None) -> int:

@@ -27,6 +27,7 @@ from sae_training.interrupt import StopRequest, TrainingInterrupted
 from sae_training.language_model import (
     LanguageModel,
     find_hook_site,
+    find_target_site,
     fingerprint,
     language_model_dtype,
     load_language_model,
@@ -89,13 +90,15 @@ def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = 
     if model is None:
         model = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype)
     site = find_hook_site(model, cfg.resolved_hook_point, cfg.hook_point_head_index, cfg.d_in)
+    target = cfg.resolved_target_hook_point
+    d_out = None if target is None else find_target_site(model, target, cfg.d_out).d_in
     # Said in the folder, so that another machine computes in the same precisions.
     precisions: dict[str, Any] = {"lm_dtype": language_model_dtype(cfg.lm_dtype, cfg.device)}
     if cfg.dtype == torch.float32:  # elsewhere "auto" is dtype on every machine
         precisions["encoder_matmul_dtype"] = encoder_dtype(
             cfg.encoder_matmul_dtype, cfg.dtype, torch.device(cfg.device)
         )
-    cfg = dataclasses.replace(cfg, d_in=site.d_in, **precisions)
+    cfg = dataclasses.replace(cfg, d_in=site.d_in, d_out=d_out, **precisions)
     return run_in_folder(choose_run_folder(cfg), cfg, model, dataset)
 
 
@@ -141,7 +144,8 @@ def train(run: Run, stop: StopRequest) -> None:
     cfg, trainer = run.cfg, run.trainer
     snapshots = snapshot_steps(cfg)
     while run.step < cfg.total_training_steps:
-        result = trainer.step(run.store.next_batch(), run.step)
+        x, target = run.store.next_pair()
+        result = trainer.step(x, run.step, target)
         run.step += 1  # from here on, `step` counts finished steps
         logs = due(run.step, cfg.wandb_log_frequency)
         if logs or run.store.device.type == "cpu":  # elsewhere it would make the device wait at every step
@@ -220,7 +224,7 @@ def resample_dead_latents(run: Run) -> None:
     """Resampling, if the config asks for it; not in the second half of the run, which newcomers could not learn in."""
     if run.cfg.feature_sampling_method is None or run.step > run.cfg.total_training_steps // 2:
         return
-    n = run.trainer.resample(run.store.sample(RESAMPLE_ROWS), run.step)
+    n = run.trainer.resample(*run.store.sample(RESAMPLE_ROWS), run.step)
     run.logger.log({"metrics/n_resampled_neurons": n}, run.step, run.n_training_tokens)
 
 
@@ -278,21 +282,27 @@ def check_same_language_model(expected: str, model: LanguageModel, latest: Path)
 def start_weights(sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig, store: ActivationsStore) -> None:
     """From the pretrained file if the config names one, else with b_dec set from a sample of the activations."""
     if cfg.from_pretrained_path is None:
-        sae.initialize_b_dec(store.sample(32_768), cfg.b_dec_init_method)  # as many as Gao et al. 2024 use
+        x, target = store.sample(32_768)  # as many as Gao et al. 2024 use
+        if sae.is_transcoder:
+            sae.initialize_transcoder(x, target, cfg.b_dec_init_method)
+        else:
+            sae.initialize_b_dec(x, cfg.b_dec_init_method)
         return
     try:
         _, tensors = load_weights(Path(cfg.from_pretrained_path))
     except (OSError, ValueError) as error:
         raise type(error)(f"from_pretrained_path: {error}") from error
-    if tensors["W_enc"].shape != sae.W_enc.shape:
-        raise ValueError(
-            f"from_pretrained_path: its W_enc is {tuple(tensors['W_enc'].shape)}, this config's "
-            f"{tuple(sae.W_enc.shape)} (d_in, d_sae); set expansion_factor to match."
-        )
+    for name, sizes in (("W_enc", "(d_in, d_sae)"), ("W_dec", "(d_sae, d_out)")):
+        found, expected = tuple(tensors[name].shape), tuple(sae.state_dict()[name].shape)
+        if found != expected:
+            raise ValueError(
+                f"from_pretrained_path: its {name} is {found}, this config's {expected} {sizes}; set expansion_factor "
+                "and hooks to match."
+            )
     if tensors.keys() != sae.state_dict().keys():
         raise ValueError(
             f"from_pretrained_path: its tensors are {', '.join(tensors)}, those of architecture {sae.architecture} are "
-            f"{', '.join(sae.state_dict())}; set architecture to that of the file."
+            f"{', '.join(sae.state_dict())}; set architecture (and skip_connection) to that of the file."
         )
     sae.load_state_dict(tensors)
     if sae.has_unit_norm_decoder:
@@ -306,7 +316,7 @@ def check_room_for_checkpoints(
     if cfg.checkpoint_every_minutes is None and cfg.checkpoint_every_steps is None:
         return
     weights = sum(p.numel() * p.element_size() for p in trainer.sae.parameters())
-    buffer = store.n_rows * (store.site.d_in * store.model.cfg.dtype.itemsize + 8)
+    buffer = store.n_rows * (sum(store.widths) * store.model.cfg.dtype.itemsize + 8)
     # One is written before the oldest is deleted; weights, and Adam's two moments, are in each.
     checkpoint.check_free_disk(
         folder.path,

@@ -67,13 +67,13 @@ class Reconstruction:
     """Pre-activations, dense or at the active entries."""
     acts: Code
     sae_outs: Tensor
-    """(prefixes, rows, d_in): one reconstruction, or one for each nested dictionary, the whole last."""
+    """(prefixes, rows, d_out): one reconstruction, or one for each nested dictionary, the whole last."""
     multi_out: Tensor | None = None
-    """From MULTI_TOPK_FACTOR * k latents, (rows, d_in)."""
+    """From MULTI_TOPK_FACTOR * k latents, (rows, d_out)."""
     gate_out: Tensor | None = None
-    """From the gate's ReLU through the frozen decoder, (rows, d_in)."""
+    """From the gate's ReLU through the frozen decoder, (rows, d_out)."""
     error_hat: Tensor | None = None
-    """What AuxK's dead latents predict of the error, (auxk_rows, d_in)."""
+    """What AuxK's dead latents predict of the error, (auxk_rows, d_out)."""
 
 
 def objective(
@@ -129,22 +129,23 @@ def dense_parts(sae: SparseAutoencoder, sae_in: Tensor, k: int, dead: Tensor | N
     multi_out = gate_out = error_hat = None
     if sae.multi_topk:
         chosen = architectures.top_k_mask(pre, MULTI_TOPK_FACTOR * k)
-        multi_out = (pre.relu() * chosen) @ sae.W_dec + sae.b_dec
+        multi_out = (pre.relu() * chosen) @ sae.W_dec + sae.baseline(sae_in)
     if sae.architecture == "gated":
-        gate_out = pre.relu() @ sae.W_dec.detach() + sae.b_dec.detach()
+        gate_out = pre.relu() @ sae.W_dec.detach() + sae.baseline(sae_in).detach()
     if dead is not None and sae.auxk_coefficient > 0:
         few = pre[: n_auxk_rows(len(pre))].masked_fill(~dead, -torch.inf)
         error_hat = (few.relu() * architectures.top_k_mask(few, sae.auxk_k)) @ sae.W_dec
-    return Reconstruction(Code(pre), Code(acts), dense_outputs(sae, acts), multi_out, gate_out, error_hat)
+    return Reconstruction(Code(pre), Code(acts), dense_outputs(sae, acts, sae_in), multi_out, gate_out, error_hat)
 
 
-def dense_outputs(sae: SparseAutoencoder, acts: Tensor) -> Tensor:
-    """(prefixes, rows, d_in): the reconstructions, from ever more of the latents."""
+def dense_outputs(sae: SparseAutoencoder, acts: Tensor, sae_in: Tensor) -> Tensor:
+    """(prefixes, rows, d_out): the reconstructions, from ever more of the latents."""
     if not sae.matryoshka_widths:
-        return sae.decode(acts).unsqueeze(0)
+        return sae.decode(acts, sae_in).unsqueeze(0)
     edges = (0, *sae.matryoshka_widths)
     blocks = [acts[:, i:j] @ sae.W_dec[i:j] for i, j in zip(edges, edges[1:], strict=False)]
-    return torch.stack(blocks).cumsum(dim=0) + sae.b_dec
+    outs = torch.stack(blocks).cumsum(dim=0) + sae.baseline(sae_in)
+    return torch.cat([outs[:-1], sae.hook_sae_out(outs[-1]).unsqueeze(0)])
 
 
 # --------------------------------------------------------------------------------------------------------- sparse way
@@ -194,7 +195,7 @@ def sparse_parts(
     all_pre = pre_activations_at(
         concatenate(encoded),
         encoder_rows[0] if aux is None else torch.cat(encoder_rows),
-        sae.b_dec,
+        None if sae.is_transcoder else sae.b_dec,
         sae.W_enc,
         sae.b_enc,
     )
@@ -215,12 +216,13 @@ def sparse_parts(
     sae_outs = outs.pop(0).view(-1, len(sae_in), sae.W_dec.shape[1])
     if len(sae_outs) > 1:
         sae_outs = sae_outs.cumsum(dim=0)
-    multi_out = outs.pop(0) + sae.b_dec if multi is not None else None
+    baseline = sae.baseline(sae_in)
+    multi_out = outs.pop(0) + baseline if multi is not None else None
     error_hat = outs.pop(0) if aux is not None else None
     gate_out = None
     if sae.architecture == "gated":
-        gate_out = pre.with_values(pre.values.relu()).decode(sae.W_dec.detach()) + sae.b_dec.detach()
-    return Reconstruction(pre, acts, sae_outs + sae.b_dec, multi_out, gate_out, error_hat)
+        gate_out = pre.with_values(pre.values.relu()).decode(sae.W_dec.detach()) + baseline.detach()
+    return Reconstruction(pre, acts, sae_outs + baseline, multi_out, gate_out, error_hat)
 
 
 def dead_entries(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) -> Entries:
@@ -270,7 +272,7 @@ def by_prefix(code: Code, widths: tuple[int, ...]) -> Code:
 
 
 def decode_together(codes: list[Code], W_dec: Tensor) -> list[Tensor]:
-    """The reconstructions (rows, d_in) of several codes, from one product."""
+    """The reconstructions (rows, d_out), without baseline, of several codes, from one product."""
     entries = [code.entries for code in codes if code.entries is not None]
     together = Code(torch.cat([code.values for code in codes]), concatenate(entries))
     return list(together.decode(W_dec).split([code.n_rows for code in codes]))

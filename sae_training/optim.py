@@ -17,18 +17,34 @@ WITH_WARM_UP = ("constantwithwarmup", "linearwarmupdecay", "cosineannealingwarmu
 def make_optimizer(
     name: str, parameters: Iterable[torch.nn.Parameter], lr: float, betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
-    """adam, or signum (which uses the first of `betas`).
+    """adam, adam8bit, or signum (which uses the first of `betas`).
 
-    Both leave parameters and moments as they are in a step where their attribute `found_inf` (a scalar tensor) is 1.
-    Adam goes over each parameter once, fused: on a CPU 3 to 10 times faster than a loop over tensor operations.
+    They leave parameters and moments as they are in a step where their attribute `found_inf` (a scalar tensor) is 1;
+    adam8bit takes the gradient for 0 then. Adam goes over each parameter once, fused: on a CPU 3 to 10 times faster
+    than a loop over tensor operations. ImportError if adam8bit's package is not installed.
     """
     match name:
         case "adam":
             return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
+        case "adam8bit":
+            try:
+                from sae_training.adam8bit import Adam8bit  # an extra, which most installations lack
+            except ImportError as error:
+                raise ImportError(
+                    "optimizer: adam8bit needs bitsandbytes, which is not installed; "
+                    "pip install 'sae-training[adam8bit]', or use adam."
+                ) from error
+            return Adam8bit(parameters, lr=lr, betas=betas)
         case "signum":
             return Signum(parameters, lr=lr, momentum=betas[0])
         case other:
-            raise ValueError(f"optimizer: found {other!r}, expected 'adam' or 'signum'.")
+            raise ValueError(f"optimizer: found {other!r}, expected 'adam', 'adam8bit' or 'signum'.")
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """All that the optimizer keeps of a parameter between steps (adam8bit's tables, the same for all, left out)."""
+    state = optimizer.state[parameter]
+    return {key: torch.as_tensor(value) for key, value in state.items() if not key.startswith("qmap")}
 
 
 class Signum(torch.optim.Optimizer):

@@ -142,12 +142,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+HOOK_FIELDS = ("hook_point", "target_hook_point")
+
+
+def _with_layer(hook: Any, layer: Any) -> Any:
+    return hook.replace("{layer}", str(layer)) if isinstance(hook, str) and isinstance(layer, int) else hook
+
+
 def _facts(config: Mapping[str, Any], status: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What the head of the page says, by label; what is not known is left out."""
     cfg = config.get("config", config)
-    hook, layer = cfg.get("hook_point"), cfg.get("hook_point_layer")
-    if isinstance(hook, str) and isinstance(layer, int):
-        hook = hook.replace("{layer}", str(layer))
+    hook, target = (_with_layer(cfg.get(name), cfg.get("hook_point_layer")) for name in HOOK_FIELDS)
     d_in, factor = cfg.get("d_in"), cfg.get("expansion_factor")
     d_sae = cfg.get("d_sae", config.get("d_sae"))
     if d_sae is None and isinstance(d_in, int) and isinstance(factor, int):
@@ -158,6 +163,7 @@ def _facts(config: Mapping[str, Any], status: Mapping[str, Any], rows: Sequence[
     facts = {
         "Model": cfg.get("model_name"),
         "Hook point": hook,
+        "Predicts": target,
         "Head": cfg.get("hook_point_head_index"),
         "Dataset": cfg.get("dataset_path"),
         "Architecture": cfg.get("architecture"),

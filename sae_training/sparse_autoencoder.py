@@ -4,6 +4,9 @@ sae_in       = x - b_dec
 hidden_pre   = sae_in @ W_enc + b_enc
 feature_acts = activation(hidden_pre)          which latents are active, and how: architectures.py
 sae_out      = feature_acts @ W_dec + b_dec
+
+A transcoder (`cfg.target_hook_point`) predicts other activations than those it reads: the output of an MLP from its
+input, say. Nothing is subtracted from its input (sae_in = x), and it may have a skip connection, sae_out + x @ W_skip.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ class ForwardOutput(NamedTuple):
     """What `SparseAutoencoder.forward` returns; unpacks in this order."""
 
     sae_out: Tensor
-    """Reconstruction, of the shape of the input."""
+    """Reconstruction (..., d_out)."""
     feature_acts: Tensor
     """Latent activations, (..., d_sae)."""
     loss: Tensor
@@ -52,9 +55,10 @@ class SparseAutoencoder(HookedRootModule):
     """A sparse autoencoder over vectors of width `cfg.d_in`, with `cfg.d_sae` latents.
 
     `cfg` is a LanguageModelSAERunnerConfig, or any object with its attributes; attributes it lacks take that class's
-    defaults. Parameters: W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_in) with rows of unit norm, b_dec
-    (d_in,); jumprelu has log_threshold (d_sae,), gated r_mag and b_mag (d_sae,). W_enc lies in memory latent by latent,
-    as W_dec does, so that picking a latent reads one stretch of it.
+    defaults. Parameters: W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_out) with rows of unit norm, b_dec
+    (d_out,), d_out being d_in but for transcoders; jumprelu has log_threshold (d_sae,), gated r_mag and b_mag (d_sae,),
+    a skip connection W_skip (d_in, d_out). W_enc lies in memory latent by latent, as W_dec does, so that picking a
+    latent reads one stretch of it.
     """
 
     inference_threshold: Tensor
@@ -67,6 +71,8 @@ class SparseAutoencoder(HookedRootModule):
         self.cfg = cfg
         self.d_in: int = cfg.d_in
         self.d_sae: int = cfg.d_sae
+        self.is_transcoder = option(cfg, "target_hook_point") is not None
+        self.d_out: int = option(cfg, "d_out") or self.d_in
         self.dtype: torch.dtype = option(cfg, "dtype")
         self.device = torch.device(cfg.device)
         self.architecture: str = option(cfg, "architecture")
@@ -94,7 +100,7 @@ class SparseAutoencoder(HookedRootModule):
         self.W_enc = nn.Parameter(W_enc.T.contiguous().to(**placed).T)
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, **placed))
         self.W_dec = nn.Parameter(W_dec.to(**placed))
-        self.b_dec = nn.Parameter(torch.zeros(self.d_in, **placed))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out, **placed))
 
         if self.architecture == "jumprelu":
             start = math.log(option(cfg, "jumprelu_init_threshold"))
@@ -102,6 +108,8 @@ class SparseAutoencoder(HookedRootModule):
         if self.architecture == "gated":
             self.r_mag = nn.Parameter(torch.zeros(self.d_sae, **placed))
             self.b_mag = nn.Parameter(torch.zeros(self.d_sae, **placed))
+        if option(cfg, "skip_connection"):
+            self.W_skip = nn.Parameter(torch.zeros(self.d_in, self.d_out, **placed))
         if self.choice == "batchtopk":
             self.register_buffer("inference_threshold", torch.zeros((), **placed))
 
@@ -115,13 +123,15 @@ class SparseAutoencoder(HookedRootModule):
         """Kaiming-uniform W_enc and W_dec, decoder rows of unit norm, the same for a seed on every device.
 
         The encoder starts as the decoder's transpose (Gao et al. 2024), which leaves far fewer latents dead; for
-        standard the two are independent, as in mats.
+        standard the two are independent, as in mats. For a transcoder they are too, with encoder columns of unit norm.
         """
         generator = torch.Generator().manual_seed(seed)
         W_enc = nn.init.kaiming_uniform_(torch.empty(self.d_in, self.d_sae), generator=generator)
-        W_dec = nn.init.kaiming_uniform_(torch.empty(self.d_sae, self.d_in), generator=generator)
+        W_dec = nn.init.kaiming_uniform_(torch.empty(self.d_sae, self.d_out), generator=generator)
         W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
-        if self.architecture != "standard":
+        if self.is_transcoder:
+            W_enc = W_enc / W_enc.norm(dim=0)
+        elif self.architecture != "standard":
             W_enc = W_dec.T.clone()
         return W_enc, W_dec
 
@@ -131,13 +141,29 @@ class SparseAutoencoder(HookedRootModule):
         """Latent activations (..., d_sae) of activations (..., d_in)."""
         return self.activate(self.pre_activations(self.sae_input(x)), self.k)
 
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        """Reconstruction (..., d_in) of latent activations (..., d_sae)."""
-        return self.hook_sae_out(feature_acts @ self.W_dec + self.b_dec)
+    def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
+        """Reconstruction (..., d_out) of latent activations (..., d_sae).
+
+        A skip connection needs the activations `x` (..., d_in) that were encoded as well.
+        """
+        return self.hook_sae_out(feature_acts @ self.W_dec + self.baseline(x))
+
+    def baseline(self, x: Tensor | None) -> Tensor:
+        """The reconstruction that no active latent leaves: b_dec (d_out,), and with a skip connection x @ W_skip."""
+        if not self.has_skip_connection:
+            return self.b_dec
+        if x is None:
+            raise ValueError("x: this transcoder has a skip connection, so decode needs its input: decode(acts, x).")
+        return x.to(self.dtype) @ self.W_skip + self.b_dec
+
+    @property
+    def has_skip_connection(self) -> bool:
+        return hasattr(self, "W_skip")
 
     def sae_input(self, x: Tensor) -> Tensor:
-        self.check_width(x)
-        return self.hook_sae_in(x.to(self.dtype) - self.b_dec)
+        self.check_width(x, self.d_in)
+        x = x.to(self.dtype)
+        return self.hook_sae_in(x if self.is_transcoder else x - self.b_dec)
 
     def pre_activations(self, sae_in: Tensor) -> Tensor:
         return self.hook_hidden_pre(sae_in @ self.W_enc + self.b_enc)
@@ -170,17 +196,26 @@ class SparseAutoencoder(HookedRootModule):
         """jumprelu: the pre-activation (d_sae,) above which each latent is active."""
         return self.log_threshold.exp()
 
-    def forward(self, x: Tensor, dead_neuron_mask: Tensor | None = None) -> ForwardOutput:
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Reconstruction (..., d_out) from activations `x` (..., d_in)."""
+        return self.decode(self.encode(x), x)
+
+    def forward(self, x: Tensor, dead_neuron_mask: Tensor | None = None, target: Tensor | None = None) -> ForwardOutput:
         """Reconstruct activations `x` (..., d_in), with all losses; leading dimensions are rows alike.
 
         `dead_neuron_mask` (d_sae,) bool marks the latents that the remedy for dead latents (ghost gradients or AuxK, in
-        training mode only) works on; None means none.
+        training mode only) works on; None means none. A transcoder's losses need the activations `target` (..., d_out)
+        that it predicts; `reconstruct` does without.
         """
-        self.check_width(x)
-        rows = x.to(self.dtype).reshape(-1, self.d_in)
-        losses = objective(self, rows, rows, Coefficients(self.l1_coefficient, self.k), dead_neuron_mask)
+        if self.is_transcoder and target is None:
+            raise ValueError("target: a transcoder's losses need the activations it predicts; or call reconstruct(x).")
+        target = x if target is None else target
+        self.check_width(x, self.d_in)
+        self.check_width(target, self.d_out)
+        rows, target = x.to(self.dtype).reshape(-1, self.d_in), target.to(self.dtype).reshape(-1, self.d_out)
+        losses = objective(self, rows, target, Coefficients(self.l1_coefficient, self.k), dead_neuron_mask)
         return ForwardOutput(
-            losses.sae_out.view(x.shape),
+            losses.sae_out.view(*x.shape[:-1], self.d_out),
             losses.feature_acts.view(*x.shape[:-1], self.d_sae),
             losses.loss,
             losses.mse_loss,
@@ -188,26 +223,35 @@ class SparseAutoencoder(HookedRootModule):
             losses.ghost_grad_loss,
         )
 
-    def check_width(self, x: Tensor) -> None:
-        if x.shape[-1] != self.d_in:
+    def check_width(self, x: Tensor, width: int) -> None:
+        if x.shape[-1] != width:
+            name = "d_in" if width == self.d_in else "d_out"
             raise ValueError(
-                f"activations: the last dimension of {tuple(x.shape)} is {x.shape[-1]}, expected d_in = {self.d_in}."
+                f"activations: the last dimension of {tuple(x.shape)} is {x.shape[-1]}, expected {name} = {width}."
             )
 
-    # --------------------------------------------------------------------------------------------------- the decoder
+    # ------------------------------------------------------------------------------------------- start, and the decoder
 
     @torch.no_grad()
     def initialize_b_dec(self, activations: Tensor, method: str) -> None:
-        """Set b_dec from a sample of activations (rows, d_in): "geometric_median", "mean" or "zeros"."""
-        match method:
-            case "geometric_median":
-                self.b_dec.copy_(geometric_median(activations))
-            case "mean":
-                self.b_dec.copy_(activations.float().mean(dim=0))
-            case "zeros":
-                self.b_dec.zero_()
-            case other:
-                raise ValueError(f"b_dec_init_method: found {other!r}, expected 'geometric_median', 'mean' or 'zeros'.")
+        """Set b_dec from a sample of activations (rows, d_out): "geometric_median", "mean" or "zeros"."""
+        self.b_dec.copy_(centre(activations, method))
+
+    @torch.no_grad()
+    def initialize_transcoder(self, x: Tensor, target: Tensor, method: str) -> None:
+        """Set b_dec from a sample of targets (rows, d_out), and the encoder from their inputs `x` (rows, d_in).
+
+        The encoder starts as that of an autoencoder does: it sees inputs around their centre (b_enc = -centre @ W_enc),
+        and its columns have the length that gives activations the size of the targets.
+        """
+        self.initialize_b_dec(target, method)
+        x, target, centre_x = x.to(self.dtype), target.to(self.dtype), centre(x, method).to(self.dtype)
+        size, target_size = (x - centre_x).norm(dim=1).mean(), (target - self.b_dec).norm(dim=1).mean()
+        if size > 0 and target_size > 0:
+            self.W_enc.mul_(target_size / size)
+        self.b_enc.copy_(-(centre_x @ self.W_enc))
+        if self.architecture == "gated":
+            self.b_mag.copy_(self.b_enc)
 
     @property
     def has_unit_norm_decoder(self) -> bool:
@@ -244,12 +288,15 @@ class SparseAutoencoder(HookedRootModule):
     # ------------------------------------------------------------------------------------------------ name and files
 
     def get_name(self) -> str:
-        """sparse_autoencoder_{model}_{hook}_{d_sae}, with _head{h} after the hook for a single head.
+        """sparse_autoencoder_{model}_{hook}_{d_sae}, with _head{h} after the hook for a single head; of a transcoder
+        transcoder_{model}_{hook}_{target hook}_{d_sae}.
 
         A local model is named by its folder alone.
         """
         model = Path(self.cfg.model_name).name if Path(self.cfg.model_name).is_absolute() else self.cfg.model_name
         hook = getattr(self.cfg, "resolved_hook_point", self.cfg.hook_point)
+        if self.is_transcoder:
+            return f"transcoder_{model}_{hook}_{self.cfg.resolved_target_hook_point}_{self.d_sae}"
         head = option(self.cfg, "hook_point_head_index")
         return f"sparse_autoencoder_{model}_{hook}{'' if head is None else f'_head{head}'}_{self.d_sae}"
 
@@ -273,6 +320,19 @@ class SparseAutoencoder(HookedRootModule):
         sae = cls(cfg)
         sae.load_state_dict(tensors)
         return sae.eval()
+
+
+def centre(rows: Tensor, method: str) -> Tensor:
+    """The centre (d,) of rows (n, d): "geometric_median", "mean", or "zeros" for none."""
+    match method:
+        case "geometric_median":
+            return geometric_median(rows)
+        case "mean":
+            return rows.float().mean(dim=0)
+        case "zeros":
+            return torch.zeros_like(rows[0])
+        case other:
+            raise ValueError(f"b_dec_init_method: found {other!r}, expected 'geometric_median', 'mean' or 'zeros'.")
 
 
 def matryoshka_widths(cfg: Any) -> tuple[int, ...]:

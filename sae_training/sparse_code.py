@@ -18,6 +18,7 @@ encoder's input is a matrix-vector product, since every row's input holds the sa
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from sae_training import triton_kernels
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # said once a process, to no one's use
 
 
 class ByLatent(NamedTuple):

@@ -12,15 +12,16 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.dead_latents import FiringTracker
 from sae_training.memory import keep_freed_memory
 from sae_training.objective import Coefficients, Losses, objective
-from sae_training.optim import annealed_k, lr_factor, make_optimizer, warm_up_factor
-from sae_training.resampling import resample
+from sae_training.optim import annealed_k, lr_factor, make_optimizer, moments, warm_up_factor
+from sae_training.resampling import NOT_BY_LATENT, resample
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 
 class StepResult(NamedTuple):
     """What a step leaves for logging; the tensors are detached and nothing has been read off the device yet."""
 
-    x: Tensor
+    target: Tensor
+    """What was to be reconstructed, (rows, d_out)."""
     out: Losses
     lr: float
     l1_coefficient: float
@@ -51,12 +52,16 @@ class SAETrainer:
         keep_freed_memory()
 
     @torch.enable_grad()  # notebooks often switch gradients off for all that follows
-    def step(self, x: Tensor, step: int) -> StepResult:
-        """One optimizer step (the `step`-th, from 0) on a batch of activations (rows, d_in)."""
+    def step(self, x: Tensor, step: int, target: Tensor | None = None) -> StepResult:
+        """One optimizer step (the `step`-th, from 0) on a batch of activations (rows, d_in).
+
+        A transcoder learns to predict `target` (rows, d_out); None is x itself.
+        """
         lr, coefficients = self.lr(step), Coefficients(self.l1_coefficient(step), self.k(step))
         self.sae.train()
         x = x.to(self.sae.dtype)
-        out = objective(self.sae, x, x, coefficients, self.tracker.dead(), sparse=True)
+        target = x if target is None else target.to(self.sae.dtype)
+        out = objective(self.sae, x, target, coefficients, self.tracker.dead(), sparse=True)
 
         self.sae.zero_grad(set_to_none=True)
         out.loss.backward()
@@ -73,24 +78,24 @@ class SAETrainer:
         out = out.detach()
         self.sae.track_inference_threshold(out.code, step)
         self.tracker.update(out.code)
-        return StepResult(x, out, lr, coefficients.l1_coefficient)
+        return StepResult(target, out, lr, coefficients.l1_coefficient)
 
-    def resample(self, rows: Tensor, step: int) -> int:
-        """Give dead latents new directions from `rows` (n, d_in), after `step` finished steps; returns how many."""
+    def resample(self, x: Tensor, target: Tensor, step: int) -> int:
+        """Give dead latents new directions from rows `x` (n, d_in) and what they are to become, `target` (n, d_out),
+        after `step` finished steps; returns how many.
+        """
         method = self.cfg.feature_sampling_method
         assert method is not None
         generator = torch.Generator().manual_seed(self.cfg.seed + step)
-        numbers = resample(self.sae, self.by_latent(), self.tracker.dead(), rows, method, generator)
+        numbers = resample(self.sae, self.by_latent(), self.tracker.dead(), x, target, method, generator)
         self.tracker.restart(numbers)
         return len(numbers)
 
     def by_latent(self) -> tuple[list[Tensor], dict[str, Tensor]]:
         """What each latent has beside its weights: the optimizer's moments (d_sae, ...), and averaged weights."""
-        masters = {name: master for name, master in self.masters.items() if name != "b_dec"}
-        moments = [
-            value for master in masters.values() for value in self.optimizer.state[master].values() if value.ndim
-        ]
-        return moments, self.average
+        masters = {name: master for name, master in self.masters.items() if name not in NOT_BY_LATENT}
+        found = [value for master in masters.values() for value in moments(self.optimizer, master).values()]
+        return [moment for moment in found if moment.ndim], self.average
 
     def gradient_sum(self) -> Tensor:
         """A number that is not finite if any gradient is not."""
@@ -167,7 +172,7 @@ class SAETrainer:
             "optimizer": {
                 f"{key}.{name}": value
                 for name, master in self.masters.items()
-                for key, value in self.optimizer.state[master].items()
+                for key, value in moments(self.optimizer, master).items()
             },
             "tracker": self.tracker.state_dict(),
             "average": self.average,

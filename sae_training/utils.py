@@ -8,7 +8,7 @@ from typing import Any
 
 from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.language_model import LanguageModel, find_hook_site, load_language_model
+from sae_training.language_model import LanguageModel, find_hook_site, find_target_site, load_language_model
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 Session = tuple[LanguageModel, SparseAutoencoder, ActivationsStore]
@@ -32,6 +32,8 @@ class LMSparseAutoencoderSessionloader:
         if isinstance(cfg, LanguageModelSAERunnerConfig) and cfg.d_in is None:
             site = find_hook_site(model, cfg.resolved_hook_point, cfg.hook_point_head_index)
             cfg = dataclasses.replace(cfg, d_in=site.d_in)
+        if isinstance(cfg, LanguageModelSAERunnerConfig) and cfg.resolved_target_hook_point and cfg.d_out is None:
+            cfg = dataclasses.replace(cfg, d_out=find_target_site(model, cfg.resolved_target_hook_point).d_in)
         return model, SparseAutoencoder(cfg), ActivationsStore(cfg, model, dataset)
 
     @classmethod

@@ -106,7 +106,7 @@ def time_forward(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
     n_batches = -(-rows_harvested(cfg) // rows_per_batch)
     start = time.perf_counter()
     for _ in range(n_batches):
-        harvest(model, tokens, store.site)
+        harvest(model, tokens, [store.site])
     return time.perf_counter() - start
 
 

@@ -464,7 +464,9 @@ class HeldOut:
         total = 0.0
         for prompts in batches_of_prompts(self.tokens, self.model):
             keep = ~torch.isin(prompts, self.special)
-            logits, _ = run(self.model, prompts, self.site, partial(self.splice, keep=keep, change=change))
+            logits, _ = run(
+                self.model, prompts, self.site, [(self.site.name, partial(self.splice, keep=keep, change=change))]
+            )
             for tokens, predicted in zip(prompts, logits, strict=True):  # one prompt at a time: float32 is large
                 total += torch.nn.functional.cross_entropy(predicted[:-1].float(), tokens[1:], reduction="sum").item()
         return total / self.tokens[:, 1:].numel()

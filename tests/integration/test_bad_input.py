@@ -256,10 +256,10 @@ def test_disk_that_fills_up_loses_a_checkpoint_but_not_the_run(
     disk = small_disk(40)
     real_step = SAETrainer.step
 
-    def step_on_a_filling_disk(self: SAETrainer, x: Tensor, step: int) -> StepResult:
+    def step_on_a_filling_disk(self: SAETrainer, x: Tensor, step: int, target: Tensor) -> StepResult:
         if step == 5:
             (disk / "somebody elses").write_bytes(bytes(20 * 2**20))
-        return real_step(self, x, step)
+        return real_step(self, x, step, target)
 
     monkeypatch.setattr(SAETrainer, "step", step_on_a_filling_disk)
     answer = train("--run-dir", str(disk), "--checkpoint-every-steps", "4")
@@ -277,10 +277,10 @@ def test_disk_without_room_for_the_final_weights_is_told_and_the_run_can_be_fini
     filler = disk / "somebody elses"
     real_step = SAETrainer.step
 
-    def step_on_a_filling_disk(self: SAETrainer, x: Tensor, step: int) -> StepResult:
+    def step_on_a_filling_disk(self: SAETrainer, x: Tensor, step: int, target: Tensor) -> StepResult:
         if step == 11:  # the last; leaves room for metrics, not for a megabyte of weights
             filler.write_bytes(bytes(shutil.disk_usage(disk).free - 2**19))
-        return real_step(self, x, step)
+        return real_step(self, x, step, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(SAETrainer, "step", step_on_a_filling_disk)
@@ -301,11 +301,11 @@ def die_at_step_9(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs die in their tenth step the first time that they come to it."""
     real_step = SAETrainer.step
 
-    def dying_step(self: SAETrainer, x: Tensor, step: int) -> StepResult:
+    def dying_step(self: SAETrainer, x: Tensor, step: int, target: Tensor) -> StepResult:
         if step == 9:
             monkeypatch.setattr(SAETrainer, "step", real_step)
             raise OSError("killed")
-        return real_step(self, x, step)
+        return real_step(self, x, step, target)
 
     monkeypatch.setattr(SAETrainer, "step", dying_step)
     yield

@@ -61,7 +61,8 @@ def dead_share(architecture: str, **changes: Any) -> float:
     for step in range(STEPS):
         trainer.step(batch(step, mean_norm), step)
         if changes.get("feature_sampling_method") and (step + 1) % 100 == 0 and step < STEPS // 2:
-            trainer.resample(batch(step, mean_norm), step + 1)
+            rows = batch(step, mean_norm)
+            trainer.resample(rows, rows, step + 1)
     return (trainer.tracker.steps_since_fired >= 100).float().mean().item()
 
 
@@ -94,7 +95,7 @@ def test_remedy_changes_nothing_while_nothing_is_dead(remedy: str) -> None:
         for step in range(5):  # fewer steps than the dead window
             trainer.step(batch(step, 1.0), step)
             if "feature_sampling_method" in changes:
-                assert trainer.resample(batch(step, 1.0), step) == 0
+                assert trainer.resample(batch(step, 1.0), batch(step, 1.0), step) == 0
         return dict(trainer.sae.weights())
 
     plain, with_remedy = weights(architecture="topk"), weights(architecture="topk", **REMEDIES[remedy])

@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from sae_training.activations import harvest
 from sae_training.activations_store import ActivationsStore
+from sae_training.language_model import load_language_model
 
 Make = Callable[..., ActivationsStore]
 
@@ -20,6 +21,15 @@ def make_store(small_config: Callable, demo_model: Any) -> Make:
         return ActivationsStore(small_config(**changes), demo_model, dataset)
 
     return make
+
+
+def test_float32_hooks_of_a_narrow_model_are_served(small_config: Callable) -> None:
+    """A bfloat16 model normalises in float32."""
+    store = ActivationsStore(
+        small_config(hook_point="blocks.1.ln2.hook_normalized"), load_language_model("demo", lm_dtype="bfloat16")
+    )
+    assert store.next_batch().dtype == torch.float32
+    assert store.buffer is not None and store.buffer.dtype == torch.bfloat16
 
 
 def test_shapes_are_those_of_the_contract(make_store: Make) -> None:
@@ -43,7 +53,7 @@ def all_rows(store: ActivationsStore, n_batches: int) -> torch.Tensor:
     """The rows of the first `n_batches` token batches, in text order."""
     stream = store.token_stream(store.documents, store.n_held_out)
     ids = torch.cat([stream.next_contexts(store.store_batch_size) for _ in range(n_batches)])
-    return harvest(store.model, ids, store.site).flatten(end_dim=1)
+    return harvest(store.model, ids, [store.site])[0].flatten(end_dim=1)
 
 
 def positions(rows: torch.Tensor, among: torch.Tensor) -> list[list[int]]:
@@ -58,7 +68,7 @@ def test_every_row_is_served_exactly_once_over_the_refills(make_store: Make) -> 
     served_total = 12
     rows = iter(torch.eye(64 * 40)[:, :])
     store.next_rows = lambda: torch.stack([next(rows) for _ in range(64)])  # type: ignore[method-assign]
-    store.site = SimpleNamespace(d_in=64 * 40, name="one-hot")  # type: ignore[assignment]
+    store.widths = [64 * 40]
     store.spill = torch.empty(0, 64 * 40)
     served = torch.cat([store.next_batch() for _ in range(served_total)])
     assert store.buffer is not None

@@ -60,6 +60,9 @@ OWN_DEFAULTS: dict[str, Any] = {
     "k_anneal_steps": 0,
     "multi_topk": False,
     "matryoshka_selection": "batchtopk",
+    "target_hook_point": None,
+    "d_out": None,
+    "skip_connection": False,
     "jumprelu_bandwidth": 0.05,
     "jumprelu_init_threshold": 0.1,
     "jumprelu_sparsity_loss_mode": "step",
@@ -327,6 +330,15 @@ def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
             {"target_l0": 50.0},
             "target_l0: found 50.0 with architecture standard, expected jumprelu; set one of them",
         ),
+        (
+            {"optimizer": "adam8bit", "feature_sampling_method": "l2"},
+            "optimizer: found adam8bit with feature_sampling_method l2, expected adam or signum, whose moments can be "
+            "reset latent by latent; change one of them",
+        ),
+        (
+            {"optimizer": "adam8bit", "dtype": "float64"},
+            "optimizer: found adam8bit with dtype float64, expected adam or signum; change one of them",
+        ),
     ],
 )
 def test_option_of_another_architecture_is_refused(values: dict[str, Any], message: str) -> None:
@@ -338,7 +350,6 @@ def test_option_of_another_architecture_is_refused(values: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("name", "value", "available"),
     [
-        ("optimizer", "adam8bit", "adam, signum; choose one"),
         ("parallel", "layers", "data; leave the field out"),
         ("use_cached_activations", True, "False; leave the field out"),
         ("normalize_activations", "unit_norm", "none; leave the field out"),
@@ -381,7 +392,7 @@ def test_list_is_no_value_of_a_field_that_takes_one() -> None:
 
 def test_all_problems_come_in_one_error() -> None:
     with pytest.raises(ValueError) as caught:
-        Config(k="x", lr=-1, optimizer="adam8bit", total_training_tokens=1)  # pyright: ignore
+        Config(k="x", lr=-1, optimizer="sgd", total_training_tokens=1)  # pyright: ignore
     lines = str(caught.value).splitlines()
     assert lines[0] == "LanguageModelSAERunnerConfig: 4 problems"
     assert [line.split(":")[0] for line in lines[1:]] == [

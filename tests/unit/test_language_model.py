@@ -44,7 +44,7 @@ def test_demo_model_gives_the_logits_of_the_plain_transformers_model(demo_model:
 def test_bfloat16_model_stays_close_to_float32(demo_model: Any) -> None:
     half = load_language_model("demo", lm_dtype="bfloat16")
     site, ids = find_hook_site(half, "blocks.2.hook_resid_post"), tokens(20, half.cfg.d_vocab)
-    narrow, full = harvest(half, ids, site), harvest(demo_model, ids, site)
+    (narrow,), (full,) = harvest(half, ids, [site]), harvest(demo_model, ids, [site])
     assert narrow.dtype == torch.bfloat16
     assert (narrow.float() - full).norm() / full.norm() < 0.02
 
@@ -75,7 +75,8 @@ ids = torch.arange(1, 11).unsqueeze(0)
 named = load_language_model("gpt2", lm_dtype="float32")
 folder = load_language_model(sys.argv[1], lm_dtype="float32")
 site = find_hook_site(named, "blocks.1.hook_resid_pre")
-same = (harvest(named, ids, site) - harvest(folder, ids, find_hook_site(folder, site.name))).abs().max().item()
+(a,), (b,) = harvest(named, ids, [site]), harvest(folder, ids, [find_hook_site(folder, site.name)])
+same = (a - b).abs().max().item()
 print(json.dumps([type(named).__name__, type(folder).__name__, same]))
 """
 
@@ -139,7 +140,7 @@ def test_named_precision_is_taken_as_it_is() -> None:
 def test_harvest_equals_the_cached_activations(hooked_model: Any, hook: str, head: int | None, width: int) -> None:
     site = find_hook_site(hooked_model, hook, head)
     ids = tokens(7, 50)
-    rows = harvest(hooked_model, ids, site)
+    (rows,) = harvest(hooked_model, ids, [site])
     assert rows.shape == (2, 7, width) == (2, 7, site.d_in)
     _, cache = hooked_model.run_with_cache(ids)
     whole = cache[hook]

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 
-from sae_training.optim import SCHEDULERS, annealed_k, lr_factor, make_optimizer, warm_up_factor
+from sae_training.optim import SCHEDULERS, annealed_k, lr_factor, make_optimizer, moments, warm_up_factor
 
 
 def test_constant_ignores_warm_up() -> None:
@@ -105,8 +106,61 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
     assert torch.equal(optimizer.state[weight]["exp_avg"], moment)
 
 
+def noisy_quadratic(optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter, steps: range) -> None:
+    """Steps down (weight - 1)^2 / 2 with noise on the gradient, the same for each step number."""
+    for step in steps:
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+        weight.grad = weight.detach() - 1 + 0.1 * noise
+        optimizer.step()
+
+
+def test_adam8bit_follows_adam_with_a_quarter_of_its_moments() -> None:
+    weights = {name: torch.nn.Parameter(torch.zeros(64, 128)) for name in ("adam", "adam8bit")}
+    optimizers = {name: make_optimizer(name, [weight], 0.01, (0.9, 0.999)) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        noisy_quadratic(optimizers[name], weight, range(50))
+    assert weights["adam"].mean() > 0.3
+    torch.testing.assert_close(weights["adam8bit"], weights["adam"], atol=0.02, rtol=0)
+    sizes = {
+        name: sum(moment.nbytes for moment in moments(optimizers[name], weight).values() if moment.ndim)
+        for name, weight in weights.items()
+    }
+    # 2 bytes a weight in place of 8, and two scales of 4 bytes for each 256.
+    assert sizes == {"adam": 8 * 64 * 128, "adam8bit": 2 * 64 * 128 + 8 * 64 * 128 // 256}
+
+
+def test_adam8bit_goes_on_from_saved_moments() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(64, 128)) for _ in range(2)]
+    one, other = (make_optimizer("adam8bit", [weight], 0.01, (0.9, 0.999)) for weight in weights)
+    noisy_quadratic(one, weights[0], range(5))
+    with torch.no_grad():
+        weights[1].copy_(weights[0])
+    other.state[weights[1]].update({key: value.clone() for key, value in moments(one, weights[0]).items()})
+    noisy_quadratic(one, weights[0], range(5, 9))
+    noisy_quadratic(other, weights[1], range(5, 9))
+    assert torch.equal(weights[0], weights[1])
+
+
+def test_adam8bit_survives_a_gradient_that_is_not_finite() -> None:
+    weight = torch.nn.Parameter(torch.zeros(64, 128))
+    optimizer = make_optimizer("adam8bit", [weight], 0.01, (0.9, 0.999))
+    noisy_quadratic(optimizer, weight, range(3))
+    weight.grad = torch.full_like(weight, torch.nan)
+    optimizer.found_inf = torch.ones(())  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    optimizer.found_inf = torch.zeros(())  # pyright: ignore[reportAttributeAccessIssue]
+    noisy_quadratic(optimizer, weight, range(3, 5))
+    assert weight.isfinite().all()
+
+
+def test_adam8bit_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sae_training.adam8bit", None)
+    with pytest.raises(ImportError, match=r"pip install 'sae-training\[adam8bit\]', or use adam"):
+        make_optimizer("adam8bit", [], 0.01, (0.9, 0.999))
+
+
 def test_unknown_optimizer_is_refused() -> None:
-    with pytest.raises(ValueError, match="found 'sgd', expected 'adam' or 'signum'"):
+    with pytest.raises(ValueError, match="found 'sgd', expected 'adam', 'adam8bit' or 'signum'"):
         make_optimizer("sgd", [], lr=0.1, betas=(0.9, 0.999))
 
 

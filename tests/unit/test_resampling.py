@@ -26,7 +26,7 @@ def rows(n: int, seed: int = 9) -> torch.Tensor:
 
 
 def run(trainer: SAETrainer, x: torch.Tensor, method: str = "anthropic", dead: torch.Tensor = DEAD) -> int:
-    return len(resample(trainer.sae, trainer.by_latent(), dead, x, method, torch.Generator().manual_seed(0)))
+    return len(resample(trainer.sae, trainer.by_latent(), dead, x, x, method, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize("method", ["anthropic", "l2"])
@@ -83,7 +83,7 @@ def test_resampled_latents_are_not_dead_until_they_are_silent_again() -> None:
     trainer = trained(feature_sampling_method="l2", dead_feature_window=2)
     trainer.tracker.steps_since_fired[DEAD] = 10
     assert trainer.tracker.dead().sum() == 2
-    assert trainer.resample(rows(50), step=3) == 2
+    assert trainer.resample(rows(50), rows(50), step=3) == 2
     assert trainer.tracker.dead().sum() == 0
 
 
@@ -106,5 +106,5 @@ def test_resampled_latents_fire_on_the_row_they_came_from(architecture: str) -> 
 def test_with_fewer_rows_than_dead_latents_the_others_stay_dead() -> None:
     trainer = trained(feature_sampling_method="l2", dead_feature_window=2)
     trainer.tracker.steps_since_fired[DEAD] = 10
-    assert trainer.resample(rows(1), step=3) == 1
+    assert trainer.resample(rows(1), rows(1), step=3) == 1
     assert trainer.tracker.dead().sum() == 1

@@ -126,7 +126,7 @@ def test_clipping_bounds_the_norm_of_the_gradient() -> None:
 def test_result_is_detached_and_holds_the_batch() -> None:
     x = batch()
     result = make_trainer().step(x, 0)
-    assert result.x is x
+    assert result.target is x
     tensors = [result.out.sae_out, result.out.code.values, result.out.loss, result.out.mse_loss]
     assert not any(tensor.requires_grad for tensor in tensors)
 
@@ -323,6 +323,7 @@ def test_weight_that_is_not_finite_is_named() -> None:
         {"architecture": "topk", "k_anneal_steps": 6},
         {"architecture": "topk", "auxk_coefficient": 0.5, "auxk_k": 2, "dead_feature_window": 1},
         {"architecture": "topk", "optimizer": "signum"},
+        {"architecture": "topk", "optimizer": "adam8bit"},
         {"architecture": "topk", "ema_decay": 0.9},
         {"architecture": "batchtopk"},
         {"architecture": "jumprelu"},

@@ -1,0 +1,49 @@
+"""Adam with its two moments in 8 bits: 2 bytes a weight in place of 8 (the only import of bitsandbytes, an extra).
+
+The moments are quantised in blocks of 256 numbers of one weight matrix, each with its own scale (Dettmers et al. 2022,
+arXiv 2110.02861); small parameters keep 32 bits.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+bitsandbytes_log = logging.getLogger("bitsandbytes")
+level = bitsandbytes_log.level
+bitsandbytes_log.setLevel(logging.ERROR)  # it warns about kernels that have nothing to do with optimizers
+from bitsandbytes.optim.adam import Adam8bit as BitsAndBytesAdam8bit  # noqa: E402
+
+bitsandbytes_log.setLevel(level)
+
+TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}
+"""The two tables of 256 numbers that the bytes stand for, shared by all parameters and hence not saved with each."""
+
+
+class Adam8bit(BitsAndBytesAdam8bit):
+    """bitsandbytes' Adam8bit, whose moments can be saved and set like those of torch's Adam (`optim.moments`)."""
+
+    found_inf: torch.Tensor
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One step. Where `found_inf` is 1 the gradient counts as 0: skipping would have to wait for the device."""
+        found_inf = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.complete_state(parameter)
+                if found_inf is not None and parameter.grad is not None:
+                    parameter.grad = torch.where(found_inf > 0, 0.0, parameter.grad)
+        super().step(closure)
+
+    def complete_state(self, parameter: torch.Tensor) -> None:
+        """After moments were set: the step as the int that bitsandbytes counts with, and the tables."""
+        state = self.state[parameter]
+        if "step" not in state or isinstance(state["step"], int):
+            return
+        state["step"] = int(state["step"])
+        if state["state1"].dtype == torch.uint8:
+            self.fill_qmap()
+            state.update({name: self.name2qmap[table].to(parameter.device) for name, table in TABLES.items()})
