@@ -6,17 +6,10 @@ arXiv 2110.02861); small parameters keep 32 bits.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
-
-bitsandbytes_log = logging.getLogger("bitsandbytes")
-level = bitsandbytes_log.level
-bitsandbytes_log.setLevel(logging.ERROR)  # it warns about kernels that have nothing to do with optimizers
-from bitsandbytes.optim.adam import Adam8bit as BitsAndBytesAdam8bit  # noqa: E402
-
-bitsandbytes_log.setLevel(level)
+from bitsandbytes.optim.adam import Adam8bit as BitsAndBytesAdam8bit
 
 TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}
 """The two tables of 256 numbers that the bytes stand for, shared by all parameters and hence not saved with each."""

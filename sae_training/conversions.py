@@ -45,14 +45,23 @@ def fold_decoder_norms(sae: SparseAutoencoder) -> SparseAutoencoder:
 
 
 @torch.no_grad()
-def fold_input_scale(sae: SparseAutoencoder, scale: float) -> SparseAutoencoder:
-    """The autoencoder for raw activations x, given one trained on scale * x: same codes, outputs in raw units."""
-    if not scale > 0:
-        raise ValueError(f"scale: found {scale}, expected a number above 0, the factor that training put before x.")
+def fold_input_scale(sae: SparseAutoencoder, scale: float, target_scale: float | None = None) -> SparseAutoencoder:
+    """The autoencoder for raw activations x, given one trained on scale * x: same codes, outputs in raw units.
+
+    A transcoder may have been trained to predict target_scale * target; None is `scale`.
+    """
+    target_scale = scale if target_scale is None else target_scale
+    for name, factor in (("scale", scale), ("target_scale", target_scale)):
+        if not factor > 0:
+            raise ValueError(f"{name}: found {factor}, expected a number above 0, the factor that training put before.")
+    if not sae.is_transcoder and scale != target_scale:
+        raise ValueError(f"target_scale: found {target_scale}, expected scale = {scale}: this is not a transcoder.")
     folded = copy.deepcopy(sae)
     folded.W_enc.mul_(scale)
-    folded.W_dec.div_(scale)
-    folded.b_dec.div_(scale)
+    folded.W_dec.div_(target_scale)
+    folded.b_dec.div_(target_scale)
+    if folded.has_skip_connection:
+        folded.W_skip.mul_(scale / target_scale)
     return folded
 
 

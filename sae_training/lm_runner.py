@@ -21,7 +21,9 @@ from tqdm import tqdm
 from sae_training import checkpoint
 from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config_checks import FIXED_K
 from sae_training.config_io import config_to_dict
+from sae_training.conversions import fold_decoder_norms
 from sae_training.evals import evaluate
 from sae_training.interrupt import StopRequest, TrainingInterrupted
 from sae_training.language_model import (
@@ -305,7 +307,9 @@ def start_weights(sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig, sto
             f"{', '.join(sae.state_dict())}; set architecture (and skip_connection) to that of the file."
         )
     sae.load_state_dict(tensors)
-    if sae.has_unit_norm_decoder:
+    if sae.has_unit_norm_decoder and sae.architecture not in FIXED_K:
+        sae.load_state_dict(fold_decoder_norms(sae).state_dict())
+    elif sae.has_unit_norm_decoder:
         sae.set_decoder_norm_to_unit_norm()
 
 

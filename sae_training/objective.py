@@ -21,11 +21,12 @@ from sae_training.sparse_code import Code, Entries, concatenate, fixed_size_entr
 if TYPE_CHECKING:
     from sae_training.sparse_autoencoder import SparseAutoencoder
 
-AUXK_ROWS_SHARE, AUXK_MIN_ROWS = 16, 256
-"""AuxK looks at one row in 16 (at least 256 rows, or all): a random sample, since rows are shuffled.
+AUXK_ROWS_SHARE, AUXK_MIN_ROWS = 32, 128
+"""AuxK looks at one row in 32 (at least 128 rows, or all): a random sample, since rows are shuffled.
 
 Its loss is a mean over rows, so the expected gradient is that of all rows; with k_aux = d_in / 2 it would otherwise
-have several times the entries of the step itself.
+have several times the entries of the step itself. Latents dead after 500k rows of SmolLM2, batch 2048, for two seeds:
+30 and 26 with 256 rows, 33 and 29 with 128, 31 and 20 with 64; explained variance 0.9228 in all.
 """
 MULTI_TOPK_FACTOR, MULTI_TOPK_WEIGHT = 4, 1 / 8
 

@@ -82,16 +82,16 @@ class SAEToyModelRunnerConfig:
     """Latents; a multiple of n_hidden."""
 
     k: int = 6
-    """Active latents per row (topk)."""
+    """Active latents per row (topk, batchtopk, matryoshka)."""
 
     l1_coefficient: float = 1.5e-3
-    """Weight of the L1 penalty (standard)."""
+    """Weight of the sparsity penalty (standard and gated: L1, jumprelu: L0)."""
 
     l1_warm_up_steps: int = 500
     """Steps over which the L1 weight rises linearly from 0."""
 
     auxk_coefficient: float | Literal["auto"] = "auto"
-    """Weight of the AuxK loss for dead latents; auto is 1/32 for topk, 0 for standard."""
+    """Weight of the AuxK loss for dead latents; auto is 1/4 with a fixed k, else 0."""
 
     use_ghost_grads: bool = False
     """Revive dead latents with ghost gradients."""
@@ -126,7 +126,7 @@ class SAEToyModelRunnerConfig:
     """Course of the learning rate."""
 
     lr_warm_up_steps: int | Literal["auto"] = 50
-    """Steps of linear warm-up; auto is 5% of the run, at most 1000."""
+    """Steps of linear warm-up; auto is a quarter of the run, at most 1000."""
 
     n_eval_rows: int = 16_384
     """Rows, not trained on, over which the scores that need firings are taken."""

@@ -186,6 +186,20 @@ def test_fine_tuning_starts_from_the_given_weights_and_keeps_the_new_config(
     torch.testing.assert_close(tuned.sae.W_enc, first.sae.W_enc)
 
 
+def test_fine_tuning_keeps_the_function_of_a_decoder_with_other_norms(
+    small_config: MakeConfig, demo_model: Any, tmp_path: Path
+) -> None:
+    first = run_config(small_config(), demo_model)
+    with torch.no_grad():
+        first.sae.W_dec[:100] *= 3
+    first.sae.save_model(tmp_path / "other_norms")
+    cfg = small_config(run_name="tuned", from_pretrained_path=str(tmp_path / "other_norms"), lr=1e-12)
+    tuned = run_config(cfg, demo_model)
+    x = first.store.next_batch()
+    torch.testing.assert_close(tuned.sae(x).sae_out, first.sae(x).sae_out, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tuned.sae.W_dec.norm(dim=1), torch.ones(512))
+
+
 def test_fine_tuning_another_width_names_both_shapes(small_config: MakeConfig, demo_model: Any) -> None:
     first = run_config(small_config(), demo_model)
     cfg = small_config(run_name="tuned", from_pretrained_path=str(first.folder.path), expansion_factor=4)

@@ -58,6 +58,15 @@ def test_folding_the_input_scale_keeps_codes_and_returns_raw_units(architecture:
     torch.testing.assert_close(on_raw.sae_out, on_scaled.sae_out / scale)
 
 
+def test_folding_both_scales_of_a_transcoder_keeps_codes_and_returns_raw_units() -> None:
+    sae = make("topk", target_hook_point="blocks.0.hook_mlp_out", d_out=3, skip_connection=True)
+    folded = fold_input_scale(sae, 0.3, target_scale=5.0)
+    torch.testing.assert_close(folded.encode(rows()), sae.encode(0.3 * rows()))
+    torch.testing.assert_close(folded.reconstruct(rows()), sae.reconstruct(0.3 * rows()) / 5)
+    with pytest.raises(ValueError, match="found 5.0, expected scale = 0.3: this is not a transcoder"):
+        fold_input_scale(make("topk"), 0.3, 5.0)
+
+
 def test_scale_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="found 0, expected a number above 0"):
         fold_input_scale(make("standard"), 0)
