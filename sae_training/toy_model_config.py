@@ -109,7 +109,7 @@ class SAEToyModelRunnerConfig:
     """Precision of the autoencoder's weights: float32, bfloat16, float16 or float64."""
 
     sae: dict[str, Any] = field(default_factory=dict)
-    """Values for other fields of the main config, by name: {"lr_decay_steps": 100}."""
+    """Values for other fields of the main config, by name: {"lr_decay_steps": 100}; in flags, lr_decay_steps=100."""
 
     # Training
 

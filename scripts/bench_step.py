@@ -414,7 +414,7 @@ def sweep_table(points: list[dict[str, Any]]) -> list[str]:
     labels = list(dict.fromkeys(label for point in points for label in point["systems"]))
     width = longest(labels)
     sizes = f"{'d_sae':>8}{'k':>5}{'L0':>8}"
-    lines = [f"{'':{width}}{sizes}{'ms':>10}{'/ encoder f32':>15}{'grown':>9}{'encoder grown':>15}"]
+    lines = [f"{'':{width}}{sizes}{'ms':>10}{'/ encoder f32':>15}{'grown':>9}{'encoder grown':>15}{'peak MiB':>10}"]
     for label in labels:
         first: tuple[float, float] | None = None
         for point in points:
@@ -428,6 +428,7 @@ def sweep_table(points: list[dict[str, Any]]) -> list[str]:
             lines.append(
                 f"{start}{shown(row['l0'], 1):>8}{ms:>10.2f}"
                 f"{ms / encoder_ms:>15.3f}{ms / first[0]:>9.2f}{encoder_ms / first[1]:>15.2f}"
+                f"{shown(row['peak_mib'], 0):>10}"
             )
     for point in points:
         never_timed = {name: reason for name, reason in point["left_out"].items() if name not in labels}
