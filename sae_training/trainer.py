@@ -98,8 +98,13 @@ class SAETrainer:
         return [moment for moment in found if moment.ndim], self.average
 
     def gradient_sum(self) -> Tensor:
-        """A number that is not finite if any gradient is not."""
-        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
+        """A number that is not finite if any gradient is not.
+
+        A matrix' gradient is made of the same numbers as those of the biases, times activations that the loss has
+        seen: only in float16 can it overflow alone, so elsewhere its 16 MB and more need not be read.
+        """
+        narrow = self.sae.dtype == torch.float16
+        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None and (p.ndim == 1 or narrow)]
         return torch.stack([gradient.sum(dtype=torch.float32) * 0 for gradient in gradients]).sum()
 
     def update(self, lr: float, not_finite: Tensor) -> None:
