@@ -6,6 +6,9 @@ The buffer is allocated once. Batches are drawn from it in a random order; when 
 exactly those rows are overwritten in place by new ones, and a new order is drawn. A row waits in the buffer for two
 refills on average, so each batch mixes tokens of many prompts. Rows keep the language model's own precision, hence
 lose nothing. For a transcoder a row holds the activations at both of its hooks side by side.
+
+With `normalize_activations` the batches are scaled to a mean norm of sqrt(width), by factors that `measure_scales`
+takes from the buffer once; `get_activations` gives the model's own units in any case.
 """
 
 from __future__ import annotations
@@ -58,6 +61,8 @@ class ActivationsStore:
             self.sites += (find_target_site(model, target_hook_point, option(cfg, "d_out")),)
             check_order(model, *self.sites)
         self.widths = [site.d_in for site in self.sites]
+        self.scales = [1.0 for _ in self.sites]
+        """What rows of each site are multiplied by before they are served."""
         check_context_size(cfg.context_size, model)
 
         self.documents = self.open(cfg.dataset_path if dataset is None else dataset)
@@ -148,17 +153,25 @@ class ActivationsStore:
         self.served += self.train_batch_size
         return self.rows_at(rows)
 
+    def measure_scales(self, n_rows: int) -> None:
+        """From now on, scale what is served: each site to a mean norm of sqrt(width) over up to `n_rows` rows."""
+        self.scales = [1.0 for _ in self.sites]
+        found = self.sample(n_rows)
+        norms = [rows.float().norm(dim=1).mean().item() for rows in (found.x, found.target)[: len(self.sites)]]
+        self.scales = [width**0.5 / norm if norm > 0 else 1.0 for width, norm in zip(self.widths, norms, strict=True)]
+
     def sample(self, n_rows: int) -> Batch:
         """Up to `n_rows` random rows of the buffer, without serving them."""
         self.fill()
         return self.rows_at(self.order[:n_rows])
 
     def rows_at(self, places: Tensor) -> Batch:
-        """The buffer's rows at `places` (n,), in the config's dtype."""
+        """The buffer's rows at `places` (n,), scaled, in the config's dtype."""
         assert self.buffer is not None
-        rows = self.buffer.index_select(0, places.to(self.device))
-        parts = [part.to(self.dtype).contiguous() for part in rows.split(self.widths, dim=1)]
-        return Batch(parts[0], parts[-1])
+        parts = self.buffer.index_select(0, places.to(self.device)).split(self.widths, dim=1)
+        parts = [part.to(self.dtype).contiguous() for part in parts]
+        scaled = [rows if scale == 1 else rows.mul_(scale) for rows, scale in zip(parts, self.scales, strict=True)]
+        return Batch(scaled[0], scaled[-1])
 
     # ----------------------------------------------------------------------------------------------------- buffer
 
@@ -201,6 +214,7 @@ class ActivationsStore:
             "served": self.served,
             "order": self.order,
             "spill": self.spill,
+            "scales": self.scales,
             "generator": self.generator.get_state(),
             "tokens": self.tokens.state_dict(),
         }
@@ -210,6 +224,7 @@ class ActivationsStore:
         self.served = state["served"]
         self.order = state["order"].clone()
         self.spill = state["spill"].to(self.device)
+        self.scales = state["scales"]
         self.generator.set_state(state["generator"])
         try:
             self.tokens.load_state_dict(state["tokens"])

@@ -148,7 +148,7 @@ class LanguageModelSAERunnerConfig:
     """Starting value of the decoder bias, from the first buffer of activations."""
 
     normalize_activations: Literal["none", "expected_average_only_in", "layer_norm", "unit_norm"] = "none"
-    """Scaling of the activations before encoding (this version: none)."""
+    """Scaling in training to a mean norm of sqrt(d_in); the saved weights take raw activations."""
 
     from_pretrained_path: str | None = None
     """Saved autoencoder whose weights training starts from; None starts fresh."""

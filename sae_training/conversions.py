@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -46,9 +47,10 @@ def fold_decoder_norms(sae: SparseAutoencoder) -> SparseAutoencoder:
 
 @torch.no_grad()
 def fold_input_scale(sae: SparseAutoencoder, scale: float, target_scale: float | None = None) -> SparseAutoencoder:
-    """The autoencoder for raw activations x, given one trained on scale * x: same codes, outputs in raw units.
+    """The autoencoder for raw activations x, given one trained on scale * x: codes and outputs come in raw units.
 
-    A transcoder may have been trained to predict target_scale * target; None is `scale`.
+    The decoder's rows keep their norms. A transcoder may have been trained to predict target_scale * target; None is
+    `scale`. 1 / scale turns it back.
     """
     target_scale = scale if target_scale is None else target_scale
     for name, factor in (("scale", scale), ("target_scale", target_scale)):
@@ -57,9 +59,15 @@ def fold_input_scale(sae: SparseAutoencoder, scale: float, target_scale: float |
     if not sae.is_transcoder and scale != target_scale:
         raise ValueError(f"target_scale: found {target_scale}, expected scale = {scale}: this is not a transcoder.")
     folded = copy.deepcopy(sae)
-    folded.W_enc.mul_(scale)
-    folded.W_dec.div_(target_scale)
-    folded.b_dec.div_(target_scale)
+    folded.W_enc.mul_(scale / target_scale)
+    for offset in (folded.b_enc, folded.b_dec):
+        offset.div_(target_scale)
+    if folded.architecture == "jumprelu":
+        folded.log_threshold.sub_(math.log(target_scale))
+    if folded.architecture == "gated":
+        folded.b_mag.div_(target_scale)
+    if folded.choice == "batchtopk":
+        folded.inference_threshold.div_(target_scale)
     if folded.has_skip_connection:
         folded.W_skip.mul_(scale / target_scale)
     return folded

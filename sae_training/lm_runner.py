@@ -23,7 +23,7 @@ from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_checks import FIXED_K
 from sae_training.config_io import config_to_dict
-from sae_training.conversions import fold_decoder_norms
+from sae_training.conversions import fold_decoder_norms, fold_input_scale
 from sae_training.evals import evaluate
 from sae_training.interrupt import StopRequest, TrainingInterrupted
 from sae_training.language_model import (
@@ -45,6 +45,7 @@ from sae_training.trainer import NonFiniteLoss, SAETrainer
 from sae_training.weights import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE, load_weights, write_safetensors, write_text
 
 EVALUATION_FILE = "evaluation.json"
+SAMPLE_ROWS = 32_768  # of the buffer, from which b_dec starts and scales are measured; as many as Gao et al. 2024 use
 RESAMPLE_ROWS = 16_384  # of the buffer, from which resampling draws its directions
 
 
@@ -65,7 +66,11 @@ class Run:
 
     @property
     def sae(self) -> SparseAutoencoder:
-        return self.trainer.sae
+        """The autoencoder for activations as the model has them: what is in training, or where training scales its
+        batches, a copy with the scales folded in.
+        """
+        scales = self.store.scales
+        return self.trainer.sae if set(scales) == {1.0} else fold_input_scale(self.trainer.sae, scales[0], scales[-1])
 
     @property
     def n_training_tokens(self) -> int:
@@ -83,7 +88,7 @@ def language_model_sae_runner(
     `model` (a HookedTransformer or TransformerBridge) and `dataset` (a `datasets` object) stand in for those that the
     config names. The run's folder is runs/<run name>; see `run_folder.choose_run_folder` for when a run is continued.
     """
-    return run_config(cfg, model, dataset).sae
+    return run_config(cfg, model, dataset).sae.eval()
 
 
 def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None) -> Run:
@@ -283,8 +288,10 @@ def check_same_language_model(expected: str, model: LanguageModel, latest: Path)
 
 def start_weights(sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig, store: ActivationsStore) -> None:
     """From the pretrained file if the config names one, else with b_dec set from a sample of the activations."""
+    if cfg.normalize_activations == "expected_average_only_in":
+        store.measure_scales(SAMPLE_ROWS)
     if cfg.from_pretrained_path is None:
-        x, target = store.sample(32_768)  # as many as Gao et al. 2024 use
+        x, target = store.sample(SAMPLE_ROWS)
         if sae.is_transcoder:
             sae.initialize_transcoder(x, target, cfg.b_dec_init_method)
         else:
@@ -307,6 +314,7 @@ def start_weights(sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig, sto
             f"{', '.join(sae.state_dict())}; set architecture (and skip_connection) to that of the file."
         )
     sae.load_state_dict(tensors)
+    sae.load_state_dict(fold_input_scale(sae, 1 / store.scales[0], 1 / store.scales[-1]).state_dict())
     if sae.has_unit_norm_decoder and sae.architecture not in FIXED_K:
         sae.load_state_dict(fold_decoder_norms(sae).state_dict())
     elif sae.has_unit_norm_decoder:
@@ -387,7 +395,7 @@ def finish(run: Run) -> None:
     run.trainer.take_average()
     evaluation = evaluate_now(run) | {"sparsity/dead_features": int(run.trainer.tracker.dead().sum())}
     run.logger.log(evaluation, run.step, run.n_training_tokens)
-    run.sae.eval()
+    run.trainer.sae.eval()
     save_weights_folder(
         run, run.folder.final, aliases=("final_model",), evaluation=json.dumps(evaluation, indent=2) + "\n"
     )

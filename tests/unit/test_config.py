@@ -352,7 +352,7 @@ def test_option_of_another_architecture_is_refused(values: dict[str, Any], messa
     [
         ("parallel", "layers", "data; leave the field out"),
         ("use_cached_activations", True, "False; leave the field out"),
-        ("normalize_activations", "unit_norm", "none; leave the field out"),
+        ("normalize_activations", "unit_norm", "none, expected_average_only_in; choose one"),
         ("grad_acc_steps", 2, "1; leave the field out"),
         ("micro_batch_size", 64, "None; leave the field out"),
         ("compile_lm", True, "False; leave the field out"),

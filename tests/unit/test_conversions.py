@@ -49,19 +49,25 @@ def test_folding_that_would_change_the_choice_is_refused(architecture: str) -> N
         fold_decoder_norms(make(architecture))
 
 
-@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
-def test_folding_the_input_scale_keeps_codes_and_returns_raw_units(architecture: str) -> None:
+@pytest.mark.parametrize("architecture", ["standard", "topk", "batchtopk", "jumprelu", "gated"])
+def test_folding_the_input_scale_gives_codes_and_outputs_in_raw_units(architecture: str) -> None:
     sae, scale = make(architecture), 0.3
+    if architecture == "batchtopk":
+        sae.inference_threshold.fill_(0.2)
     folded = fold_input_scale(sae, scale)
     on_scaled, on_raw = sae(scale * rows()), folded(rows())
-    torch.testing.assert_close(on_raw.feature_acts, on_scaled.feature_acts)
+    assert (on_raw.feature_acts == 0).any()
+    torch.testing.assert_close(on_raw.feature_acts, on_scaled.feature_acts / scale)
     torch.testing.assert_close(on_raw.sae_out, on_scaled.sae_out / scale)
+    assert torch.equal(folded.W_dec, sae.W_dec)
+    for (name, weight), (_, again) in zip(sae.weights(), fold_input_scale(folded, 1 / scale).weights(), strict=True):
+        torch.testing.assert_close(again, weight, msg=name)
 
 
-def test_folding_both_scales_of_a_transcoder_keeps_codes_and_returns_raw_units() -> None:
+def test_folding_both_scales_of_a_transcoder_gives_raw_units() -> None:
     sae = make("topk", target_hook_point="blocks.0.hook_mlp_out", d_out=3, skip_connection=True)
     folded = fold_input_scale(sae, 0.3, target_scale=5.0)
-    torch.testing.assert_close(folded.encode(rows()), sae.encode(0.3 * rows()))
+    torch.testing.assert_close(folded.encode(rows()), sae.encode(0.3 * rows()) / 5)
     torch.testing.assert_close(folded.reconstruct(rows()), sae.reconstruct(0.3 * rows()) / 5)
     with pytest.raises(ValueError, match="found 5.0, expected scale = 0.3: this is not a transcoder"):
         fold_input_scale(make("topk"), 0.3, 5.0)

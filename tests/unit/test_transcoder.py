@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -181,6 +182,25 @@ def test_evaluation_puts_the_output_in_the_place_of_the_target(small_config: Cal
     error = sae.reconstruct(seen["x"]).flatten(end_dim=1) - y
     explained = 1 - error.pow(2).sum() / (y - y.mean(0)).pow(2).sum()
     assert found["metrics/eval_explained_variance"] == pytest.approx(explained.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, HOOKS | {"skip_connection": True}], ids=["autoencoder", "transcoder"])
+def test_normalised_training_leaves_weights_for_raw_activations(
+    changes: dict, small_config: Callable, demo_model: Any
+) -> None:
+    cfg = small_config(**changes, normalize_activations="expected_average_only_in", architecture="topk", k=8, lr=1e-3)
+    run = run_config(cfg, demo_model)
+    scales = run.store.scales
+    assert all(scale != 1 for scale in scales)
+    served = run.store.sample(256)
+    for rows, width in zip(served, run.store.widths, strict=False):
+        assert rows.norm(dim=1).mean().item() == pytest.approx(width**0.5, rel=0.2)
+    expected = run.trainer.sae.reconstruct(served.x) / scales[-1]
+    loaded = SparseAutoencoder.load_from_pretrained(run.folder.path)
+    torch.testing.assert_close(loaded.reconstruct(served.x / scales[0]), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(512))
+    tuned = run_config(replace(cfg, run_name="tuned", from_pretrained_path=str(run.folder.path), lr=1e-12), demo_model)
+    torch.testing.assert_close(tuned.sae.W_enc, loaded.W_enc, rtol=1e-3, atol=1e-4)
 
 
 def test_a_run_trains_resumes_and_comes_back(small_config: Callable, demo_model: Any) -> None:
