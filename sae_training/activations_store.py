@@ -13,6 +13,7 @@ takes from the buffer once; `get_activations` gives the model's own units in any
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -156,22 +157,31 @@ class ActivationsStore:
     def measure_scales(self, n_rows: int) -> None:
         """From now on, scale what is served: each site to a mean norm of sqrt(width) over up to `n_rows` rows."""
         self.scales = [1.0 for _ in self.sites]
-        found = self.sample(n_rows)
+        self.fill()
+        found = self.rows_at(self.order[:n_rows], torch.float32)
         norms = [rows.float().norm(dim=1).mean().item() for rows in (found.x, found.target)[: len(self.sites)]]
-        self.scales = [width**0.5 / norm if norm > 0 else 1.0 for width, norm in zip(self.widths, norms, strict=True)]
+        for site, norm in zip(self.sites, norms, strict=True):
+            if not 0 < norm < math.inf:
+                raise ValueError(
+                    f"normalize_activations: the mean norm of {site.name} is {norm}, expected a number above 0; choose "
+                    "another hook, or a wider dtype."
+                )
+        self.scales = [width**0.5 / norm for width, norm in zip(self.widths, norms, strict=True)]
 
     def sample(self, n_rows: int) -> Batch:
         """Up to `n_rows` random rows of the buffer, without serving them."""
         self.fill()
         return self.rows_at(self.order[:n_rows])
 
-    def rows_at(self, places: Tensor) -> Batch:
-        """The buffer's rows at `places` (n,), scaled, in the config's dtype."""
+    def rows_at(self, places: Tensor, dtype: torch.dtype | None = None) -> Batch:
+        """The buffer's rows at `places` (n,), scaled, in `dtype` (None: the config's)."""
         assert self.buffer is not None
         parts = self.buffer.index_select(0, places.to(self.device)).split(self.widths, dim=1)
-        parts = [part.to(self.dtype).contiguous() for part in parts]
-        scaled = [rows if scale == 1 else rows.mul_(scale) for rows, scale in zip(parts, self.scales, strict=True)]
-        return Batch(scaled[0], scaled[-1])
+        dtype = dtype or self.dtype
+        wide = torch.promote_types(dtype, torch.float32)  # raw activations can be too large for float16
+        scaled = [part if scale == 1 else part.to(wide) * scale for part, scale in zip(parts, self.scales, strict=True)]
+        rows = [part.to(dtype).contiguous() for part in scaled]
+        return Batch(rows[0], rows[-1])
 
     # ----------------------------------------------------------------------------------------------------- buffer
 
@@ -224,7 +234,7 @@ class ActivationsStore:
         self.served = state["served"]
         self.order = state["order"].clone()
         self.spill = state["spill"].to(self.device)
-        self.scales = state["scales"]
+        self.scales = state.get("scales", self.scales)  # the first checkpoints had none
         self.generator.set_state(state["generator"])
         try:
             self.tokens.load_state_dict(state["tokens"])

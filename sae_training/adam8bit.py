@@ -1,7 +1,7 @@
 """Adam with its two moments in 8 bits: 2 bytes a weight in place of 8 (the only import of bitsandbytes, an extra).
 
 The moments are quantised in blocks of 256 numbers of one weight matrix, each with its own scale (Dettmers et al. 2022,
-arXiv 2110.02861); small parameters keep 32 bits.
+arXiv 2110.02861); parameters of fewer than 4,096 numbers keep 32 bits. bitsandbytes waits for the device in every step.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Adam8bit(BitsAndBytesAdam8bit):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """One step. Where `found_inf` is 1 the gradient counts as 0: skipping would have to wait for the device."""
+        """One step, or none if `found_inf` is 1."""
         found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.complete_state(parameter)
-                if found_inf is not None and parameter.grad is not None:
-                    parameter.grad = torch.where(found_inf > 0, 0.0, parameter.grad)
         super().step(closure)
 
     def complete_state(self, parameter: torch.Tensor) -> None:

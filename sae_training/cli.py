@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # last flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, ImportError) as error:
         # a loss that is not finite is an ArithmeticError; a division by zero is a bug of ours
         if debug or isinstance(error, ZeroDivisionError):
             traceback.print_exc()

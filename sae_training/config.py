@@ -420,7 +420,7 @@ class LanguageModelSAERunnerConfig:
             return self.auxk_k
         if self.d_in is None:
             raise ValueError(_needs_d_in("auxk_k", None))
-        return min(auto_auxk_k(self.d_in), self.d_in * self.expansion_factor)
+        return min(auto_auxk_k(self.d_out or self.d_in), self.d_in * self.expansion_factor)
 
     @property
     def eval_every(self) -> int:

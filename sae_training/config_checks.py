@@ -367,8 +367,8 @@ def _option_of_another(cfg: Config) -> str | None:
 def _transcoder_option_without_target(cfg: Config) -> str | None:
     """What only a transcoder has, or cannot have."""
     if cfg.target_hook_point is None:
-        for name, default in (("d_out", None), ("skip_connection", False)):
-            if (value := getattr(cfg, name)) != default:
+        for name, allowed in (("d_out", (None, cfg.d_in)), ("skip_connection", (False,))):
+            if (value := getattr(cfg, name)) not in allowed:
                 return (
                     f"{name}: found {value} without target_hook_point, expected a hook whose activations to predict; "
                     f"name one, or leave {name} out"

@@ -55,7 +55,9 @@ def fold_input_scale(sae: SparseAutoencoder, scale: float, target_scale: float |
     target_scale = scale if target_scale is None else target_scale
     for name, factor in (("scale", scale), ("target_scale", target_scale)):
         if not factor > 0:
-            raise ValueError(f"{name}: found {factor}, expected a number above 0, the factor that training put before.")
+            raise ValueError(
+                f"{name}: found {factor}, expected a number above 0, the factor that training multiplied with."
+            )
     if not sae.is_transcoder and scale != target_scale:
         raise ValueError(f"target_scale: found {target_scale}, expected scale = {scale}: this is not a transcoder.")
     folded = copy.deepcopy(sae)

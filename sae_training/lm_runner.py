@@ -35,6 +35,7 @@ from sae_training.language_model import (
     load_language_model,
 )
 from sae_training.metrics import sparsity_metrics, training_metrics
+from sae_training.optim import check_installed
 from sae_training.progress import Progress
 from sae_training.report import write_report
 from sae_training.run_folder import RunFolder, choose_run_folder, read_run_config, with_absolute_paths
@@ -69,8 +70,16 @@ class Run:
         """The autoencoder for activations as the model has them: what is in training, or where training scales its
         batches, a copy with the scales folded in.
         """
-        scales = self.store.scales
-        return self.trainer.sae if set(scales) == {1.0} else fold_input_scale(self.trainer.sae, scales[0], scales[-1])
+        if not self.is_scaled:
+            return self.trainer.sae
+        folded = fold_input_scale(self.trainer.sae, self.store.scales[0], self.store.scales[-1])
+        folded.cfg = dataclasses.replace(self.cfg, normalize_activations="none")
+        return folded
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether training scales its batches (`normalize_activations`)."""
+        return any(scale != 1 for scale in self.store.scales)
 
     @property
     def n_training_tokens(self) -> int:
@@ -93,6 +102,7 @@ def language_model_sae_runner(
 
 def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None) -> Run:
     """`language_model_sae_runner`, for callers who want the run and its folder too."""
+    check_installed(cfg.optimizer)
     cfg = with_absolute_paths(cfg)
     if model is None:
         model = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype)
@@ -298,9 +308,14 @@ def start_weights(sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig, sto
             sae.initialize_b_dec(x, cfg.b_dec_init_method)
         return
     try:
-        _, tensors = load_weights(Path(cfg.from_pretrained_path))
+        saved, tensors = load_weights(Path(cfg.from_pretrained_path))
     except (OSError, ValueError) as error:
         raise type(error)(f"from_pretrained_path: {error}") from error
+    if (saved.target_hook_point is None) != (cfg.target_hook_point is None):
+        kinds = ["an autoencoder" if c.target_hook_point is None else "a transcoder" for c in (saved, cfg)]
+        raise ValueError(
+            f"from_pretrained_path: it holds {kinds[0]}, expected {kinds[1]}, as target_hook_point has it; change one."
+        )
     for name, sizes in (("W_enc", "(d_in, d_sae)"), ("W_dec", "(d_sae, d_out)")):
         found, expected = tuple(tensors[name].shape), tuple(sae.state_dict()[name].shape)
         if found != expected:
@@ -329,10 +344,12 @@ def check_room_for_checkpoints(
         return
     weights = sum(p.numel() * p.element_size() for p in trainer.sae.parameters())
     buffer = store.n_rows * (sum(store.widths) * store.model.cfg.dtype.itemsize + 8)
-    # One is written before the oldest is deleted; weights, and Adam's two moments, are in each.
+    # One is written before the oldest is deleted; weights, and Adam's two moments, are in each, and where batches are
+    # scaled the weights for raw activations too.
+    copies = 3 if cfg.normalize_activations == "none" else 4
     checkpoint.check_free_disk(
         folder.path,
-        (cfg.keep_checkpoints + 1) * (3 * weights + buffer) + weights,
+        (cfg.keep_checkpoints + 1) * (copies * weights + buffer) + weights,
         f"{cfg.keep_checkpoints + 1} checkpoints (keep_checkpoints, and one being written) need",
     )
 
@@ -343,14 +360,13 @@ def check_room_for_checkpoints(
 def save(run: Run) -> Path | None:
     """Save everything the run needs to go on as if it had not stopped; None, with a message, if the disk is full."""
     check_finite(run, weights=True)
-    trainer_state = run.trainer.state_dict()
-    parts = {
-        "sae": trainer_state.pop("weights"),
-        "trainer": trainer_state,
-        "store": run.store.state_dict(),
-    }
+    sae, trainer_state = run.sae, run.trainer.state_dict()
+    if not run.is_scaled:
+        trainer_state.pop("weights")  # they are those of `sae`
+    # Loaders read the part "sae", resuming goes on from the weights of "trainer" where these are others.
+    parts = {"sae": dict(sae.weights()), "trainer": trainer_state, "store": run.store.state_dict()}
     state = {"metrics_bytes": run.logger.position(), "language_model": fingerprint(run.store.model)}
-    config_text = json.dumps(config_to_dict(run.cfg), indent=2) + "\n"
+    config_text = json.dumps(config_to_dict(sae.cfg), indent=2) + "\n"
     try:
         saved = checkpoint.save_checkpoint(
             run.folder.checkpoints, run.step, parts, state, extra_files={CONFIG_FILE: config_text}

@@ -157,7 +157,7 @@ def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
     n = min(MULTI_TOPK_FACTOR * k if sae.multi_topk else k, sae.d_sae)
     if not has_sparse_way(sae, n):
         return None
-    encoder = Encoder(sae_in, sae.W_enc.detach(), sae.b_enc.detach(), sae.encoder_dtype)
+    encoder = encoder_of(sae, sae_in, sae.W_enc.detach(), sae.b_enc.detach())
     match sae.choice:
         case "topk":
             return top_k_of_rows(encoder, n)
@@ -169,6 +169,18 @@ def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
             return above_threshold(encoder, limit - 2 * torch.finfo(sae.encoder_dtype).eps * limit.abs())
         case _:
             return above_threshold(encoder, 0.0)
+
+
+def encoder_of(sae: SparseAutoencoder, sae_in: Tensor, W_enc: Tensor, b_enc: Tensor) -> Encoder:
+    """The encoder's product for `sae_in` (rows, d_in) with these weights, which may be those of some latents only.
+
+    A transcoder's input is not centred: in a low precision its mean, and b_enc against it, would cost the digits of
+    what differs from row to row. So rows come without their mean, whose product goes into the bias.
+    """
+    if sae.is_transcoder:
+        mean = sae_in.mean(dim=0)
+        sae_in, b_enc = sae_in - mean, b_enc + mean @ W_enc
+    return Encoder(sae_in, W_enc, b_enc, sae.encoder_dtype)
 
 
 def has_sparse_way(sae: SparseAutoencoder, n_active: int) -> bool:
@@ -229,12 +241,8 @@ def sparse_parts(
 def dead_entries(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) -> Entries:
     """The k_aux dead latents with the largest pre-activations on each of AuxK's rows."""
     numbers = dead.nonzero().flatten()
-    encoder = Encoder(
-        sae_in[: n_auxk_rows(len(sae_in))],
-        sae.W_enc.detach()[:, numbers],
-        sae.b_enc.detach()[numbers],
-        sae.encoder_dtype,
-    )
+    few = sae_in[: n_auxk_rows(len(sae_in))]
+    encoder = encoder_of(sae, few, sae.W_enc.detach()[:, numbers], sae.b_enc.detach()[numbers])
     among_dead = top_k_of_rows(encoder, sae.auxk_k)
     return Entries(numbers[among_dead.latents], among_dead.offsets, sae.d_sae)
 
@@ -245,7 +253,7 @@ def dead_entries_of_all(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) ->
     Always k_aux to a row; where fewer latents are dead, live ones fill the rest.
     """
     bias = sae.b_enc.detach().masked_fill(~dead, -torch.inf)
-    encoder = Encoder(sae_in[: n_auxk_rows(len(sae_in))], sae.W_enc.detach(), bias, sae.encoder_dtype)
+    encoder = encoder_of(sae, sae_in[: n_auxk_rows(len(sae_in))], sae.W_enc.detach(), bias)
     return top_k_of_rows(encoder, sae.auxk_k)
 
 

@@ -31,12 +31,12 @@ def resample(
     A row is drawn without replacement with a probability proportional to its squared error ("l2"), or to the square
     of that ("anthropic"). Then, with u the unit vector along row - b_dec:
       W_dec[latent] = u, W_enc[:, latent] = u * share * mean encoder norm of the live latents, b_enc[latent] = 0
-    (a transcoder's W_dec[latent] lies along what the row is to become, `target` (n, d_out), less b_dec, and its encoder
-    along the row less the mean row, from which b_enc measures), share being 0.2, so that newcomers do not disturb the
-    loss, or 1 for a fixed k, where they would never be chosen; jumprelu's threshold becomes the live latents' median,
-    gated's magnitudes start anew. `by_latent` are the optimizer's moments (d_sae, ...), set to 0 there, and averaged
-    weights by name, which take the new values. With fewer rows of any error than dead latents, the first of these get
-    one.
+    (a transcoder's W_dec[latent] lies along what the row is to become, `target` (n, d_out), less b_dec and what a skip
+    connection adds, and its encoder along the row less the mean row, from which b_enc measures), share being 0.2, so
+    that newcomers do not disturb the loss, or 1 for a fixed k, where they would never be chosen; jumprelu's threshold
+    becomes the live latents' median, gated's magnitudes start anew. `by_latent` are the optimizer's moments (d_sae,
+    ...), set to 0 there, and averaged weights by name, which take the new values. With fewer rows of any error than
+    dead latents, the first of these get one.
     """
     numbers = dead.nonzero().flatten()
     if len(numbers) == 0:
@@ -50,7 +50,7 @@ def resample(
         return numbers
     drawn = torch.multinomial((weight / weight.max()).cpu(), len(numbers), generator=generator).to(x.device)
     centre = x.mean(dim=0) if sae.is_transcoder else sae.b_dec
-    directions, directions_out = unit_rows(x[drawn] - centre), unit_rows(target[drawn] - sae.b_dec)
+    directions, directions_out = unit_rows(x[drawn] - centre), unit_rows(target[drawn] - sae.baseline(x[drawn]))
 
     share = 1.0 if sae.architecture in FIXED_K else ENCODER_NORM_SHARE
     live = sae.W_enc[:, ~dead].norm(dim=0)

@@ -72,7 +72,11 @@ class SparseAutoencoder(HookedRootModule):
         self.d_in: int = cfg.d_in
         self.d_sae: int = cfg.d_sae
         self.is_transcoder = option(cfg, "target_hook_point") is not None
-        self.d_out: int = option(cfg, "d_out") or self.d_in
+        self.d_out: int = option(cfg, "d_out") if self.is_transcoder else self.d_in
+        if self.d_out is None:
+            raise ValueError("d_out: found None, expected the width of the activations at target_hook_point as an int.")
+        if option(cfg, "skip_connection") and not self.is_transcoder:
+            raise ValueError("skip_connection: found True without target_hook_point, expected a transcoder.")
         self.dtype: torch.dtype = option(cfg, "dtype")
         self.device = torch.device(cfg.device)
         self.architecture: str = option(cfg, "architecture")
@@ -161,7 +165,7 @@ class SparseAutoencoder(HookedRootModule):
         return hasattr(self, "W_skip")
 
     def sae_input(self, x: Tensor) -> Tensor:
-        self.check_width(x, self.d_in)
+        check_width(x, "d_in", self.d_in)
         x = x.to(self.dtype)
         return self.hook_sae_in(x if self.is_transcoder else x - self.b_dec)
 
@@ -210,8 +214,8 @@ class SparseAutoencoder(HookedRootModule):
         if self.is_transcoder and target is None:
             raise ValueError("target: a transcoder's losses need the activations it predicts; or call reconstruct(x).")
         target = x if target is None else target
-        self.check_width(x, self.d_in)
-        self.check_width(target, self.d_out)
+        check_width(x, "d_in", self.d_in)
+        check_width(target, "d_out", self.d_out)
         rows, target = x.to(self.dtype).reshape(-1, self.d_in), target.to(self.dtype).reshape(-1, self.d_out)
         losses = objective(self, rows, target, Coefficients(self.l1_coefficient, self.k), dead_neuron_mask)
         return ForwardOutput(
@@ -222,13 +226,6 @@ class SparseAutoencoder(HookedRootModule):
             losses.l1_loss,
             losses.ghost_grad_loss,
         )
-
-    def check_width(self, x: Tensor, width: int) -> None:
-        if x.shape[-1] != width:
-            name = "d_in" if width == self.d_in else "d_out"
-            raise ValueError(
-                f"activations: the last dimension of {tuple(x.shape)} is {x.shape[-1]}, expected {name} = {width}."
-            )
 
     # ------------------------------------------------------------------------------------------- start, and the decoder
 
@@ -296,7 +293,8 @@ class SparseAutoencoder(HookedRootModule):
         model = Path(self.cfg.model_name).name if Path(self.cfg.model_name).is_absolute() else self.cfg.model_name
         hook = getattr(self.cfg, "resolved_hook_point", self.cfg.hook_point)
         if self.is_transcoder:
-            return f"transcoder_{model}_{hook}_{self.cfg.resolved_target_hook_point}_{self.d_sae}"
+            target = getattr(self.cfg, "resolved_target_hook_point", option(self.cfg, "target_hook_point"))
+            return f"transcoder_{model}_{hook}_{target}_{self.d_sae}"
         head = option(self.cfg, "hook_point_head_index")
         return f"sparse_autoencoder_{model}_{hook}{'' if head is None else f'_head{head}'}_{self.d_sae}"
 
@@ -320,6 +318,13 @@ class SparseAutoencoder(HookedRootModule):
         sae = cls(cfg)
         sae.load_state_dict(tensors)
         return sae.eval()
+
+
+def check_width(x: Tensor, name: str, width: int) -> None:
+    if x.shape[-1] != width:
+        raise ValueError(
+            f"activations: the last dimension of {tuple(x.shape)} is {x.shape[-1]}, expected {name} = {width}."
+        )
 
 
 def centre(rows: Tensor, method: str) -> Tensor:

@@ -55,8 +55,10 @@ class SAETrainer:
     def step(self, x: Tensor, step: int, target: Tensor | None = None) -> StepResult:
         """One optimizer step (the `step`-th, from 0) on a batch of activations (rows, d_in).
 
-        A transcoder learns to predict `target` (rows, d_out); None is x itself.
+        A transcoder learns to predict `target` (rows, d_out); for an autoencoder it is x itself.
         """
+        if self.sae.is_transcoder and target is None:
+            raise ValueError("target: a transcoder's step needs the activations it predicts: step(x, step, target).")
         lr, coefficients = self.lr(step), Coefficients(self.l1_coefficient(step), self.k(step))
         self.sae.train()
         x = x.to(self.sae.dtype)

@@ -186,12 +186,14 @@ def test_second_signal_stops_at_once(text: Path, tmp_path: Path) -> None:
     assert not complete_checkpoints(run / "checkpoints")
 
 
-@pytest.mark.parametrize("kind", ["standard", "ghost", "topk"])
+@pytest.mark.parametrize("kind", ["standard", "ghost", "topk", "transcoder"])
 def test_every_kind_of_run_resumes_exactly(kind: str, text: Path, tmp_path: Path, demo_model: Any) -> None:
     changes: dict[str, Any] = {
         "standard": {"architecture": "standard", "auxk_coefficient": 0.0, "l1_warm_up_steps": 20},
         "ghost": {"architecture": "standard", "auxk_coefficient": 0.0, "use_ghost_grads": True, "l1_coefficient": 0.1},
         "topk": {"lr_scheduler_name": "cosineannealingwarmup"},
+        "transcoder": {"hook_point": "blocks.1.hook_resid_mid", "target_hook_point": "blocks.1.hook_mlp_out"}
+        | {"normalize_activations": "expected_average_only_in", "optimizer": "adam8bit"},
     }[kind]
     changes |= {"total_training_tokens": 40 * 64, "keep_checkpoints": 100, "feature_sampling_window": 7}
     whole = run_config(config(text, tmp_path / "whole", **changes), demo_model).folder.path

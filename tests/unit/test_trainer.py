@@ -289,6 +289,15 @@ def test_loss_that_is_not_finite_is_told(value: float) -> None:
         trainer.check_finite()
 
 
+def test_a_matrix_gradient_that_overflows_alone_in_float16_is_seen() -> None:
+    trainer = make_trainer(dtype="float16")
+    trainer.sae(batch().half()).loss.backward()
+    assert torch.isfinite(trainer.gradient_sum())
+    assert trainer.sae.W_dec.grad is not None
+    trainer.sae.W_dec.grad[0, 0] = torch.inf
+    assert not torch.isfinite(trainer.gradient_sum())
+
+
 def test_a_loss_that_was_not_finite_is_remembered() -> None:
     trainer = make_trainer()
     trainer.step(batch() * float("nan"), 0)

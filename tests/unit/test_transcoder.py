@@ -129,15 +129,17 @@ def test_a_linear_target_is_learned_through_the_skip_connection_alone() -> None:
     torch.testing.assert_close(sae.b_dec.detach(), torch.ones(D_OUT), atol=0.05, rtol=0)
 
 
-def test_resampled_latents_read_inputs_and_write_targets() -> None:
-    cfg = config(architecture="standard", feature_sampling_method="l2")
+@pytest.mark.parametrize("skip", [False, True])
+def test_resampled_latents_read_inputs_and_write_targets(skip: bool) -> None:
+    cfg = config(architecture="standard", feature_sampling_method="l2", skip_connection=skip, lr=0.05)
     trainer = SAETrainer(SparseAutoencoder(cfg), cfg)
     x, target = pair()
     trainer.step(x, 0, target)
     sae = trainer.sae
     resample(sae, trainer.by_latent(), DEAD, x, target, "l2", torch.Generator().manual_seed(0))
     unit = torch.nn.functional.normalize
-    along = unit(target - sae.b_dec.detach(), dim=1) @ sae.W_dec[DEAD].detach().T
+    left_for_latents = target - sae.b_dec.detach() - (x @ sae.W_skip.detach() if skip else 0)
+    along = unit(left_for_latents, dim=1) @ sae.W_dec[DEAD].detach().T
     best = along.max(dim=0)
     torch.testing.assert_close(best.values, torch.ones(int(DEAD.sum()), dtype=torch.float64))
     read = unit(sae.W_enc[:, DEAD].detach().T, dim=1)
@@ -161,7 +163,7 @@ def test_rows_of_both_hooks_belong_together(small_config: Callable, demo_model: 
 
 @torch.no_grad()
 def test_evaluation_puts_the_output_in_the_place_of_the_target(small_config: Callable, demo_model: Any) -> None:
-    store = ActivationsStore(small_config(**HOOKS, skip_connection=True), demo_model)
+    store = ActivationsStore(small_config(**HOOKS, d_out=256, skip_connection=True), demo_model)
     sae = SparseAutoencoder(store.cfg).eval()
     sae.W_skip.normal_(std=0.05, generator=torch.Generator().manual_seed(3))
     tokens = store.held_out_tokens()[:4]
@@ -200,7 +202,36 @@ def test_normalised_training_leaves_weights_for_raw_activations(
     torch.testing.assert_close(loaded.reconstruct(served.x / scales[0]), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(512))
     tuned = run_config(replace(cfg, run_name="tuned", from_pretrained_path=str(run.folder.path), lr=1e-12), demo_model)
-    torch.testing.assert_close(tuned.sae.W_enc, loaded.W_enc, rtol=1e-3, atol=1e-4)
+    for (name, weight), (_, first) in zip(tuned.sae.weights(), loaded.weights(), strict=True):
+        torch.testing.assert_close(weight, first, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_checkpoint_of_a_normalised_run_takes_raw_activations(small_config: Callable, demo_model: Any) -> None:
+    cfg = small_config(normalize_activations="expected_average_only_in", checkpoint_every_steps=12)
+    run = run_config(cfg, demo_model)
+    loaded = SparseAutoencoder.load_from_pretrained(run.folder.path / "checkpoints" / "step_12")
+    assert loaded.cfg.normalize_activations == "none"
+    for (name, weight), (_, expected) in zip(loaded.weights(), run.sae.weights(), strict=True):
+        assert torch.equal(weight, expected), name
+    assert not torch.equal(loaded.b_dec, run.trainer.sae.b_dec)
+
+
+def test_fine_tuning_an_autoencoder_as_a_transcoder_is_refused(small_config: Callable, demo_model: Any) -> None:
+    first = run_config(small_config(), demo_model).folder.path
+    with pytest.raises(ValueError, match="it holds an autoencoder, expected a transcoder"):
+        run_config(small_config(**HOOKS, run_name="tuned", from_pretrained_path=str(first)), demo_model)
+
+
+def test_low_precision_chooses_the_latents_of_an_uncentred_input() -> None:
+    """Rows whose mean is 30 times their deviation, through a transcoder that starts centred."""
+    sizes = {"d_in": 64, "d_out": 64, "expansion_factor": 8, "k": 8, "dtype": "float32"}
+    sae = SparseAutoencoder(config(**sizes, encoder_matmul_dtype="bfloat16"))
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(256, 64, generator=generator) + 30 * torch.randn(64, generator=generator)
+    sae.initialize_transcoder(x, torch.randn(256, 64, generator=generator), "mean")
+    chosen = objective(sae, x, x, Coefficients(0.0, 8), sparse=True).feature_acts > 0
+    exact = sae.encode(x) > 0
+    assert (chosen & exact).sum() / exact.sum() > 0.95
 
 
 def test_a_run_trains_resumes_and_comes_back(small_config: Callable, demo_model: Any) -> None:
@@ -237,3 +268,7 @@ def test_what_a_user_gets_wrong_is_said(small_config: Callable, demo_model: Any)
         sae(x)
     with pytest.raises(ValueError, match="decode needs its input"):
         sae.decode(sae.encode(x))
+    with pytest.raises(ValueError, match="target: a transcoder's step needs"):
+        SAETrainer(sae, config(skip_connection=True)).step(x, 0)
+    with pytest.raises(ValueError, match="d_out: found None"):
+        SparseAutoencoder(config(d_out=None))
