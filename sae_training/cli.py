@@ -29,7 +29,7 @@ from sae_training.toy_model_config import SAEToyModelRunnerConfig
 
 # What `train` starts from without a config file; the class itself keeps the defaults of the mats
 # era.
-RECIPE: Mapping[str, Any] = {
+RECIPE: dict[str, Any] = {
     "architecture": "topk",
     "d_in": None,
     "lr": "auto",
@@ -41,6 +41,10 @@ RECIPE: Mapping[str, Any] = {
     "log_to_wandb": False,
     "device": "auto",
 }
+
+# A transcoder's input and target have sizes of their own. Demo model, MLP of layer 2, 300k tokens: explained variance
+# 0.65 with scaled batches, 0.56 without. Autoencoders of SmolLM2: 0.923 both, but 176 dead latents in place of 30.
+TRANSCODER_RECIPE = RECIPE | {"normalize_activations": "expected_average_only_in"}
 
 RunFolder = Annotated[Path, Positional, arg(metavar="RUN")]
 
@@ -62,12 +66,19 @@ class ConfigFile:
 
 
 @dataclass(kw_only=True)
+class ReadFirst(ConfigFile):
+    """All flags that decide over the defaults of others."""
+
+    target_hook_point: str | None = None
+
+
+@dataclass(kw_only=True)
 class Train(LanguageModelSAERunnerConfig, Common, ConfigFile):
     """Train a sparse autoencoder on the activations of a language model.
 
     The defaults are the recommended recipe: TopK with AuxK, d_in from the model, learning rate and
     warm-up by measured rules, then a line to 0, no training on special tokens (BOS), a GPU if there
-    is one, no Weights & Biases. With --config FILE the
+    is one, no Weights & Biases; for a transcoder also batches at a mean norm of sqrt(d). With --config FILE the
     file's values are the defaults, and fields that the file leaves out have the defaults of
     LanguageModelSAERunnerConfig; flags win over both. Switches also take
     a value (--log-to-wandb=False).
@@ -207,9 +218,9 @@ def parse_train(argv: Sequence[str]) -> LanguageModelSAERunnerConfig:
 def train_defaults(argv: Sequence[str]) -> Mapping[str, Any]:
     """What the flags of `train` default to: the values of the config file, or else the recipe."""
     # the other flags and --help are left for the full parser
-    file, _ = tyro.cli(ConfigFile, args=argv, prog="sae-training train", return_unknown_args=True, add_help=False)
+    file, _ = tyro.cli(ReadFirst, args=argv, prog="sae-training train", return_unknown_args=True, add_help=False)
     if file.config is None:
-        return RECIPE
+        return RECIPE if file.target_hook_point is None else TRANSCODER_RECIPE
     values = read_config_values(file.config)
     checked = {name: value for name, value in values.items() if (name, value) != ("device", "auto")}
     if found := value_problems(checked, LanguageModelSAERunnerConfig):

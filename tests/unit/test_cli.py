@@ -49,6 +49,14 @@ def test_train_without_a_file_is_the_recipe() -> None:
     assert parse_train([]) == RECIPE
 
 
+def test_transcoders_start_from_scaled_batches_unless_told_otherwise() -> None:
+    words = ["--target_hook_point", "blocks.0.hook_mlp_out"]
+    changes = {"target_hook_point": "blocks.0.hook_mlp_out", "normalize_activations": "expected_average_only_in"}
+    assert parse_train(words) == dataclasses.replace(RECIPE, **changes)
+    cfg = parse_train([*words, "--normalize_activations", "none"])
+    assert cfg == dataclasses.replace(RECIPE, target_hook_point="blocks.0.hook_mlp_out")
+
+
 def test_positionals_are_model_and_dataset() -> None:
     cfg = parse_train(["gpt2-small", "text.jsonl", "--k", "16"])
     assert cfg == dataclasses.replace(RECIPE, model_name="gpt2-small", dataset_path="text.jsonl", k=16)
