@@ -139,7 +139,7 @@ class LanguageModelSAERunnerConfig:
     """Width of the kernel of jumprelu's straight-through estimators."""
 
     jumprelu_init_threshold: float = 0.1
-    """Threshold that all latents of jumprelu start with, in units of the activations."""
+    """Threshold that all latents of jumprelu start with, in units of the (scaled) activations."""
 
     skip_connection: bool = False
     """Add a linear map of the input to a transcoder's output (starts at zero)."""
