@@ -13,6 +13,7 @@ takes from the buffer once; `get_activations` gives the model's own units in any
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_training.activations import harvest
+from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_io import option
 from sae_training.documents import Documents
 from sae_training.language_model import HookSite, LanguageModel, check_order, find_hook_site, find_target_site
@@ -54,13 +56,9 @@ class ActivationsStore:
         self.store_batch_size: int = cfg.store_batch_size
         self.train_batch_size: int = cfg.train_batch_size
         self.n_rows = cfg.n_batches_in_buffer * cfg.store_batch_size * cfg.context_size
-        hook_point = getattr(cfg, "resolved_hook_point", cfg.hook_point)
-        self.site = find_hook_site(model, hook_point, option(cfg, "hook_point_head_index"), cfg.d_in)
-        self.sites = (self.site,)
-        target_hook_point = getattr(cfg, "resolved_target_hook_point", option(cfg, "target_hook_point"))
-        if target_hook_point is not None:
-            self.sites += (find_target_site(model, target_hook_point, option(cfg, "d_out")),)
-            check_order(model, *self.sites)
+        self.sites = find_sites(cfg, model)
+        self.site, self.target_site = self.sites[0], self.sites[-1]
+        """Where the autoencoder's input is read, and where its output belongs."""
         self.widths = [site.d_in for site in self.sites]
         self.scales = [1.0 for _ in self.sites]
         """What rows of each site are multiplied by before they are served."""
@@ -125,11 +123,6 @@ class ActivationsStore:
         (activations,) = harvest(self.model, tokens, [self.site])
         return activations.to(self.dtype).clone()
 
-    @property
-    def target_site(self) -> HookSite:
-        """Where the autoencoder's output belongs."""
-        return self.sites[-1]
-
     def keeps(self, tokens: Tensor) -> Tensor:
         """Bool mask, of the shape of `tokens`: the positions the autoencoder is trained on."""
         if self.excluded_ids is None:
@@ -158,8 +151,8 @@ class ActivationsStore:
         """From now on, scale what is served: each site to a mean norm of sqrt(width) over up to `n_rows` rows."""
         self.scales = [1.0 for _ in self.sites]
         self.fill()
-        found = self.rows_at(self.order[:n_rows], torch.float32)
-        norms = [rows.float().norm(dim=1).mean().item() for rows in (found.x, found.target)[: len(self.sites)]]
+        found = self.rows_at(self.order[:n_rows], torch.float32)[: len(self.sites)]
+        norms = [rows.norm(dim=1).mean().item() for rows in found]
         for site, norm in zip(self.sites, norms, strict=True):
             if not 0 < norm < math.inf:
                 raise ValueError(
@@ -241,6 +234,24 @@ class ActivationsStore:
         except ValueError as error:
             raise ValueError(f"dataset_path: the data is not what the run was started on. {error}") from error
         self.buffer = state["buffer"].to(self.device) if "buffer" in state else None
+
+
+def find_sites(cfg: Any, model: LanguageModel) -> tuple[HookSite, ...]:
+    """The hooks of `cfg` in `model`, checked: where the input is read and, for a transcoder, the target."""
+    hook_point = getattr(cfg, "resolved_hook_point", cfg.hook_point)
+    site = find_hook_site(model, hook_point, option(cfg, "hook_point_head_index"), cfg.d_in)
+    target_hook_point = getattr(cfg, "resolved_target_hook_point", option(cfg, "target_hook_point"))
+    if target_hook_point is None:
+        return (site,)
+    target_site = find_target_site(model, target_hook_point, option(cfg, "d_out"))
+    check_order(model, site, target_site)
+    return site, target_site
+
+
+def with_widths(cfg: LanguageModelSAERunnerConfig, model: LanguageModel) -> LanguageModelSAERunnerConfig:
+    """`cfg` with d_in and, for a transcoder, d_out as `model` has them."""
+    site, *target = find_sites(cfg, model)
+    return dataclasses.replace(cfg, d_in=site.d_in, d_out=target[0].d_in if target else None)
 
 
 def special_token_ids(model: LanguageModel) -> Tensor:

@@ -59,7 +59,7 @@ class Common:
 
 @dataclass(kw_only=True)
 class ConfigFile:
-    """The one flag of `train` that must be read before the others, as it sets their defaults."""
+    """A flag of `train` that must be read before the others, as it sets their defaults."""
 
     config: Annotated[str | None, arg(metavar="FILE")] = None
     """File of config fields (.yaml or .json). Its values are the defaults; flags win over them."""
@@ -67,7 +67,7 @@ class ConfigFile:
 
 @dataclass(kw_only=True)
 class ReadFirst(ConfigFile):
-    """All flags that decide over the defaults of others."""
+    """All flags of that kind."""
 
     target_hook_point: str | None = None
 

@@ -349,8 +349,8 @@ def _widths_not_nested(cfg: Config) -> str | None:
 def _option_of_another(cfg: Config) -> str | None:
     """An option that the architecture would silently ignore."""
     for name, architectures in OPTION_OF.items():
-        value, default = getattr(cfg, name), type(cfg).__dataclass_fields__[name].default
-        if value != default and cfg.architecture not in architectures:
+        value = getattr(cfg, name)
+        if value != getattr(type(cfg), name) and cfg.architecture not in architectures:
             expected = " or ".join(architectures)
             return f"{name}: found {value} with architecture {cfg.architecture}, expected {expected}; set one of them"
     step = cfg.architecture == "jumprelu" and cfg.jumprelu_sparsity_loss_mode == "step"

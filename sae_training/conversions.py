@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from typing import Any
 
@@ -102,7 +101,7 @@ def to_jumprelu(sae: SparseAutoencoder, rows: Tensor | None = None) -> SparseAut
 def with_architecture(cfg: Any, architecture: str) -> Any:
     """The config with another architecture, and without the options that only the old one has."""
     changed = copy.copy(cfg)
-    defaults = {f.name: f.default for f in dataclasses.fields(LanguageModelSAERunnerConfig)}
     others = [name for name, owners in OPTION_OF.items() if architecture not in owners]
-    vars(changed).update({name: defaults[name] for name in [*others, "matryoshka_widths"]}, architecture=architecture)
+    defaults = {name: getattr(LanguageModelSAERunnerConfig, name) for name in [*others, "matryoshka_widths"]}
+    vars(changed).update(defaults, architecture=architecture)
     return changed

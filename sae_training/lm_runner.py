@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_training import checkpoint
-from sae_training.activations_store import ActivationsStore
+from sae_training.activations_store import ActivationsStore, with_widths
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_checks import FIXED_K
 from sae_training.config_io import config_to_dict
@@ -28,8 +28,6 @@ from sae_training.evals import evaluate
 from sae_training.interrupt import StopRequest, TrainingInterrupted
 from sae_training.language_model import (
     LanguageModel,
-    find_hook_site,
-    find_target_site,
     fingerprint,
     language_model_dtype,
     load_language_model,
@@ -97,7 +95,7 @@ def language_model_sae_runner(
     `model` (a HookedTransformer or TransformerBridge) and `dataset` (a `datasets` object) stand in for those that the
     config names. The run's folder is runs/<run name>; see `run_folder.choose_run_folder` for when a run is continued.
     """
-    return run_config(cfg, model, dataset).sae.eval()
+    return run_config(cfg, model, dataset).sae
 
 
 def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None) -> Run:
@@ -106,16 +104,14 @@ def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = 
     cfg = with_absolute_paths(cfg)
     if model is None:
         model = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype)
-    site = find_hook_site(model, cfg.resolved_hook_point, cfg.hook_point_head_index, cfg.d_in)
-    target = cfg.resolved_target_hook_point
-    d_out = None if target is None else find_target_site(model, target, cfg.d_out).d_in
+    cfg = with_widths(cfg, model)
     # Said in the folder, so that another machine computes in the same precisions.
     precisions: dict[str, Any] = {"lm_dtype": language_model_dtype(cfg.lm_dtype, cfg.device)}
     if cfg.dtype == torch.float32:  # elsewhere "auto" is dtype on every machine
         precisions["encoder_matmul_dtype"] = encoder_dtype(
             cfg.encoder_matmul_dtype, cfg.dtype, torch.device(cfg.device)
         )
-    cfg = dataclasses.replace(cfg, d_in=site.d_in, d_out=d_out, **precisions)
+    cfg = dataclasses.replace(cfg, **precisions)
     return run_in_folder(choose_run_folder(cfg), cfg, model, dataset)
 
 
@@ -329,11 +325,12 @@ def start_weights(sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig, sto
             f"{', '.join(sae.state_dict())}; set architecture (and skip_connection) to that of the file."
         )
     sae.load_state_dict(tensors)
-    sae.load_state_dict(fold_input_scale(sae, 1 / store.scales[0], 1 / store.scales[-1]).state_dict())
-    if sae.has_unit_norm_decoder and sae.architecture not in FIXED_K:
-        sae.load_state_dict(fold_decoder_norms(sae).state_dict())
+    in_training = fold_input_scale(sae, 1 / store.scales[0], 1 / store.scales[-1])
+    if sae.has_unit_norm_decoder and sae.architecture in FIXED_K:
+        in_training.set_decoder_norm_to_unit_norm()
     elif sae.has_unit_norm_decoder:
-        sae.set_decoder_norm_to_unit_norm()
+        in_training = fold_decoder_norms(in_training)
+    sae.load_state_dict(in_training.state_dict())
 
 
 def check_room_for_checkpoints(
@@ -394,7 +391,7 @@ def save_weights_folder(run: Run, folder: Path, aliases: tuple[str, ...], **text
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
-    name = run.sae.get_name()
+    name = run.trainer.sae.get_name()
     metadata = config_to_dict(run.cfg)
     files = [folder / WEIGHTS_FILE, folder / CONFIG_FILE]
     run.logger.log_artifact(name, "model", files, metadata=metadata, aliases=aliases)
@@ -417,7 +414,7 @@ def finish(run: Run) -> None:
     )
     run.write_status("finished")
     write_report(run.folder.path)
-    tqdm.write(summary(run.folder.path, evaluation, run.sae.d_sae))
+    tqdm.write(summary(run.folder.path, evaluation, run.trainer.sae.d_sae))
 
 
 @torch.no_grad()

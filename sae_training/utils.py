@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-from sae_training.activations_store import ActivationsStore
+from sae_training.activations_store import ActivationsStore, with_widths
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.language_model import LanguageModel, find_hook_site, find_target_site, load_language_model
+from sae_training.language_model import LanguageModel, load_language_model
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 Session = tuple[LanguageModel, SparseAutoencoder, ActivationsStore]
@@ -29,11 +28,8 @@ class LMSparseAutoencoderSessionloader:
         cfg = self.cfg
         if model is None:
             model = load_language_model(cfg.model_name, str(cfg.device), getattr(cfg, "lm_dtype", "auto"))
-        if isinstance(cfg, LanguageModelSAERunnerConfig) and cfg.d_in is None:
-            site = find_hook_site(model, cfg.resolved_hook_point, cfg.hook_point_head_index)
-            cfg = dataclasses.replace(cfg, d_in=site.d_in)
-        if isinstance(cfg, LanguageModelSAERunnerConfig) and cfg.resolved_target_hook_point and cfg.d_out is None:
-            cfg = dataclasses.replace(cfg, d_out=find_target_site(model, cfg.resolved_target_hook_point).d_in)
+        if isinstance(cfg, LanguageModelSAERunnerConfig):
+            cfg = with_widths(cfg, model)
         return model, SparseAutoencoder(cfg), ActivationsStore(cfg, model, dataset)
 
     @classmethod
