@@ -95,6 +95,33 @@ def gated_activation(pre: Tensor, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor) -
     return torch.where(pre > 0, magnitude, 0.0)
 
 
+class PrefixSums(Function):
+    """`prefix_sums`; autograd's way back through cumsum turns the whole tensor over, twice."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, baseline: Tensor) -> Any:
+        ctx.baseline_shape = baseline.shape
+        out = torch.empty_like(parts)
+        torch.add(parts[0], baseline, out=out[0])
+        for i in range(1, len(parts)):
+            torch.add(out[i - 1], parts[i], out=out[i])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        out = torch.empty_like(gradient)
+        out[-1] = gradient[-1]
+        for i in range(len(gradient) - 2, -1, -1):
+            torch.add(out[i + 1], gradient[i], out=out[i])
+        return out, out[0].sum_to_size(ctx.baseline_shape)
+
+
+def prefix_sums(parts: Tensor, baseline: Tensor) -> Tensor:
+    """b + parts[0], b + parts[0] + parts[1], ... for `parts` (n, rows, d) and the baseline b, (d,) or (rows, d)."""
+    return PrefixSums.apply(parts, baseline)  # pyright: ignore[reportReturnType]
+
+
 def top_k_mask(pre: Tensor, k: int) -> Tensor:
     """Bool mask of the k largest of each row."""
     indices = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False).indices

@@ -41,7 +41,7 @@ class MeanNormalisedError(Function):
     def forward(ctx: Any, x_hat: Tensor, x: Tensor, norm: Tensor) -> Any:
         wide = torch.promote_types(x.dtype, torch.float32)
         error = x_hat.to(wide) - x.to(wide)
-        weight = 1 / (norm.to(wide) * x.numel())
+        weight = 1 / (norm.to(wide) * error.numel())
         ctx.save_for_backward(error, weight)
         ctx.dtype = x_hat.dtype
         return (torch.linalg.vector_norm(error, dim=-1, keepdim=True).square() * weight).sum().to(x.dtype)
@@ -55,7 +55,7 @@ class MeanNormalisedError(Function):
 def mean_normalised_error(x_hat: Tensor, x: Tensor, norm: Tensor) -> Tensor:
     """The mean of `normalised_squared_error`, given `norm` = `centred_norm(x)` (rows, 1): the MSE loss.
 
-    The gradient reaches `x_hat` alone.
+    `x_hat` may be several reconstructions of x, (..., rows, d): their mean. The gradient reaches it alone.
     """
     return MeanNormalisedError.apply(x_hat, x, norm)  # pyright: ignore[reportReturnType]
 

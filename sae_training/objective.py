@@ -99,8 +99,7 @@ def objective(
         made = sparse_parts(sae, sae_in, entries, coefficients.k, dead)
 
     norm = centred_norm(target.to(torch.promote_types(target.dtype, torch.float32)))
-    errors = [mean_normalised_error(out, target, norm) for out in made.sae_outs]
-    mse_loss = torch.stack(errors).mean() if len(errors) > 1 else errors[0]
+    mse_loss = mean_normalised_error(made.sae_outs, target, norm)
     if made.multi_out is not None:
         mse_loss = mse_loss + MULTI_TOPK_WEIGHT * mean_normalised_error(made.multi_out, target, norm)
     if made.gate_out is not None:
@@ -145,7 +144,7 @@ def dense_outputs(sae: SparseAutoencoder, acts: Tensor, sae_in: Tensor) -> Tenso
         return sae.decode(acts, sae_in).unsqueeze(0)
     edges = (0, *sae.matryoshka_widths)
     blocks = [acts[:, i:j] @ sae.W_dec[i:j] for i, j in zip(edges, edges[1:], strict=False)]
-    outs = torch.stack(blocks).cumsum(dim=0) + sae.baseline(sae_in)
+    outs = architectures.prefix_sums(torch.stack(blocks), sae.baseline(sae_in))
     return torch.cat([outs[:-1], sae.hook_sae_out(outs[-1]).unsqueeze(0)])
 
 
@@ -165,8 +164,9 @@ def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
             return top_k_of_batch(encoder, k)
         case "jumprelu":  # just below the threshold there is no activation, but a gradient to the threshold
             limit = (sae.threshold - sae.jumprelu_bandwidth / 2).detach()
-            # Rounding the limit and the product must not hide an entry; one too many does no harm.
-            return above_threshold(encoder, limit - 2 * torch.finfo(sae.encoder_dtype).eps * limit.abs())
+            # Rounding the product, compared with limit - b_enc, must not hide an entry; one too many does no harm.
+            margin = 2 * torch.finfo(sae.encoder_dtype).eps * (limit.abs() + sae.b_enc.detach().abs())
+            return above_threshold(encoder, limit - margin)
         case _:
             return above_threshold(encoder, 0.0)
 
@@ -226,16 +226,14 @@ def sparse_parts(
         to_decode.append(Code(aux_pre.relu() * dead[aux.latents], aux))
     outs = decode_together(to_decode, sae.W_dec)
 
-    sae_outs = outs.pop(0).view(-1, len(sae_in), sae.W_dec.shape[1])
-    if len(sae_outs) > 1:
-        sae_outs = sae_outs.cumsum(dim=0)
     baseline = sae.baseline(sae_in)
+    sae_outs = architectures.prefix_sums(outs.pop(0).view(-1, len(sae_in), sae.W_dec.shape[1]), baseline)
     multi_out = outs.pop(0) + baseline if multi is not None else None
     error_hat = outs.pop(0) if aux is not None else None
     gate_out = None
     if sae.architecture == "gated":
         gate_out = pre.with_values(pre.values.relu()).decode(sae.W_dec.detach()) + baseline.detach()
-    return Reconstruction(pre, acts, sae_outs + baseline, multi_out, gate_out, error_hat)
+    return Reconstruction(pre, acts, sae_outs, multi_out, gate_out, error_hat)
 
 
 def dead_entries(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) -> Entries:
@@ -259,8 +257,7 @@ def dead_entries_of_all(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) ->
 
 def top_k_of_entries(code: Code, k: int) -> Code:
     """The k largest of the entries of each row, of which there is the same number on every row."""
-    entries = code.entries
-    assert entries is not None
+    entries = code.at_entries
     per_row = code.values.view(entries.n_rows, -1)
     values, places = per_row.topk(k, dim=1, sorted=False)
     latents = entries.latents.view_as(per_row).gather(1, places)
@@ -282,8 +279,7 @@ def by_prefix(code: Code, widths: tuple[int, ...]) -> Code:
 
 def decode_together(codes: list[Code], W_dec: Tensor) -> list[Tensor]:
     """The reconstructions (rows, d_out), without baseline, of several codes, from one product."""
-    entries = [code.entries for code in codes if code.entries is not None]
-    together = Code(torch.cat([code.values for code in codes]), concatenate(entries))
+    together = Code(torch.cat([code.values for code in codes]), concatenate([code.at_entries for code in codes]))
     return list(together.decode(W_dec).split([code.n_rows for code in codes]))
 
 

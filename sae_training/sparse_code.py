@@ -209,6 +209,12 @@ class Code:
     def n_rows(self) -> int:
         return len(self.values) if self.entries is None else self.entries.n_rows
 
+    @property
+    def at_entries(self) -> Entries:
+        """The entries of a code that has them."""
+        assert self.entries is not None
+        return self.entries
+
     def at(self, parameter: Tensor) -> Tensor:
         """A parameter (d_sae,), broadcast over the rows or picked for each entry."""
         return parameter if self.entries is None else parameter.index_select(0, self.entries.latents)
