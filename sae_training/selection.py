@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sae_training import cpu_kernels
+from sae_training import cpu_kernels, triton_selection
 from sae_training.sparse_code import Code, Entries, concatenate, fixed_size_entries, offsets_of
 
 TILE_ELEMENTS = 2**21
@@ -60,6 +60,9 @@ class Encoder:
 
 def top_k_of_rows(encoder: Encoder, k: int) -> Entries:
     """The k latents with the largest pre-activations on each row."""
+    if triton_selection.supports(encoder.sae_in, encoder.d_sae, k):
+        chunks = [triton_selection.encode_top_k(rows, encoder.table, encoder.bias, k) for _, rows in encoder.chunks()]
+        return fixed_size_entries(torch.cat(chunks), encoder.d_sae)
     chosen = []
     for _, rows in encoder.chunks():
         best = [best_of_tile(*tile, k) for tile in encoder.tiles(rows)]
