@@ -186,6 +186,17 @@ static void places_above(
     }
 }
 
+// ---------------------------------------------------------------------------------------------------- by latent
+
+// order: the entries by ascending latent, those of one latent as they were; offsets (d_sae + 1): where each one's are.
+extern "C" void sort_by_latent(const Index* latents, Index n, Index d_sae, Index* offsets, Index* order) {
+    std::fill(offsets, offsets + d_sae + 1, 0);
+    for (Index e = 0; e < n; e++) offsets[latents[e] + 1]++;
+    for (Index i = 0; i < d_sae; i++) offsets[i + 1] += offsets[i];
+    std::vector<Index> next(offsets, offsets + d_sae);
+    for (Index e = 0; e < n; e++) order[next[latents[e]]++] = e;
+}
+
 #define KERNELS_FOR(Number)                                                                                          \
     void top_k_##Number(                                                                                             \
         const Number::Stored* tile, Index n_rows, Index n, const Number::Float* bias, Index k, int n_threads,        \

@@ -66,6 +66,20 @@ def above(tile: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     return places, offsets
 
 
+def sort_by_latent(latents: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
+    """The stable order (n,) of entries by their `latents` (n,), and the latents' offsets (d_sae + 1,) in it, int64 all.
+
+    By counting: torch.sort of 131,072 takes nine times as long.
+    """
+    loaded, latents = library(), latents.contiguous()
+    assert loaded is not None
+    offsets = torch.empty(d_sae + 1, dtype=torch.int64)
+    order = torch.empty(len(latents), dtype=torch.int64)
+    n, width = ctypes.c_int64(len(latents)), ctypes.c_int64(d_sae)
+    loaded.sort_by_latent(address(latents), n, width, address(offsets), address(order))
+    return order, offsets
+
+
 def float_dtype(tile: Tensor) -> torch.dtype:
     """What a tile's numbers are added and compared in."""
     return torch.promote_types(tile.dtype, torch.float32)

@@ -63,18 +63,21 @@ def top_k_of_rows(encoder: Encoder, k: int) -> Entries:
     if triton_selection.supports(encoder.sae_in, encoder.d_sae, k):
         chunks = [triton_selection.encode_top_k(rows, encoder.table, encoder.bias, k) for _, rows in encoder.chunks()]
         return fixed_size_entries(torch.cat(chunks), encoder.d_sae)
-    chosen = []
-    for _, rows in encoder.chunks():
-        best = [best_of_tile(*tile, k) for tile in encoder.tiles(rows)]
-        latents, values = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
-        chosen.append(latents if len(best) == 1 else latents.gather(1, values.topk(k, dim=1, sorted=False).indices))
+    chosen = [best_latents(encoder, rows, k) for _, rows in encoder.chunks()]
     return fixed_size_entries(torch.cat(chosen), encoder.d_sae)
 
 
-def best_of_tile(first_latent: int, tile: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best latents of each row of a tile, and their pre-activations."""
-    places = top_k(tile, bias, k)
-    return places + first_latent, tile.gather(1, places) + bias[places]
+def best_latents(encoder: Encoder, rows: Tensor, k: int) -> Tensor:
+    """The k latents with the largest pre-activations on each of some rows, (rows, k)."""
+    latents, values = [], []
+    for first_latent, tile, bias in encoder.tiles(rows):
+        places = top_k(tile, bias, k)
+        latents.append(places + first_latent)
+        if encoder.tile_latents < encoder.d_sae:  # the best of each tile meet once more
+            values.append(tile.gather(1, places) + bias[places])
+    if not values:
+        return latents[0]
+    return torch.cat(latents, dim=1).gather(1, torch.cat(values, dim=1).topk(k, dim=1, sorted=False).indices)
 
 
 def top_k(tile: Tensor, bias: Tensor, k: int) -> Tensor:

@@ -13,7 +13,7 @@ Both weight gradients go through the entries latent by latent: one sort, shared.
 encoder's input is a matrix-vector product, since every row's input holds the same -b_dec.
 
 `row_products` and `bags` are the two products that the device decides on: kernels of torch on the CPU, of
-`triton_kernels` on CUDA. Nothing here reads a number off the device to go on.
+`triton_kernels` on CUDA. The sort is one of `cpu_kernels`, or torch's. Nothing here reads a number off the device to go on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from sae_training import triton_kernels
+from sae_training import cpu_kernels, triton_kernels
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # said once a process, to no one's use
 
@@ -68,6 +68,9 @@ class Entries:
 
     @cached_property
     def by_latent(self) -> ByLatent:
+        if self.latents.device.type == "cpu" and cpu_kernels.available():
+            order, offsets = cpu_kernels.sort_by_latent(self.latents, self.d_sae)
+            return ByLatent(order, self.latents[order], self.rows[order], offsets)
         latents, order = self.latents.sort(stable=True)
         return ByLatent(order, latents, self.rows[order], offsets_of(latents, self.d_sae))
 

@@ -119,6 +119,14 @@ def test_choices_of_a_batch_are_those_of_the_dense_pre_activations(
     assert selection.above_threshold(encoder, 0.0) is None  # half of them: too many
 
 
+@pytest.mark.parametrize("n", (0, 1, 1000))
+def test_entries_are_sorted_by_latent(n: int) -> None:
+    latents = torch.randint(0, 40, (n,), generator=torch.Generator().manual_seed(0))
+    order, offsets = cpu_kernels.sort_by_latent(latents, 40)
+    assert order.tolist() == sorted(range(n), key=lambda entry: (int(latents[entry]), entry))
+    assert offsets.tolist() == [int((latents < latent).sum()) for latent in range(41)]
+
+
 # ------------------------------------------------------------------------------------------------------------ compiling
 
 
