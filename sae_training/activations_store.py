@@ -5,7 +5,11 @@
 The buffer is allocated once. Batches are drawn from it in a random order; when half of its rows have been served,
 exactly those rows are overwritten in place by new ones, and a new order is drawn. A row waits in the buffer for two
 refills on average, so each batch mixes tokens of many prompts. Rows keep the language model's own precision, hence
-lose nothing. For a transcoder a row holds the activations at both of its hooks side by side.
+lose nothing.
+
+There is a buffer for each site (hook) that any autoencoder of the run reads or predicts, all filled from the same pass
+over the language model and served in the same order: row i is the same token at every site. The order depends on
+nothing but their size, so an autoencoder gets the same batches whichever others are trained beside it.
 
 With `normalize_activations` the batches are scaled to a mean norm of sqrt(width), by factors that `measure_scales`
 takes from the buffer once; `get_activations` gives the model's own units in any case.
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -38,8 +42,17 @@ class Batch(NamedTuple):
     target: Tensor
 
 
+Sites = tuple[HookSite, ...]
+"""Where an autoencoder's input is read and, for a transcoder, where its output belongs."""
+
+SHUFFLE_SEED = 42  # the same in all runs, so that seeds of one run can share their batches
+
+
 class ActivationsStore:
-    """Serves shuffled activations of `model` on the text that `cfg` names (or on `dataset`, if given)."""
+    """Serves shuffled activations of `model` on the text that `cfg` names (or on `dataset`, if given).
+
+    `sites` are those of all autoencoders that are trained together; None stands for those of `cfg`.
+    """
 
     def __init__(
         self,
@@ -47,6 +60,7 @@ class ActivationsStore:
         model: LanguageModel,
         dataset: Any = None,
         notify: Callable[[str], None] = tqdm.write,
+        sites: Iterable[HookSite] | None = None,
     ) -> None:
         self.cfg = cfg
         self.model = model
@@ -56,11 +70,8 @@ class ActivationsStore:
         self.store_batch_size: int = cfg.store_batch_size
         self.train_batch_size: int = cfg.train_batch_size
         self.n_rows = cfg.n_batches_in_buffer * cfg.store_batch_size * cfg.context_size
-        self.sites = find_sites(cfg, model)
-        self.site, self.target_site = self.sites[0], self.sites[-1]
-        """Where the autoencoder's input is read, and where its output belongs."""
-        self.widths = [site.d_in for site in self.sites]
-        self.scales = [1.0 for _ in self.sites]
+        self.sites = tuple(dict.fromkeys(find_sites(cfg, model) if sites is None else sites))
+        self.scales = {site: 1.0 for site in self.sites}
         """What rows of each site are multiplied by before they are served."""
         check_context_size(cfg.context_size, model)
 
@@ -72,11 +83,15 @@ class ActivationsStore:
         self.tokens = self.token_stream(self.documents, self.n_held_out)
         self.excluded_ids = special_token_ids(model) if option(cfg, "exclude_special_tokens") else None
 
-        self.generator = torch.Generator().manual_seed(option(cfg, "seed"))
-        self.buffer: Tensor | None = None
+        self.generator = torch.Generator().manual_seed(SHUFFLE_SEED)
+        self.buffers: list[Tensor] = []
+        """One (n_rows, width) for each site, once they are filled."""
         self.order = torch.empty(0, dtype=torch.long)
         self.served = 0
-        self.spill = torch.empty(0, sum(self.widths), dtype=model.cfg.dtype, device=self.device)
+        self.places = torch.empty(0, dtype=torch.long)
+        """Where the latest batch is in the buffers."""
+        self.spill = [torch.empty(0, site.d_in, dtype=model.cfg.dtype, device=self.device) for site in self.sites]
+        self.latest: tuple[Sites, Batch] | None = None
 
     # ----------------------------------------------------------------------------------------------------- tokens
 
@@ -120,7 +135,7 @@ class ActivationsStore:
 
     def get_activations(self, tokens: Tensor) -> Tensor:
         """Activations of token ids (prompts, context), as (prompts, context, d_in) in the config's dtype."""
-        (activations,) = harvest(self.model, tokens, [self.site])
+        (activations,) = harvest(self.model, tokens, [self.sites[0]])
         return activations.to(self.dtype).clone()
 
     def keeps(self, tokens: Tensor) -> Tensor:
@@ -129,12 +144,14 @@ class ActivationsStore:
             return torch.ones_like(tokens, dtype=torch.bool)
         return ~torch.isin(tokens, self.excluded_ids.to(tokens.device))
 
-    def next_rows(self) -> Tensor:
-        """Rows (n, d_in, or both widths) of the next `store_batch_size` prompts, in the model's precision."""
+    def next_rows(self) -> list[Tensor]:
+        """Rows (n, width) of the next `store_batch_size` prompts at each site, in the model's precision."""
         tokens = self.get_batch_tokens()
-        found = harvest(self.model, tokens, self.sites)
-        rows = (found[0] if len(found) == 1 else torch.cat(found, dim=-1)).flatten(end_dim=1)
-        return rows if self.excluded_ids is None else rows[self.keeps(tokens).flatten()]
+        found = [activations.flatten(end_dim=1) for activations in harvest(self.model, tokens, self.sites)]
+        if self.excluded_ids is None:
+            return found
+        keep = self.keeps(tokens).flatten()
+        return [rows[keep] for rows in found]
 
     def next_batch(self) -> Tensor:
         """The next random batch, (train_batch_size, d_in), in the config's dtype."""
@@ -142,62 +159,74 @@ class ActivationsStore:
 
     def next_pair(self) -> Batch:
         """The next random batch with its targets, (train_batch_size, d_in) and (train_batch_size, d_out)."""
-        self.fill()
-        rows = self.order[self.served : self.served + self.train_batch_size]
-        self.served += self.train_batch_size
-        return self.rows_at(rows)
+        self.advance()
+        return self.batch(self.sites)
 
-    def measure_scales(self, n_rows: int) -> None:
-        """From now on, scale what is served: each site to a mean norm of sqrt(width) over up to `n_rows` rows."""
-        self.scales = [1.0 for _ in self.sites]
+    def advance(self) -> None:
+        """Go on to the next random batch, which `batch` then gives for any sites."""
         self.fill()
-        found = self.rows_at(self.order[:n_rows], torch.float32)[: len(self.sites)]
-        norms = [rows.norm(dim=1).mean().item() for rows in found]
-        for site, norm in zip(self.sites, norms, strict=True):
+        self.places = self.order[self.served : self.served + self.train_batch_size]
+        self.served += self.train_batch_size
+        self.latest = None
+
+    def batch(self, sites: Sites) -> Batch:
+        """The batch that `advance` went on to. Asked again for the same sites, the same tensors."""
+        if self.latest is None or self.latest[0] != sites:
+            self.latest = sites, self.rows_at(self.places, sites)
+        return self.latest[1]
+
+    def measure_scales(self, n_rows: int, sites: Sites) -> None:
+        """From now on, scale what is served of the sites to a mean norm of sqrt(width) over up to `n_rows` rows."""
+        self.fill()
+        for site in sites:
+            self.scales[site] = 1.0
+            norm = self.rows_at(self.order[:n_rows], (site,), torch.float32).x.norm(dim=1).mean().item()
             if not 0 < norm < math.inf:
                 raise ValueError(
                     f"normalize_activations: the mean norm of {site.name} is {norm}, expected a number above 0; choose "
                     "another hook, or a wider dtype."
                 )
-        self.scales = [width**0.5 / norm for width, norm in zip(self.widths, norms, strict=True)]
+            self.scales[site] = site.d_in**0.5 / norm
 
-    def sample(self, n_rows: int) -> Batch:
+    def sample(self, n_rows: int, sites: Sites | None = None) -> Batch:
         """Up to `n_rows` random rows of the buffer, without serving them."""
         self.fill()
-        return self.rows_at(self.order[:n_rows])
+        return self.rows_at(self.order[:n_rows], sites or self.sites)
 
-    def rows_at(self, places: Tensor, dtype: torch.dtype | None = None) -> Batch:
-        """The buffer's rows at `places` (n,), scaled, in `dtype` (None: the config's)."""
-        assert self.buffer is not None
-        parts = self.buffer.index_select(0, places.to(self.device)).split(self.widths, dim=1)
-        dtype = dtype or self.dtype
+    def rows_at(self, places: Tensor, sites: Sites, dtype: torch.dtype | None = None) -> Batch:
+        """The buffers' rows at `places` (n,), scaled, in `dtype` (None: the config's)."""
+        places, dtype = places.to(self.device), dtype or self.dtype
         wide = torch.promote_types(dtype, torch.float32)  # raw activations can be too large for float16
-        scaled = [part if scale == 1 else part.to(wide) * scale for part, scale in zip(parts, self.scales, strict=True)]
-        rows = [part.to(dtype).contiguous() for part in scaled]
-        return Batch(rows[0], rows[-1])
+        found = []
+        for site in sites:
+            rows = self.buffers[self.sites.index(site)].index_select(0, places)
+            scale = self.scales[site]
+            found.append((rows if scale == 1 else rows.to(wide) * scale).to(dtype))
+        return Batch(found[0], found[-1])
 
     # ----------------------------------------------------------------------------------------------------- buffer
 
     def fill(self) -> None:
-        """Allocate and fill the buffer at first, and refill its served half when the next batch would pass it."""
-        if self.buffer is None:
+        """Allocate and fill the buffers at first, and refill their served half when the next batch would pass it."""
+        if not self.buffers:
             self.check_buffer_size()
-            self.buffer = torch.empty(self.n_rows, sum(self.widths), dtype=self.model.cfg.dtype, device=self.device)
+            dtype = self.model.cfg.dtype
+            self.buffers = [torch.empty(self.n_rows, site.d_in, dtype=dtype, device=self.device) for site in self.sites]
             self.overwrite(torch.arange(self.n_rows))
         elif self.served + self.train_batch_size > self.n_rows // 2:
             self.overwrite(self.order[: self.served])
 
     def overwrite(self, slots: Tensor) -> None:
-        """Put new rows into the buffer's places `slots` (n,), and draw a new order."""
-        assert self.buffer is not None
+        """Put new rows into the buffers' places `slots` (n,), and draw a new order."""
         slots = slots.to(self.device)
         first_fill = len(slots) == self.n_rows
         with tqdm(total=len(slots), desc="filling the buffer", unit="row", leave=False, disable=not first_fill) as bar:
             while len(slots):
-                rows = self.spill if len(self.spill) else self.next_rows()
-                n = min(len(rows), len(slots))
-                self.buffer.index_copy_(0, slots[:n], rows[:n])
-                self.spill, slots = rows[n:], slots[n:]
+                rows = self.spill if len(self.spill[0]) else self.next_rows()
+                n = min(len(rows[0]), len(slots))
+                for buffer, new in zip(self.buffers, rows, strict=True):
+                    buffer.index_copy_(0, slots[:n], new[:n])
+                self.spill, slots = [new[n:] for new in rows], slots[n:]
                 bar.update(n)
         self.order = torch.randperm(self.n_rows, generator=self.generator)
         self.served = 0
@@ -213,30 +242,32 @@ class ActivationsStore:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next batches depend on: buffer, order, position, generator, and the position in the text."""
+        names = [site.name for site in self.sites]
         state: dict[str, Any] = {
             "served": self.served,
             "order": self.order,
-            "spill": self.spill,
-            "scales": self.scales,
+            "spill": dict(zip(names, self.spill, strict=True)),
+            "scales": dict(zip(names, self.scales.values(), strict=True)),
             "generator": self.generator.get_state(),
             "tokens": self.tokens.state_dict(),
         }
-        return state if self.buffer is None else state | {"buffer": self.buffer}
+        return state | {"buffers": dict(zip(names, self.buffers, strict=True))} if self.buffers else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.served = state["served"]
         self.order = state["order"].clone()
-        self.spill = state["spill"].to(self.device)
-        self.scales = state.get("scales", self.scales)  # the first checkpoints had none
+        self.spill = [state["spill"][site.name].to(self.device) for site in self.sites]
+        self.scales = {site: state["scales"][site.name] for site in self.sites}
         self.generator.set_state(state["generator"])
         try:
             self.tokens.load_state_dict(state["tokens"])
         except ValueError as error:
             raise ValueError(f"dataset_path: the data is not what the run was started on. {error}") from error
-        self.buffer = state["buffer"].to(self.device) if "buffer" in state else None
+        if "buffers" in state:
+            self.buffers = [state["buffers"][site.name].to(self.device) for site in self.sites]
 
 
-def find_sites(cfg: Any, model: LanguageModel) -> tuple[HookSite, ...]:
+def find_sites(cfg: Any, model: LanguageModel) -> Sites:
     """The hooks of `cfg` in `model`, checked: where the input is read and, for a transcoder, the target."""
     hook_point = getattr(cfg, "resolved_hook_point", cfg.hook_point)
     site = find_hook_site(model, hook_point, option(cfg, "hook_point_head_index"), cfg.d_in)
@@ -248,9 +279,9 @@ def find_sites(cfg: Any, model: LanguageModel) -> tuple[HookSite, ...]:
     return site, target_site
 
 
-def with_widths(cfg: LanguageModelSAERunnerConfig, model: LanguageModel) -> LanguageModelSAERunnerConfig:
-    """`cfg` with d_in and, for a transcoder, d_out as `model` has them."""
-    site, *target = find_sites(cfg, model)
+def with_widths(cfg: LanguageModelSAERunnerConfig, sites: Sites) -> LanguageModelSAERunnerConfig:
+    """`cfg` with d_in and, for a transcoder, d_out as its `sites` have them."""
+    site, *target = sites
     return dataclasses.replace(cfg, d_in=site.d_in, d_out=target[0].d_in if target else None)
 
 

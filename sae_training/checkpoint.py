@@ -37,8 +37,8 @@ def save_checkpoint(
 ) -> Path:
     """Write parent/step_<step> and return it.
 
-    `parts` maps a file's name (without ending) to a nested dict whose leaves are tensors or JSON values; `state` is
-    plain JSON; `extra_files` are texts to put beside them.
+    `parts` maps a file's name (without ending; a/b is b in the folder a) to a nested dict whose leaves are tensors or
+    JSON values; `state` is plain JSON; `extra_files` are texts to put beside them.
     """
     tensors, leaves = {}, {}
     for part, content in parts.items():
@@ -51,6 +51,7 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     try:
         for part, content in tensors.items():
+            (partial / part).parent.mkdir(exist_ok=True)
             save_file(
                 {name: tensor.cpu().contiguous() for name, tensor in content.items()}, partial / f"{part}.safetensors"
             )
@@ -128,9 +129,9 @@ def remove(folder: Path) -> None:
 
 def write_manifest(folder: Path) -> None:
     entries = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         flush_to_disk(path)
-        entries[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     flush_to_disk(manifest)

@@ -16,13 +16,13 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, assert_never
+from typing import Annotated, Any, Literal, assert_never
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config import LanguageModelSAERunnerConfig, OneOrMany
 from sae_training.config_checks import field_types, is_union, nearest, plain_value, value_problems
 from sae_training.config_io import FIELD_NAMES, config_from_dict, read_config_values, read_yaml
 from sae_training.toy_model_config import SAEToyModelRunnerConfig
@@ -89,6 +89,9 @@ class Train(LanguageModelSAERunnerConfig, Common, ConfigFile):
 
     dataset: Annotated[str | None, Positional, arg(metavar="DATASET")] = None
     """Text to train on; the same as --dataset-path, over which it wins."""
+
+    layers: OneOrMany[int | Literal["all"]] | None = None
+    """Layers for `{layer}` in --hook-point, an autoencoder each: 4 8 12, or all."""
 
     def __post_init__(self) -> None:
         """Checks nothing: these are raw flags, and the config made from them checks itself."""
@@ -190,7 +193,7 @@ def run_verb(verb: Verb) -> None:
 
 def parse(argv: Sequence[str]) -> Verb:
     """The command that the words say; wrong words leave through SystemExit(2)."""
-    argv = spell_switches(argv) or ["--help"]
+    argv = spell_switches(join_layers(argv)) or ["--help"]
     defaults = train_defaults(argv[1:]) if argv[0] == "train" else RECIPE
     verbs: Any = typing.Union[  # noqa: UP007 - the parts are not plain classes
         Annotated[Train, subcommand("train", default=Train(**defaults))],
@@ -232,6 +235,10 @@ def train_defaults(argv: Sequence[str]) -> Mapping[str, Any]:
 def config_of(train: Train) -> LanguageModelSAERunnerConfig:
     """The config that the flags describe, checked, with a device chosen if none was named."""
     values = {name: getattr(train, name) for name in FIELD_NAMES}
+    if train.layers is not None:
+        values["hook_point_layer"] = train.layers
+    elif train.layer_stride != 1 and train.hook_point_layer == 0:
+        values["hook_point_layer"] = "all"
     if train.model is not None:
         values["model_name"] = train.model
     if train.dataset is not None:
@@ -241,6 +248,17 @@ def config_of(train: Train) -> LanguageModelSAERunnerConfig:
 
         values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return config_from_dict(values)
+
+
+def join_layers(argv: Sequence[str]) -> list[str]:
+    """`--layers 4 8 12`, as sparsify has it, to `--layers 4,8,12`, which ends where a model's name may begin."""
+    words: list[str] = []
+    for word in argv:
+        if word.isdigit() and len(words) > 1 and words[-2] == "--layers" and words[-1].replace(",", "").isdigit():
+            words[-1] += f",{word}"
+        else:
+            words.append(word)
+    return words
 
 
 def spell_switches(argv: Sequence[str]) -> list[str]:

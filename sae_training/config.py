@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union, cast
 
-from sae_training.config_checks import FIXED_K, checked_names, plain_values, problems, refuse
+from sae_training.config_checks import checked_names, plain_values, problems, refuse
+from sae_training.sweep import FIXED_K, LABELS, is_several, listed_fields
 
 T = TypeVar("T")
 if TYPE_CHECKING:
@@ -62,8 +63,11 @@ class LanguageModelSAERunnerConfig:
     hook_point: OneOrMany[str] = "blocks.0.hook_mlp_out"
     """Hook whose activations are encoded; `{layer}` in it is replaced by hook_point_layer."""
 
-    hook_point_layer: OneOrMany[int] = 0
-    """Layer for `{layer}` in hook_point; else the layer is read from the hook's name."""
+    hook_point_layer: OneOrMany[int | Literal["all"]] = 0
+    """Layer for `{layer}` in hook_point, or all; else the layer is read from the hook's name."""
+
+    layer_stride: int = 1
+    """With hook_point_layer all: every n-th layer, from layer 0."""
 
     hook_point_head_index: int | None = None
     """Attention head to take from a hook with a head axis; None takes all heads, concatenated."""
@@ -324,7 +328,7 @@ class LanguageModelSAERunnerConfig:
     """Where to compute: cpu, cuda, cuda:1, mps."""
 
     seed: OneOrMany[int] = 42
-    """Seed of the weights, the order of the text and the shuffling."""
+    """Seed of the starting weights; the order of the activations is the same for all seeds."""
 
     parallel: Literal["data", "layers", "latents"] = "data"
     """How several processes share the work under torchrun (this version: data)."""
@@ -377,6 +381,9 @@ class LanguageModelSAERunnerConfig:
         """run_name, or the name that mats made from the sizes; `4x` stands for an unknown d_sae."""
         if self.run_name is not None:
             return self.run_name
+        if is_several(self):
+            labels = [LABELS[name].strip("-") or name for name in listed_fields(self)] or ["layer"]
+            return f"sweep-{'-'.join(labels)}-Tokens-{self.total_training_tokens:3.3e}"
         width = f"{self.expansion_factor}x" if self.d_sae is None else self.d_sae
         sparsity = f"K-{self.k}" if self.architecture in FIXED_K else f"L1-{self.l1_coefficient}"
         lr = self.lr if self.d_sae is None else f"{self.resolved_lr:.3g}" if self.lr == "auto" else self.lr

@@ -17,6 +17,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
+from sae_training.sweep import (
+    FIXED_K,
+    MAX_COMBINATIONS,
+    is_several,
+    listed_fields,
+    n_combinations,
+    variants,
+    with_layers,
+)
+
 if TYPE_CHECKING:
     from sae_training.config import LanguageModelSAERunnerConfig as Config
 
@@ -69,6 +79,7 @@ POSITIVE = (
     "jumprelu_bandwidth",
     "jumprelu_init_threshold",
     "jumprelu_tanh_scale",
+    "layer_stride",
 )
 NOT_NEGATIVE = (
     "hook_point_layer",
@@ -97,10 +108,6 @@ BUILT: dict[str, tuple[object, ...]] = {
     "compile_lm": (False,),
     "parallel": ("data",),
 }
-
-
-FIXED_K = ("topk", "batchtopk", "matryoshka")
-"""Architectures whose code is a fixed number of the largest pre-activations."""
 
 # Options that only some architectures have; elsewhere they would do nothing, or harm.
 OPTION_OF: dict[str, tuple[str, ...]] = {
@@ -171,11 +178,33 @@ def problems(cfg: Config) -> list[str]:
             available = ", ".join(str(option) for option in built)
             advice = "choose one" if len(built) > 1 else "leave the field out"
             found[name] = f"{name}: {values[name]!r} is not trained by this version; available: {available}; {advice}"
+    if is_several(cfg):
+        return list(found.values()) or problems_of_several(cfg)
     for needed, rule in RELATIONS:
-        lists = any(isinstance(values[name], list) for name in needed)
-        if not lists and not found.keys() & set(needed) and (line := rule(cfg)):
+        if not found.keys() & set(needed) and (line := rule(cfg)):
             found[needed[0]] = line
     return list(found.values())
+
+
+def problems_of_several(cfg: Config) -> list[str]:
+    """The problems of the lists together, and of each config that they stand for."""
+    hooks = cfg.hook_point if isinstance(cfg.hook_point, list) else [cfg.hook_point]
+    has_layers = cfg.hook_point_layer == "all" or isinstance(cfg.hook_point_layer, list)
+    if has_layers and not all("{layer}" in hook for hook in hooks):
+        asked = "all layers" if cfg.hook_point_layer == "all" else f"layers {cfg.hook_point_layer}"
+        return [
+            f"hook_point: found {cfg.hook_point!r} with {asked}, expected {{layer}} where the number goes; write for "
+            "instance blocks.{layer}.hook_resid_post"
+        ]
+    if cfg.layer_stride != 1 and cfg.hook_point_layer != "all":
+        return [
+            f"layer_stride: found {cfg.layer_stride} with hook_point_layer {cfg.hook_point_layer}, expected 'all'; "
+            "leave one out"
+        ]
+    cfg = with_layers(cfg, n_layers=1)  # how many there are, the model says
+    if (n := n_combinations(cfg)) > MAX_COMBINATIONS:
+        return [f"{listed_fields(cfg)[0]}: the lists stand for {n} autoencoders, expected at most {MAX_COMBINATIONS}"]
+    return list(dict.fromkeys(line for single in variants(cfg).values() for line in problems(single)))
 
 
 def refuse(cls: type[Any], found: list[str]) -> None:
@@ -226,7 +255,7 @@ def _problem(name: str, value: Any, hint: Any) -> str | None:
     if not _fits(value, hint):
         return _misfit(name, value, hint)
     if isinstance(value, list):
-        return f"{name}: found {value}; several SAEs in one run are not trained by this version: give one value"
+        return _problem_of_list(name, value, hint)
     if name == "dtype" and value not in DTYPE_NAMES:
         return _not_a_choice(name, value, DTYPE_NAMES)
     if name == "device" and not re.fullmatch(rf"({'|'.join(DEVICE_TYPES)})(:\d+)?", value):
@@ -239,6 +268,16 @@ def _problem(name: str, value: Any, hint: Any) -> str | None:
             if expected:
                 return f"{name}: found {number}, expected {expected}; change it"
     return None
+
+
+def _problem_of_list(name: str, values: list[Any], hint: Any) -> str | None:
+    if not values:
+        return f"{name}: found an empty list, expected at least one value; give one or leave the field out"
+    if "all" in values:
+        return f"{name}: found {values}, expected numbers or the word all by itself; change it"
+    if len(set(values)) < len(values):
+        return f"{name}: found {values}, expected values that differ; leave the repeated ones out"
+    return next(filter(None, (_problem(name, value, hint) for value in values)), None)
 
 
 def _wrong_range(name: str, number: float) -> str | None:

@@ -1,20 +1,22 @@
 """Evaluation on held-out tokens: what the language model loses when it runs on reconstructions.
 
 Every batch takes three passes of the whole language model: clean, with the reconstruction in place of the activations,
-and with zeros in their place. Sums are taken over all tokens before any ratio, so no figure is a mean of ratios.
+and with zeros in their place. Several autoencoders share the clean pass, and those of one hook the zeros. Sums are
+taken over all tokens before any ratio, so no figure is a mean of ratios.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae_training.activations import at_site, put_back
-from sae_training.activations_store import ActivationsStore
+from sae_training.activations_store import ActivationsStore, Sites
 from sae_training.language_model import HookSite, LanguageModel
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
@@ -23,7 +25,18 @@ MAX_LOGITS = 2**26  # logits held at once, 256 MB in float32: bounds the prompts
 Sums = defaultdict[str, float]
 
 
-@torch.no_grad()
+@dataclass
+class Evaluated:
+    """An autoencoder, its sites in the store, and the sums over what it has been evaluated on so far."""
+
+    sae: SparseAutoencoder
+    sites: Sites
+    sums: Sums = field(default_factory=lambda: defaultdict(float))
+
+    def __post_init__(self) -> None:
+        self.moments = RowMoments(self.sae.d_out, self.sae.d_sae)
+
+
 def evaluate(sae: SparseAutoencoder, store: ActivationsStore, tokens: Tensor) -> dict[str, float]:
     """Evaluate on held-out contexts `tokens` (n, context_size); neither the store nor the weights change.
 
@@ -43,14 +56,23 @@ def evaluate(sae: SparseAutoencoder, store: ActivationsStore, tokens: Tensor) ->
     Positions the autoencoder is not trained on (`exclude_special_tokens`) keep their clean activations in both changed
     runs and do not count in the figures about rows. A transcoder's reconstruction takes the place of its target.
     """
-    was_training = sae.training
-    sae.eval()
-    sums: Sums = defaultdict(float)
-    row_moments = RowMoments(sae.d_out, sae.d_sae)
+    return evaluate_together([(sae, store.sites)], store, tokens)[0]
+
+
+@torch.no_grad()
+def evaluate_together(
+    saes: Sequence[tuple[SparseAutoencoder, Sites]], store: ActivationsStore, tokens: Tensor
+) -> list[dict[str, float]]:
+    """`evaluate` for several autoencoders, each with its sites, which are among those of the store."""
+    evaluated = [Evaluated(sae, sites) for sae, sites in saes]
+    were_training = [sae.training for sae, _ in saes]
+    for each in evaluated:
+        each.sae.eval()
     for prompts in batches_of_prompts(tokens, store.model):
-        add_batch(sums, row_moments, sae, store, prompts.to(store.device))
-    sae.train(was_training)
-    return figures(sums, row_moments)
+        add_batch(evaluated, store, prompts.to(store.device))
+    for each, was_training in zip(evaluated, were_training, strict=True):
+        each.sae.train(was_training)
+    return [figures(each.sums, each.moments) for each in evaluated]
 
 
 def batches_of_prompts(tokens: Tensor, model: LanguageModel) -> Iterator[Tensor]:
@@ -58,56 +80,71 @@ def batches_of_prompts(tokens: Tensor, model: LanguageModel) -> Iterator[Tensor]
     return iter(tokens.split(n_prompts))
 
 
-def add_batch(
-    sums: Sums, moments: RowMoments, sae: SparseAutoencoder, store: ActivationsStore, prompts: Tensor
-) -> None:
-    model, target_site = store.model, store.target_site
+def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: Tensor) -> None:
     keep = store.keeps(prompts)
-    seen: list[Tensor] = []
+    seen: dict[HookSite, Tensor] = {}
 
-    def look_at(site: HookSite) -> Callable[[Tensor, Any], None]:
-        return lambda activations, hook: seen.append(at_site(activations, site))
+    def look_at(site: HookSite) -> tuple[str, Callable[[Tensor, Any], None]]:
+        return site.name, lambda activations, hook: seen.update({site: at_site(activations, site)})
 
-    clean_logits, clean_pattern = run(model, prompts, store.site, [(site.name, look_at(site)) for site in store.sites])
-    x, target = seen[0], seen[-1]  # in the order in which the pass comes to them
-    feature_acts = sae.encode(x)
-    sae_out = sae.decode(feature_acts, x)
-    moments.add(feature_acts[keep], sae_out[keep], target.to(sae.dtype)[keep])
-    sums["tokens"] += prompts[:, 1:].numel()
-    for name, new in (("sae", sae_out), ("ablation", torch.zeros_like(sae_out))):
-        logits, pattern = run(model, prompts, store.site, [(target_site.name, replacing(target_site, new, keep))])
-        ce_clean, ce, kl = compare_predictions(clean_logits, logits, prompts)
-        sums["ce_clean"] += ce_clean / 2  # the same number in each of two runs
-        sums[f"ce_{name}"] += ce
-        sums[f"kl_{name}"] += kl
-        if clean_pattern is not None and pattern is not None:
-            sums[f"pattern_kl_{name}"] += pattern_kl_sum(clean_pattern, pattern)
-            sums["queries"] += clean_pattern.shape[0] * clean_pattern.shape[1] / 2  # counted once in each of two runs
+    sites = dict.fromkeys(site for each in evaluated for site in each.sites)
+    clean = run(store.model, prompts, tuple(sites), [look_at(site) for site in sites])
+    for target_site in dict.fromkeys(each.sites[-1] for each in evaluated):
+        of_site = [each for each in evaluated if each.sites[-1] == target_site]
+        zeros = torch.zeros_like(seen[target_site])
+        heads = tuple(dict.fromkeys(each.sites[0] for each in of_site))
+        without = compare(clean, run(store.model, prompts, heads, [replacing(target_site, zeros, keep)]), prompts)
+        for each in of_site:
+            x = seen[each.sites[0]]
+            feature_acts = each.sae.encode(x)
+            sae_out = each.sae.decode(feature_acts, x)
+            each.moments.add(feature_acts[keep], sae_out[keep], seen[target_site].to(each.sae.dtype)[keep])
+            del feature_acts
+            hooks = [replacing(target_site, sae_out, keep)]
+            with_sae = compare(clean, run(store.model, prompts, each.sites[:1], hooks), prompts)
+            each.sums["tokens"] += prompts[:, 1:].numel()
+            each.sums["ce_clean"] += with_sae["ce_clean"]
+            for name, found in (("sae", with_sae), ("ablation", without)):
+                each.sums[f"ce_{name}"] += found["ce"]
+                each.sums[f"kl_{name}"] += found["kl"]
+                each.sums[f"pattern_kl_{name}"] += found.get(each.sites[0], 0.0)
+            if each.sites[0] in clean.patterns:
+                each.sums["queries"] += prompts.numel()
 
 
-def replacing(site: HookSite, new: Tensor, keep: Tensor) -> Callable[[Tensor, Any], Tensor]:
-    """A hook that puts `new` (prompts, positions, width) at the site, at the positions `keep` (prompts, positions)."""
+def replacing(site: HookSite, new: Tensor, keep: Tensor) -> tuple[str, Callable[[Tensor, Any], Tensor]]:
+    """A hook, with its name, that puts `new` (prompts, positions, width) at the site, where `keep` (prompts, positions)
+    is true.
+    """
 
     def replace(activations: Tensor, hook: Any) -> Tensor:
         clean = at_site(activations, site)
         return put_back(activations, torch.where(keep.unsqueeze(-1), new.to(clean.dtype), clean), site)
 
-    return replace
+    return site.name, replace
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass of the language model leaves: logits, and the attention patterns of the sites that are one head."""
+
+    logits: Tensor
+    patterns: dict[HookSite, Tensor]
 
 
 def run(
-    model: LanguageModel, prompts: Tensor, site: HookSite, hooks: list[tuple[str, Callable[[Tensor, Any], Any]]]
-) -> tuple[Tensor, Tensor | None]:
-    """Logits (prompts, positions, vocab) with `hooks` and, where the site is one head, its attention pattern."""
-    pattern: list[Tensor] = []
+    model: LanguageModel, prompts: Tensor, sites: Sites, hooks: Sequence[tuple[str, Callable[[Tensor, Any], Any]]]
+) -> Pass:
+    """A pass over `prompts` with `hooks`; (prompts, positions, vocab) logits, (prompts, queries, keys) patterns."""
+    patterns: dict[HookSite, Tensor] = {}
 
-    def keep_pattern(activations: Tensor, hook: Any) -> None:
-        pattern.append(activations[:, site.head_index])
+    def keep_pattern(site: HookSite) -> tuple[str, Callable[[Tensor, Any], None]]:
+        return f"blocks.{site.layer}.attn.hook_pattern", lambda activations, hook: patterns.update(
+            {site: activations[:, site.head_index]}
+        )
 
-    if site.head_index is not None:
-        hooks = [*hooks, (f"blocks.{site.layer}.attn.hook_pattern", keep_pattern)]
-    logits = model.run_with_hooks(prompts, fwd_hooks=hooks, return_type="logits")
-    return logits, pattern[0] if pattern else None
+    looks = [keep_pattern(site) for site in sites if site.head_index is not None]
+    return Pass(model.run_with_hooks(prompts, fwd_hooks=[*hooks, *looks], return_type="logits"), patterns)
 
 
 class RowMoments:
@@ -158,6 +195,13 @@ def figures(sums: Sums, rows: RowMoments) -> dict[str, float]:
         result["metrics/kldiv_reconstructed"] = sums["pattern_kl_sae"] / sums["queries"]
         result["metrics/kldiv_ablation"] = sums["pattern_kl_ablation"] / sums["queries"]
     return result
+
+
+def compare(clean: Pass, changed: Pass, prompts: Tensor) -> dict[Any, float]:
+    """`compare_predictions` by name, and by site the sums over queries of how the patterns differ."""
+    ce_clean, ce, kl = compare_predictions(clean.logits, changed.logits, prompts)
+    found: dict[Any, float] = {"ce_clean": ce_clean, "ce": ce, "kl": kl}
+    return found | {site: pattern_kl_sum(clean.patterns[site], pattern) for site, pattern in changed.patterns.items()}
 
 
 def compare_predictions(clean: Tensor, changed: Tensor, prompts: Tensor) -> tuple[float, float, float]:

@@ -1,6 +1,6 @@
-"""The main job: train a sparse autoencoder on a language model's activations, as one config says.
+"""The main job: train sparse autoencoders on a language model's activations, as one config says.
 
-language_model_sae_runner(cfg) -> open_run (model, store, trainer, folder) -> train (the loop) -> finish (final/)
+language_model_sae_runner(cfg) -> open_run (model, store, trainers, folder) -> train (the loop) -> finish (final/)
 """
 
 from __future__ import annotations
@@ -10,21 +10,18 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from sae_training import checkpoint
-from sae_training.activations_store import ActivationsStore, with_widths
+from sae_training.activations_store import ActivationsStore, find_sites, with_widths
+from sae_training.comparison import comparison_table, write_comparison
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.config_checks import FIXED_K
 from sae_training.config_io import config_to_dict
-from sae_training.conversions import fold_decoder_norms, fold_input_scale
-from sae_training.evals import evaluate
+from sae_training.evals import evaluate, evaluate_together
 from sae_training.interrupt import StopRequest, TrainingInterrupted
 from sae_training.language_model import (
     LanguageModel,
@@ -34,68 +31,32 @@ from sae_training.language_model import (
 )
 from sae_training.metrics import sparsity_metrics, training_metrics
 from sae_training.optim import check_installed
-from sae_training.progress import Progress
 from sae_training.report import write_report
+from sae_training.run import Member, Run
 from sae_training.run_folder import RunFolder, choose_run_folder, read_run_config, with_absolute_paths
-from sae_training.run_logger import RunLogger
 from sae_training.sparse_autoencoder import SparseAutoencoder, encoder_dtype
+from sae_training.start import Singles, open_run
 from sae_training.summary import summary
-from sae_training.trainer import NonFiniteLoss, SAETrainer
-from sae_training.weights import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE, load_weights, write_safetensors, write_text
+from sae_training.sweep import is_several, variants, with_layers
+from sae_training.trainer import NonFiniteLoss
+from sae_training.weights import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE, write_safetensors, write_text
 
 EVALUATION_FILE = "evaluation.json"
-SAMPLE_ROWS = 32_768  # of the buffer, from which b_dec starts and scales are measured; as many as Gao et al. 2024 use
 RESAMPLE_ROWS = 16_384  # of the buffer, from which resampling draws its directions
-
-
-@dataclass
-class Run:
-    """Everything with state in a training run; `step` counts finished optimizer steps."""
-
-    cfg: LanguageModelSAERunnerConfig
-    folder: RunFolder
-    store: ActivationsStore
-    trainer: SAETrainer
-    logger: RunLogger
-    progress: Progress
-    held_out: Tensor
-    step: int = 0
-    last_checkpoint: Path | None = None
-    last_checkpoint_time: float = field(default_factory=time.monotonic)
-
-    @property
-    def sae(self) -> SparseAutoencoder:
-        """The autoencoder for activations as the model has them: what is in training, or where training scales its
-        batches, a copy with the scales folded in.
-        """
-        if not self.is_scaled:
-            return self.trainer.sae
-        folded = fold_input_scale(self.trainer.sae, self.store.scales[0], self.store.scales[-1])
-        folded.cfg = dataclasses.replace(self.cfg, normalize_activations="none")
-        return folded
-
-    @property
-    def is_scaled(self) -> bool:
-        """Whether training scales its batches (`normalize_activations`)."""
-        return any(scale != 1 for scale in self.store.scales)
-
-    @property
-    def n_training_tokens(self) -> int:
-        return self.step * self.cfg.train_batch_size
-
-    def write_status(self, state: str) -> None:
-        self.progress.write_status(state, self.step, self.last_checkpoint)
 
 
 def language_model_sae_runner(
     cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None
-) -> SparseAutoencoder:
+) -> SparseAutoencoder | dict[str, SparseAutoencoder]:
     """Train what `cfg` describes, or continue its unfinished run, and return the trained autoencoder.
 
-    `model` (a HookedTransformer or TransformerBridge) and `dataset` (a `datasets` object) stand in for those that the
-    config names. The run's folder is runs/<run name>; see `run_folder.choose_run_folder` for when a run is continued.
+    A config with lists describes several, which are trained together from one pass over the language model, and come
+    back by name. `model` (a HookedTransformer or TransformerBridge) and `dataset` (a `datasets` object) stand in for
+    those that the config names. The run's folder is runs/<run name>; see `run_folder.choose_run_folder` for when a run
+    is continued.
     """
-    return run_config(cfg, model, dataset).sae
+    run = run_config(cfg, model, dataset)
+    return run.saes if is_several(run.cfg) else run.sae
 
 
 def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None) -> Run:
@@ -104,7 +65,7 @@ def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = 
     cfg = with_absolute_paths(cfg)
     if model is None:
         model = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype)
-    cfg = with_widths(cfg, model)
+    cfg = with_layers(cfg, model.cfg.n_layers)
     # Said in the folder, so that another machine computes in the same precisions.
     precisions: dict[str, Any] = {"lm_dtype": language_model_dtype(cfg.lm_dtype, cfg.device)}
     if cfg.dtype == torch.float32:  # elsewhere "auto" is dtype on every machine
@@ -112,7 +73,10 @@ def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = 
             cfg.encoder_matmul_dtype, cfg.dtype, torch.device(cfg.device)
         )
     cfg = dataclasses.replace(cfg, **precisions)
-    return run_in_folder(choose_run_folder(cfg), cfg, model, dataset)
+    singles = find_singles(cfg, model)
+    if not is_several(cfg):
+        ((cfg, _),) = singles.values()  # with the model's widths
+    return run_in_folder(choose_run_folder(cfg), cfg, singles, model, dataset)
 
 
 def resume_run(path: str | Path) -> Run:
@@ -121,17 +85,28 @@ def resume_run(path: str | Path) -> Run:
     cfg = read_run_config(path)
     if (path / "final").is_dir():
         raise ValueError(f"{path}: this run is finished; its autoencoder is in {path / 'final'}.")
-    return run_in_folder(path, cfg, load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype), None)
+    model = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype)
+    return run_in_folder(path, cfg, find_singles(cfg, model), model, None)
 
 
-def run_in_folder(path: Path, cfg: LanguageModelSAERunnerConfig, model: LanguageModel, dataset: Any) -> Run:
-    store = ActivationsStore(cfg, model, dataset)  # before the folder: bad data leaves nothing behind
+def find_singles(cfg: LanguageModelSAERunnerConfig, model: LanguageModel) -> Singles:
+    """The autoencoders that `cfg` describes, each with its config, widths filled in, and its sites in `model`."""
+    found = {name: (single, find_sites(single, model)) for name, single in variants(cfg).items()}
+    return {name: (with_widths(single, sites), sites) for name, (single, sites) in found.items()}
+
+
+def run_in_folder(
+    path: Path, cfg: LanguageModelSAERunnerConfig, singles: Singles, model: LanguageModel, dataset: Any
+) -> Run:
+    some_config = next(iter(singles.values()))[0]  # they differ in nothing that the store asks for
+    sites = [site for _, sites in singles.values() for site in sites]
+    store = ActivationsStore(some_config, model, dataset, sites=sites)  # before the folder: bad data leaves nothing
     store.check_buffer_size()
     held_out = store.held_out_tokens()
     folder = RunFolder(path, cfg)
     try:
         try:
-            run = open_run(cfg, folder, store, held_out)
+            run = open_run(cfg, singles, folder, store, held_out)
         except BaseException:
             folder.discard_if_new()
             raise
@@ -144,7 +119,8 @@ def run_in_folder(path: Path, cfg: LanguageModelSAERunnerConfig, model: Language
             raise
         finally:
             run.progress.close()
-            run.logger.close()
+            for member in run.members:
+                member.logger.close()
         return run
     finally:
         folder.release()
@@ -154,29 +130,37 @@ def run_in_folder(path: Path, cfg: LanguageModelSAERunnerConfig, model: Language
 
 
 def train(run: Run, stop: StopRequest) -> None:
-    cfg, trainer = run.cfg, run.trainer
+    cfg, store = run.cfg, run.store
     snapshots = snapshot_steps(cfg)
     while run.step < cfg.total_training_steps:
-        x, target = run.store.next_pair()
-        result = trainer.step(x, run.step, target)
-        run.step += 1  # from here on, `step` counts finished steps
+        store.advance()
+        run.step += 1  # from here on, `step` counts this one as finished
         logs = due(run.step, cfg.wandb_log_frequency)
-        if logs or run.store.device.type == "cpu":  # elsewhere it would make the device wait at every step
-            check_finite(run)
+        shown = []
+        for member in run.trained:
+            x, target = store.batch(member.sites)
+            result = member.trainer.step(x, run.step - 1, target)
+            if logs or store.device.type == "cpu":  # elsewhere it would make the device wait at every step
+                check_finite(run, member)
+            if logs and member.failure is None:
+                shown.append(training_metrics(result, member.trainer.tracker, run.n_training_tokens))
+                member.logger.log(shown[-1], run.step, run.n_training_tokens)
+                rate = {"details/tokens_per_second": run.progress.tokens_per_s(run.step)}
+                member.logger.log_timing(rate, run.step)
         if logs:
-            metrics = training_metrics(result, trainer.tracker, run.n_training_tokens)
-            run.logger.log(metrics, run.step, run.n_training_tokens)
-            run.logger.log_timing({"details/tokens_per_second": run.progress.tokens_per_s(run.step)}, run.step)
-            run.progress.show(metrics)
+            run.progress.show(shown)
             run.write_status("training")
         if due(run.step, cfg.feature_sampling_window):
-            trainer.tracker.start_new_window()
-            log_sparsity(run)
-            resample_dead_latents(run)
-        if due(run.step, cfg.eval_every) and run.step < cfg.total_training_steps and len(run.held_out):
-            run.logger.log(evaluate_now(run), run.step, run.n_training_tokens)
+            for member in run.trained:
+                member.trainer.tracker.start_new_window()
+                log_sparsity(run, member)
+                resample_dead_latents(run, member)
+        if due(run.step, cfg.eval_every) and run.step < cfg.total_training_steps:
+            for member, figures in evaluate_now(run):
+                member.logger.log(figures, run.step, run.n_training_tokens)
         if run.step in snapshots:
-            save_weights_folder(run, run.folder.path / "snapshots" / f"step_{run.step}", aliases=())
+            for member in run.trained:
+                save_weights_folder(member, member.folder / "snapshots" / f"step_{run.step}", aliases=())
         if stop.signal is not None:
             stop_here(run, stop)
         if checkpoint_is_due(run):
@@ -184,13 +168,14 @@ def train(run: Run, stop: StopRequest) -> None:
         run.progress.advance()
 
 
-def evaluate_now(run: Run) -> dict[str, float]:
-    """The figures of `evaluate`; none with evaluation off (eval_every_steps=0) or no text held out
-    (n_eval_batches=0).
+def evaluate_now(run: Run) -> list[tuple[Member, dict[str, float]]]:
+    """The figures of `evaluate` for each autoencoder; none with evaluation off (eval_every_steps=0) or no text held
+    out (n_eval_batches=0).
     """
     if run.cfg.eval_every == 0 or len(run.held_out) == 0:
-        return {}
-    return evaluate(run.sae, run.store, run.held_out)
+        return [(member, {}) for member in run.trained]
+    saes = [(member.sae, member.sites) for member in run.trained]
+    return list(zip(run.trained, evaluate_together(saes, run.store, run.held_out), strict=True))
 
 
 def due(step: int, every: int | None) -> bool:
@@ -208,18 +193,25 @@ def snapshot_steps(cfg: LanguageModelSAERunnerConfig) -> set[int]:
     return {cfg.total_training_steps * i // (cfg.n_checkpoints + 1) for i in range(1, cfg.n_checkpoints + 1)} - {0}
 
 
-def check_finite(run: Run, weights: bool = False) -> None:
-    """NonFiniteLoss, with what to do, if the loss of any step (or, if asked, a weight now) is not finite."""
+def check_finite(run: Run, member: Member, weights: bool = False) -> None:
+    """NonFiniteLoss, with what to do, if the loss of any step (or, if asked, a weight now) is not finite.
+
+    Where other autoencoders are still in training, this one's is given up with a message, and theirs goes on.
+    """
     try:
-        run.trainer.check_finite()
+        member.trainer.check_finite()
         if weights:
-            run.trainer.check_weights()
+            member.trainer.check_weights()
     except NonFiniteLoss as error:
-        raise NonFiniteLoss(
+        message = (
             f"step {run.step}: {error}. Last good checkpoint: {run.last_checkpoint or 'none was saved yet'}. "
-            f"Lower lr (now {run.trainer.lr(run.step - 1):.3g}), or raise lr_warm_up_steps, and begin anew with "
+            f"Lower lr (now {member.trainer.lr(run.step - 1):.3g}), or raise lr_warm_up_steps, and begin anew with "
             'resume="never".'
-        ) from error
+        )
+        if run.trained == [member]:
+            raise NonFiniteLoss(message) from error
+        member.failure = message
+        tqdm.write(f"{member.name} is given up at {message}")
 
 
 def stop_here(run: Run, stop: StopRequest) -> None:
@@ -233,122 +225,20 @@ def stop_here(run: Run, stop: StopRequest) -> None:
     )
 
 
-def resample_dead_latents(run: Run) -> None:
+def resample_dead_latents(run: Run, member: Member) -> None:
     """Resampling, if the config asks for it; not in the second half of the run, which newcomers could not learn in."""
-    if run.cfg.feature_sampling_method is None or run.step > run.cfg.total_training_steps // 2:
+    if member.cfg.feature_sampling_method is None or run.step > run.cfg.total_training_steps // 2:
         return
-    n = run.trainer.resample(*run.store.sample(RESAMPLE_ROWS), run.step)
-    run.logger.log({"metrics/n_resampled_neurons": n}, run.step, run.n_training_tokens)
+    n = member.trainer.resample(*run.store.sample(RESAMPLE_ROWS, member.sites), run.step)
+    member.logger.log({"metrics/n_resampled_neurons": n}, run.step, run.n_training_tokens)
 
 
-def log_sparsity(run: Run) -> None:
+def log_sparsity(run: Run, member: Member) -> None:
     """Log how often latents fired, in the window of firing counts that has just ended or (at the end) lately."""
-    log_frequency = run.trainer.tracker.log_frequency()
-    run.logger.log(sparsity_metrics(log_frequency, run.cfg.dead_feature_threshold), run.step, run.n_training_tokens)
-    run.logger.log_histogram("plots/feature_density_line_chart", log_frequency, run.step)
-
-
-# -------------------------------------------------------------------------------------------------- start and resume
-
-
-def open_run(cfg: LanguageModelSAERunnerConfig, folder: RunFolder, store: ActivationsStore, held_out: Tensor) -> Run:
-    """A new run, or the one in `folder` as its newest undamaged checkpoint has it."""
-    trainer = SAETrainer(SparseAutoencoder(cfg), cfg)
-    latest = checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write)
-    state: dict[str, Any] = {"step": 0, "metrics_bytes": 0}
-    if latest:
-        parts, state = checkpoint.load_checkpoint(latest)
-        check_same_language_model(state["language_model"], store.model, latest)
-        trainer.load_state_dict({"weights": parts["sae"], **parts["trainer"]})
-        store.load_state_dict(parts["store"])
-        tqdm.write(f"Continuing {folder.path} after step {state['step']}.")
-    else:
-        check_room_for_checkpoints(cfg, folder, trainer, store)
-        start_weights(trainer.sae, cfg, store)
-    logger = RunLogger(
-        folder.path,
-        config=config_to_dict(cfg),
-        log_to_wandb=cfg.log_to_wandb,
-        wandb_project=cfg.wandb_project,
-        wandb_entity=cfg.wandb_entity,
-        run_name=folder.path.name,
-        wandb_mode=cfg.wandb_mode,
-        resume_at=state["metrics_bytes"],
-        notify=tqdm.write,
-    )
-    progress = Progress(cfg, folder, first_step=state["step"])
-    run = Run(cfg, folder, store, trainer, logger, progress, held_out, state["step"], latest)
-    run.write_status("training")
-    return run
-
-
-def check_same_language_model(expected: str, model: LanguageModel, latest: Path) -> None:
-    found = fingerprint(model)
-    if found != expected:
-        raise ValueError(
-            f"model_name: the language model's weights (fingerprint {found}) are not those that {latest} was trained "
-            "on "
-            f'({expected}); give the same model or precision, or begin a new run with resume="never".'
-        )
-
-
-def start_weights(sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig, store: ActivationsStore) -> None:
-    """From the pretrained file if the config names one, else with b_dec set from a sample of the activations."""
-    if cfg.normalize_activations == "expected_average_only_in":
-        store.measure_scales(SAMPLE_ROWS)
-    if cfg.from_pretrained_path is None:
-        x, target = store.sample(SAMPLE_ROWS)
-        if sae.is_transcoder:
-            sae.initialize_transcoder(x, target, cfg.b_dec_init_method)
-        else:
-            sae.initialize_b_dec(x, cfg.b_dec_init_method)
-        return
-    try:
-        saved, tensors = load_weights(Path(cfg.from_pretrained_path))
-    except (OSError, ValueError) as error:
-        raise type(error)(f"from_pretrained_path: {error}") from error
-    if (saved.target_hook_point is None) != (cfg.target_hook_point is None):
-        kinds = ["an autoencoder" if c.target_hook_point is None else "a transcoder" for c in (saved, cfg)]
-        raise ValueError(
-            f"from_pretrained_path: it holds {kinds[0]}, expected {kinds[1]}, as target_hook_point has it; change one."
-        )
-    for name, sizes in (("W_enc", "(d_in, d_sae)"), ("W_dec", "(d_sae, d_out)")):
-        found, expected = tuple(tensors[name].shape), tuple(sae.state_dict()[name].shape)
-        if found != expected:
-            raise ValueError(
-                f"from_pretrained_path: its {name} is {found}, this config's {expected} {sizes}; set expansion_factor "
-                "and hooks to match."
-            )
-    if tensors.keys() != sae.state_dict().keys():
-        raise ValueError(
-            f"from_pretrained_path: its tensors are {', '.join(tensors)}, those of architecture {sae.architecture} are "
-            f"{', '.join(sae.state_dict())}; set architecture (and skip_connection) to that of the file."
-        )
-    sae.load_state_dict(tensors)
-    in_training = fold_input_scale(sae, 1 / store.scales[0], 1 / store.scales[-1])
-    if sae.has_unit_norm_decoder and sae.architecture in FIXED_K:
-        in_training.set_decoder_norm_to_unit_norm()
-    elif sae.has_unit_norm_decoder:
-        in_training = fold_decoder_norms(in_training)
-    sae.load_state_dict(in_training.state_dict())
-
-
-def check_room_for_checkpoints(
-    cfg: LanguageModelSAERunnerConfig, folder: RunFolder, trainer: SAETrainer, store: ActivationsStore
-) -> None:
-    """NotEnoughDisk if the checkpoints of this run, at their largest, cannot fit."""
-    if cfg.checkpoint_every_minutes is None and cfg.checkpoint_every_steps is None:
-        return
-    weights = sum(p.numel() * p.element_size() for p in trainer.sae.parameters())
-    buffer = store.n_rows * (sum(store.widths) * store.model.cfg.dtype.itemsize + 8)
-    # One is written before the oldest is deleted; weights, and Adam's two moments, are in each, and where batches are
-    # scaled the weights for raw activations too.
-    copies = 3 if cfg.normalize_activations == "none" else 4
-    checkpoint.check_free_disk(
-        folder.path,
-        (cfg.keep_checkpoints + 1) * (copies * weights + buffer) + weights,
-        f"{cfg.keep_checkpoints + 1} checkpoints (keep_checkpoints, and one being written) need",
-    )
+    log_frequency = member.trainer.tracker.log_frequency()
+    figures = sparsity_metrics(log_frequency, member.cfg.dead_feature_threshold)
+    member.logger.log(figures, run.step, run.n_training_tokens)
+    member.logger.log_histogram("plots/feature_density_line_chart", log_frequency, run.step)
 
 
 # -------------------------------------------------------------------------------------------------------------- save
@@ -356,18 +246,23 @@ def check_room_for_checkpoints(
 
 def save(run: Run) -> Path | None:
     """Save everything the run needs to go on as if it had not stopped; None, with a message, if the disk is full."""
-    check_finite(run, weights=True)
-    sae, trainer_state = run.sae, run.trainer.state_dict()
-    if not run.is_scaled:
-        trainer_state.pop("weights")  # they are those of `sae`
-    # Loaders read the part "sae", resuming goes on from the weights of "trainer" where these are others.
-    parts = {"sae": dict(sae.weights()), "trainer": trainer_state, "store": run.store.state_dict()}
-    state = {"metrics_bytes": run.logger.position(), "language_model": fingerprint(run.store.model)}
-    config_text = json.dumps(config_to_dict(sae.cfg), indent=2) + "\n"
+    for member in run.trained:
+        check_finite(run, member, weights=True)
+    parts, texts = {"store": run.store.state_dict()}, {}
+    for member in run.members:
+        sae, trainer_state = member.sae, member.trainer.state_dict()
+        if not member.is_scaled:
+            trainer_state.pop("weights")  # they are those of `sae`
+        # Loaders read the part "sae", resuming goes on from the weights of "trainer" where these are others.
+        parts |= {member.part("sae"): dict(sae.weights()), member.part("trainer"): trainer_state}
+        texts[member.part(CONFIG_FILE)] = json.dumps(config_to_dict(sae.cfg), indent=2) + "\n"
+    state = {
+        "metrics_bytes": {member.name: member.logger.position() for member in run.members},
+        "failures": {member.name: member.failure for member in run.members if member.failure},
+        "language_model": fingerprint(run.store.model),
+    }
     try:
-        saved = checkpoint.save_checkpoint(
-            run.folder.checkpoints, run.step, parts, state, extra_files={CONFIG_FILE: config_text}
-        )
+        saved = checkpoint.save_checkpoint(run.folder.checkpoints, run.step, parts, state, extra_files=texts)
     except OSError as error:
         tqdm.write(f"Checkpoint not saved; the last one is {run.last_checkpoint or 'none'}. {error}")
         return None
@@ -379,42 +274,58 @@ def save(run: Run) -> Path | None:
     return saved
 
 
-def save_weights_folder(run: Run, folder: Path, aliases: tuple[str, ...], **texts: str) -> None:
+def save_weights_folder(member: Member, folder: Path, aliases: tuple[str, ...], **texts: str) -> None:
     """Weights, config and log10 firing frequencies in `folder`, whole or not at all, and as wandb artifacts."""
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    run.sae.save_model(partial)
-    log_frequency = run.trainer.tracker.log_frequency()
+    member.sae.save_model(partial)
+    log_frequency = member.trainer.tracker.log_frequency()
     write_safetensors(partial / SPARSITY_FILE, {"log_feature_sparsity": log_frequency})
     for name, text in texts.items():
         write_text(partial / f"{name}.json", text)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
-    name = run.trainer.sae.get_name()
-    metadata = config_to_dict(run.cfg)
+    name = member.trainer.sae.get_name()
+    metadata = config_to_dict(member.cfg)
     files = [folder / WEIGHTS_FILE, folder / CONFIG_FILE]
-    run.logger.log_artifact(name, "model", files, metadata=metadata, aliases=aliases)
-    run.logger.log_artifact(
+    member.logger.log_artifact(name, "model", files, metadata=metadata, aliases=aliases)
+    member.logger.log_artifact(
         f"{name}_log_feature_sparsity", "log_feature_sparsity", [folder / SPARSITY_FILE], aliases=aliases
     )
 
 
 def finish(run: Run) -> None:
-    """Last evaluation, final/, report.html."""
-    check_finite(run, weights=True)
-    if not due(run.step, run.cfg.feature_sampling_window):
-        log_sparsity(run)
-    run.trainer.take_average()
-    evaluation = evaluate_now(run) | {"sparsity/dead_features": int(run.trainer.tracker.dead().sum())}
-    run.logger.log(evaluation, run.step, run.n_training_tokens)
-    run.trainer.sae.eval()
-    save_weights_folder(
-        run, run.folder.final, aliases=("final_model",), evaluation=json.dumps(evaluation, indent=2) + "\n"
-    )
+    """Last evaluation, final/, report.html; of several, for each, and a comparison for the run."""
+    for member in run.trained:
+        check_finite(run, member, weights=True)
+        if not due(run.step, run.cfg.feature_sampling_window):
+            log_sparsity(run, member)
+        member.trainer.take_average()
+    evaluations = {}
+    for member, figures in evaluate_now(run):
+        evaluation = figures | {"sparsity/dead_features": int(member.trainer.tracker.dead().sum())}
+        evaluations[member.name] = evaluation
+        member.logger.log(evaluation, run.step, run.n_training_tokens)
+        member.trainer.sae.eval()
+        save_weights_folder(
+            member,
+            member.folder / "final",
+            aliases=("final_model",),
+            evaluation=json.dumps(evaluation, indent=2) + "\n",
+        )
+    if not is_several(run.cfg):
+        run.write_status("finished")
+        write_report(run.folder.path)
+        tqdm.write(summary(run.folder.path, evaluations[""], run.sae.d_sae))
+        return
+    for member in run.trained:
+        write_report(member.folder)
+    run.folder.final.mkdir(exist_ok=True)
+    write_text(run.folder.final / EVALUATION_FILE, json.dumps(evaluations, indent=2) + "\n")
     run.write_status("finished")
-    write_report(run.folder.path)
-    tqdm.write(summary(run.folder.path, evaluation, run.trainer.sae.d_sae))
+    write_comparison(run.folder.path, evaluations)
+    tqdm.write(comparison_table(run.folder.path, evaluations))
 
 
 @torch.no_grad()

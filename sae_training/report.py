@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
+
+from sae_training.weights import write_text
 
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.html"
@@ -119,9 +120,7 @@ def write_report(run_folder: Path) -> Path:
         n_rows=len(rows),
     )
     path = run_folder / REPORT_FILE
-    unfinished = path.with_name(f".{REPORT_FILE}.{os.getpid()}.tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, page)
     return path
 
 
@@ -179,13 +178,13 @@ def _facts(config: Mapping[str, Any], status: Mapping[str, Any], rows: Sequence[
         "Tokens/s": status.get("tokens_per_s"),
         "State": status.get("state"),
     }
-    return {label: _text(value) for label, value in facts.items() if value not in (None, "", [])}
+    return {label: shown(value) for label, value in facts.items() if value not in (None, "", [])}
 
 
 def _of(done: Any, total: Any) -> str | None:
     if done is None:
         return None
-    return f"{_text(done)} of {_text(total)}" if total else _text(done)
+    return f"{shown(done)} of {shown(total)}" if total else shown(done)
 
 
 def _evaluation(run_folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -245,14 +244,14 @@ def _curves(panel: _Panel, names: Sequence[str], rows: Sequence[Mapping[str, Any
         figure.add_scatter(
             x=[row["step"] for row in points],
             y=[row[name] for row in points],
-            customdata=[_text(row.get(TOKENS_KEY, "?")) for row in points],
+            customdata=[shown(row.get(TOKENS_KEY, "?")) for row in points],
             name=(origin + short).strip() or panel.title,
             mode="lines+markers" if len(points) <= 30 else "lines",
             line={"color": _COLOURS[n_curves % len(_COLOURS)], "width": 1.8},
             marker={"size": 5},
             hovertemplate="%{y:.5g}  (step %{x:,}, %{customdata} tokens)",
         )
-    _style(figure, panel.title, "step", panel.y_title)
+    style(figure, panel.title, "step", panel.y_title)
     figure.update_xaxes(rangemode="tozero", tickformat="~s")
     above = [value for value in seen if value > 0]
     if panel.log_scale and above and min(seen) >= 0 and max(above) > 10 * min(above):
@@ -301,13 +300,13 @@ def _histogram_figures(rows: Sequence[Mapping[str, Any]]) -> list[go.Figure]:
         )
         density = "feature_density" in key
         x_title = "log10 of the firing frequency" if density else ""
-        _style(figure, f"{_label(key)} at step {_text(step)}", x_title, "latents")
+        style(figure, f"{_label(key)} at step {shown(step)}", x_title, "latents")
         figure.update_layout(bargap=0, hovermode="closest")
         figures.append(figure)
     return figures
 
 
-def _style(figure: go.Figure, title: str, x_title: str, y_title: str) -> None:
+def style(figure: go.Figure, title: str, x_title: str, y_title: str) -> None:
     figure.update_layout(
         title={"text": title, "x": 0, "xref": "container", "xanchor": "left", "font": {"size": 15}},
         template="plotly_white",
@@ -332,11 +331,19 @@ def _page(
     n_rows: int,
 ) -> str:
     head = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>" for label, text in facts.items())
-    plots = [_plot(figure, f"plot-{n}") for n, figure in enumerate([*histograms, *curves])]
+    plots = [plot(figure, f"plot-{n}") for n, figure in enumerate([*histograms, *curves])]
     # The table is narrow: the first histogram, where there is one, fills the space beside it.
     beside, plots = plots[: len(histograms[:1])], plots[len(histograms[:1]) :]
-    library = f"<script>{get_plotlyjs()}</script>" if beside or plots else ""
     nothing = f"<p class='note'>{METRICS_FILE} holds no rows: nothing has been logged yet.</p>"
+    body = f"""<dl>{head}</dl>
+<section class="plots">{_table(evaluation)}{"".join(beside)}</section>
+<section class="plots">{"".join(plots)}</section>
+{nothing if n_rows == 0 else ""}"""
+    return document(name, body, has_plots=bool(beside or plots))
+
+
+def document(name: str, body: str, has_plots: bool) -> str:
+    """A page that needs no network, with `body` (HTML) under its name."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -344,22 +351,20 @@ def _page(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(name)}</title>
 <style>{_CSS}</style>
-{library}
+{f"<script>{get_plotlyjs()}</script>" if has_plots else ""}
 </head>
 <body>
 <main>
 <h1>{escape(name)}</h1>
-<dl>{head}</dl>
-<section class="plots">{_table(evaluation)}{"".join(beside)}</section>
-<section class="plots">{"".join(plots)}</section>
-{nothing if n_rows == 0 else ""}
+{body}
 </main>
 </body>
 </html>
 """
 
 
-def _plot(figure: go.Figure, div_id: str) -> str:
+def plot(figure: go.Figure, div_id: str) -> str:
+    """The figure as an element of a page."""
     drawn = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
@@ -382,7 +387,7 @@ def _table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
         f"<tr><th scope='row'>{escape(_label(metric))}</th>"
-        + "".join(f"<td>{escape(_text(values.get(metric, '')))}</td>" for values in columns.values())
+        + "".join(f"<td>{escape(shown(values.get(metric, '')))}</td>" for values in columns.values())
         + "</tr>"
         for metric in metrics
     )
@@ -403,9 +408,9 @@ def _is_point(value: Any) -> bool:
     return value is None or _is_number(value)  # None is a value that was not finite: a gap
 
 
-def _text(value: Any) -> str:
+def shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return ", ".join(_text(item) for item in value)
+        return ", ".join(shown(item) for item in value)
     if isinstance(value, float) and value.is_integer() and 1e3 <= abs(value) < 1e15:
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):

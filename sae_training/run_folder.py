@@ -55,8 +55,7 @@ class RunFolder:
             raise type(error)(
                 f"run_dir: cannot write to {path} ({error.strerror}); set run_dir to a folder you may write to."
             ) from error
-        content = {"config": config_to_dict(cfg), "versions": package_versions()}
-        write_text(path / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+        write_config(path, cfg)
         self.started = time.time()
 
     @property
@@ -88,6 +87,13 @@ class RunFolder:
             shutil.rmtree(self.path)
             if self.made_parent:
                 self.path.parent.rmdir()
+
+
+def write_config(folder: Path, cfg: Any) -> None:
+    """config.json in `folder`, which is made if it is not there."""
+    folder.mkdir(exist_ok=True)
+    content = {"config": config_to_dict(cfg), "versions": package_versions()}
+    write_text(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def choose_run_folder(cfg: LanguageModelSAERunnerConfig) -> Path:

@@ -44,6 +44,9 @@ class RunLogger:
     WANDB_MODE, and without that online if wandb finds an API key, else offline. A wandb run that the
     caller has already opened (as the function of a sweep does) is used and left open. `notify` is
     told, once each, what keeps wandb from working.
+
+    Loggers of a `wandb_group` have a wandb run each, at the same time, or where the caller has opened one share it,
+    with the name of the folder before their keys. `beside` is the group's first.
     """
 
     def __init__(
@@ -54,9 +57,11 @@ class RunLogger:
         log_to_wandb: bool,
         wandb_project: str | None = None,
         wandb_entity: str | None = None,
+        wandb_group: str | None = None,
         run_name: str | None = None,
         wandb_mode: str | None = None,
         resume_at: int = 0,
+        beside: RunLogger | None = None,
         notify: Notify = print,
         init_timeout_s: float = 30.0,
         finish_timeout_s: float = 60.0,
@@ -67,12 +72,15 @@ class RunLogger:
         self._file = self.path.open("ab")
         self._wandb = _WandbMirror(folder, notify)
         mode = wandb_mode or os.environ.get("WANDB_MODE") or None
+        if beside is not None and beside._wandb.is_offline:
+            mode = "offline"
         if log_to_wandb and mode != "disabled":
             self._wandb.start(
                 mode,
                 config=dict(config),
                 project=wandb_project,
                 entity=wandb_entity,
+                group=wandb_group,
                 name=run_name,
                 init_timeout_s=init_timeout_s,
                 finish_timeout_s=finish_timeout_s,
@@ -153,6 +161,7 @@ class _WandbMirror:
         self._wandb: ModuleType | None = None
         self._run: Any = None
         self._owns_run = False
+        self._prefix = ""
 
     @property
     def url(self) -> str | None:
@@ -160,7 +169,11 @@ class _WandbMirror:
             return None
         return self._run.url
 
-    def start(self, mode: str | None, *, config: dict[str, Any], **options: Any) -> None:
+    @property
+    def is_offline(self) -> bool:
+        return self._run is not None and self._run.offline
+
+    def start(self, mode: str | None, *, config: dict[str, Any], group: str | None, **options: Any) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -170,10 +183,12 @@ class _WandbMirror:
         try:
             if wandb.run is not None:
                 self._run = wandb.run
-                self._run.config.update(config, allow_val_change=True)
+                self._prefix = "" if group is None else f"{self._folder.name}/"
+                own = config if group is None else {self._folder.name: config}
+                self._run.config.update(own, allow_val_change=True)
             else:
                 self._owns_run = True
-                self._run = self._open(wandb, mode, config, **options)
+                self._run = self._open(wandb, mode, config, group=group, **options)
         except Exception as error:
             self._switch_off("could not be started", error)
 
@@ -185,6 +200,7 @@ class _WandbMirror:
         *,
         project: str | None,
         entity: str | None,
+        group: str | None,
         name: str | None,
         init_timeout_s: float,
         finish_timeout_s: float,
@@ -201,9 +217,11 @@ class _WandbMirror:
             "name": name,
             "project": None if in_sweep else project,
             "entity": None if in_sweep else entity,
-            "id": None if in_sweep else self._run_id(),
+            "id": None if in_sweep and group is None else self._run_id(is_only_one=group is None),
             "settings": _quiet_settings(wandb, init_timeout_s, finish_timeout_s),
         }
+        if group is not None:  # the others of the group go on
+            arguments |= {"group": group, "reinit": "create_new"}
         run = None
         if online:
             try:
@@ -219,13 +237,14 @@ class _WandbMirror:
         return run
 
     def log(self, row: dict[str, Any], step: int) -> None:
+        row = {self._prefix + key: value for key, value in row.items()}
         self._attempt("lost its connection", lambda: self._run.log(row, step=step))
 
     def log_histogram(self, key: str, counts: np.ndarray, edges: np.ndarray, step: int) -> None:
         def send() -> None:
             assert self._wandb is not None
             histogram = self._wandb.Histogram(np_histogram=(counts, edges))
-            self._run.log({key: histogram}, step=step)
+            self._run.log({self._prefix + key: histogram}, step=step)
 
         self._attempt("lost its connection", send)
 
@@ -289,9 +308,9 @@ class _WandbMirror:
             with suppress(Exception):  # its own exit hook would print a traceback
                 self._wandb.teardown()
 
-    def _run_id(self) -> str:
+    def _run_id(self, is_only_one: bool) -> str:
         """One id for the life of the run folder: a resumed run continues the same wandb run."""
-        if given := os.environ.get("WANDB_RUN_ID"):
+        if is_only_one and (given := os.environ.get("WANDB_RUN_ID")):
             return given
         with suppress(FileNotFoundError):
             if kept := (self._folder / WANDB_RUN_ID_FILE).read_text().strip():

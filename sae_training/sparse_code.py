@@ -13,7 +13,8 @@ Both weight gradients go through the entries latent by latent: one sort, shared.
 encoder's input is a matrix-vector product, since every row's input holds the same -b_dec.
 
 `row_products` and `bags` are the two products that the device decides on: kernels of torch on the CPU, of
-`triton_kernels` on CUDA. The sort is one of `cpu_kernels`, or torch's. Nothing here reads a number off the device to go on.
+`triton_kernels` on CUDA. The sort is one of `cpu_kernels`, or torch's. Nothing here reads a number off the device to go
+on.
 """
 
 from __future__ import annotations

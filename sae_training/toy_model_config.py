@@ -203,7 +203,7 @@ PLACEHOLDERS: dict[str, Any] = {
 NOT_FOR_TOYS = (
     *PLACEHOLDERS,
     *("d_in", "expansion_factor", "store_batch_size"),  # they follow from n_hidden, d_sae and train_batch_size
-    *("hook_point_layer", "hook_point_head_index", "lm_dtype", "compile_lm"),
+    *("hook_point_layer", "layer_stride", "hook_point_head_index", "lm_dtype", "compile_lm"),
     *("target_hook_point", "d_out", "skip_connection"),
     *("dataset_split", "dataset_text_column", "is_dataset_tokenized", "streaming", "eval_dataset_path"),
     *("prepend_bos", "exclude_special_tokens", "use_cached_activations", "cached_activations_path"),

@@ -65,7 +65,6 @@ class SAETrainer:
         target = x if target is None else target.to(self.sae.dtype)
         out = objective(self.sae, x, target, coefficients, self.tracker.dead(), sparse=True)
 
-        self.sae.zero_grad(set_to_none=True)
         out.loss.backward()
         if self.sae.has_unit_norm_decoder:
             self.sae.remove_gradient_parallel_to_decoder_directions()
@@ -119,6 +118,8 @@ class SAETrainer:
             gradient, master = parameter.grad, self.masters[name]
             master.grad = gradient if gradient is None or master is parameter else gradient.T
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # their memory serves the next autoencoder of the run
+        self.sae.zero_grad(set_to_none=True)
         self.non_finite += not_finite
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sae_training.activations_store import ActivationsStore, with_widths
+from sae_training.activations_store import ActivationsStore, find_sites, with_widths
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model import LanguageModel, load_language_model
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -29,7 +29,7 @@ class LMSparseAutoencoderSessionloader:
         if model is None:
             model = load_language_model(cfg.model_name, str(cfg.device), getattr(cfg, "lm_dtype", "auto"))
         if isinstance(cfg, LanguageModelSAERunnerConfig):
-            cfg = with_widths(cfg, model)
+            cfg = with_widths(cfg, find_sites(cfg, model))
         return model, SparseAutoencoder(cfg), ActivationsStore(cfg, model, dataset)
 
     @classmethod

@@ -92,6 +92,12 @@ def weights_folder(path: Path) -> Path:
     for folder in (path, path / "final", *steps):
         if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
             return folder
+    several = sorted(folder.parent.name for folder in path.glob("*/final") if (folder / WEIGHTS_FILE).is_file())
+    if several:
+        raise FileNotFoundError(
+            f"{path}: holds the folders of {len(several)} autoencoders, expected that of one; give one of "
+            f"{', '.join(str(path / name) for name in several[:10])}."
+        )
     raise FileNotFoundError(
         f"{path}: holds no weights; expected {CONFIG_FILE} and {WEIGHTS_FILE} in it, in its final/ or in its "
         "checkpoints/. "

@@ -106,16 +106,16 @@ def time_forward(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
     n_batches = -(-rows_harvested(cfg) // rows_per_batch)
     start = time.perf_counter()
     for _ in range(n_batches):
-        harvest(model, tokens, [store.site])
+        harvest(model, tokens, store.sites)
     return time.perf_counter() - start
 
 
 def time_steps(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
     """Seconds for all steps of the run, on four batches of real activations in memory."""
     store = ActivationsStore(cfg, model)
-    rows = [store.next_rows().to(cfg.dtype)]
+    rows = [store.next_rows()[0].to(cfg.dtype)]
     while sum(map(len, rows)) < 4 * cfg.train_batch_size:
-        rows.append(store.next_rows().to(cfg.dtype))
+        rows.append(store.next_rows()[0].to(cfg.dtype))
     batches = torch.cat(rows).split(cfg.train_batch_size)[:4]
     trainer = SAETrainer(SparseAutoencoder(cfg), cfg)
     trainer.sae.initialize_b_dec(torch.cat(batches), "mean")

@@ -266,15 +266,15 @@ def harvest_rows(arguments: argparse.Namespace) -> None:
     )
     store = ActivationsStore(cfg, model, notify=lambda text: show([text]))
     places = torch.randperm(arguments.rows, generator=torch.Generator().manual_seed(0))
-    rows = torch.empty(arguments.rows, store.site.d_in, dtype=model.cfg.dtype)
+    rows = torch.empty(arguments.rows, store.sites[0].d_in, dtype=model.cfg.dtype)
     done, norm_sum = 0, 0.0
     while done < len(rows):
-        new = store.next_rows()[: len(rows) - done].cpu()
+        new = store.next_rows()[0][: len(rows) - done].cpu()
         rows[places[done : done + len(new)]] = new
         norm_sum += new.float().norm(dim=1).double().sum().item()
         done += len(new)
     held_out = store.held_out_tokens()[: arguments.held_out]
-    about = source_of(arguments) | {"rows": done, "d_in": store.site.d_in, "mean_norm": norm_sum / done}
+    about = source_of(arguments) | {"rows": done, "d_in": store.sites[0].d_in, "mean_norm": norm_sum / done}
     path = arguments.rows_file
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
@@ -464,9 +464,8 @@ class HeldOut:
         total = 0.0
         for prompts in batches_of_prompts(self.tokens, self.model):
             keep = ~torch.isin(prompts, self.special)
-            logits, _ = run(
-                self.model, prompts, self.site, [(self.site.name, partial(self.splice, keep=keep, change=change))]
-            )
+            splice = partial(self.splice, keep=keep, change=change)
+            logits = run(self.model, prompts, (self.site,), [(self.site.name, splice)]).logits
             for tokens, predicted in zip(prompts, logits, strict=True):  # one prompt at a time: float32 is large
                 total += torch.nn.functional.cross_entropy(predicted[:-1].float(), tokens[1:], reduction="sum").item()
         return total / self.tokens[:, 1:].numel()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,7 @@ def test_float32_hooks_of_a_narrow_model_are_served(small_config: Callable) -> N
         small_config(hook_point="blocks.1.ln2.hook_normalized"), load_language_model("demo", lm_dtype="bfloat16")
     )
     assert store.next_batch().dtype == torch.float32
-    assert store.buffer is not None and store.buffer.dtype == torch.bfloat16
+    assert store.buffers[0].dtype == torch.bfloat16
 
 
 def test_shapes_are_those_of_the_contract(make_store: Make) -> None:
@@ -53,7 +54,7 @@ def all_rows(store: ActivationsStore, n_batches: int) -> torch.Tensor:
     """The rows of the first `n_batches` token batches, in text order."""
     stream = store.token_stream(store.documents, store.n_held_out)
     ids = torch.cat([stream.next_contexts(store.store_batch_size) for _ in range(n_batches)])
-    return harvest(store.model, ids, [store.site])[0].flatten(end_dim=1)
+    return harvest(store.model, ids, [store.sites[0]])[0].flatten(end_dim=1)
 
 
 def positions(rows: torch.Tensor, among: torch.Tensor) -> list[list[int]]:
@@ -67,12 +68,11 @@ def test_every_row_is_served_exactly_once_over_the_refills(make_store: Make) -> 
     store = make_store()
     served_total = 12
     rows = iter(torch.eye(64 * 40)[:, :])
-    store.next_rows = lambda: torch.stack([next(rows) for _ in range(64)])  # type: ignore[method-assign]
-    store.widths = [64 * 40]
-    store.spill = torch.empty(0, 64 * 40)
+    store.next_rows = lambda: [torch.stack([next(rows) for _ in range(64)])]  # type: ignore[method-assign]
+    site = replace(store.sites[0], d_in=64 * 40)
+    store.sites, store.scales, store.spill = (site,), {site: 1.0}, [torch.empty(0, 64 * 40)]
     served = torch.cat([store.next_batch() for _ in range(served_total)])
-    assert store.buffer is not None
-    waiting = store.buffer[store.order[store.served :]]
+    waiting = store.buffers[0][store.order[store.served :]]
     seen = torch.cat([served, waiting]).argmax(dim=1).sort().values
     assert torch.equal(seen, torch.arange(len(seen)))
 
@@ -94,24 +94,24 @@ def test_a_batch_mixes_prompts(make_store: Make) -> None:
 def test_refill_happens_in_place_when_half_is_served(make_store: Make) -> None:
     store = make_store(exclude_special_tokens=True)  # all BOS rows are alike
     store.next_batch()
-    assert store.buffer is not None
-    address, before = store.buffer.data_ptr(), store.buffer.clone()
+    (buffer,) = store.buffers
+    address, before = buffer.data_ptr(), buffer.clone()
     store.next_batch()
-    assert torch.equal(store.buffer, before)
+    assert torch.equal(buffer, before)
     served = store.order[: store.served].clone()
     store.next_batch()
-    assert store.buffer.data_ptr() == address
+    (buffer,) = store.buffers
+    assert buffer.data_ptr() == address
     kept = torch.ones(256, dtype=torch.bool)
     kept[served] = False
-    assert torch.equal(store.buffer[kept], before[kept])
-    assert (store.buffer[served] != before[served]).any(dim=1).all()
+    assert torch.equal(buffer[kept], before[kept])
+    assert (buffer[served] != before[served]).any(dim=1).all()
 
 
 def test_buffer_keeps_the_models_precision(make_store: Make, small_config: Callable) -> None:
     store = make_store()
     store.next_batch()
-    assert store.buffer is not None
-    assert store.buffer.dtype == store.model.cfg.dtype
+    assert store.buffers[0].dtype == store.model.cfg.dtype
 
 
 @pytest.mark.parametrize("n_before", [0, 1, 2, 5])
@@ -128,9 +128,28 @@ def test_restored_store_serves_the_same_batches(make_store: Make, n_before: int)
         assert torch.equal(one.next_batch(), other.next_batch())
 
 
-def test_seed_decides_the_order(make_store: Make) -> None:
-    assert torch.equal(make_store(seed=1).next_batch(), make_store(seed=1).next_batch())
-    assert not torch.equal(make_store(seed=1).next_batch(), make_store(seed=2).next_batch())
+def test_the_order_is_the_same_for_all_seeds(make_store: Make) -> None:
+    assert torch.equal(make_store(seed=1).next_batch(), make_store(seed=2).next_batch())
+
+
+def test_sites_that_are_served_together_have_the_batches_they_have_alone(make_store: Make) -> None:
+    alone = {hook: make_store(hook_point=hook) for hook in (f"blocks.{layer}.hook_resid_post" for layer in (0, 2))}
+    sites = {hook: store.sites for hook, store in alone.items()}
+    together = ActivationsStore(
+        alone["blocks.0.hook_resid_post"].cfg,
+        alone["blocks.0.hook_resid_post"].model,
+        sites=[s for (s,) in sites.values()],
+    )
+    for _ in range(5):
+        together.advance()
+        for hook, store in alone.items():
+            assert torch.equal(together.batch(sites[hook]).x, store.next_batch())
+
+
+def test_a_batch_is_gathered_once_for_all_that_ask(make_store: Make) -> None:
+    store = make_store()
+    store.advance()
+    assert store.batch(store.sites).x is store.batch(store.sites).x
 
 
 def test_excluded_special_tokens_never_reach_a_batch(make_store: Make) -> None:
@@ -150,7 +169,7 @@ def test_odd_row_counts_lose_nothing(make_store: Make) -> None:
         store.next_batch()
     n_harvested = store.tokens.context_index * 15
     held_out = store.tokens.context_index // 20
-    n_used = 256 + 2 * 128 + len(store.spill)
+    n_used = 256 + 2 * 128 + len(store.spill[0])
     assert n_harvested - min(held_out, store.n_held_out) * 15 == n_used
 
 

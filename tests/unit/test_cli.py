@@ -113,9 +113,29 @@ def test_switch_value_does_not_swallow_a_positional() -> None:
     ]
 
 
-def test_commas_give_several_values_which_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"lr: found \[0.001, 'auto'\]; several SAEs"):
-        parse_train(["--lr", "1e-3,auto"])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--layers", "4", "8", "12"], [4, 8, 12]),
+        (["--layers", "4", "8", "demo", "demo"], [4, 8]),
+        (["--layers", "4,8"], [4, 8]),
+        (["--layers", "3"], 3),
+        (["--layers", "all", "--layer_stride", "2"], "all"),
+        (["--layer_stride", "2"], "all"),
+    ],
+)
+def test_layers(words: list[str], expected: Any) -> None:
+    assert parse_train(["--hook_point", "blocks.{layer}.hook_resid_pre", *words]).hook_point_layer == expected
+
+
+def test_layers_need_a_place_in_the_hooks_name() -> None:
+    with pytest.raises(ValueError, match=r"hook_point: .* expected \{layer\} where the number goes"):
+        parse_train(["--layers", "1", "2", "--hook_point", "blocks.1.hook_resid_pre"])
+
+
+def test_commas_give_several_values() -> None:
+    cfg = parse_train(["--lr", "1e-3,auto", "--k", "16,32"])
+    assert (cfg.lr, cfg.k) == ([1e-3, "auto"], [16, 32])
 
 
 def test_file_gives_the_defaults_and_flags_win(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "k": 32,
     "ema_decay": None,
     "k_anneal_steps": 0,
+    "layer_stride": 1,
     "multi_topk": False,
     "matryoshka_selection": "batchtopk",
     "target_hook_point": None,
@@ -361,26 +362,6 @@ def test_option_of_another_architecture_is_refused(values: dict[str, Any], messa
 def test_option_that_is_not_built_is_refused(name: str, value: Any, available: str) -> None:
     assert only_problem(**{name: value}) == (
         f"{name}: {value!r} is not trained by this version; available: {available}"
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("hook_point", ["blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"]),
-        ("hook_point_layer", [0, 1]),
-        ("lr", (1e-4, "auto")),
-        ("l1_coefficient", [1e-3, 1e-4]),
-        ("k", [16, 32]),
-        ("expansion_factor", (4, 8)),
-        ("architecture", ["standard", "topk"]),
-        ("seed", [0, 1]),
-        ("lr_warm_up_steps", [0, "auto"]),
-    ],
-)
-def test_list_asks_for_one_value(name: str, value: Any) -> None:
-    assert only_problem(**{name: value}) == (
-        f"{name}: found {list(value)}; several SAEs in one run are not trained by this version: give one value"
     )
 
 

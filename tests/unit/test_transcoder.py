@@ -192,12 +192,13 @@ def test_normalised_training_leaves_weights_for_raw_activations(
 ) -> None:
     cfg = small_config(**changes, normalize_activations="expected_average_only_in", architecture="topk", k=8, lr=1e-3)
     run = run_config(cfg, demo_model)
-    scales = run.store.scales
+    (member,) = run.members
+    scales = member.scales
     assert all(scale != 1 for scale in scales)
     served = run.store.sample(256)
-    for rows, width in zip(served, run.store.widths, strict=False):
-        assert rows.norm(dim=1).mean().item() == pytest.approx(width**0.5, rel=0.2)
-    expected = run.trainer.sae.reconstruct(served.x) / scales[-1]
+    for rows, site in zip(served, member.sites, strict=False):
+        assert rows.norm(dim=1).mean().item() == pytest.approx(site.d_in**0.5, rel=0.2)
+    expected = member.trainer.sae.reconstruct(served.x) / scales[-1]
     loaded = SparseAutoencoder.load_from_pretrained(run.folder.path)
     torch.testing.assert_close(loaded.reconstruct(served.x / scales[0]), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(512))
@@ -213,7 +214,7 @@ def test_checkpoint_of_a_normalised_run_takes_raw_activations(small_config: Call
     assert loaded.cfg.normalize_activations == "none"
     for (name, weight), (_, expected) in zip(loaded.weights(), run.sae.weights(), strict=True):
         assert torch.equal(weight, expected), name
-    assert not torch.equal(loaded.b_dec, run.trainer.sae.b_dec)
+    assert not torch.equal(loaded.b_dec, run.members[0].trainer.sae.b_dec)
 
 
 def test_fine_tuning_an_autoencoder_as_a_transcoder_is_refused(small_config: Callable, demo_model: Any) -> None:

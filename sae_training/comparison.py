@@ -1,0 +1,90 @@
+"""What a run of several autoencoders leaves for comparing them: a table on the screen, and a page with a plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+
+import plotly.graph_objects as go
+
+from sae_training.report import REPORT_FILE, document, plot, shown, style
+from sae_training.weights import write_text
+
+Evaluations = Mapping[str, Mapping[str, float]]
+"""By autoencoder, the keys of `evals.evaluate`."""
+
+COLUMNS = {
+    "metrics/eval_explained_variance": ("explained variance", ".4f"),
+    "metrics/eval_l0": ("L0", ".1f"),
+    "metrics/CE_loss_score": ("CE score", ".4f"),
+    "sparsity/dead_features": ("dead", ",.0f"),
+    "metrics/eval_dead_fraction": ("silent", ".1%"),
+}
+
+
+def comparison_table(folder: Path, evaluations: Evaluations) -> str:
+    """One line for each autoencoder, and where to find them."""
+    width = max(map(len, evaluations), default=0)
+    lines = [" " * width + "".join(f"{title:>20}" for title, _ in COLUMNS.values())]
+    for name, evaluation in evaluations.items():
+        figures = [format(evaluation.get(key, math.nan), form) for key, (_, form) in COLUMNS.items()]
+        lines.append(f"{name:<{width}}" + "".join(f"{figure:>20}" for figure in figures))
+    return "\n".join(
+        [
+            "",
+            *lines,
+            "",
+            f"Run folder: {folder}, with a folder for each",
+            f"Comparison: {folder / REPORT_FILE}",
+            "Load one in Python:",
+            "  from sae_training.utils import LMSparseAutoencoderSessionloader",
+            "  model, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained("
+            f"{str(folder / next(iter(evaluations), ''))!r})",
+            "",
+        ]
+    )
+
+
+def write_comparison(folder: Path, evaluations: Evaluations) -> Path:
+    """Write report.html of a run of several: a table with links to the reports of each, and EV and CE score by L0."""
+    head = "".join(f"<th>{escape(title)}</th>" for title, _ in COLUMNS.values())
+    rows = []
+    for name, evaluation in evaluations.items():
+        cells = "".join(f"<td>{evaluation.get(key, math.nan):{form}}</td>" for key, (_, form) in COLUMNS.items())
+        link = f"<a href='{escape(name)}/{REPORT_FILE}'>{escape(name)}</a>"
+        rows.append(f"<tr><th scope='row'>{link}</th>{cells}</tr>")
+    table = f"<table><thead><tr><th>Autoencoder</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    figures = [
+        frontier(evaluations, "metrics/eval_explained_variance", "Explained variance by L0"),
+        frontier(evaluations, "metrics/CE_loss_score", "CE score by L0"),
+    ]
+    plots = "".join(plot(figure, f"plot-{n}") for n, figure in enumerate(figures))
+    body = (
+        f"<p class='note'>{shown(len(evaluations))} autoencoders, on held-out text</p>"
+        f"<section class='plots'>{plots}</section><div class='table'>{table}</div>"
+    )
+    path = folder / REPORT_FILE
+    write_text(path, document(folder.resolve().name, body, has_plots=True))
+    return path
+
+
+def frontier(evaluations: Evaluations, key: str, title: str) -> go.Figure:
+    """A point for each autoencoder, its L0 across and the figure `key` upwards."""
+    names = [name for name, evaluation in evaluations.items() if key in evaluation]
+    figure = go.Figure(
+        go.Scatter(
+            x=[evaluations[name]["metrics/eval_l0"] for name in names],
+            y=[evaluations[name][key] for name in names],
+            text=names,
+            mode="markers+text" if len(names) <= 12 else "markers",
+            textposition="top center",
+            marker={"size": 9, "color": "#2563eb"},
+            hovertemplate="%{text}<br>L0 %{x:.1f}<br>%{y:.4f}<extra></extra>",
+        )
+    )
+    style(figure, title, "active latents per token", "fraction")
+    figure.update_layout(hovermode="closest")
+    figure.update_yaxes(exponentformat="none")
+    return figure
