@@ -63,9 +63,8 @@ def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = 
     """`language_model_sae_runner`, for callers who want the run and its folder too."""
     check_installed(cfg.optimizer)
     cfg = with_absolute_paths(cfg)
-    if model is None:
-        model = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype)
-    cfg = with_layers(cfg, model.cfg.n_layers)
+    lm: LanguageModel = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype) if model is None else model
+    cfg = with_layers(cfg, lm.cfg.n_layers)
     # Said in the folder, so that another machine computes in the same precisions.
     precisions: dict[str, Any] = {"lm_dtype": language_model_dtype(cfg.lm_dtype, cfg.device)}
     if cfg.dtype == torch.float32:  # elsewhere "auto" is dtype on every machine
@@ -73,10 +72,10 @@ def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = 
             cfg.encoder_matmul_dtype, cfg.dtype, torch.device(cfg.device)
         )
     cfg = dataclasses.replace(cfg, **precisions)
-    singles = find_singles(cfg, model)
+    singles = find_singles(cfg, lm)
     if not is_several(cfg):
         ((cfg, _),) = singles.values()  # with the model's widths
-    return run_in_folder(choose_run_folder(cfg), cfg, singles, model, dataset)
+    return run_in_folder(choose_run_folder(cfg), cfg, singles, lm, dataset)
 
 
 def resume_run(path: str | Path) -> Run:
