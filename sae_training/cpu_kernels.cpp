@@ -1,6 +1,6 @@
-// Which latents are active: choices among the pre-activations of a tile, on a CPU. See cpu_kernels.py.
+// The parts of a sparse step that torch has no fast kernel for on a CPU. See cpu_kernels.py.
 //
-// A tile holds the encoder's product without the bias, which is added here, in float: the sum of a bfloat16 product and
+// Choices: a tile holds the encoder's product without the bias, which is added here, in float: the sum of a bfloat16 product and
 // its bias need not be rounded, and a product that has to add one takes a tenth longer. Sums are compared as integers
 // of the same order, so no option of the compiler can change a choice, and NaN counts as larger than every number, as
 // it does for torch.topk.
@@ -197,6 +197,42 @@ extern "C" void sort_by_latent(const Index* latents, Index n, Index d_sae, Index
     for (Index e = 0; e < n; e++) order[next[latents[e]]++] = e;
 }
 
+// ----------------------------------------------------------------------------------------- products at the entries
+
+// out[e] = rows[row e] . table[latent e]. The next entry's row of the table is fetched from memory meanwhile: which one
+// it will be, the processor cannot guess.
+template <class Number>
+static void row_products(
+    const typename Number::Float* rows, const typename Number::Float* table, const Index* offsets,
+    const Index* latents, Index n_rows, Index d, int n_threads, typename Number::Float* out
+) {
+    using Float = typename Number::Float;
+    constexpr Index LANES = 256 / sizeof(Float), CACHE_LINE = 64 / sizeof(Float);
+    const Index n = offsets[n_rows];
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+    for (Index row = 0; row < n_rows; row++) {
+        const Float* x = rows + row * d;
+        for (Index e = offsets[row]; e < offsets[row + 1]; e++) {
+            const Float* w = table + latents[e] * d;
+            const Float* next = table + latents[std::min(e + 1, n - 1)] * d;
+            for (Index i = 0; i < d; i += CACHE_LINE) __builtin_prefetch(next + i);
+            Float sums[LANES] = {0}, sum = 0;
+            Index i = 0;
+            for (; i + LANES <= d; i += LANES)
+                for (Index lane = 0; lane < LANES; lane++) sums[lane] += x[i + lane] * w[i + lane];
+            for (; i < d; i++) sum += x[i] * w[i];
+            for (Float part : sums) sum += part;
+            out[e] = sum;
+        }
+    }
+}
+
+#define PRODUCTS_FOR(Number)                                                                                         \
+    void row_products_##Number(                                                                                      \
+        const Number::Float* rows, const Number::Float* table, const Index* offsets, const Index* latents,           \
+        Index n_rows, Index d, int n_threads, Number::Float* out                                                     \
+    ) { row_products<Number>(rows, table, offsets, latents, n_rows, d, n_threads, out); }
+
 #define KERNELS_FOR(Number)                                                                                          \
     void top_k_##Number(                                                                                             \
         const Number::Stored* tile, Index n_rows, Index n, const Number::Float* bias, Index k, int n_threads,        \
@@ -214,4 +250,6 @@ extern "C" {
 KERNELS_FOR(BFloat16)
 KERNELS_FOR(Float32)
 KERNELS_FOR(Float64)
+PRODUCTS_FOR(Float32)
+PRODUCTS_FOR(Float64)
 }

@@ -1,4 +1,5 @@
-"""The choices of `selection` as compiled loops for the CPU: the k largest of a row, and what lies above a threshold.
+"""Compiled loops for the CPU: the choices of `selection` (the k largest of a row, what lies above a threshold), and of
+`sparse_code` the sort of the entries and their products with rows.
 
 `cpu_kernels.cpp` is compiled when it is first needed, with the C++ compiler at hand ($CXX, c++, g++ or clang++), and
 kept in the user's cache. It takes about a second. Without a compiler `available` is False, and the caller takes plain
@@ -78,6 +79,20 @@ def sort_by_latent(latents: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
     n, width = ctypes.c_int64(len(latents)), ctypes.c_int64(d_sae)
     loaded.sort_by_latent(address(latents), n, width, address(offsets), address(order))
     return order, offsets
+
+
+def row_products(rows: Tensor, table: Tensor, offsets: Tensor, latents: Tensor) -> Tensor:
+    """(n,): rows[row e] . table[latents[e]], where row i has the entries offsets[i] to offsets[i + 1].
+
+    `rows` (n_rows, d) and `table` (d_sae, d) in float32 or float64 both.
+    """
+    loaded, rows, table, latents = library(), rows.contiguous(), table.contiguous(), latents.contiguous()
+    assert loaded is not None
+    n_rows, d = (ctypes.c_int64(size) for size in rows.shape)
+    out = torch.empty(len(latents), dtype=rows.dtype)
+    kernel = getattr(loaded, f"row_products_{NUMBERS[rows.dtype]}")
+    kernel(address(rows), address(table), address(offsets), address(latents), n_rows, d, threads(), address(out))
+    return out
 
 
 def float_dtype(tile: Tensor) -> torch.dtype:

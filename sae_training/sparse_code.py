@@ -12,9 +12,8 @@ look at every latent; with n active entries the other five cost 2 * n * d_in eac
 Both weight gradients go through the entries latent by latent: one sort, shared. The gradient of b_dec through the
 encoder's input is a matrix-vector product, since every row's input holds the same -b_dec.
 
-`row_products` and `bags` are the two products that the device decides on: kernels of torch on the CPU, of
-`triton_kernels` on CUDA. The sort is one of `cpu_kernels`, or torch's. Nothing here reads a number off the device to go
-on.
+`row_products` and `bags` are the two products that the device decides on: kernels of torch or `cpu_kernels` on the CPU,
+of `triton_kernels` on CUDA. Nothing here reads a number off the device to go on.
 """
 
 from __future__ import annotations
@@ -125,6 +124,8 @@ def row_products(rows: Tensor, table: Tensor, entries: Entries) -> Tensor:
     if triton_kernels.supports(rows):
         return triton_kernels.row_products(rows, table, entries.latents, entries.rows)
     if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
+        if cpu_kernels.available():
+            return cpu_kernels.row_products(rows, table, entries.offsets, entries.latents)
         size = (entries.n_rows, entries.d_sae)
         zeros = torch.zeros(len(entries.latents), dtype=rows.dtype)
         where = torch.sparse_csr_tensor(entries.offsets, entries.latents, zeros, size, check_invariants=False)

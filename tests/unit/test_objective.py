@@ -212,7 +212,7 @@ def test_batchtopk_keeps_k_a_row_on_average_and_may_give_rows_more() -> None:
 def test_tiles_of_latents_change_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sae = make(case)
     whole, whole_gradients = run(sae, None, sparse=True)
-    monkeypatch.setattr(selection, "TILE_LATENTS", 7)
+    monkeypatch.setattr(selection, "TILE_LATENTS", dict.fromkeys(selection.TILE_LATENTS, 7))
     monkeypatch.setattr(selection, "TILE_ELEMENTS", 7 * 11)
     tiled, tiled_gradients = run(sae, None, sparse=True)
     assert tiled.code.entries is not None

@@ -100,7 +100,7 @@ def test_the_number_of_threads_changes_nothing(n_threads: int) -> None:
 def test_choices_of_a_batch_are_those_of_the_dense_pre_activations(
     way: str, tile_latents: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selection, "TILE_LATENTS", tile_latents)
+    monkeypatch.setattr(selection, "TILE_LATENTS", dict.fromkeys(DTYPES.values(), tile_latents))
     monkeypatch.setattr(selection, "TILE_ELEMENTS", 8 * min(tile_latents, 350))
     x, W_enc, b_enc = random(50, 16), random(16, 350, seed=1), random(350, seed=2)
     encoder, pre = Encoder(x, W_enc, b_enc, torch.float64), x.double() @ W_enc.double() + b_enc
@@ -125,6 +125,20 @@ def test_entries_are_sorted_by_latent(n: int) -> None:
     order, offsets = cpu_kernels.sort_by_latent(latents, 40)
     assert order.tolist() == sorted(range(n), key=lambda entry: (int(latents[entry]), entry))
     assert offsets.tolist() == [int((latents < latent).sum()) for latent in range(41)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("d", (1, 16, 100, 576))
+def test_products_at_entries(d: int, dtype: str) -> None:
+    rows, table = random(4, d, dtype=DTYPES[dtype]), random(30, d, dtype=DTYPES[dtype], seed=1)
+    latents, offsets = torch.tensor([3, 29, 0, 3, 7]), torch.tensor([0, 2, 2, 4, 5])
+    expected = torch.stack(
+        [(rows[r].double() * table[i].double()).sum() for r, i in zip((0, 0, 2, 2, 3), latents, strict=True)]
+    )
+    found = cpu_kernels.row_products(rows, table, offsets, latents)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 if dtype == "float32" else 1e-12)
+    nothing = cpu_kernels.row_products(rows, table, torch.zeros(5, dtype=torch.int64), latents[:0])
+    assert nothing.shape == (0,)
 
 
 # ------------------------------------------------------------------------------------------------------------ compiling
