@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +28,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_training.activations import harvest
+from sae_training.cache import CachedReader, open_cache
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_io import option
 from sae_training.documents import Documents
-from sae_training.language_model import HookSite, LanguageModel, check_order, find_hook_site, find_target_site
+from sae_training.language_model import (
+    HookSite,
+    LanguageModel,
+    check_order,
+    find_hook_site,
+    find_target_site,
+    fingerprint,
+)
 from sae_training.text_data import open_documents
 from sae_training.tokens import TokenStream
 
@@ -92,6 +101,15 @@ class ActivationsStore:
         """Where the latest batch is in the buffers."""
         self.spill = [torch.empty(0, site.d_in, dtype=model.cfg.dtype, device=self.device) for site in self.sites]
         self.latest: tuple[Sites, Batch] | None = None
+        self.cached: CachedReader | None = None
+        """What activations come from instead of the language model, if the config says so: rows that are served as
+        they come, or contexts that take the place of the language model's passes."""
+        if option(cfg, "use_cached_activations") is not False:
+            shards = open_cache(
+                Path(cfg.cached_activations_path), origin(cfg, self), {s.name: s.d_in for s in self.sites}
+            )
+            self.cached = CachedReader(shards, notify)
+        self.cached_batch: dict[str, Tensor] = {}
 
     # ----------------------------------------------------------------------------------------------------- tokens
 
@@ -146,8 +164,14 @@ class ActivationsStore:
 
     def next_rows(self) -> list[Tensor]:
         """Rows (n, width) of the next `store_batch_size` prompts at each site, in the model's precision."""
-        tokens = self.get_batch_tokens()
-        found = [activations.flatten(end_dim=1) for activations in harvest(self.model, tokens, self.sites)]
+        if self.cached is not None and not self.goes_live(self.store_batch_size):
+            read = self.cached.take(self.store_batch_size)
+            tokens, found = read["tokens"], [read[site.name].to(self.model.cfg.dtype) for site in self.sites]
+            found = [activations.to(self.device) for activations in found]
+        else:
+            tokens = self.get_batch_tokens()
+            found = harvest(self.model, tokens, self.sites)
+        found = [activations.flatten(end_dim=1) for activations in found]
         if self.excluded_ids is None:
             return found
         keep = self.keeps(tokens).flatten()
@@ -162,25 +186,49 @@ class ActivationsStore:
         self.advance()
         return self.batch(self.sites)
 
-    def advance(self) -> None:
-        """Go on to the next random batch, which `batch` then gives for any sites."""
-        self.fill()
-        self.places = self.order[self.served : self.served + self.train_batch_size]
-        self.served += self.train_batch_size
+    def advance(self, n_rows: int | None = None) -> None:
+        """Go on to the next `n_rows` (None: train_batch_size) random rows, which `batch` then gives for any sites."""
+        n_rows = n_rows or self.train_batch_size
         self.latest = None
+        if self.serves_cached_rows and not self.goes_live(n_rows):
+            assert self.cached is not None
+            self.cached_batch = self.cached.take(n_rows)
+            return
+        self.fill(n_rows)
+        self.places = self.order[self.served : self.served + n_rows]
+        self.served += n_rows
+
+    @property
+    def serves_cached_rows(self) -> bool:
+        """Whether batches are rows of a cache, as they come: these are shuffled already."""
+        return self.cached is not None and self.cached.shards.form == "rows"
+
+    def goes_live(self, n: int) -> bool:
+        """Whether fewer than `n` rows or contexts of the cache are left, and the language model takes over there."""
+        assert self.cached is not None
+        if option(self.cfg, "use_cached_activations") != "then_live" or self.cached.remaining() >= n:
+            return False
+        shards, self.cached = self.cached.shards, None
+        self.notify(f"end of {shards.folder} after {shards.n:,} {shards.form}: from here on, activations are live")
+        tokens = shards.manifest.progress["tokens"]
+        self.tokens.load_state_dict(tokens | {"pending": torch.tensor(tokens["pending"], dtype=torch.int64)})
+        return True
 
     def batch(self, sites: Sites) -> Batch:
         """The batch that `advance` went on to. Asked again for the same sites, the same tensors."""
         if self.latest is None or self.latest[0] != sites:
-            self.latest = sites, self.rows_at(self.places, sites)
+            if self.serves_cached_rows:
+                found = [self.as_served(self.cached_batch[site.name].to(self.device), site) for site in sites]
+                self.latest = sites, Batch(found[0], found[-1])
+            else:
+                self.latest = sites, self.rows_at(self.places, sites)
         return self.latest[1]
 
     def measure_scales(self, n_rows: int, sites: Sites) -> None:
         """From now on, scale what is served of the sites to a mean norm of sqrt(width) over up to `n_rows` rows."""
-        self.fill()
         for site in sites:
             self.scales[site] = 1.0
-            norm = self.rows_at(self.order[:n_rows], (site,), torch.float32).x.norm(dim=1).mean().item()
+            norm = self.sample(n_rows, (site,), torch.float32).x.norm(dim=1).mean().item()
             if not 0 < norm < math.inf:
                 raise ValueError(
                     f"normalize_activations: the mean norm of {site.name} is {norm}, expected a number above 0; choose "
@@ -188,32 +236,40 @@ class ActivationsStore:
                 )
             self.scales[site] = site.d_in**0.5 / norm
 
-    def sample(self, n_rows: int, sites: Sites | None = None) -> Batch:
-        """Up to `n_rows` random rows of the buffer, without serving them."""
+    def sample(self, n_rows: int, sites: Sites | None = None, dtype: torch.dtype | None = None) -> Batch:
+        """Up to `n_rows` random rows of the buffer, or the next ones of a cache, without serving them."""
+        sites = sites or self.sites
+        if self.serves_cached_rows:
+            assert self.cached is not None
+            read = self.cached.peek(n_rows)
+            found = [self.as_served(read[site.name].to(self.device), site, dtype) for site in sites]
+            return Batch(found[0], found[-1])
         self.fill()
-        return self.rows_at(self.order[:n_rows], sites or self.sites)
+        return self.rows_at(self.order[:n_rows], sites, dtype)
 
     def rows_at(self, places: Tensor, sites: Sites, dtype: torch.dtype | None = None) -> Batch:
         """The buffers' rows at `places` (n,), scaled, in `dtype` (None: the config's)."""
-        places, dtype = places.to(self.device), dtype or self.dtype
-        wide = torch.promote_types(dtype, torch.float32)  # raw activations can be too large for float16
-        found = []
-        for site in sites:
-            rows = self.buffers[self.sites.index(site)].index_select(0, places)
-            scale = self.scales[site]
-            found.append((rows if scale == 1 else rows.to(wide) * scale).to(dtype))
+        places = places.to(self.device)
+        raw = [self.buffers[self.sites.index(site)].index_select(0, places) for site in sites]
+        found = [self.as_served(rows, site, dtype) for rows, site in zip(raw, sites, strict=True)]
         return Batch(found[0], found[-1])
+
+    def as_served(self, rows: Tensor, site: HookSite, dtype: torch.dtype | None = None) -> Tensor:
+        """Raw activations of a site, scaled, in `dtype` (None: the config's)."""
+        dtype, scale = dtype or self.dtype, self.scales[site]
+        wide = torch.promote_types(dtype, torch.float32)  # raw activations can be too large for float16
+        return (rows if scale == 1 else rows.to(wide) * scale).to(dtype)
 
     # ----------------------------------------------------------------------------------------------------- buffer
 
-    def fill(self) -> None:
-        """Allocate and fill the buffers at first, and refill their served half when the next batch would pass it."""
+    def fill(self, n_rows: int = 0) -> None:
+        """Allocate and fill the buffers at first, and refill their served half when the next `n_rows` would pass it."""
         if not self.buffers:
             self.check_buffer_size()
             dtype = self.model.cfg.dtype
             self.buffers = [torch.empty(self.n_rows, site.d_in, dtype=dtype, device=self.device) for site in self.sites]
             self.overwrite(torch.arange(self.n_rows))
-        elif self.served + self.train_batch_size > self.n_rows // 2:
+        elif self.served + n_rows > self.n_rows // 2:
             self.overwrite(self.order[: self.served])
 
     def overwrite(self, slots: Tensor) -> None:
@@ -250,6 +306,7 @@ class ActivationsStore:
             "scales": dict(zip(names, self.scales.values(), strict=True)),
             "generator": self.generator.get_state(),
             "tokens": self.tokens.state_dict(),
+            "cached": None if self.cached is None else self.cached.state_dict(),
         }
         return state | {"buffers": dict(zip(names, self.buffers, strict=True))} if self.buffers else state
 
@@ -263,8 +320,28 @@ class ActivationsStore:
             self.tokens.load_state_dict(state["tokens"])
         except ValueError as error:
             raise ValueError(f"dataset_path: the data is not what the run was started on. {error}") from error
+        if state.get("cached") is None:
+            self.cached = None  # it had come to its end
+        elif self.cached is not None:
+            self.cached.load_state_dict(state["cached"])
         if "buffers" in state:
             self.buffers = [state["buffers"][site.name].to(self.device) for site in self.sites]
+
+
+def origin(cfg: Any, store: ActivationsStore) -> dict[str, Any]:
+    """What the activations of a store come from: the fields of `cache.MUST_AGREE`."""
+    return {
+        "model_name": cfg.model_name,
+        "model_fingerprint": fingerprint(store.model),
+        "lm_dtype": str(store.model.cfg.dtype).removeprefix("torch."),
+        "dataset_path": cfg.dataset_path,
+        "dataset_split": cfg.dataset_split,
+        "tokenizer": getattr(store.model.tokenizer, "name_or_path", None),
+        "context_size": cfg.context_size,
+        "prepend_bos": cfg.prepend_bos,
+        "exclude_special_tokens": cfg.exclude_special_tokens,
+        "n_held_out": store.n_held_out,
+    }
 
 
 def find_sites(cfg: Any, model: LanguageModel) -> Sites:
@@ -283,6 +360,13 @@ def with_widths(cfg: LanguageModelSAERunnerConfig, sites: Sites) -> LanguageMode
     """`cfg` with d_in and, for a transcoder, d_out as its `sites` have them."""
     site, *target = sites
     return dataclasses.replace(cfg, d_in=site.d_in, d_out=target[0].d_in if target else None)
+
+
+def without_cache(cfg: Any) -> Any:
+    """`cfg` for live activations: those of a finished run, whose cache may be gone."""
+    if not isinstance(cfg, LanguageModelSAERunnerConfig) or cfg.use_cached_activations is False:
+        return cfg
+    return dataclasses.replace(cfg, use_cached_activations=False)
 
 
 def special_token_ids(model: LanguageModel) -> Tensor:

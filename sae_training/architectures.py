@@ -136,12 +136,6 @@ def batch_top_k_mask(pre: Tensor, k: int) -> Tensor:
     return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, indices, True).view_as(pre)
 
 
-def smallest_active(values: Tensor) -> Tensor:
-    """The smallest activation above 0, a scalar; infinite if there is none."""
-    positive = torch.where(values > 0, values, torch.inf).flatten()
-    return torch.cat([positive, positive.new_full((1,), torch.inf)]).amin()
-
-
 # ---------------------------------------------------------------------------------------------------------- penalties
 
 

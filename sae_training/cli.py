@@ -1,4 +1,4 @@
-"""The command line: `sae-training train | resume | eval | report | toy`.
+"""The command line: `sae-training train | resume | eval | report | cache | toy`.
 
 tyro turns the config's fields into flags. Parsing is apart from doing: `parse` and `parse_train`
 give values, `main` acts on them. What does the work is imported only inside the verb that needs it,
@@ -22,9 +22,10 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from sae_training.config import LanguageModelSAERunnerConfig, OneOrMany
+from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
 from sae_training.config_checks import field_types, is_union, nearest, plain_value, value_problems
 from sae_training.config_io import FIELD_NAMES, config_from_dict, read_config_values, read_yaml
+from sae_training.config_types import OneOrMany
 from sae_training.toy_model_config import SAEToyModelRunnerConfig
 
 # What `train` starts from without a config file; the class itself keeps the defaults of the mats
@@ -122,6 +123,26 @@ class Report(Common):
 
 
 @dataclass(kw_only=True)
+class Cache(CacheActivationsRunnerConfig, Common):
+    """Write activations to disk, for `train --use-cached-activations True --cached-activations-path FOLDER`.
+
+    Without special tokens (BOS), as in the recipe of `train`. The same command goes on with an unfinished cache.
+    """
+
+    model: Annotated[str | None, Positional, arg(metavar="MODEL")] = None
+    """Language model; the same as --model-name, over which it wins."""
+
+    dataset: Annotated[str | None, Positional, arg(metavar="DATASET")] = None
+    """Text; the same as --dataset-path, over which it wins."""
+
+    layers: OneOrMany[int | Literal["all"]] | None = None
+    """Layers for `{layer}` in --hook-point: 4 8 12, or all."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing, as in Train."""
+
+
+@dataclass(kw_only=True)
 class Toy(SAEToyModelRunnerConfig, Common):
     """Train on synthetic data whose dictionary is known, and score what was found.
 
@@ -132,7 +153,7 @@ class Toy(SAEToyModelRunnerConfig, Common):
         """Checks nothing, as in Train."""
 
 
-Verb = Train | Resume | Eval | Report | Toy
+Verb = Train | Resume | Eval | Report | Cache | Toy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,6 +202,12 @@ def run_verb(verb: Verb) -> None:
             from sae_training.report import write_report
 
             sys.stdout.write(f"{write_report(verb.run)}\n")
+        case Cache():
+            from sae_training.cache_activations_runner import cache_activations_runner
+
+            names = field_types(CacheActivationsRunnerConfig)
+            values = with_words({name: getattr(verb, name) for name in names}, verb)
+            sys.stdout.write(f"{cache_activations_runner(CacheActivationsRunnerConfig(**values))}\n")
         case Toy():
             from sae_training.toy_model_runner import toy_model_sae_runner
 
@@ -200,6 +227,7 @@ def parse(argv: Sequence[str]) -> Verb:
         Annotated[Resume, subcommand("resume")],
         Annotated[Eval, subcommand("eval")],
         Annotated[Report, subcommand("report")],
+        Annotated[Cache, subcommand("cache", default=Cache(exclude_special_tokens=True, device="auto"))],
         Annotated[Toy, subcommand("toy")],
     ]
     return tyro.cli(
@@ -234,20 +262,24 @@ def train_defaults(argv: Sequence[str]) -> Mapping[str, Any]:
 
 def config_of(train: Train) -> LanguageModelSAERunnerConfig:
     """The config that the flags describe, checked, with a device chosen if none was named."""
-    values = {name: getattr(train, name) for name in FIELD_NAMES}
-    if train.layers is not None:
-        values["hook_point_layer"] = train.layers
-    elif train.layer_stride != 1 and train.hook_point_layer == 0:
+    return config_from_dict(with_words({name: getattr(train, name) for name in FIELD_NAMES}, train))
+
+
+def with_words(values: dict[str, Any], verb: Train | Cache) -> dict[str, Any]:
+    """The values of a config with what the command line says in its own words: MODEL, DATASET, layers, device auto."""
+    if verb.layers is not None:
+        values["hook_point_layer"] = verb.layers
+    elif verb.layer_stride != 1 and verb.hook_point_layer == 0:
         values["hook_point_layer"] = "all"
-    if train.model is not None:
-        values["model_name"] = train.model
-    if train.dataset is not None:
-        values["dataset_path"] = train.dataset
+    if verb.model is not None:
+        values["model_name"] = verb.model
+    if verb.dataset is not None:
+        values["dataset_path"] = verb.dataset
     if values["device"] == "auto":
         import torch
 
         values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    return config_from_dict(values)
+    return values
 
 
 def join_layers(argv: Sequence[str]) -> list[str]:

@@ -10,33 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union, cast
+from typing import Literal, cast
 
+from sae_training.cache_config import CacheActivationsRunnerConfig
 from sae_training.config_checks import checked_names, plain_values, problems, refuse
+from sae_training.config_types import Architecture, Dtype, OneOrMany, PrecisionName, SchedulerName
 from sae_training.sweep import FIXED_K, LABELS, is_several, listed_fields
 
-T = TypeVar("T")
-if TYPE_CHECKING:
-    import torch
-
-    # What every part after the config gets: a torch.dtype and single values, whatever the user
-    # wrote.
-    Dtype = torch.dtype
-    OneOrMany = Annotated[T, "or a list of them"]
-else:
-    Dtype = str
-    OneOrMany = Union[T, list[T], tuple[T, ...]]  # noqa: UP007 - `|` cannot be subscripted
-
-Architecture = Literal["standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"]
-SchedulerName = Literal[
-    "constant",
-    "constantwithwarmup",
-    "linearwarmupdecay",
-    "cosineannealing",
-    "cosineannealingwarmup",
-    "cosineannealingwarmrestarts",
-]
-PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
+__all__ = ["Architecture", "CacheActivationsRunnerConfig", "Dtype", "LanguageModelSAERunnerConfig", "SchedulerName"]
 
 # What "auto" means. The learning rate is
 #     AUTO_LR / sqrt(d_sae / 2**14) / sqrt(max(1, steps / AUTO_LR_STEPS)), at most AUTO_LR_MAX:
@@ -213,7 +194,7 @@ class LanguageModelSAERunnerConfig:
     # Training
 
     total_training_tokens: int = 2_000_000
-    """Tokens to train on; the run has total_training_tokens // train_batch_size steps."""
+    """Tokens to train on; the run has total_training_tokens // tokens_per_step steps."""
 
     train_batch_size: int = 4096
     """Activations (tokens) per training step; at most half of the buffer."""
@@ -252,10 +233,10 @@ class LanguageModelSAERunnerConfig:
     """Decay per step of a moving average of the weights, which the run then ends with."""
 
     grad_acc_steps: int = 1
-    """Batches whose gradients are added up before an optimizer step (this version: 1)."""
+    """Batches of train_batch_size that make up one optimizer step, one after the other."""
 
     micro_batch_size: int | None = None
-    """Tokens that go through the autoencoder at a time (this version: None, it chooses itself)."""
+    """Activations that go through the autoencoder at a time; None is train_batch_size."""
 
     # Buffer of activations
 
@@ -265,11 +246,11 @@ class LanguageModelSAERunnerConfig:
     n_batches_in_buffer: int = 20
     """Forward passes that fill the shuffling buffer: more mixes better and takes memory."""
 
-    use_cached_activations: bool = False
-    """Train on activations from disk (not in this version)."""
+    use_cached_activations: bool | Literal["then_live"] = False
+    """Train on activations from disk, again from their beginning at their end, or live from there."""
 
     cached_activations_path: str | None = None
-    """Folder of activations; read only with use_cached_activations."""
+    """Folder that `sae-training cache` wrote; read only with use_cached_activations."""
 
     # Evaluation
 
@@ -352,7 +333,12 @@ class LanguageModelSAERunnerConfig:
     @property
     def total_training_steps(self) -> int:
         """Optimizer steps of the whole run; a last partial batch is not trained on."""
-        return self.total_training_tokens // self.train_batch_size
+        return self.total_training_tokens // self.tokens_per_step
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Activations between two optimizer steps."""
+        return self.train_batch_size * self.grad_acc_steps
 
     @property
     def buffer_rows(self) -> int:

@@ -80,6 +80,7 @@ POSITIVE = (
     "jumprelu_init_threshold",
     "jumprelu_tanh_scale",
     "layer_stride",
+    "shard_size_mb",
 )
 NOT_NEGATIVE = (
     "hook_point_layer",
@@ -102,9 +103,6 @@ NOT_EMPTY = ("model_name", "hook_point", "target_hook_point", "dataset_path", "d
 # What this version does of each option that has values it does not know how to train yet.
 BUILT: dict[str, tuple[object, ...]] = {
     "normalize_activations": ("none", "expected_average_only_in"),
-    "grad_acc_steps": (1,),
-    "micro_batch_size": (None,),
-    "use_cached_activations": (False,),
     "compile_lm": (False,),
     "parallel": ("data",),
 }
@@ -256,7 +254,7 @@ def _problem(name: str, value: Any, hint: Any) -> str | None:
         return _misfit(name, value, hint)
     if isinstance(value, list):
         return _problem_of_list(name, value, hint)
-    if name == "dtype" and value not in DTYPE_NAMES:
+    if name == "dtype" and hint is str and value not in DTYPE_NAMES:
         return _not_a_choice(name, value, DTYPE_NAMES)
     if name == "device" and not re.fullmatch(rf"({'|'.join(DEVICE_TYPES)})(:\d+)?", value):
         return _not_a_choice(name, value, DEVICE_TYPES)
@@ -435,12 +433,13 @@ def _not_in_8_bits(cfg: Config) -> str | None:
 
 def _batch_too_large(cfg: Config) -> str | None:
     half = cfg.buffer_rows // 2
-    if cfg.train_batch_size <= half:
+    if cfg.tokens_per_step <= half:
         return None
     per_batch = cfg.store_batch_size * cfg.context_size
-    needed = -(-2 * cfg.train_batch_size // per_batch)
+    needed = -(-2 * cfg.tokens_per_step // per_batch)
+    several = f" x grad_acc_steps {cfg.grad_acc_steps}" if cfg.grad_acc_steps > 1 else ""
     return (
-        f"train_batch_size: found {cfg.train_batch_size}, expected at most {half}, half of the "
+        f"train_batch_size: found {cfg.train_batch_size}{several}, expected at most {half}, half of the "
         f"buffer of {cfg.buffer_rows} rows (n_batches_in_buffer {cfg.n_batches_in_buffer} x "
         f"store_batch_size {cfg.store_batch_size} x context_size {cfg.context_size}); "
         f"raise n_batches_in_buffer to {needed} or lower train_batch_size"
@@ -448,20 +447,21 @@ def _batch_too_large(cfg: Config) -> str | None:
 
 
 def _too_few_tokens(cfg: Config) -> str | None:
-    if cfg.total_training_tokens >= cfg.train_batch_size:
+    if cfg.total_training_tokens >= cfg.tokens_per_step:
         return None
+    several = f" x grad_acc_steps = {cfg.tokens_per_step}" if cfg.grad_acc_steps > 1 else ""
     return (
         f"total_training_tokens: found {cfg.total_training_tokens}, expected at least one batch of "
-        f"train_batch_size = {cfg.train_batch_size}; raise it or lower train_batch_size"
+        f"train_batch_size = {cfg.train_batch_size}{several}; raise it or lower train_batch_size"
     )
 
 
 def _decay_too_long(cfg: Config) -> str | None:
-    if cfg.lr_decay_steps <= cfg.total_training_tokens // cfg.train_batch_size:
+    if cfg.lr_decay_steps <= cfg.total_training_steps:
         return None
     return (
         f"lr_decay_steps: found {cfg.lr_decay_steps}, expected at most the run's "
-        f"{cfg.total_training_tokens // cfg.train_batch_size} steps; lower it"
+        f"{cfg.total_training_steps} steps; lower it"
     )
 
 
@@ -471,6 +471,15 @@ def _two_remedies(cfg: Config) -> str | None:
     return (
         f"use_ghost_grads: found True with auxk_coefficient {cfg.auxk_coefficient}, expected one "
         "remedy for dead latents; set use_ghost_grads to False or auxk_coefficient to 0"
+    )
+
+
+def _cache_without_path(cfg: Config) -> str | None:
+    if cfg.use_cached_activations is False or cfg.cached_activations_path is not None:
+        return None
+    return (
+        f"cached_activations_path: found None with use_cached_activations {cfg.use_cached_activations}, expected the "
+        "folder that `sae-training cache` wrote; give it"
     )
 
 
@@ -492,11 +501,12 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = 
     (("optimizer", "feature_sampling_method", "dtype"), _not_in_8_bits),
     (("skip_connection", "target_hook_point", "d_out", "hook_point_head_index"), _transcoder_option_without_target),
     (
-        ("train_batch_size", "n_batches_in_buffer", "store_batch_size", "context_size"),
+        ("train_batch_size", "grad_acc_steps", "n_batches_in_buffer", "store_batch_size", "context_size"),
         _batch_too_large,
     ),
-    (("total_training_tokens", "train_batch_size"), _too_few_tokens),
-    (("lr_decay_steps", "total_training_tokens", "train_batch_size"), _decay_too_long),
+    (("total_training_tokens", "train_batch_size", "grad_acc_steps"), _too_few_tokens),
+    (("lr_decay_steps", "total_training_tokens", "train_batch_size", "grad_acc_steps"), _decay_too_long),
     (("use_ghost_grads", "auxk_coefficient", "architecture"), _two_remedies),
+    (("cached_activations_path", "use_cached_activations"), _cache_without_path),
     (("checkpoint_path", "run_dir"), _two_run_folders),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_training.sparse_code import Code
+from sae_training.sparse_code import Code, CodeFigures
 
 
 class FiringTracker:
@@ -32,7 +32,7 @@ class FiringTracker:
         self.window_tokens = 0
         self.last_window_tokens = 0
 
-    def update(self, code: Code) -> None:
+    def update(self, code: Code | CodeFigures) -> None:
         """Count one batch of latent activations."""
         n_rows = code.n_rows
         fired = code.counts()

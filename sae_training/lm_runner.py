@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from sae_training import checkpoint
-from sae_training.activations_store import ActivationsStore, find_sites, with_widths
+from sae_training.activations_store import ActivationsStore, find_sites, with_widths, without_cache
 from sae_training.comparison import comparison_table, write_comparison
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_io import config_to_dict
@@ -29,6 +29,7 @@ from sae_training.language_model import (
     language_model_dtype,
     load_language_model,
 )
+from sae_training.memory_plan import check_memory, plan_memory
 from sae_training.metrics import sparsity_metrics, training_metrics
 from sae_training.optim import check_installed
 from sae_training.report import write_report
@@ -101,6 +102,9 @@ def run_in_folder(
     sites = [site for _, sites in singles.values() for site in sites]
     store = ActivationsStore(some_config, model, dataset, sites=sites)  # before the folder: bad data leaves nothing
     store.check_buffer_size()
+    plan = plan_memory(cfg, [single for single, _ in singles.values()], store)
+    check_memory(plan, cfg, len(singles))
+    tqdm.write(f"Memory of {len(singles)} autoencoders:\n{plan.table()}" if is_several(cfg) else plan.line())
     held_out = store.held_out_tokens()
     folder = RunFolder(path, cfg)
     try:
@@ -132,7 +136,7 @@ def train(run: Run, stop: StopRequest) -> None:
     cfg, store = run.cfg, run.store
     snapshots = snapshot_steps(cfg)
     while run.step < cfg.total_training_steps:
-        store.advance()
+        store.advance(cfg.tokens_per_step)
         run.step += 1  # from here on, `step` counts this one as finished
         logs = due(run.step, cfg.wandb_log_frequency)
         shown = []
@@ -334,7 +338,7 @@ def evaluate_run(path: str | Path) -> dict[str, float]:
     cfg = read_run_config(path)
     sae = SparseAutoencoder.load_from_pretrained(path)
     model = load_language_model(cfg.model_name, str(sae.device), cfg.lm_dtype)
-    store = ActivationsStore(sae.cfg, model)
+    store = ActivationsStore(without_cache(sae.cfg), model)
     tokens = store.held_out_tokens()
     if len(tokens) == 0:
         raise ValueError(

@@ -16,7 +16,15 @@ from torch import Tensor
 from sae_training import architectures, triton_kernels
 from sae_training.losses import auxk_loss, centred_norm, ghost_grad_loss, mean_normalised_error
 from sae_training.selection import Encoder, above_threshold, top_k_of_batch, top_k_of_rows
-from sae_training.sparse_code import Code, Entries, concatenate, fixed_size_entries, offsets_of, pre_activations_at
+from sae_training.sparse_code import (
+    Code,
+    CodeFigures,
+    Entries,
+    concatenate,
+    fixed_size_entries,
+    offsets_of,
+    pre_activations_at,
+)
 
 if TYPE_CHECKING:
     from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -44,7 +52,8 @@ class Losses:
     """Losses of a batch; `loss` is the sum of the three others. See `sparse_autoencoder.ForwardOutput`."""
 
     sae_out: Tensor
-    code: Code
+    code: Code | CodeFigures
+    """Figures alone, where the batch went through in parts."""
     loss: Tensor
     mse_loss: Tensor
     l1_loss: Tensor
@@ -53,11 +62,15 @@ class Losses:
     @property
     def feature_acts(self) -> Tensor:
         """Latent activations as (rows, d_sae)."""
+        assert isinstance(self.code, Code), "the codes of a batch in parts are not kept"
         return self.code.dense()
 
     def detach(self) -> Losses:
-        tensors = (self.loss, self.mse_loss, self.l1_loss, self.ghost_grad_loss)
-        return Losses(self.sae_out.detach(), self.code.detach(), *(t.detach() for t in tensors))
+        code = self.code.detach() if isinstance(self.code, Code) else self.code
+        return Losses(self.sae_out.detach(), code, *(t.detach() for t in self.scalars()))
+
+    def scalars(self) -> tuple[Tensor, ...]:
+        return self.loss, self.mse_loss, self.l1_loss, self.ghost_grad_loss
 
 
 @dataclass(frozen=True)
@@ -84,8 +97,11 @@ def objective(
     coefficients: Coefficients,
     dead: Tensor | None = None,
     sparse: bool = False,
+    norm: Tensor | None = None,
 ) -> Losses:
     """Losses of reconstructing `target` (rows, d_out) from `x` (rows, d_in).
+
+    `norm` (rows, 1) is the rows' share of `centred_norm` for the batch that they are a part of; None: they are all.
 
     `dead` (d_sae,) bool marks what the remedy works on. `sparse` asks for the sparse way; codes that are not sparse go
     the dense way all the same.
@@ -98,7 +114,7 @@ def objective(
     else:
         made = sparse_parts(sae, sae_in, entries, coefficients.k, dead)
 
-    norm = centred_norm(target.to(torch.promote_types(target.dtype, torch.float32)))
+    norm = centred_norm(wide(target)) if norm is None else norm
     mse_loss = mean_normalised_error(made.sae_outs, target, norm)
     if made.multi_out is not None:
         mse_loss = mse_loss + MULTI_TOPK_WEIGHT * mean_normalised_error(made.multi_out, target, norm)
@@ -107,6 +123,11 @@ def objective(
     penalty = sparsity_penalty(sae, made.pre, made.acts, coefficients.l1_coefficient)
     remedy = remedy_loss(sae, sae_in, target, made, dead)
     return Losses(made.sae_outs[-1], made.acts, mse_loss + penalty + remedy, mse_loss, penalty, remedy)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def has_work(sae: SparseAutoencoder, dead: Tensor | None) -> bool:

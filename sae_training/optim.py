@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import torch
 
-from sae_training.config import SchedulerName
+from sae_training.config_types import SchedulerName
 
 SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
 WITH_WARM_UP = ("constantwithwarmup", "linearwarmupdecay", "cosineannealingwarmup")

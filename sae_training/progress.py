@@ -24,14 +24,14 @@ class Progress:
     """A bar in tokens (rate and remaining time come from tqdm), with loss, L0, explained variance and dead latents."""
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig, folder: RunFolder, first_step: int) -> None:
-        self.tokens_per_step = cfg.train_batch_size
+        self.tokens_per_step = cfg.tokens_per_step
         self.total_steps = cfg.total_training_steps
         self.folder = folder
         self.first_step = first_step
         self.started = time.monotonic()
         self.bar = tqdm(
-            total=cfg.total_training_steps * cfg.train_batch_size,
-            initial=first_step * cfg.train_batch_size,
+            total=cfg.total_training_steps * cfg.tokens_per_step,
+            initial=first_step * cfg.tokens_per_step,
             desc="training",
             unit="tok",
             unit_scale=True,

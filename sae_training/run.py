@@ -94,7 +94,7 @@ class Run:
 
     @property
     def n_training_tokens(self) -> int:
-        return self.step * self.cfg.train_batch_size
+        return self.step * self.cfg.tokens_per_step
 
     def write_status(self, state: str) -> None:
         failed = {member.name: member.failure for member in self.members if member.failure}

@@ -156,7 +156,7 @@ def read_run_config(folder: Path) -> LanguageModelSAERunnerConfig:
 def with_absolute_paths(cfg: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfig:
     """Local models and data by absolute path, so that the run can be resumed and loaded from any working directory."""
     changes = {}
-    for name in ("model_name", "dataset_path", "eval_dataset_path", "from_pretrained_path"):
+    for name in ("model_name", "dataset_path", "eval_dataset_path", "from_pretrained_path", "cached_activations_path"):
         value = getattr(cfg, name)
         if value is not None and is_local(name, value):
             changes[name] = str(Path(value).expanduser().resolve())

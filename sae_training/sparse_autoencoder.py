@@ -25,7 +25,7 @@ from sae_training.geometric_median import geometric_median
 from sae_training.language_model import HookedRootModule, HookPoint
 from sae_training.objective import Coefficients, objective
 from sae_training.precision import bfloat16_is_fast
-from sae_training.sparse_code import Code
+from sae_training.sparse_code import Code, CodeFigures
 from sae_training.weights import load_weights, save_weights
 
 CACHED_ROWS = 1024  # of the decoder, that stay in cache from one pass over them to the next
@@ -256,10 +256,10 @@ class SparseAutoencoder(HookedRootModule):
         return not self.scale_sparsity_penalty_by_decoder_norm
 
     @torch.no_grad()
-    def track_inference_threshold(self, code: Code, step: int) -> None:
+    def track_inference_threshold(self, code: Code | CodeFigures, step: int) -> None:
         """batchtopk: follow the smallest activation of each training batch, as a mean with a memory of 10 steps."""
         if self.choice == "batchtopk":
-            smallest = architectures.smallest_active(code.values)
+            smallest = code.smallest_active()
             weight = max(0.1, 1 / (step + 1))
             new = torch.lerp(self.inference_threshold, smallest.to(self.dtype), weight)
             self.inference_threshold.copy_(torch.where(smallest.isfinite(), new, self.inference_threshold))

@@ -248,6 +248,39 @@ class Code:
         """(d_sae,) int64: on how many rows each latent is active."""
         return (self.values > 0).sum(dim=0) if self.entries is None else self.entries.counts(self.values)
 
+    def smallest_active(self) -> Tensor:
+        """The smallest activation above 0, a scalar; infinite if there is none."""
+        positive = torch.where(self.values > 0, self.values, torch.inf).flatten()
+        return torch.cat([positive, positive.new_full((1,), torch.inf)]).amin()
+
     def dense(self) -> Tensor:
         """(rows, d_sae)."""
         return self.values if self.entries is None else self.entries.dense(self.values)
+
+
+class CodeFigures:
+    """What is asked of the code of a batch that went through in parts, none of which is kept."""
+
+    def __init__(self) -> None:
+        self.n_rows = 0
+        self.sums: list[Tensor] = []
+        self.smallest: list[Tensor] = []
+
+    def add(self, code: Code) -> None:
+        sums = [code.l1() * code.n_rows, code.l0() * code.n_rows, code.counts()]
+        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else sums
+        self.smallest.append(code.smallest_active())
+        self.n_rows += code.n_rows
+
+    def l1(self) -> Tensor:
+        return self.sums[0] / self.n_rows
+
+    def l0(self) -> Tensor:
+        return self.sums[1] / self.n_rows
+
+    def counts(self) -> Tensor:
+        return self.sums[2]
+
+    def smallest_active(self) -> Tensor:
+        """The mean of the parts' smallest, each of which was chosen by itself."""
+        return torch.stack(self.smallest).mean()

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
-from sae_training.config import Architecture, Dtype, LanguageModelSAERunnerConfig, SchedulerName
+from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_checks import checked_names, nearest, plain_values, refuse, value_problems
 from sae_training.config_io import FIELD_NAMES, config_from_dict
+from sae_training.config_types import Architecture, Dtype, SchedulerName
 
 
 @checked_names

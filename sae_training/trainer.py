@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -10,11 +10,13 @@ from torch import Tensor
 from sae_training.architectures import PENALISED
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.dead_latents import FiringTracker
+from sae_training.losses import centred_norm
 from sae_training.memory import keep_freed_memory
-from sae_training.objective import Coefficients, Losses, objective
+from sae_training.objective import Coefficients, Losses, objective, wide
 from sae_training.optim import annealed_k, lr_factor, make_optimizer, moments, warm_up_factor
 from sae_training.resampling import NOT_BY_LATENT, resample
 from sae_training.sparse_autoencoder import SparseAutoencoder
+from sae_training.sparse_code import Code, CodeFigures
 
 
 class StepResult(NamedTuple):
@@ -63,9 +65,8 @@ class SAETrainer:
         self.sae.train()
         x = x.to(self.sae.dtype)
         target = x if target is None else target.to(self.sae.dtype)
-        out = objective(self.sae, x, target, coefficients, self.tracker.dead(), sparse=True)
+        out = self.backward(x, target, coefficients)
 
-        out.loss.backward()
         if self.sae.has_unit_norm_decoder:
             self.sae.remove_gradient_parallel_to_decoder_directions()
         if self.cfg.clip_grad_norm is not None:
@@ -76,10 +77,33 @@ class SAETrainer:
         if self.sae.has_unit_norm_decoder:
             self.sae.set_decoder_norm_to_unit_norm(unless=not_finite)
         self.update_average(step)
-        out = out.detach()
         self.sae.track_inference_threshold(out.code, step)
         self.tracker.update(out.code)
         return StepResult(target, out, lr, coefficients.l1_coefficient)
+
+    def backward(self, x: Tensor, target: Tensor, coefficients: Coefficients) -> Losses:
+        """The losses of a batch, whose gradients are then in the parameters: whole, or in parts of micro_batch_size
+        (with grad_acc_steps, of train_batch_size).
+
+        Parts have the gradient of the whole batch, their row norms being those of the batch, except that batchtopk then
+        chooses k a row in each part, and that remedies for dead latents look at each part by itself.
+        """
+        dead = self.tracker.dead()
+        size = self.cfg.micro_batch_size or (self.cfg.train_batch_size if self.cfg.grad_acc_steps > 1 else len(x))
+        if size >= len(x):
+            out = objective(self.sae, x, target, coefficients, dead, sparse=True)
+            out.loss.backward()
+            return out.detach()
+        outs, scalars, code = [], [], CodeFigures()
+        for rows, wanted, norm in zip(*(t.split(size) for t in (x, target, centred_norm(wide(target)))), strict=True):
+            part = objective(self.sae, rows, wanted, coefficients, dead, sparse=True, norm=norm)
+            share = len(rows) / len(x)
+            (part.loss * share).backward()
+            part = part.detach()
+            outs.append(part.sae_out)
+            scalars.append(torch.stack(part.scalars()) * share)
+            code.add(cast("Code", part.code))
+        return Losses(torch.cat(outs), code, *torch.stack(scalars).sum(dim=0))
 
     def resample(self, x: Tensor, target: Tensor, step: int) -> int:
         """Give dead latents new directions from rows `x` (n, d_in) and what they are to become, `target` (n, d_out),

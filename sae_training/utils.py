@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sae_training.activations_store import ActivationsStore, find_sites, with_widths
+from sae_training.activations_store import ActivationsStore, find_sites, with_widths, without_cache
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model import LanguageModel, load_language_model
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -47,5 +47,6 @@ class LMSparseAutoencoderSessionloader:
         """
         sae = SparseAutoencoder.load_from_pretrained(path, device)
         sae.eval()
-        model, _, store = cls(sae.cfg).load_session(model, dataset)
+        cfg = without_cache(sae.cfg)
+        model, _, store = cls(cfg).load_session(model, dataset)
         return model, sae, store

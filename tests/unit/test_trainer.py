@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_training import trainer as trainer_module
 from sae_training.checkpoint import load_checkpoint, save_checkpoint
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.metrics import training_metrics
@@ -127,6 +128,56 @@ def test_clipping_bounds_the_norm_of_the_gradient() -> None:
     free = gradient_norm(None)
     assert gradient_norm(free / 10) == pytest.approx(free / 10, rel=1e-4)
     assert gradient_norm(free * 10) == pytest.approx(free)
+
+
+PARTS = ["topk", "standard", "gated", "jumprelu"]
+
+
+@pytest.mark.parametrize("architecture", PARTS)
+def test_parts_have_the_gradient_of_the_whole_batch(architecture: str) -> None:
+    def gradients(micro: int | None) -> tuple[dict[str, torch.Tensor], Any]:
+        trainer = make_trainer(architecture=architecture, micro_batch_size=micro, dtype="float64")
+        found: dict[str, torch.Tensor] = {}
+
+        def look(*_: object) -> None:
+            found.update({n: p.grad.clone() for n, p in trainer.sae.named_parameters() if p.grad is not None})
+
+        trainer.optimizer.register_step_pre_hook(look)
+        return found, trainer.step(batch().double() * 3 + 1, 0)
+
+    (whole, result), (parts, of_parts) = gradients(None), gradients(12)  # parts of 12, 12, 8
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(of_parts.out.sae_out, result.out.sae_out)
+    for one, other in zip(of_parts.out.scalars(), result.out.scalars(), strict=True):
+        torch.testing.assert_close(one, other)
+    for figure in ("l0", "l1", "counts", "smallest_active"):
+        whole_figure = getattr(result.out.code, figure)()
+        found = getattr(of_parts.out.code, figure)()
+        assert found >= whole_figure if figure == "smallest_active" else torch.allclose(found, whole_figure)
+
+
+def test_accumulated_batches_are_one_larger_batch() -> None:
+    one = make_trainer(architecture="topk", train_batch_size=32)
+    other = make_trainer(architecture="topk", train_batch_size=8, grad_acc_steps=4)
+    for step in range(3):
+        one.step(batch(), step)
+        other.step(batch(), step)
+    for (name, weight), (_, accumulated) in zip(one.sae.weights(), other.sae.weights(), strict=True):
+        torch.testing.assert_close(accumulated, weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_no_more_rows_than_a_part_are_encoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = trainer_module.objective
+
+    def watched(sae: Any, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        sizes.append(len(x))
+        return real(sae, x, *rest, **named)
+
+    monkeypatch.setattr(trainer_module, "objective", watched)
+    make_trainer(micro_batch_size=12).step(batch(), 0)
+    assert sizes == [12, 12, 8]
 
 
 def test_result_is_detached_and_holds_the_batch() -> None:

@@ -1,0 +1,249 @@
+"""Activations on disk: their format, reading it, and what is checked before anything is read.
+
+    manifest.json               what comes from where, and each finished shard with its size and SHA-256
+    rows/00000.safetensors      shuffled over the whole cache, for training: `tokens` (rows,), each hook (rows, d_in)
+    contexts/00000.safetensors  as the text has them: `tokens` (prompts, context), each hook (prompts, context, d_in)
+
+A shard counts once the manifest lists it. Activations are in one of four precisions; int8 has beside each hook a
+float32 scale for each row, `<hook>.scale`, which times the integers gives the activations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sae_training.checkpoint import sha256
+from sae_training.weights import write_text
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+READ_AHEAD = 2  # batches
+MUST_AGREE = (
+    "model_name",
+    "model_fingerprint",
+    "lm_dtype",
+    "dataset_path",
+    "dataset_split",
+    "context_size",
+    "prepend_bos",
+    "exclude_special_tokens",
+    "n_held_out",
+)
+"""What a run that trains on a cache must have in common with it."""
+FIELD_OF = {"model_fingerprint": "model_name", "n_held_out": "n_eval_batches"}
+
+
+@dataclass
+class Shard:
+    """A finished file; `n` counts its rows, or its contexts."""
+
+    file: str
+    n: int
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    """manifest.json."""
+
+    about: dict[str, Any]
+    """Where the activations come from: MUST_AGREE, and what else is good to know."""
+    sites: dict[str, int]
+    """Width by hook."""
+    dtype: str
+    config: dict[str, Any]
+    """The CacheActivationsRunnerConfig."""
+    rows: list[Shard] = field(default_factory=list)
+    contexts: list[Shard] = field(default_factory=list)
+    complete: bool = False
+    progress: dict[str, Any] = field(default_factory=dict)
+    """What going on after a kill needs; at the end, where in the text the cache stops."""
+    format: int = FORMAT
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"cached_activations_path: {folder} holds no {MANIFEST}, expected a folder that "
+            "`sae-training cache` wrote; give its path."
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
+        for form in ("rows", "contexts"):
+            values[form] = [Shard(**shard) for shard in values[form]]
+        return Manifest(**values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a readable manifest ({error}); write the cache anew.") from error
+
+
+# --------------------------------------------------------------------------------------------------------- precision
+
+
+def encode(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
+    """`rows` (..., d_in) in the precision of the disk and, for int8, the scale of each (...,), else None."""
+    if dtype != "int8":
+        return rows.to(DTYPES[dtype]), None
+    wide = rows.float()
+    scale = wide.abs().amax(dim=-1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (wide / scale.unsqueeze(-1)).round().to(torch.int8), scale
+
+
+def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
+    """The inverse of `encode`, in float32 for int8, else as stored."""
+    return stored if scale is None else stored.float() * scale.unsqueeze(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------- checking
+
+
+def open_cache(folder: Path, expected: dict[str, Any], sites: dict[str, int], form: str | None = None) -> CachedShards:
+    """The shards of a complete cache that agrees with `expected` (MUST_AGREE) and holds `sites` (width by hook).
+
+    ValueError names what differs, with both values. Sizes of files are checked here, hashes when each is opened.
+    """
+    manifest = read_manifest(folder)
+    name = f"cached_activations_path: {folder}"
+    if not manifest.complete:
+        raise ValueError(f"{name} is unfinished; run the same `cache` command again, which goes on where it stopped.")
+    for key in MUST_AGREE:
+        if manifest.about[key] != expected[key]:
+            raise ValueError(
+                f"{FIELD_OF.get(key, key)}: this run has {key.replace('_', ' ')} {expected[key]!r}, but {folder} was "
+                f"written with {manifest.about[key]!r}; give that value, or write another cache."
+            )
+    for hook, width in sites.items():
+        if hook not in manifest.sites:
+            raise ValueError(
+                f"hook_point: {hook} is not in {folder}, which holds {', '.join(manifest.sites)}; choose one of them, "
+                "or write another cache."
+            )
+        if manifest.sites[hook] != width:
+            raise ValueError(f"d_in: {hook} is {width} wide, but {manifest.sites[hook]} in {folder}.")
+    form = form or ("rows" if manifest.rows else "contexts")
+    shards = manifest.rows if form == "rows" else manifest.contexts
+    for shard in shards:
+        path = folder / shard.file
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.bytes:
+            found = "no such file" if size is None else f"{size} bytes"
+            raise ValueError(f"{path}: found {found}, expected {shard.bytes} bytes; write the cache anew.")
+    return CachedShards(folder, manifest, form, list(sites))
+
+
+class CachedShards:
+    """One form of a cache as one long sequence of rows, or of contexts, read from memory-mapped files."""
+
+    def __init__(self, folder: Path, manifest: Manifest, form: str, hooks: list[str]) -> None:
+        self.folder, self.manifest, self.form, self.hooks = folder, manifest, form, hooks
+        self.shards = manifest.rows if form == "rows" else manifest.contexts
+        self.n = sum(shard.n for shard in self.shards)
+        self.has_scales = manifest.dtype == "int8"
+        self.sound: set[str] = set()
+
+    def read(self, start: int, stop: int) -> dict[str, Tensor]:
+        """`tokens` and the activations of each hook from number `start` to `stop`, in order."""
+        parts: list[dict[str, Tensor]] = []
+        first = 0
+        for shard in self.shards:
+            begin, end = max(start, first), min(stop, first + shard.n)
+            if begin < end:
+                parts.append(self.read_shard(shard, begin - first, end - first))
+            first += shard.n
+        return {name: torch.cat([part[name] for part in parts]) for name in ("tokens", *self.hooks)}
+
+    def read_shard(self, shard: Shard, start: int, stop: int) -> dict[str, Tensor]:
+        path = self.folder / shard.file
+        if shard.file not in self.sound:
+            if sha256(path) != shard.sha256:
+                raise ValueError(
+                    f"{path}: its content is not what was written (SHA-256 differs); write the cache anew."
+                )
+            self.sound.add(shard.file)
+        with safe_open(path, framework="pt") as file:
+
+            def part(name: str) -> Tensor:
+                return file.get_slice(name)[start:stop]
+
+            found = {"tokens": part("tokens").long()}
+            for hook in self.hooks:
+                found[hook] = decode(part(hook), part(f"{hook}.scale") if self.has_scales else None)
+        return found
+
+
+class CachedReader:
+    """Goes through cached shards, reading ahead in a thread; begins anew at their end, if it is asked to go on."""
+
+    def __init__(self, shards: CachedShards, notify: Callable[[str], None]) -> None:
+        self.shards = shards
+        self.notify = notify
+        self.position, self.epoch = 0, 0
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="cache-ahead")
+        self.ahead: dict[tuple[int, int], Future[dict[str, Tensor]]] = {}
+
+    def remaining(self) -> int:
+        return self.shards.n - self.position
+
+    def take(self, n: int) -> dict[str, Tensor]:
+        """The next `n` rows or contexts, those after the last being the first."""
+        if n > self.shards.n:
+            raise ValueError(
+                f"cached_activations_path: {self.shards.folder} holds {self.shards.n:,} {self.shards.form}, fewer than "
+                f"the {n:,} that are needed at once; write a larger cache."
+            )
+        end = min(self.position + n, self.shards.n)
+        places = [(self.position, end), (0, self.position + n - end)]
+        parts = [self.read(start, stop) for start, stop in places if start < stop]
+        self.position += n
+        if self.position > self.shards.n:
+            self.start_epoch()
+        self.ahead = {
+            place: self.ahead.get(place) or self.thread.submit(self.shards.read, *place)
+            for place in self.places_ahead(n)
+        }
+        return parts[0] if len(parts) == 1 else {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+
+    def peek(self, n: int) -> dict[str, Tensor]:
+        """Up to `n` of what comes next, without going on."""
+        return self.shards.read(self.position, min(self.position + n, self.shards.n))
+
+    def places_ahead(self, n: int) -> Iterator[tuple[int, int]]:
+        for start in range(self.position, self.position + READ_AHEAD * n, n):
+            if start + n <= self.shards.n:
+                yield start, start + n
+
+    def read(self, start: int, stop: int) -> dict[str, Tensor]:
+        waiting = self.ahead.pop((start, stop), None)
+        return self.shards.read(start, stop) if waiting is None else waiting.result()
+
+    def start_epoch(self) -> None:
+        if self.epoch == 0:
+            self.notify(
+                f"end of {self.shards.folder} after {self.shards.n:,} {self.shards.form}: starting it again (not said "
+                "for later epochs)"
+            )
+        self.position -= self.shards.n
+        self.epoch += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position, self.epoch = state["position"], state["epoch"]
+        self.ahead.clear()

@@ -1,0 +1,283 @@
+"""Writing activations to disk: one pass over the text, in bounded memory, continued after a kill.
+
+    cache_activations_runner(cfg)
+      language model --pass after pass--> contexts/ (a shard whenever one is full)
+      the same passes --each row thrown into a random bucket--> buckets/ --each shuffled--> rows/ (a shard each)
+
+Rows that are thrown into random buckets, each of which is then shuffled, are in a uniformly random order over the whole
+cache (Rao 1961; Sandelius 1962): two passes over the disk, and never more than a bucket in memory. Progress is kept at
+each commit, when the buckets have grown by about a shard; what was written after it, whoever goes on cuts off.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_training.activations import harvest
+from sae_training.activations_store import ActivationsStore, find_sites, origin
+from sae_training.cache import Manifest, Shard, encode, read_manifest
+from sae_training.checkpoint import check_free_disk, flush_to_disk, sha256
+from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
+from sae_training.config_io import FIELD_NAMES, config_to_dict
+from sae_training.interrupt import StopRequest, TrainingInterrupted
+from sae_training.language_model import LanguageModel, load_language_model
+from sae_training.run_folder import with_absolute_paths
+from sae_training.sweep import variants, with_layers
+
+BUCKETS = "buckets"
+PASSES_AHEAD = 2  # that may wait for the disk
+
+
+def cache_activations_runner(
+    cfg: CacheActivationsRunnerConfig, model: LanguageModel | None = None, dataset: Any = None
+) -> Path:
+    """Write what `cfg` describes, or go on with it, and return the folder. A finished cache is left as it is.
+
+    `model` and `dataset` stand in for those that the config names.
+    """
+    run_cfg = with_absolute_paths(run_config_of(cfg))
+    lm: LanguageModel = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype) if model is None else model
+    run_cfg = with_layers(run_cfg, lm.cfg.n_layers)
+    singles = list(variants(run_cfg).values())
+    sites = [site for single in singles for site in find_sites(single, lm)]
+    store = ActivationsStore(singles[0], lm, dataset, sites=sites, notify=tqdm.write)
+    writer = CacheWriter(cfg, Path(cfg.cached_activations_path).expanduser(), store, origin(run_cfg, store))
+    with StopRequest(tqdm.write) as stop:
+        writer.write(stop)
+    return writer.folder
+
+
+def run_config_of(cfg: CacheActivationsRunnerConfig) -> LanguageModelSAERunnerConfig:
+    """A run config with the fields of `cfg` that runs have too: what the store asks for."""
+    shared = {f.name for f in fields(cfg)} & set(FIELD_NAMES) - {"dtype", "cached_activations_path"}
+    values = {name: getattr(cfg, name) for name in shared}
+    return LanguageModelSAERunnerConfig(d_in=None, train_batch_size=1, n_batches_in_buffer=1, **values)
+
+
+class CacheWriter:
+    """Everything with state while a cache is written."""
+
+    def __init__(
+        self, cfg: CacheActivationsRunnerConfig, folder: Path, store: ActivationsStore, about: dict[str, Any]
+    ) -> None:
+        self.cfg, self.folder, self.store = cfg, folder, store
+        lm_dtype = str(store.model.cfg.dtype).removeprefix("torch.")
+        self.dtype = lm_dtype if cfg.dtype == "auto" else cfg.dtype
+        self.sites = {site.name: site.d_in for site in store.sites}
+        self.n_passes = math.ceil(cfg.total_training_tokens / (cfg.store_batch_size * cfg.context_size))
+        self.per_pass = cfg.store_batch_size * cfg.context_size
+        self.fields = record_fields(self.sites, self.dtype)
+        self.record_bytes = sum(n for _, _, n in self.fields)
+        shard_bytes = cfg.shard_size_mb * 2**20
+        self.n_buckets = max(1, math.ceil(self.n_passes * self.per_pass * self.record_bytes / shard_bytes))
+        self.passes_per_commit = max(1, shard_bytes // (self.per_pass * self.record_bytes))
+        self.has_rows, self.has_contexts = cfg.form in ("rows", "both"), cfg.form in ("contexts", "both")
+        self.kept: list[tuple[Tensor, list[tuple[Tensor, Tensor | None]]]] = []
+        """Passes that wait to become a shard of contexts."""
+        self.manifest = self.open(about)
+
+    def open(self, about: dict[str, Any]) -> Manifest:
+        """The manifest of the unfinished cache in the folder, if it is of this config, or a new one."""
+        config = {name: value for name, value in config_to_dict(self.cfg).items() if name != "cached_activations_path"}
+        if (self.folder / "manifest.json").is_file():
+            found = read_manifest(self.folder)
+            differences = {k: (v, config.get(k)) for k, v in found.config.items() if v != config.get(k)}
+            differences |= {k: (v, about.get(k)) for k, v in found.about.items() if v != about.get(k)}
+            if differences:
+                lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in differences.items())
+                raise ValueError(
+                    f"cached_activations_path: {self.folder} holds a cache of another config:\n{lines}\nGive another "
+                    "path, or the old values."
+                )
+            return found
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(
+                f"cached_activations_path: {self.folder} is not empty and holds no cache; give a path of its own."
+            )
+        n_bytes = self.n_passes * self.per_pass * self.record_bytes
+        copies = 2 * self.has_rows + self.has_contexts  # buckets beside the shards made of them
+        check_free_disk(self.folder, copies * n_bytes, "the activations need")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        manifest = Manifest(about, self.sites, self.dtype, config)
+        manifest.progress = {"passes": 0, "bucket_bytes": [0] * self.n_buckets, "tokens": tokens_state(self.store)}
+        manifest.save(self.folder)
+        return manifest
+
+    # ------------------------------------------------------------------------------------------------------ writing
+
+    def write(self, stop: StopRequest) -> None:
+        if self.manifest.complete:
+            tqdm.write(f"{self.folder} is complete.")
+            return
+        self.harvest(stop)
+        if self.has_rows:
+            self.shuffle(stop)
+        shutil.rmtree(self.folder / BUCKETS, ignore_errors=True)
+        self.manifest.complete = True
+        self.manifest.save(self.folder)
+
+    def harvest(self, stop: StopRequest) -> None:
+        """The passes that are still to be made, each written by a thread while the next ones are computed."""
+        progress = self.manifest.progress
+        self.cut_back()
+        self.store.tokens.load_state_dict(progress["tokens"] | {"pending": torch.tensor(progress["tokens"]["pending"])})
+        bar = tqdm(total=self.n_passes * self.per_pass, initial=progress["passes"] * self.per_pass, unit="tok")
+        bar.set_description("caching")
+        with ThreadPoolExecutor(1, thread_name_prefix="cache-write") as thread, bar:
+            waiting: list[Future[None]] = []
+            for i in range(progress["passes"], self.n_passes):
+                tokens = self.store.get_batch_tokens()
+                found = harvest(self.store.model, tokens, self.store.sites)
+                last = (i + 1) % self.passes_per_commit == 0 or i + 1 == self.n_passes or stop.signal is not None
+                state = tokens_state(self.store) if last else None
+                waiting.append(thread.submit(self.write_pass, i, tokens, found, state))
+                while len(waiting) > (0 if last else PASSES_AHEAD):
+                    waiting.pop(0).result()
+                bar.update(self.per_pass)
+                if stop.signal is not None:
+                    self.stop_here(stop)
+
+    def write_pass(self, i: int, tokens: Tensor, found: list[Tensor], state: dict[str, Any] | None) -> None:
+        """Write the i-th pass and, where `state` (of the tokens) is given, commit."""
+        encoded = [encode(activations, self.dtype) for activations in found]
+        if self.has_rows:
+            self.throw(i, tokens, encoded)
+        if self.has_contexts:
+            self.kept.append((tokens, encoded))
+        if state is not None:
+            self.commit(i + 1, state)
+
+    def throw(self, i: int, tokens: Tensor, encoded: list[tuple[Tensor, Tensor | None]]) -> None:
+        """Append each row of a pass to a random bucket."""
+        keep = self.store.keeps(tokens).flatten().cpu()
+        records = as_records(tokens, encoded)[keep.numpy()]
+        bucket = np.random.default_rng([self.cfg.seed, i]).integers(self.n_buckets, size=len(records))
+        order = np.argsort(bucket, kind="stable")
+        edges = np.searchsorted(bucket[order], np.arange(self.n_buckets + 1))
+        records = records[order]
+        (self.folder / BUCKETS).mkdir(exist_ok=True)
+        for b in range(self.n_buckets):
+            if edges[b] < edges[b + 1]:
+                with self.bucket(b).open("ab") as file:
+                    file.write(records[edges[b] : edges[b + 1]].tobytes())
+
+    def commit(self, passes: int, state: dict[str, Any]) -> None:
+        """From here on, a kill loses nothing up to this pass."""
+        progress = self.manifest.progress
+        if self.has_contexts:
+            self.write_contexts()
+        if self.has_rows:
+            sizes = []
+            for b in range(self.n_buckets):
+                if self.bucket(b).exists():
+                    flush_to_disk(self.bucket(b))
+                sizes.append(self.bucket(b).stat().st_size if self.bucket(b).exists() else 0)
+            progress["bucket_bytes"] = sizes
+        progress |= {"passes": passes, "tokens": state}
+        self.manifest.save(self.folder)
+
+    def write_contexts(self) -> None:
+        passes = self.kept
+        self.kept = []
+        tensors = {"tokens": torch.cat([tokens for tokens, _ in passes]).cpu().to(torch.int32)}
+        for j, hook in enumerate(self.sites):
+            tensors[hook] = torch.cat([encoded[j][0] for _, encoded in passes]).cpu()
+            scales = [encoded[j][1] for _, encoded in passes]
+            if scales[0] is not None:
+                tensors[f"{hook}.scale"] = torch.cat([s for s in scales if s is not None]).cpu()
+        self.add_shard("contexts", tensors)
+
+    def add_shard(self, form: str, tensors: dict[str, Tensor]) -> None:
+        """Write a shard, and then list it."""
+        listed = self.manifest.rows if form == "rows" else self.manifest.contexts
+        path = self.folder / form / f"{len(listed):05d}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        partial.chmod(0o644)
+        partial.replace(path)
+        flush_to_disk(path)
+        shard = Shard(str(path.relative_to(self.folder)), len(tensors["tokens"]), path.stat().st_size, sha256(path))
+        listed.append(shard)
+
+    def shuffle(self, stop: StopRequest) -> None:
+        """Each bucket, shuffled, to a shard; then the bucket goes."""
+        for b in tqdm(range(len(self.manifest.rows), self.n_buckets), desc="shuffling", unit="shard"):
+            raw = np.fromfile(self.bucket(b), dtype=np.uint8) if self.bucket(b).exists() else np.empty(0, np.uint8)
+            records = raw.reshape(-1, self.record_bytes)
+            records = records[np.random.default_rng([self.cfg.seed, self.n_passes, b]).permutation(len(records))]
+            self.add_shard("rows", from_records(records, self.fields))
+            self.manifest.save(self.folder)
+            self.bucket(b).unlink(missing_ok=True)
+            if stop.signal is not None:
+                self.stop_here(stop)
+
+    def cut_back(self) -> None:
+        """Take from the disk what was written after the last commit."""
+        for b, size in enumerate(self.manifest.progress["bucket_bytes"]):
+            if self.bucket(b).exists() and not self.manifest.rows:
+                with self.bucket(b).open("r+b") as file:
+                    file.truncate(size)
+
+    def bucket(self, b: int) -> Path:
+        return self.folder / BUCKETS / f"{b:05d}.bin"
+
+    def stop_here(self, stop: StopRequest) -> None:
+        assert stop.signal is not None
+        raise TrainingInterrupted(
+            f"Stopped by {stop.signal.name}; the same command goes on with {self.folder}.",
+            exit_code=128 + stop.signal,
+        )
+
+
+def tokens_state(store: ActivationsStore) -> dict[str, Any]:
+    """The position in the text, in JSON."""
+    state = store.tokens.state_dict()
+    return json.loads(json.dumps(state | {"pending": state["pending"].tolist()}))
+
+
+# ----------------------------------------------------------------------------------------------------------- records
+# A row in a bucket: its token id, and of each hook the activations and, in int8, their scale.
+
+
+def record_fields(sites: dict[str, int], dtype: str) -> list[tuple[str, torch.dtype, int]]:
+    """(name, dtype, bytes) of what a record holds, in order."""
+    stored = encode(torch.zeros(1, 1), dtype)[0].dtype
+    found = [("tokens", torch.int32, 4)]
+    for hook, width in sites.items():
+        found.append((hook, stored, width * stored.itemsize))
+        if dtype == "int8":
+            found.append((f"{hook}.scale", torch.float32, 4))
+    return found
+
+
+def as_records(tokens: Tensor, encoded: list[tuple[Tensor, Tensor | None]]) -> np.ndarray:
+    """(n, record_bytes) uint8 of `tokens` (prompts, context) and their activations at each hook."""
+    parts = [tokens.flatten().to(torch.int32).unsqueeze(1)]
+    for stored, scale in encoded:
+        parts.append(stored.flatten(end_dim=1))
+        if scale is not None:
+            parts.append(scale.flatten().unsqueeze(1))
+    return torch.cat([part.cpu().contiguous().view(torch.uint8) for part in parts], dim=1).numpy()
+
+
+def from_records(records: np.ndarray, fields: list[tuple[str, torch.dtype, int]]) -> dict[str, Tensor]:
+    """The inverse of `as_records`, by name."""
+    found, first = {}, 0
+    for name, dtype, n_bytes in fields:
+        column = torch.from_numpy(np.ascontiguousarray(records[:, first : first + n_bytes])).view(dtype)
+        found[name] = column.squeeze(1) if name == "tokens" or name.endswith(".scale") else column
+        first += n_bytes
+    return found

@@ -1,0 +1,92 @@
+"""The config of writing activations to disk; its fields are those of the run config, but for what only a cache has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sae_training.config_checks import checked_names, plain_values, refuse, value_problems
+from sae_training.config_types import OneOrMany, PrecisionName
+
+
+@checked_names
+@dataclass(kw_only=True)
+class CacheActivationsRunnerConfig:
+    """Everything that one cache of activations needs to know."""
+
+    # Language model and the places in it
+
+    model_name: str = "gelu-2l"
+    """Language model: TransformerLens or Hugging Face name, local folder, or demo (built in)."""
+
+    hook_point: OneOrMany[str] = "blocks.0.hook_mlp_out"
+    """Hooks whose activations are written, all from one pass; `{layer}` is replaced by hook_point_layer."""
+
+    hook_point_layer: OneOrMany[int | Literal["all"]] = 0
+    """Layers for `{layer}` in hook_point, or all."""
+
+    layer_stride: int = 1
+    """With hook_point_layer all: every n-th layer, from layer 0."""
+
+    hook_point_head_index: int | None = None
+    """Attention head to take from a hook with a head axis; None takes all heads, concatenated."""
+
+    lm_dtype: PrecisionName = "auto"
+    """Precision of the frozen model; auto is bfloat16 where that is fast, else float32."""
+
+    # Text
+
+    dataset_path: str = "NeelNanda/c4-tokenized-2b"
+    """Hugging Face name, .txt/.jsonl/.parquet file or folder, save_to_disk folder, or demo."""
+
+    dataset_split: str = "train"
+    """Split of the dataset."""
+
+    dataset_text_column: str | None = None
+    """Column that holds the text; None finds it."""
+
+    streaming: bool | None = None
+    """Read the dataset as a stream; None does so from the hub and not from local files."""
+
+    context_size: int = 128
+    """Tokens per context, the BOS token included."""
+
+    prepend_bos: bool = True
+    """Start each context and each document with the BOS token."""
+
+    exclude_special_tokens: bool = False
+    """Leave the activations at special tokens (BOS, EOS, padding) out of the rows."""
+
+    store_batch_size: int = 32
+    """Contexts per forward pass of the language model."""
+
+    n_eval_batches: int = 10
+    """Batches of contexts that are held out, as in the runs that will train on the cache; not written."""
+
+    # Cache
+
+    cached_activations_path: str = "activations"
+    """Folder to write; an unfinished one of the same config is continued."""
+
+    total_training_tokens: int = 2_000_000
+    """Tokens to write, in whole passes of store_batch_size contexts."""
+
+    form: Literal["rows", "contexts", "both"] = "rows"
+    """rows: shuffled over the whole cache, for training. contexts: in the order of the text, for analysis."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """Precision on disk; auto is that of the model, which loses nothing; int8 has a scale for each row."""
+
+    shard_size_mb: int = 256
+    """Size of a file, about; writing holds two of them in memory."""
+
+    seed: int = 42
+    """Seed of the shuffle."""
+
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, cuda:1, mps."""
+
+    def __post_init__(self) -> None:
+        for name, value in plain_values(self).items():
+            setattr(self, name, value)
+        refuse(type(self), list(value_problems(plain_values(self), type(self)).values()))

@@ -1,0 +1,192 @@
+"""What a run will hold in memory, worked out before it starts, and the refusal of one that cannot fit.
+
+A table of what is held throughout (language model, buffers, each autoencoder's weights and optimizer) and of the three
+things that come and go (a pass of the language model, a step, an evaluation), of which only the largest counts. What
+the process holds already is measured; all else follows from sizes, within a tenth of what runs were seen to hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from sae_training.activations_store import ActivationsStore
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.evals import MAX_LOGITS
+from sae_training.sweep import FIXED_K
+
+MOMENTS = {"adam": 2.0, "adam8bit": 0.52, "signum": 1.0}
+"""Optimizer state, in units of the weights (float32); 8-bit moments have a scale for each 256 of them."""
+GIVEN_UP_SHARE = 0.97  # of what is free: the last few per cent are the system's
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+class NotEnoughMemory(ValueError):
+    """A run would need more memory than the machine has; nothing was started."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by what needs them."""
+
+    held: dict[str, int]
+    """From the start of the run to its end."""
+    passing: dict[str, int]
+    """One after the other."""
+    in_use: int
+    """By the process now."""
+    available: int
+    """To the process, beyond what it has."""
+
+    @property
+    def needed(self) -> int:
+        """Beyond what is in use now."""
+        return sum(self.held.values()) + max(self.passing.values())
+
+    @property
+    def peak(self) -> int:
+        return self.in_use + self.needed
+
+    def line(self) -> str:
+        return f"Memory: {gigabytes(self.peak)} at most, of {gigabytes(self.in_use + self.available)}."
+
+    def table(self) -> str:
+        largest = max(self.passing, key=lambda name: self.passing[name])
+        rows = [("now, with the language model", self.in_use, ""), *((name, n, "") for name, n in self.held.items())]
+        rows += [(name, n, "" if name == largest else "(not at the same time)") for name, n in self.passing.items()]
+        rows += [("peak", self.peak, ""), ("the machine has", self.in_use + self.available, "")]
+        width = max(len(name) for name, _, _ in rows)
+        return "\n".join(f"  {name:<{width}}  {gigabytes(n):>10}  {note}".rstrip() for name, n, note in rows)
+
+
+def plan_memory(
+    cfg: LanguageModelSAERunnerConfig, singles: Iterable[LanguageModelSAERunnerConfig], store: ActivationsStore
+) -> MemoryPlan:
+    """The plan of a run of `singles` that has loaded its language model and nothing else."""
+    singles = list(singles)
+    weights = [weight_bytes(single) for single in singles]
+    copies = 1 + MOMENTS[cfg.optimizer] + (cfg.ema_decay is not None)
+    lm_bytes = store.model.cfg.dtype.itemsize
+    width = sum(site.d_in for site in store.sites)
+    each = "weights and optimizer" if len(singles) == 1 else f"weights and optimizers of {len(singles)} autoencoders"
+    held = {
+        f"buffer, {store.n_rows:,} rows x {width:,}": store.n_rows * (width * lm_bytes + 8),
+        each: int(copies * sum(weights)),
+    }
+    passing = {
+        "a pass of the language model": pass_bytes(cfg, store, width),
+        "a training step": max(step_bytes(single, n) for single, n in zip(singles, weights, strict=True)),
+        "an evaluation": 0 if cfg.eval_every == 0 else evaluation_bytes(cfg, singles, store, width),
+    }
+    in_use, available = memory_of(store.device)
+    return MemoryPlan(held, passing, in_use, available)
+
+
+def check_memory(plan: MemoryPlan, cfg: LanguageModelSAERunnerConfig, n_saes: int) -> None:
+    """NotEnoughMemory, with the table and the most useful things to change, if the plan does not fit."""
+    if plan.needed <= GIVEN_UP_SHARE * plan.available:
+        return
+    everything = plan.held | plan.passing
+    largest = max(everything, key=lambda name: everything[name])
+    if largest.startswith("buffer"):
+        advice = f"lower n_batches_in_buffer (now {cfg.n_batches_in_buffer})"
+    elif largest.startswith("weights"):
+        advice = "train fewer autoencoders at once, " if n_saes > 1 else ""
+        advice += 'lower expansion_factor, or set optimizer="adam8bit" (a quarter of the optimizer\'s memory)'
+    elif largest == "a training step":
+        advice = f"set micro_batch_size (now {cfg.micro_batch_size or cfg.train_batch_size}) lower"
+    elif largest == "an evaluation":
+        advice = "set eval_every_steps=0, or lower expansion_factor"
+    else:
+        advice = f"lower store_batch_size (now {cfg.store_batch_size})"
+    raise NotEnoughMemory(
+        f"memory: this run needs {gigabytes(plan.needed)} more, but {gigabytes(plan.available)} are free:\n"
+        f"{plan.table()}\nThe largest part is {largest}: {advice}."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- the parts
+
+
+def weight_bytes(cfg: LanguageModelSAERunnerConfig) -> int:
+    d_in, d_sae = sizes(cfg)
+    d_out = cfg.d_out or d_in
+    skip = d_in * d_out if cfg.skip_connection else 0
+    return (d_sae * (d_in + d_out + 2) + d_out + skip) * cfg.dtype.itemsize
+
+
+def sizes(cfg: LanguageModelSAERunnerConfig) -> tuple[int, int]:
+    assert cfg.d_in is not None and cfg.d_sae is not None
+    return cfg.d_in, cfg.d_sae
+
+
+def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int) -> int:
+    """Gradients, the encoder in the precision of its product, about nine tensors of rows, the entries of the code."""
+    d_in, d_sae = sizes(cfg)
+    rows = min(cfg.micro_batch_size or cfg.train_batch_size, cfg.tokens_per_step)
+    active = cfg.k if cfg.architecture in FIXED_K else d_sae // 5  # before it is sparse, the code is dense
+    if cfg.architecture not in FIXED_K:
+        return weights + 9 * rows * d_in * 4 + 4 * rows * d_sae * 4
+    prefixes = 5 if cfg.architecture == "matryoshka" else 1
+    return int(1.25 * weights) + (8 + 4 * (prefixes - 1)) * rows * d_in * 4 + 80 * rows * active * prefixes
+
+
+def pass_bytes(cfg: LanguageModelSAERunnerConfig, store: ActivationsStore, width: int) -> int:
+    """What a pass harvests, twice while it is put into the buffer, and what one block computes with."""
+    lm = store.model.cfg
+    tokens = cfg.store_batch_size * cfg.context_size
+    block = tokens * (3 * lm.d_mlp + 8 * lm.d_model + 3 * lm.n_heads * cfg.context_size)
+    return (2 * tokens * width + block) * lm.dtype.itemsize
+
+
+def evaluation_bytes(
+    cfg: LanguageModelSAERunnerConfig,
+    singles: list[LanguageModelSAERunnerConfig],
+    store: ActivationsStore,
+    width: int,
+) -> int:
+    """Clean and changed logits, the distributions of one prompt, all activations, and the largest dense codes."""
+    lm = store.model.cfg
+    n_prompts = min(max(1, MAX_LOGITS // (cfg.context_size * lm.d_vocab)), len_of_evaluation(cfg))
+    tokens = n_prompts * cfg.context_size
+    codes = 3 * tokens * max(sizes(single)[1] for single in singles) * 4
+    return (
+        2 * tokens * lm.d_vocab * lm.dtype.itemsize + 5 * cfg.context_size * lm.d_vocab * 4 + codes + tokens * width * 4
+    )
+
+
+def len_of_evaluation(cfg: LanguageModelSAERunnerConfig) -> int:
+    return max(1, cfg.n_eval_batches * cfg.store_batch_size)
+
+
+def memory_of(device: torch.device) -> tuple[int, int]:
+    """Bytes in use by this process, and bytes it can still get, on the device (or on the machine)."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        in_use = torch.cuda.memory_allocated(device)
+        return in_use, free + reserved - in_use
+    in_use = psutil.Process().memory_info().rss
+    return in_use, int(min(psutil.virtual_memory().available, limit_of_container() - in_use))
+
+
+def limit_of_container() -> float:
+    """Bytes that the container allows; infinite outside of one."""
+    for path in CGROUP_LIMITS:
+        try:
+            text = Path(path).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            return int(text)
+    return math.inf
+
+
+def gigabytes(n_bytes: Any) -> str:
+    return f"{n_bytes / 2**30:,.2f} GiB"

@@ -1,0 +1,385 @@
+"""Activations on disk: what is written, what training from them gives, kills, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL_RUN
+from test_resume import one_thread_environment, start, step_of, wait_for
+from torch import Tensor
+
+from sae_training.activations import harvest
+from sae_training.activations_store import ActivationsStore
+from sae_training.cache import DTYPES, CachedShards, decode, encode, read_manifest
+from sae_training.cache_activations_runner import cache_activations_runner
+from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
+from sae_training.lm_runner import language_model_sae_runner, run_config
+from sae_training.sparse_autoencoder import SparseAutoencoder
+from sae_training.utils import LMSparseAutoencoderSessionloader
+
+CACHE: dict[str, Any] = {
+    name: SMALL_RUN[name]
+    for name in ("model_name", "hook_point", "lm_dtype", "dataset_path", "context_size", "store_batch_size")
+}
+CACHE |= {"n_eval_batches": 1, "total_training_tokens": 40 * 64, "exclude_special_tokens": True}
+HOOK = CACHE["hook_point"]
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, demo_model: Any) -> Write:
+    """Write a cache of 40 passes of 64 tokens."""
+
+    def make(path: str = "cache", **changes: Any) -> Path:
+        cfg = CacheActivationsRunnerConfig(**{**CACHE, "cached_activations_path": str(tmp_path / path), **changes})
+        return cache_activations_runner(cfg, demo_model)
+
+    return make
+
+
+def everything(folder: Path, form: str, hooks: tuple[str, ...] = (HOOK,)) -> dict[str, Tensor]:
+    shards = CachedShards(folder, read_manifest(folder), form, list(hooks))
+    return shards.read(0, shards.n)
+
+
+def live(demo_model: Any, small_config: Callable, n_passes: int, *hooks: str) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Tokens, activations at each hook, and the mask of what training keeps, of the first passes."""
+    store = ActivationsStore(small_config(exclude_special_tokens=True), demo_model)
+    sites = [ActivationsStore(small_config(hook_point=hook), demo_model).sites[0] for hook in hooks]
+    tokens = torch.cat([store.get_batch_tokens() for _ in range(n_passes)])
+    parts = [harvest(demo_model, some, sites) for some in tokens.split(4)]
+    return tokens, [torch.cat(of_hook) for of_hook in zip(*parts, strict=True)], store.keeps(tokens)
+
+
+def sorted_rows(rows: Tensor) -> list[tuple[float, ...]]:
+    return sorted(map(tuple, rows.tolist()))
+
+
+def test_contexts_are_the_passes_as_they_were(write: Write, demo_model: Any, small_config: Callable) -> None:
+    folder = write(form="contexts", shard_size_mb=1)
+    manifest = read_manifest(folder)
+    assert len(manifest.contexts) > 1 and not manifest.rows
+    tokens, (activations,), _ = live(demo_model, small_config, 40, HOOK)
+    found = everything(folder, "contexts")
+    assert torch.equal(found["tokens"], tokens)
+    assert torch.equal(found[HOOK], activations)
+
+
+def test_rows_are_the_same_ones_shuffled_and_aligned(write: Write, demo_model: Any, small_config: Callable) -> None:
+    other = "blocks.3.hook_resid_post"
+    folder = write(form="rows", hook_point=[HOOK, other], shard_size_mb=1)
+    assert len(read_manifest(folder).rows) > 3
+    tokens, (first, second), keep = live(demo_model, small_config, 40, HOOK, other)
+    found = everything(folder, "rows", (HOOK, other))
+    expected = torch.cat([first[keep], second[keep], tokens[keep].unsqueeze(1)], dim=1)
+    assert sorted_rows(torch.cat([found[HOOK], found[other], found["tokens"].unsqueeze(1)], dim=1)) == sorted_rows(
+        expected
+    )
+    assert not torch.equal(found["tokens"], tokens[keep])
+    assert not (folder / "buckets").exists()
+
+
+def test_the_shuffle_is_global(write: Write, demo_model: Any, small_config: Callable) -> None:
+    """A row's place says nothing about where in the text it was, and neighbours share a context as chance has it."""
+    folder = write(form="rows", shard_size_mb=1, total_training_tokens=200 * 64)
+    _, (activations,), keep = live(demo_model, small_config, 200, HOOK)
+    keys = [row.numpy().tobytes() for row in activations[keep]]
+    count = Counter(keys)  # the first words of two contexts can be the same
+    context = torch.arange(len(keep)).unsqueeze(1).expand_as(keep)[keep]
+    context = context[torch.tensor([count[key] == 1 for key in keys])]
+    where = {key: i for i, key in enumerate(key for key in keys if count[key] == 1)}
+    found = (row.numpy().tobytes() for row in everything(folder, "rows")[HOOK])
+    origin = torch.tensor([where[key] for key in found if count[key] == 1])
+    n = len(origin)
+    assert n > 2500
+    # Chi-square of an 8 x 8 table, eighths of the text by eighths of the cache: 49 degrees of freedom.
+    cells = torch.histogramdd(
+        torch.stack([origin, torch.arange(n)], dim=1).double(), bins=[8, 8], range=[0, n, 0, n]
+    ).hist
+    expected = n / 64
+    chi_square = ((cells - expected) ** 2 / expected).sum().item()
+    assert chi_square < 85.4  # a random order has more in 1 of 1000 cases
+    same = (context[origin][1:] == context[origin][:-1]).sum().item()
+    chance = n / len(keep) / n * (n - 1)  # each neighbour is one of the other 14 of a context's 15 rows
+    assert same < chance + 4 * chance**0.5 + 4
+    # The same measure knows an order that is not shuffled.
+    assert (context[1:] == context[:-1]).sum().item() > 10 * chance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_precisions(dtype: str, write: Write, demo_model: Any, small_config: Callable) -> None:
+    folder = write(form="both", dtype=dtype)
+    tokens, (activations,), keep = live(demo_model, small_config, 40, HOOK)
+    found = everything(folder, "contexts")[HOOK].float()
+    step = {"float32": 0.0, "bfloat16": 2**-8, "float16": 2**-11}  # half a unit in the last place, relative
+    if dtype == "int8":
+        bound = activations.abs().amax(dim=-1, keepdim=True) / 127 * 0.501
+    else:
+        bound = activations.abs() * step[dtype] + 1e-7
+    assert ((found - activations).abs() <= bound).all()
+    assert sorted_rows(everything(folder, "rows")[HOOK].float()) == sorted_rows(found[keep])
+    n_bytes = sum(path.stat().st_size for path in (folder / "rows").iterdir())
+    width = {"float32": 4 * 256, "bfloat16": 2 * 256, "float16": 2 * 256, "int8": 256 + 4}[dtype] + 4
+    assert n_bytes == pytest.approx(width * int(keep.sum()), rel=0.02)
+
+
+def test_rows_of_zeros_survive_int8() -> None:
+    assert torch.equal(decode(*encode(torch.zeros(3, 5), "int8")), torch.zeros(3, 5))
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def weights_of(sae: SparseAutoencoder | dict[str, SparseAutoencoder]) -> list[Tensor]:
+    assert isinstance(sae, SparseAutoencoder)
+    return [weight.clone() for _, weight in sae.weights()]
+
+
+def assert_equal(one: list[Tensor], other: list[Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("mode", [True, "then_live"])
+def test_training_from_contexts_is_training_live(
+    mode: Any, write: Write, small_config: Callable, demo_model: Any
+) -> None:
+    """Bit for bit, also where the cache ends in the middle of the run and the language model takes over."""
+    n_tokens = 40 * 64 if mode is True else 6 * 64
+    folder = write(form="contexts", total_training_tokens=n_tokens)
+    shared = {"exclude_special_tokens": True, "architecture": "topk"}
+    cached = small_config(**shared, run_name="cached", use_cached_activations=mode, cached_activations_path=str(folder))
+    from_cache = language_model_sae_runner(cached, demo_model)
+    from_model = language_model_sae_runner(small_config(**shared, run_name="live"), demo_model)
+    assert_equal(weights_of(from_cache), weights_of(from_model))
+
+
+def test_rows_are_served_as_they_come_and_then_again(
+    write: Write, small_config: Callable, demo_model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(form="rows", total_training_tokens=4 * 64)
+    cfg = small_config(exclude_special_tokens=True, use_cached_activations=True, cached_activations_path=str(folder))
+    store = ActivationsStore(cfg, demo_model)
+    rows = everything(folder, "rows")[HOOK]
+    served = torch.cat([store.next_batch() for _ in range(6)])
+    assert torch.equal(served, torch.cat([rows, rows])[: len(served)])
+    assert "starting it again" in capsys.readouterr().out
+    assert torch.equal(store.sample(10).x, torch.cat([rows, rows])[len(served) : len(served) + 10])
+
+
+def test_after_its_rows_a_cache_is_followed_by_what_comes_next_in_the_text(
+    write: Write, small_config: Callable, demo_model: Any
+) -> None:
+    folder = write(form="rows", total_training_tokens=4 * 64)
+    changes = {"exclude_special_tokens": True, "cached_activations_path": str(folder)}
+    store = ActivationsStore(small_config(**changes, use_cached_activations="then_live"), demo_model)
+    for _ in range(4):
+        store.next_batch()
+    assert store.cached is None
+    tokens, _, _ = live(demo_model, small_config, 12, HOOK)
+    other = ActivationsStore(small_config(exclude_special_tokens=True), demo_model)
+    for _ in range(4):
+        other.get_batch_tokens()
+    assert torch.equal(store.next_batch(), [other.next_batch(), other.next_batch()][1])
+
+
+def test_several_train_from_one_cache_and_the_session_needs_it_no_more(
+    write: Write, small_config: Callable, demo_model: Any
+) -> None:
+    folder = write(form="rows", hook_point="blocks.{layer}.hook_resid_post", hook_point_layer=[0, 1, 2])
+    changes = {"exclude_special_tokens": True, "use_cached_activations": True, "cached_activations_path": str(folder)}
+    changes |= {"hook_point": "blocks.{layer}.hook_resid_post", "normalize_activations": "expected_average_only_in"}
+    run = run_config(small_config(**changes, hook_point_layer=[0, 2], run_name="both"), demo_model)
+    alone = language_model_sae_runner(small_config(**changes, hook_point_layer=2, run_name="alone"), demo_model)
+    assert_equal(weights_of(run.saes["layer2"]), weights_of(alone))
+    for path in folder.rglob("*.*"):
+        path.unlink()
+    _, _, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained(run.members[0].folder, model=demo_model)
+    assert store.next_batch().shape == (64, 256)
+
+
+# -------------------------------------------------------------------------------------------------------------- kills
+
+
+def cache_process(path: Path) -> subprocess.Popen[str]:
+    words = ["demo", "demo", "--hook_point", HOOK, "--form", "both", "--context_size", "32", "--store_batch_size", "8"]
+    words += ["--total_training_tokens", "60_000", "--shard_size_mb", "4", "--cached_activations_path", str(path)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "sae_training", "cache", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=one_thread_environment(),
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.slow
+def test_kills_while_a_cache_is_written_change_nothing(tmp_path: Path) -> None:
+    whole = cache_process(tmp_path / "whole")
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    killed, kills = tmp_path / "killed", 0
+
+    def progress() -> int:
+        try:
+            manifest = json.loads((killed / "manifest.json").read_text())
+        except (OSError, ValueError):
+            return -1
+        return manifest["progress"]["passes"] + len(manifest["rows"]) + manifest["complete"]
+
+    while True:
+        process = cache_process(killed)
+        if kills < 3:
+            before = progress()
+            if wait_for(lambda process=process, before=before: progress() > before, process):
+                time.sleep(random.uniform(0, 0.3))
+                process.send_signal(signal.SIGKILL)
+        _, err = process.communicate(timeout=300)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err
+        kills += 1
+    assert kills == 3
+    one, other = files(tmp_path / "whole"), files(killed)
+    assert one.keys() == other.keys()
+    manifests = [json.loads(found.pop("manifest.json")) for found in (one, other)]
+    assert manifests[0] == manifests[1]
+    assert one == other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["rows", "contexts"])
+def test_kills_while_training_from_a_cache_change_nothing(form: str, write: Write, tmp_path: Path) -> None:
+    folder = write(form=form)
+    changes = {**SMALL_RUN, "exclude_special_tokens": True, "use_cached_activations": True, "architecture": "topk"}
+    changes |= {"total_training_tokens": 50 * 64, "checkpoint_every_steps": 3, "cached_activations_path": str(folder)}
+    finals = []
+    for name, n_kills in (("whole", 0), ("killed", 2)):
+        run_dir = tmp_path / name
+        run_dir.mkdir()
+        cfg = LanguageModelSAERunnerConfig(**{**changes, "run_dir": str(run_dir)})
+        for kill in range(n_kills + 1):
+            process = start(cfg, run_dir)
+            wanted = 12 * (kill + 1)
+            if kill < n_kills and wait_for(
+                lambda process=process, run=run_dir / "run", wanted=wanted: step_of(run, process) >= wanted, process
+            ):
+                process.send_signal(signal.SIGKILL)
+            _, err = process.communicate(timeout=300)
+            assert process.returncode == (-signal.SIGKILL if kill < n_kills else 0), err
+        finals.append((run_dir / "run" / "final" / "sae.safetensors").read_bytes())
+    assert finals[0] == finals[1]
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context_size": 8, "store_batch_size": 8}, "context_size: this run has context size 8, but .* with 16"),
+        ({"exclude_special_tokens": False}, "exclude_special_tokens: this run has .* False, but .* True"),
+        ({"prepend_bos": False}, "prepend_bos: this run has prepend bos False, but .* True"),
+        ({"n_eval_batches": 2}, "n_eval_batches: this run has n held out 8, but .* with 4"),
+        (
+            {"hook_point": "blocks.2.hook_resid_post"},
+            "hook_point: blocks.2.hook_resid_post is not in .* holds blocks.1",
+        ),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(
+    changes: dict[str, Any], message: str, write: Write, small_config: Callable, demo_model: Any
+) -> None:
+    folder = write()
+    cached = {"exclude_special_tokens": True, "use_cached_activations": True, "cached_activations_path": str(folder)}
+    with pytest.raises(ValueError, match=message):
+        ActivationsStore(small_config(**{**cached, **changes}), demo_model)
+
+
+def test_a_cache_of_another_model_is_refused(write: Write, small_config: Callable, demo_model: Any) -> None:
+    folder = write()
+    cfg = small_config(exclude_special_tokens=True, use_cached_activations=True, cached_activations_path=str(folder))
+    with torch.no_grad():
+        demo_model.W_E[0, 0] += 1
+    try:
+        with pytest.raises(ValueError, match="model_name: this run has model fingerprint '.*', but .* written with '"):
+            ActivationsStore(cfg, demo_model)
+    finally:
+        with torch.no_grad():
+            demo_model.W_E[0, 0] -= 1
+
+
+def damage(folder: Path, how: str) -> None:
+    shard = next((folder / "rows").iterdir())
+    content = bytearray(shard.read_bytes())
+    match how:
+        case "truncated":
+            shard.write_bytes(content[:-100])
+        case "missing":
+            shard.unlink()
+        case "altered":
+            content[-100] ^= 1
+            shard.write_bytes(content)
+        case "unfinished":
+            manifest = json.loads((folder / "manifest.json").read_text())
+            (folder / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
+        case "other format":
+            manifest = json.loads((folder / "manifest.json").read_text())
+            (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+        case "no manifest":
+            (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", r"00000.safetensors: found \d+ bytes, expected \d+ bytes"),
+        ("missing", "00000.safetensors: found no such file, expected"),
+        ("altered", "00000.safetensors: its content is not what was written"),
+        ("unfinished", "is unfinished; run the same `cache` command again"),
+        ("other format", "format 99, this version reads 1"),
+        ("no manifest", "holds no manifest.json"),
+    ],
+)
+def test_a_damaged_cache_is_refused(
+    how: str, message: str, write: Write, small_config: Callable, demo_model: Any
+) -> None:
+    folder = write()
+    damage(folder, how)
+    cfg = small_config(exclude_special_tokens=True, use_cached_activations=True, cached_activations_path=str(folder))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        ActivationsStore(cfg, demo_model).next_batch()
+
+
+def test_a_folder_of_something_else_is_left_alone(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no cache"):
+        write()
+    assert os.listdir(tmp_path / "cache") == ["thesis.txt"]
+
+
+def test_another_config_does_not_go_on_with_a_cache(write: Write) -> None:
+    folder = write()
+    before = files(folder)
+    with pytest.raises(ValueError, match="another config:\n  seed: 42 -> 7"):
+        write(seed=7)
+    write()  # the same one finds it complete
+    assert files(folder) == before
+    assert replace(read_manifest(folder), complete=True) == read_manifest(folder)
