@@ -38,6 +38,7 @@ def comparison_table(folder: Path, evaluations: Evaluations) -> str:
             "",
             f"Run folder: {folder}, with a folder for each",
             f"Comparison: {folder / REPORT_FILE}",
+            f"Curves:     python -m sae_training report {folder / next(iter(evaluations), '')}",
             "Load one in Python:",
             "  from sae_training.utils import LMSparseAutoencoderSessionloader",
             "  model, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained("
@@ -48,13 +49,12 @@ def comparison_table(folder: Path, evaluations: Evaluations) -> str:
 
 
 def write_comparison(folder: Path, evaluations: Evaluations) -> Path:
-    """Write report.html of a run of several: a table with links to the reports of each, and EV and CE score by L0."""
+    """Write report.html of a run of several: EV and CE score by L0, and a table."""
     head = "".join(f"<th>{escape(title)}</th>" for title, _ in COLUMNS.values())
     rows = []
     for name, evaluation in evaluations.items():
         cells = "".join(f"<td>{evaluation.get(key, math.nan):{form}}</td>" for key, (_, form) in COLUMNS.items())
-        link = f"<a href='{escape(name)}/{REPORT_FILE}'>{escape(name)}</a>"
-        rows.append(f"<tr><th scope='row'>{link}</th>{cells}</tr>")
+        rows.append(f"<tr><th scope='row'>{escape(name)}</th>{cells}</tr>")
     table = f"<table><thead><tr><th>Autoencoder</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     figures = [
         frontier(evaluations, "metrics/eval_explained_variance", "Explained variance by L0"),
@@ -62,7 +62,8 @@ def write_comparison(folder: Path, evaluations: Evaluations) -> Path:
     ]
     plots = "".join(plot(figure, f"plot-{n}") for n, figure in enumerate(figures))
     body = (
-        f"<p class='note'>{shown(len(evaluations))} autoencoders, on held-out text</p>"
+        f"<p class='note'>{shown(len(evaluations))} autoencoders, on held-out text. The training curves of one: "
+        f"sae-training report {escape(str(folder))}/&lt;name&gt;</p>"
         f"<section class='plots'>{plots}</section><div class='table'>{table}</div>"
     )
     path = folder / REPORT_FILE

@@ -299,7 +299,9 @@ def save_weights_folder(member: Member, folder: Path, aliases: tuple[str, ...], 
 
 
 def finish(run: Run) -> None:
-    """Last evaluation, final/, report.html; of several, for each, and a comparison for the run."""
+    """Last evaluation, final/, report.html: the curves or, of several, their comparison (a page of curves for each
+    would take a second and 5 MB; the command `report` draws them).
+    """
     for member in run.trained:
         check_finite(run, member, weights=True)
         if not due(run.step, run.cfg.feature_sampling_window):
@@ -322,8 +324,6 @@ def finish(run: Run) -> None:
         write_report(run.folder.path)
         tqdm.write(summary(run.folder.path, evaluations[""], run.sae.d_sae))
         return
-    for member in run.trained:
-        write_report(member.folder)
     run.folder.final.mkdir(exist_ok=True)
     write_text(run.folder.final / EVALUATION_FILE, json.dumps(evaluations, indent=2) + "\n")
     run.write_status("finished")

@@ -1,0 +1,229 @@
+"""What it costs to train many autoencoders from one pass of the language model, and to train from a cache.
+
+    python scripts/bench_scale.py layers      all layers of SmolLM2-135M at once, d_sae 4 x d_in, TopK
+    python scripts/bench_scale.py sweep       four l1_coefficient x two lr in one run, against eight runs
+    python scripts/bench_scale.py cache       write and read rates, bytes and explained variance of each precision
+
+`layers` divides the time of the whole run by what of it the language model's bare forward and the steps take, timed
+inside the run, and its peak memory by the plan. `sweep` times one run of eight and runs of
+one, two of the eight, in turn. `cache` compares writing with harvesting alone, and reading with the steps that
+consume the rows; the explained variance is that of held-out text after training from each cache. JSON on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from bench_loop import time_run, time_steps
+from demo import smollm2_config
+
+from sae_training import activations_store
+from sae_training.activations import harvest
+from sae_training.activations_store import ActivationsStore, find_sites, with_widths
+from sae_training.cache import CachedReader, CachedShards, read_manifest
+from sae_training.cache_activations_runner import cache_activations_runner
+from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
+from sae_training.language_model import load_language_model
+from sae_training.lm_runner import find_singles, run_config
+from sae_training.memory_plan import plan_memory
+from sae_training.trainer import SAETrainer
+
+QUIET: dict[str, Any] = {"log_to_wandb": False, "eval_every_steps": 0, "checkpoint_every_minutes": None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("layers", "sweep", "cache"))
+    parser.add_argument("--tokens", type=int, default=131_072, help="training tokens of each run")
+    parser.add_argument("--rounds", type=int, default=3, help="of what is timed several times")
+    arguments = parser.parse_args()
+    cfg = dataclasses.replace(smollm2_config(arguments.tokens), d_in=None, **QUIET)
+    model = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON
+        measured = {"layers": layers, "sweep": sweep, "cache": cache}[arguments.what](cfg, model, arguments.rounds)
+    print(json.dumps({"threads": torch.get_num_threads(), "tokens": arguments.tokens, **measured}, indent=2))
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+
+
+def layers(cfg: LanguageModelSAERunnerConfig, model: Any, rounds: int) -> dict[str, Any]:
+    n = model.cfg.n_layers
+    several = dataclasses.replace(
+        cfg,
+        hook_point="blocks.{layer}.hook_resid_post",
+        hook_point_layer=list(range(n)),
+        expansion_factor=4,
+        n_batches_in_buffer=16,
+    )
+    singles = find_singles(several, model)
+    sites = [site for _, sites in singles.values() for site in sites]
+    single = next(iter(singles.values()))[0]
+    store = ActivationsStore(single, model, sites=sites)
+    plan = plan_memory(several, [one for one, _ in singles.values()], store)
+    bare_over_harvest = forward_over_harvest(store, rounds)
+    with tempfile.TemporaryDirectory() as folder, inside() as spent:
+        start = time.perf_counter()
+        run_config(dataclasses.replace(several, run_dir=folder), model)
+        whole = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    forward = spent["harvest"] * bare_over_harvest
+    return {
+        "autoencoders": n,
+        "d_sae": single.d_sae,
+        "run_s": round(whole, 1),
+        "harvest_s": round(spent["harvest"], 1),
+        "bare_forward_over_harvest": round(bare_over_harvest, 3),
+        "steps_s": round(spent["step"], 1),
+        "ratio": round(whole / (forward + spent["step"]), 3),
+        "planned_peak_gib": round(plan.peak / 2**30, 3),
+        "peak_gib": round(peak / 2**30, 3),
+        "peak_over_plan": round(peak / plan.peak, 3),
+    }
+
+
+@contextlib.contextmanager
+def inside() -> Iterator[dict[str, float]]:
+    """Seconds spent in harvesting and in steps while the context lasts."""
+    spent = {"harvest": 0.0, "step": 0.0}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*values: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*values, **named)
+            finally:
+                spent[name] += time.perf_counter() - start
+
+        return call
+
+    with (
+        patch.object(activations_store, "harvest", timed("harvest", harvest)),
+        patch.object(SAETrainer, "step", timed("step", SAETrainer.step)),
+    ):
+        yield spent
+
+
+@torch.inference_mode()
+def forward_over_harvest(store: ActivationsStore, rounds: int) -> float:
+    """Time of the language model's forward without logits, over that of harvesting all of the store's sites."""
+    tokens, times = store.get_batch_tokens(), {"forward": [], "harvest": []}
+    for _ in range(2 * rounds):
+        for name, function in (
+            ("forward", lambda: store.model(tokens, stop_at_layer=store.model.cfg.n_layers)),
+            ("harvest", lambda: harvest(store.model, tokens, store.sites)),
+        ):
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return statistics.median(times["forward"]) / statistics.median(times["harvest"])
+
+
+# -------------------------------------------------------------------------------------------------------------- sweep
+
+
+def sweep(cfg: LanguageModelSAERunnerConfig, model: Any, rounds: int) -> dict[str, Any]:
+    single = dataclasses.replace(cfg, architecture="standard", expansion_factor=4, auxk_coefficient=0.0)
+    values: dict[str, Any] = {"l1_coefficient": [1e-4, 2e-4, 4e-4, 8e-4], "lr": [5e-4, 1e-3]}
+    times: dict[str, list[float]] = {"eight_in_one": [], "one": []}
+    for i in range(rounds):
+        times["eight_in_one"].append(time_run(dataclasses.replace(single, **values), model))
+        for j in range(2):
+            alone = {name: some[(i + j) % len(some)] for name, some in values.items()}
+            times["one"].append(time_run(dataclasses.replace(single, **alone), model))
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {
+        "d_sae": 4 * model.cfg.d_model,
+        **{f"{name}_s": round(seconds, 1) for name, seconds in median.items()},
+        "ratio_to_eight_runs": round(median["eight_in_one"] / (8 * median["one"]), 3),
+        "all_times": {name: [round(value, 1) for value in seconds] for name, seconds in times.items()},
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+
+
+def cache(cfg: LanguageModelSAERunnerConfig, model: Any, rounds: int) -> dict[str, Any]:
+    cfg = with_widths(cfg, find_sites(cfg, model))
+    result: dict[str, Any] = {}
+    shared = {f.name for f in dataclasses.fields(CacheActivationsRunnerConfig)}
+    values = {name: getattr(cfg, name) for name in shared if hasattr(cfg, name) and name != "dtype"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for dtype in ("float32", "bfloat16", "float16", "int8"):
+            result[dtype] = figures_of_cache(cfg, model, folder / dtype, dtype, values, rounds)
+        live = dataclasses.replace(cfg, run_dir=name, run_name="live", eval_every_steps=10**6)
+        result["live"] = {"explained_variance": held_out_variance(live, model)}
+    result["step_rows_per_s"] = round(cfg.total_training_tokens / time_steps(cfg, model))
+    return result
+
+
+def figures_of_cache(
+    cfg: LanguageModelSAERunnerConfig, model: Any, folder: Path, dtype: Any, values: dict[str, Any], rounds: int
+) -> dict[str, Any]:
+    write, bare = [], []
+    for i in range(rounds):
+        path = folder / str(i)
+        settings = values | {"cached_activations_path": str(path), "dtype": dtype}
+        start = time.perf_counter()
+        cache_activations_runner(CacheActivationsRunnerConfig(**settings), model)
+        write.append(time.perf_counter() - start)
+        bare.append(time_harvest(cfg, model))
+    manifest = read_manifest(folder / "0")
+    shards = CachedShards(folder / "0", manifest, "rows", list(manifest.sites))
+    reader = CachedReader(shards, print)
+    reader.take(cfg.train_batch_size)  # the hashes are then known
+    start = time.perf_counter()
+    n = shards.n // cfg.train_batch_size - 1
+    for _ in range(n):
+        reader.take(cfg.train_batch_size)
+    read = n * cfg.train_batch_size / (time.perf_counter() - start)
+    train = dataclasses.replace(
+        cfg,
+        run_dir=str(folder),
+        run_name="run",
+        eval_every_steps=10**6,
+        use_cached_activations=True,
+        cached_activations_path=str(folder / "0"),
+    )
+    return {
+        "bytes_per_row": round(sum(shard.bytes for shard in manifest.rows) / shards.n, 1),
+        "write_tokens_per_s": round(cfg.total_training_tokens / statistics.median(write)),
+        "bare_forward_tokens_per_s": round(cfg.total_training_tokens / statistics.median(bare)),
+        "write_over_bare_forward": round(statistics.median(bare) / statistics.median(write), 3),
+        "read_rows_per_s": round(read),
+        "explained_variance": held_out_variance(train, model),
+    }
+
+
+def time_harvest(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
+    """Seconds to harvest as many tokens as a cache holds, from tokens in memory."""
+    store = ActivationsStore(cfg, model)
+    tokens = store.get_batch_tokens()
+    start = time.perf_counter()
+    for _ in range(-(-cfg.total_training_tokens // tokens.numel())):
+        harvest(model, tokens, store.sites)
+    return time.perf_counter() - start
+
+
+def held_out_variance(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
+    run = run_config(cfg, model)
+    evaluation = json.loads((run.folder.final / "evaluation.json").read_text())
+    return round(evaluation["metrics/eval_explained_variance"], 4)
+
+
+if __name__ == "__main__":
+    main()
