@@ -108,6 +108,7 @@ class ActivationsStore:
             shards = open_cache(
                 Path(cfg.cached_activations_path), origin(cfg, self), {s.name: s.d_in for s in self.sites}
             )
+            self.documents.check_position(shards.manifest.progress["tokens"]["source"])
             self.cached = CachedReader(shards, notify)
         self.cached_batch: dict[str, Tensor] = {}
 
@@ -287,8 +288,13 @@ class ActivationsStore:
         self.order = torch.randperm(self.n_rows, generator=self.generator)
         self.served = 0
 
+    @property
+    def needs_buffer(self) -> bool:
+        """Whether rows will go through the buffer: not those of a cache that is never left."""
+        return not self.serves_cached_rows or option(self.cfg, "use_cached_activations") == "then_live"
+
     def check_buffer_size(self) -> None:
-        if self.train_batch_size > self.n_rows // 2:
+        if self.needs_buffer and self.train_batch_size > self.n_rows // 2:
             raise ValueError(
                 f"train_batch_size: {self.train_batch_size} rows, but half the buffer holds {self.n_rows // 2} "
                 "(n_batches_in_buffer * store_batch_size * context_size / 2); raise n_batches_in_buffer."
@@ -336,6 +342,8 @@ def origin(cfg: Any, store: ActivationsStore) -> dict[str, Any]:
         "lm_dtype": str(store.model.cfg.dtype).removeprefix("torch."),
         "dataset_path": cfg.dataset_path,
         "dataset_split": cfg.dataset_split,
+        "dataset_text_column": cfg.dataset_text_column,
+        "hook_point_head_index": cfg.hook_point_head_index,
         "tokenizer": getattr(store.model.tokenizer, "name_or_path", None),
         "context_size": cfg.context_size,
         "prepend_bos": cfg.prepend_bos,

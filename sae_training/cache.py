@@ -10,6 +10,7 @@ float32 scale for each row, `<hook>.scale`, which times the integers gives the a
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,13 +35,14 @@ MUST_AGREE = (
     "lm_dtype",
     "dataset_path",
     "dataset_split",
+    "dataset_text_column",
+    "hook_point_head_index",
     "context_size",
     "prepend_bos",
     "exclude_special_tokens",
-    "n_held_out",
 )
-"""What a run that trains on a cache must have in common with it."""
-FIELD_OF = {"model_fingerprint": "model_name", "n_held_out": "n_eval_batches"}
+"""What a run that trains on a cache must have in common with it; it may hold out fewer contexts than the cache."""
+FIELD_OF = {"model_fingerprint": "model_name"}
 
 
 @dataclass
@@ -99,7 +101,13 @@ def read_manifest(folder: Path) -> Manifest:
 def encode(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
     """`rows` (..., d_in) in the precision of the disk and, for int8, the scale of each (...,), else None."""
     if dtype != "int8":
-        return rows.to(DTYPES[dtype]), None
+        stored = rows.to(DTYPES[dtype])
+        if dtype == "float16" and bool((stored.isinf() & ~rows.isinf()).any()):
+            raise ValueError(
+                f"dtype: an activation of {rows.abs().max().item():.3g} is too large for float16, expected at most "
+                "65504; use bfloat16, or int8."
+            )
+        return stored, None
     wide = rows.float()
     scale = wide.abs().amax(dim=-1).clamp_min(torch.finfo(torch.float32).tiny) / 127
     return (wide / scale.unsqueeze(-1)).round().to(torch.int8), scale
@@ -113,7 +121,7 @@ def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- checking
 
 
-def open_cache(folder: Path, expected: dict[str, Any], sites: dict[str, int], form: str | None = None) -> CachedShards:
+def open_cache(folder: Path, expected: dict[str, Any], sites: dict[str, int]) -> CachedShards:
     """The shards of a complete cache that agrees with `expected` (MUST_AGREE) and holds `sites` (width by hook).
 
     ValueError names what differs, with both values. Sizes of files are checked here, hashes when each is opened.
@@ -122,6 +130,12 @@ def open_cache(folder: Path, expected: dict[str, Any], sites: dict[str, int], fo
     name = f"cached_activations_path: {folder}"
     if not manifest.complete:
         raise ValueError(f"{name} is unfinished; run the same `cache` command again, which goes on where it stopped.")
+    if manifest.about["n_held_out"] < expected["n_held_out"]:
+        raise ValueError(
+            f"n_eval_batches: this run holds out {expected['n_held_out']} contexts (n_eval_batches * "
+            f"store_batch_size), but {folder} was written with {manifest.about['n_held_out']} held out, so it has some "
+            "that this run is evaluated on; lower n_eval_batches, or write another cache."
+        )
     for key in MUST_AGREE:
         if manifest.about[key] != expected[key]:
             raise ValueError(
@@ -136,7 +150,7 @@ def open_cache(folder: Path, expected: dict[str, Any], sites: dict[str, int], fo
             )
         if manifest.sites[hook] != width:
             raise ValueError(f"d_in: {hook} is {width} wide, but {manifest.sites[hook]} in {folder}.")
-    form = form or ("rows" if manifest.rows else "contexts")
+    form = "rows" if manifest.rows else "contexts"
     shards = manifest.rows if form == "rows" else manifest.contexts
     for shard in shards:
         path = folder / shard.file
@@ -156,6 +170,10 @@ class CachedShards:
         self.n = sum(shard.n for shard in self.shards)
         self.has_scales = manifest.dtype == "int8"
         self.sound: set[str] = set()
+
+    def fingerprint(self) -> str:
+        """A hash that tells it from any other cache, or form of this one."""
+        return hashlib.sha256(repr((self.form, self.shards)).encode()).hexdigest()[:16]
 
     def read(self, start: int, stop: int) -> dict[str, Tensor]:
         """`tokens` and the activations of each hook from number `start` to `stop`, in order."""
@@ -220,8 +238,11 @@ class CachedReader:
         return parts[0] if len(parts) == 1 else {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
     def peek(self, n: int) -> dict[str, Tensor]:
-        """Up to `n` of what comes next, without going on."""
-        return self.shards.read(self.position, min(self.position + n, self.shards.n))
+        """Up to `n` of what comes next, without going on; as `take`, it starts again after the last."""
+        n, start = min(n, self.shards.n), self.position % self.shards.n
+        end = min(start + n, self.shards.n)
+        parts = [self.shards.read(*place) for place in ((start, end), (0, start + n - end)) if place[0] < place[1]]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def places_ahead(self, n: int) -> Iterator[tuple[int, int]]:
         for start in range(self.position, self.position + READ_AHEAD * n, n):
@@ -241,9 +262,15 @@ class CachedReader:
         self.position -= self.shards.n
         self.epoch += 1
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position, "epoch": self.epoch}
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "epoch": self.epoch, "shards": self.shards.fingerprint()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["shards"] != self.shards.fingerprint():
+            raise ValueError(
+                f"cached_activations_path: the run was begun on other shards ({state['shards']}) than "
+                f"{self.shards.folder} holds now ({self.shards.fingerprint()}); give that cache, or begin anew with "
+                'resume="never".'
+            )
         self.position, self.epoch = state["position"], state["epoch"]
         self.ahead.clear()

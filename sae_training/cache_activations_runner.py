@@ -11,9 +11,11 @@ each commit, when the buckets have grown by about a shard; what was written afte
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,6 +37,7 @@ from sae_training.interrupt import StopRequest, TrainingInterrupted
 from sae_training.language_model import LanguageModel, load_language_model
 from sae_training.run_folder import with_absolute_paths
 from sae_training.sweep import variants, with_layers
+from sae_training.weights import write_safetensors
 
 BUCKETS = "buckets"
 PASSES_AHEAD = 2  # that may wait for the disk
@@ -53,10 +56,25 @@ def cache_activations_runner(
     singles = list(variants(run_cfg).values())
     sites = [site for single in singles for site in find_sites(single, lm)]
     store = ActivationsStore(singles[0], lm, dataset, sites=sites, notify=tqdm.write)
-    writer = CacheWriter(cfg, Path(cfg.cached_activations_path).expanduser(), store, origin(run_cfg, store))
-    with StopRequest(tqdm.write) as stop:
-        writer.write(stop)
-    return writer.folder
+    folder = Path(cfg.cached_activations_path).expanduser()
+    with lock_beside(folder), StopRequest(tqdm.write) as stop:
+        CacheWriter(cfg, folder, store, origin(run_cfg, store)).write(stop)
+    return folder
+
+
+@contextlib.contextmanager
+def lock_beside(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to the folder; the lock ends with the process, however that ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OSError(f"cached_activations_path: another process is writing {folder}; wait for it.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def run_config_of(cfg: CacheActivationsRunnerConfig) -> LanguageModelSAERunnerConfig:
@@ -80,7 +98,7 @@ class CacheWriter:
         self.per_pass = cfg.store_batch_size * cfg.context_size
         self.fields = record_fields(self.sites, self.dtype)
         self.record_bytes = sum(n for _, _, n in self.fields)
-        shard_bytes = cfg.shard_size_mb * 2**20
+        shard_bytes = cfg_bytes(cfg)
         self.n_buckets = max(1, math.ceil(self.n_passes * self.per_pass * self.record_bytes / shard_bytes))
         self.passes_per_commit = max(1, shard_bytes // (self.per_pass * self.record_bytes))
         self.has_rows, self.has_contexts = cfg.form in ("rows", "both"), cfg.form in ("contexts", "both")
@@ -107,8 +125,9 @@ class CacheWriter:
                 f"cached_activations_path: {self.folder} is not empty and holds no cache; give a path of its own."
             )
         n_bytes = self.n_passes * self.per_pass * self.record_bytes
-        copies = 2 * self.has_rows + self.has_contexts  # buckets beside the shards made of them
-        check_free_disk(self.folder, copies * n_bytes, "the activations need")
+        # A bucket goes as soon as the shard made of it is there.
+        n_bytes = (self.has_rows + self.has_contexts) * n_bytes + self.has_rows * cfg_bytes(self.cfg)
+        check_free_disk(self.folder, n_bytes, "the activations need", "cached_activations_path")
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = Manifest(about, self.sites, self.dtype, config)
         manifest.progress = {"passes": 0, "bucket_bytes": [0] * self.n_buckets, "tokens": tokens_state(self.store)}
@@ -132,7 +151,9 @@ class CacheWriter:
         """The passes that are still to be made, each written by a thread while the next ones are computed."""
         progress = self.manifest.progress
         self.cut_back()
-        self.store.tokens.load_state_dict(progress["tokens"] | {"pending": torch.tensor(progress["tokens"]["pending"])})
+        self.store.tokens.load_state_dict(
+            progress["tokens"] | {"pending": torch.tensor(progress["tokens"]["pending"], dtype=torch.int64)}
+        )
         bar = tqdm(total=self.n_passes * self.per_pass, initial=progress["passes"] * self.per_pass, unit="tok")
         bar.set_description("caching")
         with ThreadPoolExecutor(1, thread_name_prefix="cache-write") as thread, bar:
@@ -140,24 +161,22 @@ class CacheWriter:
             for i in range(progress["passes"], self.n_passes):
                 tokens = self.store.get_batch_tokens()
                 found = harvest(self.store.model, tokens, self.store.sites)
-                last = (i + 1) % self.passes_per_commit == 0 or i + 1 == self.n_passes or stop.signal is not None
-                state = tokens_state(self.store) if last else None
-                waiting.append(thread.submit(self.write_pass, i, tokens, found, state))
-                while len(waiting) > (0 if last else PASSES_AHEAD):
+                commits = (i + 1) % self.passes_per_commit == 0 or i + 1 == self.n_passes or stop.signal is not None
+                waiting.append(thread.submit(self.write_pass, i, tokens, found))
+                while len(waiting) > (0 if commits else PASSES_AHEAD):
                     waiting.pop(0).result()
+                if commits:  # everything up to here is on the disk
+                    self.commit(i + 1)
                 bar.update(self.per_pass)
                 if stop.signal is not None:
                     self.stop_here(stop)
 
-    def write_pass(self, i: int, tokens: Tensor, found: list[Tensor], state: dict[str, Any] | None) -> None:
-        """Write the i-th pass and, where `state` (of the tokens) is given, commit."""
+    def write_pass(self, i: int, tokens: Tensor, found: list[Tensor]) -> None:
         encoded = [encode(activations, self.dtype) for activations in found]
         if self.has_rows:
             self.throw(i, tokens, encoded)
         if self.has_contexts:
             self.kept.append((tokens, encoded))
-        if state is not None:
-            self.commit(i + 1, state)
 
     def throw(self, i: int, tokens: Tensor, encoded: list[tuple[Tensor, Tensor | None]]) -> None:
         """Append each row of a pass to a random bucket."""
@@ -173,19 +192,15 @@ class CacheWriter:
                 with self.bucket(b).open("ab") as file:
                     file.write(records[edges[b] : edges[b + 1]].tobytes())
 
-    def commit(self, passes: int, state: dict[str, Any]) -> None:
+    def commit(self, passes: int) -> None:
         """From here on, a kill loses nothing up to this pass."""
         progress = self.manifest.progress
         if self.has_contexts:
             self.write_contexts()
         if self.has_rows:
-            sizes = []
-            for b in range(self.n_buckets):
-                if self.bucket(b).exists():
-                    flush_to_disk(self.bucket(b))
-                sizes.append(self.bucket(b).stat().st_size if self.bucket(b).exists() else 0)
-            progress["bucket_bytes"] = sizes
-        progress |= {"passes": passes, "tokens": state}
+            buckets = (self.bucket(b) for b in range(self.n_buckets))
+            progress["bucket_bytes"] = [path.stat().st_size if path.exists() else 0 for path in buckets]
+        progress |= {"passes": passes, "tokens": tokens_state(self.store)}
         self.manifest.save(self.folder)
 
     def write_contexts(self) -> None:
@@ -204,10 +219,7 @@ class CacheWriter:
         listed = self.manifest.rows if form == "rows" else self.manifest.contexts
         path = self.folder / form / f"{len(listed):05d}.safetensors"
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        partial.chmod(0o644)
-        partial.replace(path)
+        write_safetensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
         flush_to_disk(path)
         shard = Shard(str(path.relative_to(self.folder)), len(tensors["tokens"]), path.stat().st_size, sha256(path))
         listed.append(shard)
@@ -218,6 +230,7 @@ class CacheWriter:
             raw = np.fromfile(self.bucket(b), dtype=np.uint8) if self.bucket(b).exists() else np.empty(0, np.uint8)
             records = raw.reshape(-1, self.record_bytes)
             records = records[np.random.default_rng([self.cfg.seed, self.n_passes, b]).permutation(len(records))]
+            del raw
             self.add_shard("rows", from_records(records, self.fields))
             self.manifest.save(self.folder)
             self.bucket(b).unlink(missing_ok=True)
@@ -225,9 +238,17 @@ class CacheWriter:
                 self.stop_here(stop)
 
     def cut_back(self) -> None:
-        """Take from the disk what was written after the last commit."""
+        """Take from the disk what was written after the last commit; ValueError if more is gone."""
         for b, size in enumerate(self.manifest.progress["bucket_bytes"]):
-            if self.bucket(b).exists() and not self.manifest.rows:
+            if b < len(self.manifest.rows):  # has become a shard
+                continue
+            found = self.bucket(b).stat().st_size if self.bucket(b).exists() else 0
+            if found < size:
+                raise ValueError(
+                    f"{self.bucket(b)}: found {found} bytes, expected at least {size}; delete {self.folder} and write "
+                    "the cache anew."
+                )
+            if found > size:
                 with self.bucket(b).open("r+b") as file:
                     file.truncate(size)
 
@@ -240,6 +261,11 @@ class CacheWriter:
             f"Stopped by {stop.signal.name}; the same command goes on with {self.folder}.",
             exit_code=128 + stop.signal,
         )
+
+
+def cfg_bytes(cfg: CacheActivationsRunnerConfig) -> int:
+    """Bytes of a shard, about."""
+    return cfg.shard_size_mb * 2**20
 
 
 def tokens_state(store: ActivationsStore) -> dict[str, Any]:

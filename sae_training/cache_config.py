@@ -69,7 +69,7 @@ class CacheActivationsRunnerConfig:
     """Folder to write; an unfinished one of the same config is continued."""
 
     total_training_tokens: int = 2_000_000
-    """Tokens to write, in whole passes of store_batch_size contexts."""
+    """Tokens that go through the model, in whole passes; those excluded as special are not written."""
 
     form: Literal["rows", "contexts", "both"] = "rows"
     """rows: shuffled over the whole cache, for training. contexts: in the order of the text, for analysis."""
@@ -78,7 +78,7 @@ class CacheActivationsRunnerConfig:
     """Precision on disk; auto is that of the model, which loses nothing; int8 has a scale for each row."""
 
     shard_size_mb: int = 256
-    """Size of a file, about; writing holds two of them in memory."""
+    """Size of a file, about; writing holds up to three of them in memory."""
 
     seed: int = 42
     """Seed of the shuffle."""

@@ -174,13 +174,13 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_free_disk(folder: Path, n_bytes: int, what: str = "a checkpoint needs") -> None:
+def check_free_disk(folder: Path, n_bytes: int, what: str = "a checkpoint needs", setting: str = "run_dir") -> None:
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < n_bytes + SPARE_BYTES:
         raise NotEnoughDisk(
             f"{folder}: {what} {megabytes(n_bytes + SPARE_BYTES)}, but {megabytes(free)} are free; "
-            "free some space, or set run_dir to another disk."
+            f"free some space, or set {setting} to another disk."
         )
 
 

@@ -199,9 +199,9 @@ def run_verb(verb: Verb) -> None:
 
             sys.stdout.write(table(evaluate_run(verb.run)))
         case Report():
-            from sae_training.report import write_report
+            from sae_training.lm_runner import report_run
 
-            sys.stdout.write(f"{write_report(verb.run)}\n")
+            sys.stdout.write(f"{report_run(verb.run)}\n")
         case Cache():
             from sae_training.cache_activations_runner import cache_activations_runner
 
@@ -299,6 +299,11 @@ def spell_switches(argv: Sequence[str]) -> list[str]:
     switches = {name for name, hint in hints.items() if hint is bool}
     words: list[str] = []
     for word in argv:
+        if word.lower() in ("true", "false") and words and words[-1].replace("-", "_") == "__use_cached_activations":
+            words.append(word.capitalize())  # may also be then_live, so it is no switch
+            continue
+        if word.replace("-", "_").lower() in ("__use_cached_activations=true", "__use_cached_activations=false"):
+            word = word.partition("=")[0] + "=" + word.partition("=")[2].capitalize()
         flag, _, value = word.partition("=")
         if word.lower() in ("true", "false") and words:
             flag, value = words[-1], word

@@ -247,7 +247,7 @@ class LanguageModelSAERunnerConfig:
     """Forward passes that fill the shuffling buffer: more mixes better and takes memory."""
 
     use_cached_activations: bool | Literal["then_live"] = False
-    """Train on activations from disk, again from their beginning at their end, or live from there."""
+    """Train on activations from disk; at their end start them again, or go on live."""
 
     cached_activations_path: str | None = None
     """Folder that `sae-training cache` wrote; read only with use_cached_activations."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 from sae_training.sweep import (
     FIXED_K,
     MAX_COMBINATIONS,
+    OPTION_OF,
     is_several,
     listed_fields,
     n_combinations,
@@ -105,19 +106,6 @@ BUILT: dict[str, tuple[object, ...]] = {
     "normalize_activations": ("none", "expected_average_only_in"),
     "compile_lm": (False,),
     "parallel": ("data",),
-}
-
-# Options that only some architectures have; elsewhere they would do nothing, or harm.
-OPTION_OF: dict[str, tuple[str, ...]] = {
-    "multi_topk": ("topk",),
-    "k_anneal_steps": FIXED_K,
-    "lp_norm": ("standard", "gated"),
-    "scale_sparsity_penalty_by_decoder_norm": ("standard", "gated", "jumprelu"),
-    "target_l0": ("jumprelu",),
-    "jumprelu_bandwidth": ("jumprelu",),
-    "jumprelu_init_threshold": ("jumprelu",),
-    "jumprelu_sparsity_loss_mode": ("jumprelu",),
-    "jumprelu_tanh_scale": ("jumprelu",),
 }
 
 
@@ -391,6 +379,11 @@ def _option_of_another(cfg: Config) -> str | None:
             expected = " or ".join(architectures)
             return f"{name}: found {value} with architecture {cfg.architecture}, expected {expected}; set one of them"
     step = cfg.architecture == "jumprelu" and cfg.jumprelu_sparsity_loss_mode == "step"
+    if cfg.target_l0 is not None and (cfg.micro_batch_size is not None or cfg.grad_acc_steps > 1):
+        return (
+            f"target_l0: found {cfg.target_l0} with micro_batch_size {cfg.micro_batch_size}, grad_acc_steps "
+            f"{cfg.grad_acc_steps}, expected whole batches, of whose L0 the penalty is no sum; leave one out"
+        )
     if cfg.target_l0 is not None and not step:
         return f"target_l0: found {cfg.target_l0} with jumprelu_sparsity_loss_mode tanh, expected step; set one of them"
     if cfg.scale_sparsity_penalty_by_decoder_norm and step:
@@ -433,7 +426,7 @@ def _not_in_8_bits(cfg: Config) -> str | None:
 
 def _batch_too_large(cfg: Config) -> str | None:
     half = cfg.buffer_rows // 2
-    if cfg.tokens_per_step <= half:
+    if cfg.tokens_per_step <= half or cfg.use_cached_activations:  # of a cache, its form decides
         return None
     per_batch = cfg.store_batch_size * cfg.context_size
     needed = -(-2 * cfg.tokens_per_step // per_batch)
@@ -497,7 +490,7 @@ def _two_run_folders(cfg: Config) -> str | None:
 RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = (
     (("k", "d_in", "expansion_factor", "architecture"), _k_too_large),
     (("matryoshka_widths", "architecture", "d_in", "expansion_factor"), _widths_not_nested),
-    (("architecture", *OPTION_OF), _option_of_another),
+    (("architecture", *OPTION_OF, "micro_batch_size", "grad_acc_steps"), _option_of_another),
     (("optimizer", "feature_sampling_method", "dtype"), _not_in_8_bits),
     (("skip_connection", "target_hook_point", "d_out", "hook_point_head_index"), _transcoder_option_without_target),
     (

@@ -44,6 +44,7 @@ struct Float64 {
 template <class Number> static inline typename Number::Key key_of(typename Number::Float x) {
     using Key = typename Number::Key;
     const Key bits = bits_as<Key>(x);
+    if (x != x) return std::numeric_limits<Key>::max();  // NaN, of either sign
     return bits ^ ((bits >> (8 * sizeof(Key) - 1)) & std::numeric_limits<Key>::max());
 }
 

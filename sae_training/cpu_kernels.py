@@ -123,7 +123,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, with a warning, where they cannot be compiled."""
     try:
         return ctypes.CDLL(str(compiled(cache_folder())))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         shown = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         warnings.warn(
             f"The kernels for the CPU could not be compiled, so training steps take about a fifth longer: {shown}\n"
@@ -148,10 +148,15 @@ def compiled(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / path.name
-        try:
-            run_compiler(compiler, (*options, "-fopenmp"), made)
-        except subprocess.CalledProcessError:  # Apple's compiler knows no OpenMP: one thread, then
-            run_compiler(compiler, options, made)
+        # Apple's compiler knows no OpenMP (one thread, then), old ones do not know these processors.
+        attempts = [(*options, "-fopenmp"), options, (*FLAGS, "-fopenmp"), FLAGS]
+        for attempt in attempts:
+            try:
+                run_compiler(compiler, attempt, made)
+                break
+            except subprocess.CalledProcessError:
+                if attempt is attempts[-1]:
+                    raise
         made.replace(path)  # whole or not at all, whoever else compiles it at the same time
     return path
 

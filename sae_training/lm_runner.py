@@ -34,7 +34,13 @@ from sae_training.metrics import sparsity_metrics, training_metrics
 from sae_training.optim import check_installed
 from sae_training.report import write_report
 from sae_training.run import Member, Run
-from sae_training.run_folder import RunFolder, choose_run_folder, read_run_config, with_absolute_paths
+from sae_training.run_folder import (
+    RunFolder,
+    choose_run_folder,
+    is_member_folder,
+    read_run_config,
+    with_absolute_paths,
+)
 from sae_training.sparse_autoencoder import SparseAutoencoder, encoder_dtype
 from sae_training.start import Singles, open_run
 from sae_training.summary import summary
@@ -83,10 +89,24 @@ def resume_run(path: str | Path) -> Run:
     """Continue the unfinished run in the folder `path`, with the config it was started with."""
     path = Path(path)
     cfg = read_run_config(path)
+    if is_member_folder(path):
+        raise ValueError(f"{path}: is one of several that are trained together; resume {path.parent}.")
     if (path / "final").is_dir():
         raise ValueError(f"{path}: this run is finished; its autoencoder is in {path / 'final'}.")
     model = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype)
     return run_in_folder(path, cfg, find_singles(cfg, model), model, None)
+
+
+def report_run(path: str | Path) -> Path:
+    """Write report.html of the run in `path`: its curves or, if it is one of several autoencoders, their comparison."""
+    path = Path(path)
+    if not (path / "config.json").is_file() or not is_several(read_run_config(path)):
+        return write_report(path)
+    evaluation = path / "final" / EVALUATION_FILE
+    if not evaluation.is_file():
+        names = ", ".join(sorted(folder.parent.name for folder in path.glob("*/metrics.jsonl")))
+        raise ValueError(f"{path}: several autoencoders, still in training; give the folder of one of them: {names}.")
+    return write_comparison(path, json.loads(evaluation.read_text(encoding="utf-8")))
 
 
 def find_singles(cfg: LanguageModelSAERunnerConfig, model: LanguageModel) -> Singles:
@@ -324,10 +344,12 @@ def finish(run: Run) -> None:
         write_report(run.folder.path)
         tqdm.write(summary(run.folder.path, evaluations[""], run.sae.d_sae))
         return
-    run.folder.final.mkdir(exist_ok=True)
-    write_text(run.folder.final / EVALUATION_FILE, json.dumps(evaluations, indent=2) + "\n")
-    run.write_status("finished")
     write_comparison(run.folder.path, evaluations)
+    partial = run.folder.final.with_name("final.tmp")  # final/ says that the run is finished: it comes last, and whole
+    partial.mkdir(exist_ok=True)
+    write_text(partial / EVALUATION_FILE, json.dumps(evaluations, indent=2) + "\n")
+    os.replace(partial, run.folder.final)
+    run.write_status("finished")
     tqdm.write(comparison_table(run.folder.path, evaluations))
 
 

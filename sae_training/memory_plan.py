@@ -75,12 +75,11 @@ def plan_memory(
     lm_bytes = store.model.cfg.dtype.itemsize
     width = sum(site.d_in for site in store.sites)
     each = "weights and optimizer" if len(singles) == 1 else f"weights and optimizers of {len(singles)} autoencoders"
-    held = {
-        f"buffer, {store.n_rows:,} rows x {width:,}": store.n_rows * (width * lm_bytes + 8),
-        each: int(copies * sum(weights)),
-    }
+    held = {each: int(copies * sum(weights))}
+    if store.needs_buffer:
+        held = {f"buffer, {store.n_rows:,} rows x {width:,}": store.n_rows * (width * lm_bytes + 8), **held}
     passing = {
-        "a pass of the language model": pass_bytes(cfg, store, width),
+        "a pass of the language model": pass_bytes(cfg, store, width) if store.needs_buffer else 0,
         "a training step": max(step_bytes(single, n) for single, n in zip(singles, weights, strict=True)),
         "an evaluation": 0 if cfg.eval_every == 0 else evaluation_bytes(cfg, singles, store, width),
     }

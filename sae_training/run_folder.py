@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from sae_training.bundled import bundled_model, bundled_text
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_io import WATCHING_FIELDS, config_differences, config_from_dict, config_to_dict
+from sae_training.sweep import is_several
 from sae_training.weights import write_text
 
 CONFIG_FILE = "config.json"
@@ -128,6 +129,12 @@ def existing_folders(base: Path) -> Iterator[Path]:
         yield folder
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
+
+
+def is_member_folder(path: Path) -> bool:
+    """Whether the folder is that of one of several autoencoders of a run, which is the folder above."""
+    parent = path.resolve().parent
+    return (parent / CONFIG_FILE).is_file() and is_several(read_run_config(parent))
 
 
 def is_finished(folder: Path) -> bool:

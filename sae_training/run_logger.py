@@ -152,6 +152,10 @@ class RunLogger:
         self._file.flush()
 
 
+_open_mirrors: set[_WandbMirror] = set()
+"""Those with a wandb run of their own: several autoencoders have one each."""
+
+
 class _WandbMirror:
     """A wandb run that can fail at any point: the first failure is told and switches it off."""
 
@@ -189,6 +193,7 @@ class _WandbMirror:
             else:
                 self._owns_run = True
                 self._run = self._open(wandb, mode, config, group=group, **options)
+                _open_mirrors.add(self)
         except Exception as error:
             self._switch_off("could not be started", error)
 
@@ -230,7 +235,8 @@ class _WandbMirror:
                 self._notify(
                     f"wandb: no connection ({_first_line(error)}), so this run is kept offline; {self._how_to_sync()}"
                 )
-                wandb.teardown()  # or the service goes on holding the run id
+                if not _open_mirrors:
+                    wandb.teardown()  # or the service goes on holding the run id
         if run is None:
             run = wandb.init(mode="offline", **arguments)
         self._keep_run_id(run.id)
@@ -279,6 +285,7 @@ class _WandbMirror:
 
     def finish(self, exit_code: int) -> None:
         run, self._run = self._run, None
+        _open_mirrors.discard(self)
         if run is None or not self._owns_run:
             return
         try:
@@ -304,7 +311,8 @@ class _WandbMirror:
             self._end_session()
 
     def _end_session(self) -> None:
-        if self._wandb is not None:
+        _open_mirrors.discard(self)
+        if self._wandb is not None and not _open_mirrors:  # it would end the runs of the others too
             with suppress(Exception):  # its own exit hook would print a traceback
                 self._wandb.teardown()
 

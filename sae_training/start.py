@@ -36,6 +36,11 @@ def open_run(
     latest = checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write)
     if latest:
         parts, state = checkpoint.load_checkpoint(latest)
+        if not isinstance(state["metrics_bytes"], dict):
+            raise ValueError(
+                f"{latest}: was written by an earlier version, which this one cannot continue; begin a new run with "
+                'resume="never".'
+            )
         check_same_language_model(state["language_model"], store.model, latest)
         store.load_state_dict(parts["store"])
         tqdm.write(f"Continuing {folder.path} after step {state['step']}.")
@@ -43,19 +48,26 @@ def open_run(
         parts, state = {}, {"step": 0, "metrics_bytes": dict.fromkeys(singles, 0), "failures": {}}
         check_room_for_checkpoints(cfg, folder, trainers, store)
     members: list[Member] = []
-    for name, (single, sites) in singles.items():
-        path = folder.path / name.replace("/", "_")
-        if name:
-            write_config(path, single)
-        first = members[0].logger if members else None
-        logger = open_logger(single, path, folder if name else None, state["metrics_bytes"][name], first)
-        member = Member(name, single, path, sites, store, trainers[name], logger, state["failures"].get(name))
-        if latest:
-            trainer_state = parts[member.part("trainer")]
-            member.trainer.load_state_dict({"weights": parts[member.part("sae")], **trainer_state})
-        else:
-            start_weights(member)
-        members.append(member)
+    try:
+        for name, (single, sites) in singles.items():
+            path = folder.path / name.replace("/", "_")
+            if name:
+                write_config(path, single)
+            first = members[0].logger if members else None
+            logger = open_logger(single, path, folder if name else None, state["metrics_bytes"][name], first)
+            members.append(
+                Member(name, single, path, sites, store, trainers[name], logger, state["failures"].get(name))
+            )
+        for member in members:
+            if latest:
+                trainer_state = parts[member.part("trainer")]
+                member.trainer.load_state_dict({"weights": parts[member.part("sae")], **trainer_state})
+            else:
+                start_weights(member)
+    except BaseException:
+        for member in members:
+            member.logger.close(exit_code=1)
+        raise
     progress = Progress(cfg, folder, first_step=state["step"])
     run = Run(cfg, folder, store, members, progress, held_out, state["step"], latest)
     run.write_status("training")
@@ -98,7 +110,7 @@ def check_room_for_checkpoints(
         return
     weights = sum(p.numel() * p.element_size() for trainer in trainers.values() for p in trainer.sae.parameters())
     width = sum(site.d_in for site in store.sites)
-    buffers = store.n_rows * (width * store.model.cfg.dtype.itemsize + 8)
+    buffers = store.n_rows * (width * store.model.cfg.dtype.itemsize + 8) if store.needs_buffer else 0
     # One is written before the oldest is deleted; weights, and Adam's two moments, are in each, and where batches are
     # scaled the weights for raw activations too.
     copies = 3 if cfg.normalize_activations == "none" else 4
@@ -115,7 +127,7 @@ def check_room_for_checkpoints(
 def start_weights(member: Member) -> None:
     """From the pretrained file if the config names one, else with b_dec set from a sample of the activations."""
     sae, cfg, store = member.trainer.sae, member.cfg, member.store
-    if cfg.normalize_activations == "expected_average_only_in" and not member.is_scaled:
+    if cfg.normalize_activations == "expected_average_only_in":  # a second time for a site: the same again
         store.measure_scales(SAMPLE_ROWS, member.sites)
     if cfg.from_pretrained_path is not None:
         start_from_pretrained(member)

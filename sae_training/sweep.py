@@ -32,6 +32,19 @@ MAX_COMBINATIONS = 4096
 FIXED_K = ("topk", "batchtopk", "matryoshka")
 """Architectures whose code is a fixed number of the largest pre-activations."""
 
+# Options that only some architectures have; elsewhere they would do nothing, or harm.
+OPTION_OF: dict[str, tuple[str, ...]] = {
+    "multi_topk": ("topk",),
+    "k_anneal_steps": FIXED_K,
+    "lp_norm": ("standard", "gated"),
+    "scale_sparsity_penalty_by_decoder_norm": ("standard", "gated", "jumprelu"),
+    "target_l0": ("jumprelu",),
+    "jumprelu_bandwidth": ("jumprelu",),
+    "jumprelu_init_threshold": ("jumprelu",),
+    "jumprelu_sparsity_loss_mode": ("jumprelu",),
+    "jumprelu_tanh_scale": ("jumprelu",),
+}
+
 
 def listed_fields(cfg: Any) -> list[str]:
     """The fields that hold lists, in the order in which names have them."""
@@ -68,10 +81,18 @@ def variants(cfg: C) -> dict[str, C]:
         single = copy.copy(cfg)
         for name, value in zip(names, values, strict=True):
             setattr(single, name, value)
-        idle = "l1_coefficient" if single.architecture in FIXED_K else "k"
-        if idle in names:
-            setattr(single, idle, getattr(cfg, idle)[0])
-        parts = [LABELS[name] + shown(getattr(single, name)) for name in names if name != idle]
+        idle = {"l1_coefficient" if single.architecture in FIXED_K else "k"}
+        for name in idle & {*names}:
+            setattr(single, name, getattr(cfg, name)[0])
+        if "architecture" in names:  # options of one in the list are nothing to the others
+            for name, architectures in OPTION_OF.items():
+                if single.architecture not in architectures and set(architectures) & {*cfg.architecture}:
+                    setattr(single, name, getattr(type(cfg), name))
+        if "{layer}" in single.hook_point and {"hook_point", "hook_point_layer"} <= {*names}:
+            idle.add("hook_point_layer")  # the hook's name has it
+        labels = {name: LABELS[name] + shown(getattr(single, name)) for name in names}
+        labels |= {"hook_point": single.hook_point.replace("{layer}", str(single.hook_point_layer))}
+        parts = [labels[name] for name in names if name not in idle]
         found.setdefault("-".join(parts), single)
     return found
 

@@ -88,8 +88,10 @@ def weights_folder(path: Path) -> Path:
     """The folder with the weights, for a run folder (its final/, else its newest checkpoint) or such a folder
     itself.
     """
-    steps = sorted((path / "checkpoints").glob("step_*"), key=lambda p: step_number(p), reverse=True)
-    for folder in (path, path / "final", *steps):
+    steps = sorted((path / "checkpoints").glob("step_*"), key=step_number, reverse=True)
+    # Of several autoencoders that are still in training, the run's checkpoints hold a folder each.
+    together = sorted((path.resolve().parent / "checkpoints").glob("step_*"), key=step_number, reverse=True)
+    for folder in (path, path / "final", *steps, *(step / path.resolve().name for step in together)):
         if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
             return folder
     several = sorted(folder.parent.name for folder in path.glob("*/final") if (folder / WEIGHTS_FILE).is_file())

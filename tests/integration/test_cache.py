@@ -24,7 +24,7 @@ from torch import Tensor
 from sae_training.activations import harvest
 from sae_training.activations_store import ActivationsStore
 from sae_training.cache import DTYPES, CachedShards, decode, encode, read_manifest
-from sae_training.cache_activations_runner import cache_activations_runner
+from sae_training.cache_activations_runner import CacheWriter, cache_activations_runner, lock_beside
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
 from sae_training.lm_runner import language_model_sae_runner, run_config
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -293,10 +293,11 @@ def test_kills_while_training_from_a_cache_change_nothing(form: str, write: Writ
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"context_size": 8, "store_batch_size": 8}, "context_size: this run has context size 8, but .* with 16"),
+        ({"context_size": 8, "store_batch_size": 4}, "context_size: this run has context size 8, but .* with 16"),
         ({"exclude_special_tokens": False}, "exclude_special_tokens: this run has .* False, but .* True"),
         ({"prepend_bos": False}, "prepend_bos: this run has prepend bos False, but .* True"),
-        ({"n_eval_batches": 2}, "n_eval_batches: this run has n held out 8, but .* with 4"),
+        ({"n_eval_batches": 2}, "n_eval_batches: this run holds out 8 contexts .* written with 4 held out"),
+        ({"dataset_text_column": "text"}, "dataset_text_column: this run has dataset text column 'text', but .* None"),
         (
             {"hook_point": "blocks.2.hook_resid_post"},
             "hook_point: blocks.2.hook_resid_post is not in .* holds blocks.1",
@@ -365,6 +366,51 @@ def test_a_damaged_cache_is_refused(
     cfg = small_config(exclude_special_tokens=True, use_cached_activations=True, cached_activations_path=str(folder))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         ActivationsStore(cfg, demo_model).next_batch()
+
+
+def test_a_failed_write_is_not_committed(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real, failed = CacheWriter.throw, []
+
+    def fails_once(self: CacheWriter, i: int, *rest: Any) -> None:
+        if i == 20 and not failed:
+            failed.append(i)
+            raise OSError("no space left on device")
+        real(self, i, *rest)
+
+    monkeypatch.setattr(CacheWriter, "throw", fails_once)
+    with pytest.raises(OSError, match="no space"):
+        write(shard_size_mb=1)
+    write(shard_size_mb=1)
+    assert files(tmp_path / "cache") == files(write("other", shard_size_mb=1))
+
+
+def test_two_processes_do_not_write_to_one_folder(write: Write, tmp_path: Path) -> None:
+    with lock_beside(tmp_path / "cache"), pytest.raises(OSError, match="another process is writing"):
+        write()
+
+
+def test_a_run_goes_on_with_its_own_cache_only(write: Write, small_config: Callable, demo_model: Any) -> None:
+    folder = write()
+    changes = {"exclude_special_tokens": True, "use_cached_activations": True}
+    store = ActivationsStore(small_config(**changes, cached_activations_path=str(folder)), demo_model)
+    store.next_batch()
+    other = ActivationsStore(small_config(**changes, cached_activations_path=str(write("other", seed=7))), demo_model)
+    with pytest.raises(ValueError, match="the run was begun on other shards"):
+        other.load_state_dict(store.state_dict())
+
+
+def test_a_sample_at_the_very_end_starts_again(write: Write, small_config: Callable, demo_model: Any) -> None:
+    folder = write(form="rows", total_training_tokens=4 * 64, exclude_special_tokens=False)
+    cfg = small_config(use_cached_activations=True, cached_activations_path=str(folder))
+    store = ActivationsStore(cfg, demo_model)
+    for _ in range(4):
+        store.next_batch()
+    assert torch.equal(store.sample(70).x, everything(folder, "rows")[HOOK][:70])
+
+
+def test_float16_that_overflows_is_refused() -> None:
+    with pytest.raises(ValueError, match="of 7e\\+04 is too large for float16"):
+        encode(torch.tensor([[7e4, 1.0]]), "float16")
 
 
 def test_a_folder_of_something_else_is_left_alone(write: Write, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ import torch
 from conftest import SMALL_RUN
 from test_resume import start, step_of, wait_for
 
+from sae_training import lm_runner
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.lm_runner import evaluate_run, language_model_sae_runner, run_config
+from sae_training.lm_runner import evaluate_run, language_model_sae_runner, report_run, resume_run, run_config
 from sae_training.report import write_report
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.trainer import NonFiniteLoss
@@ -80,6 +81,31 @@ def test_what_a_run_of_several_leaves(small_config: Callable, demo_model: Any) -
             assert value == pytest.approx(evaluations[name][key], rel=1e-5, abs=1e-6), (name, key)
     with pytest.raises(FileNotFoundError, match="holds the folders of 4 autoencoders.*layer0-k4"):
         SparseAutoencoder.load_from_pretrained(run)
+
+
+def test_inputs_that_share_a_target_are_scaled_each(small_config: Callable, demo_model: Any) -> None:
+    hooks = ["blocks.1.ln2.hook_normalized", "blocks.1.hook_resid_mid"]
+    changes: dict[str, Any] = {"target_hook_point": "blocks.1.hook_mlp_out", "architecture": "topk"}
+    changes |= {"normalize_activations": "expected_average_only_in"}
+    run = run_config(small_config(**changes, hook_point=hooks), demo_model)
+    for hook in hooks:
+        alone = run_config(small_config(**changes, hook_point=hook, run_name=f"alone-{hook}"), demo_model)
+        assert_same_weights(run.saes[hook], alone.sae)
+
+
+def test_an_unfinished_run_of_several(small_config: Callable, demo_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its members load from its checkpoints, and are not taken for runs of their own."""
+    cfg = small_config(**LAYERS, checkpoint_every_steps=3)
+    monkeypatch.setattr(lm_runner, "finish", lambda run: None)
+    run = run_config(cfg, demo_model)
+    folder = run.folder.path
+    sae = SparseAutoencoder.load_from_pretrained(folder / "layer2")
+    assert_same_weights(sae, run.saes["layer2"])
+    with pytest.raises(ValueError, match="one of several that are trained together; resume .*run"):
+        resume_run(folder / "layer2")
+    with pytest.raises(ValueError, match="still in training; give the folder of one of them: layer0, layer2"):
+        report_run(folder)
+    assert "Explained variance" in report_run(folder / "layer2").read_text()
 
 
 def test_one_that_diverges_does_not_stop_the_others(small_config: Callable, demo_model: Any) -> None:

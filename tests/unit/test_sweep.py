@@ -57,6 +57,21 @@ def test_each_is_a_config_of_its_own() -> None:
     assert cfg.k == [16, 32]
 
 
+def test_options_of_one_architecture_are_nothing_to_the_others() -> None:
+    found = variants(Config(architecture=["topk", "jumprelu"], jumprelu_init_threshold=0.5, multi_topk=True))
+    assert [(c.jumprelu_init_threshold, c.multi_topk) for c in found.values()] == [(0.1, True), (0.5, False)]
+
+
+def test_hooks_with_layers_are_named_in_full() -> None:
+    hooks = ["blocks.{layer}.hook_mlp_out", "blocks.{layer}.hook_resid_post"]
+    assert names(hook_point=hooks, hook_point_layer=[0, 3]) == [
+        "blocks.0.hook_mlp_out",
+        "blocks.3.hook_mlp_out",
+        "blocks.0.hook_resid_post",
+        "blocks.3.hook_resid_post",
+    ]
+
+
 def test_all_layers_are_those_of_the_model() -> None:
     cfg = Config(hook_point="blocks.{layer}.hook_resid_pre", hook_point_layer="all")
     assert list(variants(with_layers(cfg, 3))) == ["layer0", "layer1", "layer2"]
@@ -86,8 +101,8 @@ def test_the_run_is_named_after_what_differs() -> None:
         ),
         ({"seed": list(range(100)), "k": list(range(1, 100))}, "k: the lists stand for 9900 autoencoders"),
         (
-            {"architecture": ["standard", "topk"], "multi_topk": True},
-            "multi_topk: found True with architecture standard",
+            {"architecture": ["standard", "gated"], "multi_topk": True},
+            "multi_topk: found True with architecture",
         ),
     ],
 )
