@@ -91,6 +91,7 @@ class ActivationsStore:
             self.n_held_out = option(cfg, "n_eval_batches") * cfg.store_batch_size
         self.tokens = self.token_stream(self.documents, self.n_held_out)
         self.excluded_ids = special_token_ids(model) if option(cfg, "exclude_special_tokens") else None
+        self.seqpos_slice: tuple[int, ...] = tuple(option(cfg, "seqpos_slice"))
 
         self.generator = torch.Generator().manual_seed(SHUFFLE_SEED)
         self.buffers: list[Tensor] = []
@@ -159,9 +160,11 @@ class ActivationsStore:
 
     def keeps(self, tokens: Tensor) -> Tensor:
         """Bool mask, of the shape of `tokens`: the positions the autoencoder is trained on."""
-        if self.excluded_ids is None:
-            return torch.ones_like(tokens, dtype=torch.bool)
-        return ~torch.isin(tokens, self.excluded_ids.to(tokens.device))
+        keep = torch.ones_like(tokens, dtype=torch.bool)
+        if self.seqpos_slice:
+            keep.zero_()
+            keep[:, torch.arange(tokens.shape[1])[slice(*self.seqpos_slice)]] = True
+        return keep if self.excluded_ids is None else keep & ~torch.isin(tokens, self.excluded_ids.to(tokens.device))
 
     def next_rows(self) -> list[Tensor]:
         """Rows (n, width) of the next `store_batch_size` prompts at each site, in the model's precision."""
@@ -173,7 +176,7 @@ class ActivationsStore:
             tokens = self.get_batch_tokens()
             found = harvest(self.model, tokens, self.sites)
         found = [activations.flatten(end_dim=1) for activations in found]
-        if self.excluded_ids is None:
+        if self.excluded_ids is None and not self.seqpos_slice:
             return found
         keep = self.keeps(tokens).flatten()
         return [rows[keep] for rows in found]
@@ -348,6 +351,7 @@ def origin(cfg: Any, store: ActivationsStore) -> dict[str, Any]:
         "context_size": cfg.context_size,
         "prepend_bos": cfg.prepend_bos,
         "exclude_special_tokens": cfg.exclude_special_tokens,
+        "seqpos_slice": list(cfg.seqpos_slice),
         "n_held_out": store.n_held_out,
     }
 

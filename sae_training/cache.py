@@ -40,6 +40,7 @@ MUST_AGREE = (
     "context_size",
     "prepend_bos",
     "exclude_special_tokens",
+    "seqpos_slice",
 )
 """What a run that trains on a cache must have in common with it; it may hold out fewer contexts than the cache."""
 FIELD_OF = {"model_fingerprint": "model_name"}

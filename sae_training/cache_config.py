@@ -57,6 +57,9 @@ class CacheActivationsRunnerConfig:
     exclude_special_tokens: bool = False
     """Leave the activations at special tokens (BOS, EOS, padding) out of the rows."""
 
+    seqpos_slice: tuple[int, ...] = ()
+    """Positions of a context to keep in the rows: start, stop and perhaps step, as in a Python slice."""
+
     store_batch_size: int = 32
     """Contexts per forward pass of the language model."""
 

@@ -1,4 +1,5 @@
-"""The command line: `sae-training train | resume | eval | report | cache | toy`.
+"""The command line: `sae-training train | resume | eval | report | cache | pretokenize |
+toy`.
 
 tyro turns the config's fields into flags. Parsing is apart from doing: `parse` and `parse_train`
 give values, `main` acts on them. What does the work is imported only inside the verb that needs it,
@@ -143,6 +144,32 @@ class Cache(CacheActivationsRunnerConfig, Common):
 
 
 @dataclass(kw_only=True)
+class Pretokenize(Common):
+    """Tokenise a data set once, into a local folder that `train` and `cache` take as DATASET."""
+
+    model: Annotated[str, Positional, arg(metavar="MODEL")]
+    """Language model whose tokenizer it is for."""
+
+    dataset: Annotated[str, Positional, arg(metavar="DATASET")]
+    """Text, as for train."""
+
+    output: Annotated[Path, Positional, arg(metavar="OUTPUT")]
+    """Folder to write."""
+
+    dataset_split: str = "train"
+    """Split of the dataset."""
+
+    dataset_text_column: str | None = None
+    """Column that holds the text; None finds it."""
+
+    streaming: bool | None = None
+    """Read the dataset as a stream."""
+
+    n_processes: int | None = None
+    """Processes that tokenise; None is one for each processor."""
+
+
+@dataclass(kw_only=True)
 class Toy(SAEToyModelRunnerConfig, Common):
     """Train on synthetic data whose dictionary is known, and score what was found.
 
@@ -153,7 +180,7 @@ class Toy(SAEToyModelRunnerConfig, Common):
         """Checks nothing, as in Train."""
 
 
-Verb = Train | Resume | Eval | Report | Cache | Toy
+Verb = Train | Resume | Eval | Report | Cache | Pretokenize | Toy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -208,6 +235,12 @@ def run_verb(verb: Verb) -> None:
             names = field_types(CacheActivationsRunnerConfig)
             values = with_words({name: getattr(verb, name) for name in names}, verb)
             sys.stdout.write(f"{cache_activations_runner(CacheActivationsRunnerConfig(**values))}\n")
+        case Pretokenize():
+            from sae_training.pretokenize import pretokenize
+
+            named = {name: getattr(verb, name) for name in ("dataset_split", "dataset_text_column", "streaming")}
+            folder = pretokenize(verb.model, verb.dataset, verb.output, n_processes=verb.n_processes, **named)
+            sys.stdout.write(f"{folder}\n")
         case Toy():
             from sae_training.toy_model_runner import toy_model_sae_runner
 
@@ -228,6 +261,7 @@ def parse(argv: Sequence[str]) -> Verb:
         Annotated[Eval, subcommand("eval")],
         Annotated[Report, subcommand("report")],
         Annotated[Cache, subcommand("cache", default=Cache(exclude_special_tokens=True, device="auto"))],
+        Annotated[Pretokenize, subcommand("pretokenize")],
         Annotated[Toy, subcommand("toy")],
     ]
     return tyro.cli(

@@ -97,6 +97,9 @@ class LanguageModelSAERunnerConfig:
     exclude_special_tokens: bool = False
     """Leave the activations at special tokens (BOS, EOS, padding) out of training."""
 
+    seqpos_slice: tuple[int, ...] = ()
+    """Positions of a context to train on: start, stop and perhaps step, as in a Python slice."""
+
     # Autoencoder
 
     architecture: OneOrMany[Architecture] = "standard"

@@ -439,6 +439,19 @@ def _batch_too_large(cfg: Config) -> str | None:
     )
 
 
+def _no_positions(cfg: Config) -> str | None:
+    bounds = cfg.seqpos_slice
+    if not bounds:
+        return None
+    right = len(bounds) in (2, 3) and 0 not in bounds[2:]
+    if right and len(range(cfg.context_size)[slice(*bounds)]) > 0:
+        return None
+    return (
+        f"seqpos_slice: found {list(bounds)} with context_size {cfg.context_size}, expected start and stop, perhaps "
+        f"a step, that take some positions; 1,{cfg.context_size} for instance takes all but the first"
+    )
+
+
 def _too_few_tokens(cfg: Config) -> str | None:
     if cfg.total_training_tokens >= cfg.tokens_per_step:
         return None
@@ -497,6 +510,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = 
         ("train_batch_size", "grad_acc_steps", "n_batches_in_buffer", "store_batch_size", "context_size"),
         _batch_too_large,
     ),
+    (("seqpos_slice", "context_size"), _no_positions),
     (("total_training_tokens", "train_batch_size", "grad_acc_steps"), _too_few_tokens),
     (("lr_decay_steps", "total_training_tokens", "train_batch_size", "grad_acc_steps"), _decay_too_long),
     (("use_ghost_grads", "auxk_coefficient", "architecture"), _two_remedies),

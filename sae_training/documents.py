@@ -48,7 +48,7 @@ class Documents:
         self.is_tokenized = is_tokenized
         # Only a map-style data set has a length.
         self.n_rows = len(dataset) if hasattr(dataset, "__len__") else None  # pyright: ignore[reportArgumentType]
-        self._dataset: Any = dataset
+        self.dataset: Any = dataset
         if self.n_rows is not None:
             self._kind = "rows"
         else:
@@ -102,12 +102,12 @@ class Documents:
         here = position | {"offset": 0}
         for row in range(position["row"], self.n_rows or 0):
             after = here | {"row": row + 1}
-            yield self._dataset[row][self.column], here, after
+            yield self.dataset[row][self.column], here, after
             here = after
 
     def _stream(self, position: Position) -> Iterator[tuple[Any, Position, Position]]:
         """The same of a streamed data set."""
-        stream = independent_copy(self._dataset)
+        stream = independent_copy(self.dataset)
         if self._kind == "stream":
             if position["stream"] is not None:
                 stream.load_state_dict(copy.deepcopy(position["stream"]))
@@ -152,6 +152,15 @@ def _has_shuffle_buffer(dataset: object) -> bool:
         parts += [p for p in [getattr(part, "ex_iterable", None)] if p is not None]
         parts += list(getattr(part, "ex_iterables", []))
     return False
+
+
+def pieces(content: str) -> Iterator[str]:
+    """The pieces in which a text is handed out."""
+    start = 0
+    while start < len(content):
+        end = _chunk_end(content, start)
+        yield content[start:end]
+        start = end
 
 
 def _chunk_end(content: str | Sequence[int], start: int) -> int:

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -149,6 +150,17 @@ def quiet_loading():
         logging.disable(previous)
         if had_bars:
             transformers_logging.enable_progress_bar()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model that `load_language_model` knows by this name, without the model."""
+    name = bundled_model(name)
+    with suppress(ValueError):  # not one of TransformerLens' own names
+        name = get_official_model_name(name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"model_name: {name!r} has no tokenizer here, nor on the hub: {error}") from error
 
 
 def check_tokenizer_fits(model: LanguageModel, name: str) -> None:

@@ -49,6 +49,7 @@ from sae_training.trainer import NonFiniteLoss
 from sae_training.weights import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE, write_safetensors, write_text
 
 EVALUATION_FILE = "evaluation.json"
+NORM_ROWS = 8_192  # of the buffer, whose norms the report shows
 RESAMPLE_ROWS = 16_384  # of the buffer, from which resampling draws its directions
 
 
@@ -155,6 +156,8 @@ def run_in_folder(
 def train(run: Run, stop: StopRequest) -> None:
     cfg, store = run.cfg, run.store
     snapshots = snapshot_steps(cfg)
+    if run.step == 0:
+        log_norms(run)
     while run.step < cfg.total_training_steps:
         store.advance(cfg.tokens_per_step)
         run.step += 1  # from here on, `step` counts this one as finished
@@ -254,6 +257,13 @@ def resample_dead_latents(run: Run, member: Member) -> None:
         return
     n = member.trainer.resample(*run.store.sample(RESAMPLE_ROWS, member.sites), run.step)
     member.logger.log({"metrics/n_resampled_neurons": n}, run.step, run.n_training_tokens)
+
+
+def log_norms(run: Run) -> None:
+    """Log how large the activations are that each autoencoder is trained on: outliers (a BOS position) show here."""
+    for member in run.trained:
+        norms = run.store.sample(NORM_ROWS, member.sites).x.float().norm(dim=1)
+        member.logger.log_histogram("plots/activation_norm", norms, 0)
 
 
 def log_sparsity(run: Run, member: Member) -> None:

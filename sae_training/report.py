@@ -75,6 +75,7 @@ _LABELS = {
     "mean_passes_since_fired": "Mean steps since last firing",
     "explained_variance_std": "Explained variance, spread over tokens",
     "feature_density_line_chart": "Feature density",
+    "activation_norm": "Norm of the activations",
 }
 
 
@@ -287,20 +288,22 @@ def _histogram_figures(rows: Sequence[Mapping[str, Any]]) -> list[go.Figure]:
             if isinstance(value, dict) and {"counts", "edges"} <= value.keys():
                 latest[key] = (row.get("step", "?"), value)
     figures = []
-    for key, (step, histogram) in latest.items():
+    for key in sorted(latest, key=lambda key: "activation_norm" in key):  # the firing frequencies first
+        step, histogram = latest[key]
         edges, counts = histogram["edges"], histogram["counts"]
+        norms = "activation_norm" in key
+        counted = "activations" if norms else "latents"
+        x_title = "L2 norm" if norms else "log10 of the firing frequency" if "feature_density" in key else ""
         figure = go.Figure(
             go.Bar(
                 x=[(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)],
                 y=counts,
                 width=[high - low for low, high in zip(edges, edges[1:], strict=False)],
                 marker={"color": _COLOURS[0], "line": {"width": 0}},
-                hovertemplate="%{y:,} latents near %{x:.3g}<extra></extra>",
+                hovertemplate=f"%{{y:,}} {counted} near %{{x:.3g}}<extra></extra>",
             )
         )
-        density = "feature_density" in key
-        x_title = "log10 of the firing frequency" if density else ""
-        style(figure, f"{_label(key)} at step {shown(step)}", x_title, "latents")
+        style(figure, f"{_label(key)} at step {shown(step)}", x_title, counted)
         figure.update_layout(bargap=0, hovermode="closest")
         figures.append(figure)
     return figures

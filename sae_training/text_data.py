@@ -22,7 +22,7 @@ import numpy as np
 from datasets.exceptions import DatasetsError
 
 from sae_training.bundled import bundled_text
-from sae_training.documents import Documents, independent_copy
+from sae_training.documents import Documents, independent_copy, pieces
 
 _BUILDER_OF_SUFFIX = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -90,6 +90,38 @@ def open_documents(
     if not has_transform:
         found = found.select_columns([column])
     return Documents(found, column, is_tokenized, name)
+
+
+def save_tokenized(
+    documents: Documents, encode: Callable[[list[str]], list[Any]], folder: Path, n_processes: int
+) -> int:
+    """Save the token ids of each document, in order, in the column `tokens` of a save_to_disk folder; how many."""
+
+    def tokens_of(texts: list[str | None]) -> list[list[int]]:
+        return [[i for ids in encode(list(pieces(text or ""))) for i in ids] for text in texts]
+
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("int32"))})
+    column, dataset = documents.column, documents.dataset
+    if isinstance(dataset, datasets.Dataset):
+        copy = dataset.map(
+            lambda batch: {"tokens": tokens_of(batch[column])},
+            batched=True,
+            batch_size=100,
+            num_proc=min(n_processes, len(dataset)),
+            remove_columns=dataset.column_names,
+            features=features,
+            load_from_cache_file=False,
+            desc="tokenizing",
+        )
+    else:
+
+        def rows() -> Iterator[dict[str, list[int]]]:
+            for row in dataset:
+                yield {"tokens": tokens_of([row[column]])[0]}
+
+        copy = datasets.Dataset.from_generator(rows, features=features)
+    copy.save_to_disk(folder)
+    return len(copy)
 
 
 # Finding the data -------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ class TokenStream:
         self.n_held_out = n_held_out
         self.held_out_every = held_out_every
         self._documents = documents
-        self._source = _TokenSource(documents, _encoder(tokenizer), bos_id, vocab_size)
+        self._source = _TokenSource(documents, encoder_of(tokenizer), bos_id, vocab_size)
         self._notify = notify
         self.epoch = 0
         self._pass = self._new_pass()
@@ -318,7 +318,7 @@ def _bos_id(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     return None
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[list[Any]], list[Any]]:
+def encoder_of(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[list[Any]], list[Any]]:
     """Texts -> their ids without special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if tokenizer is None or backend is None:

@@ -207,7 +207,7 @@ NOT_FOR_TOYS = (
     *("hook_point_layer", "layer_stride", "hook_point_head_index", "lm_dtype", "compile_lm"),
     *("target_hook_point", "d_out", "skip_connection"),
     *("dataset_split", "dataset_text_column", "is_dataset_tokenized", "streaming", "eval_dataset_path"),
-    *("prepend_bos", "exclude_special_tokens", "use_cached_activations", "cached_activations_path"),
+    *("prepend_bos", "exclude_special_tokens", "seqpos_slice", "use_cached_activations", "cached_activations_path"),
     *("normalize_activations", "from_pretrained_path", "grad_acc_steps", "parallel", "feature_sampling_method"),
     *("n_eval_batches", "eval_every_steps", "checkpoint_path", "resume"),
     *("checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "n_checkpoints"),

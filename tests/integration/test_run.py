@@ -120,6 +120,7 @@ def test_wandb_receives_every_key_of_the_mats_era(small_config: MakeConfig, demo
         "details/n_training_tokens",
         "details/current_learning_rate",
         "metrics/mean_log10_feature_sparsity",
+        "plots/activation_norm",
         "plots/feature_density_line_chart",
         "sparsity/below_1e-5",
         "sparsity/below_1e-6",

@@ -162,6 +162,14 @@ def test_excluded_special_tokens_never_reach_a_batch(make_store: Make) -> None:
     assert (kept == first).all(dim=1).any()
 
 
+def test_only_the_positions_asked_for_reach_a_batch(make_store: Make) -> None:
+    store = make_store(seqpos_slice=(2, 16, 3))
+    assert store.keeps(torch.zeros(2, 16, dtype=torch.long))[1].nonzero().flatten().tolist() == [2, 5, 8, 11, 14]
+    tokens = store.token_stream(store.documents, store.n_held_out).next_contexts(60)
+    wanted = harvest(store.model, tokens, store.sites)[0][:, 2:16:3].flatten(end_dim=1)
+    assert all(positions(store.next_batch(), wanted))
+
+
 def test_odd_row_counts_lose_nothing(make_store: Make) -> None:
     # Without the BOS a prompt gives 15 rows, so refills end in the middle of a harvest; the rest is used next.
     store = make_store(exclude_special_tokens=True)

@@ -60,6 +60,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "ema_decay": None,
     "k_anneal_steps": 0,
     "layer_stride": 1,
+    "seqpos_slice": (),
     "multi_topk": False,
     "matryoshka_selection": "batchtopk",
     "target_hook_point": None,
@@ -347,6 +348,16 @@ def test_option_of_another_architecture_is_refused(values: dict[str, Any], messa
     with pytest.raises(ValueError) as raised:
         Config(**values)
     assert str(raised.value).splitlines()[1:] == [message]
+
+
+@pytest.mark.parametrize("bounds", [(1,), (5, 5), (0, 128, 0), (1, 2, 3, 4), (200, 300)])
+def test_a_slice_without_positions_is_refused(bounds: tuple[int, ...]) -> None:
+    assert only_problem(seqpos_slice=bounds).startswith(f"seqpos_slice: found {list(bounds)} with context_size 128")
+
+
+@pytest.mark.parametrize("bounds", [(), (1, 128), (-8, 128), (0, -1), (0, 128, 4)])
+def test_slices_of_positions(bounds: tuple[int, ...]) -> None:
+    assert Config(seqpos_slice=bounds).seqpos_slice == bounds
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""Tokenising a data set once, into a local copy that runs read in its place.
+
+Runs tokenise ahead of need, in a thread; of a large text that is trained on often, or with few processors, the copy
+saves that work. Contexts are packed in the run, so one copy serves every context size, with or without BOS, and gives
+the contexts that the text itself would give.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sae_training.language_model import load_tokenizer
+from sae_training.run_folder import is_local
+from sae_training.text_data import open_documents, save_tokenized
+from sae_training.tokens import encoder_of
+from sae_training.weights import write_text
+
+INFO_FILE = "pretokenized.json"
+
+
+def pretokenize(
+    model_name: str,
+    dataset_path: str,
+    folder: Path,
+    dataset_split: str = "train",
+    dataset_text_column: str | None = None,
+    streaming: bool | None = None,
+    n_processes: int | None = None,
+) -> Path:
+    """Write the token ids of `dataset_path` under the tokenizer of `model_name` to `folder`, and return it.
+
+    A folder that holds them already is left as it is; ValueError if it holds something else. `n_processes` None is one
+    for each processor.
+    """
+    local = is_local("dataset_path", dataset_path)
+    info: dict[str, Any] = {
+        "dataset_path": str(Path(dataset_path).expanduser().resolve()) if local else dataset_path,
+        "dataset_split": dataset_split,
+        "dataset_text_column": dataset_text_column,
+        "tokenizer": model_name,
+    }
+    if folder.exists():
+        check_same(folder, info)
+        return folder
+    documents = open_documents(dataset_path, dataset_split, dataset_text_column, streaming)
+    if documents.is_tokenized:
+        raise ValueError(f"dataset_path: {documents.name} holds token ids already; train on it as it is.")
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    n = save_tokenized(documents, encoder_of(load_tokenizer(model_name)), partial, n_processes or os.cpu_count() or 1)
+    write_text(partial / INFO_FILE, json.dumps(info | {"n_documents": n}, indent=1) + "\n")
+    os.replace(partial, folder)
+    return folder
+
+
+def check_same(folder: Path, info: dict[str, Any]) -> None:
+    if not (folder / INFO_FILE).is_file():
+        raise ValueError(f"output: {folder} exists and holds no tokenized data set; give another path.")
+    found = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
+    for name, value in info.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{name}: {folder} was made with {found.get(name)!r}, but this asks for {value!r}; give another output."
+            )

@@ -1,0 +1,60 @@
+"""A tokenised copy of a data set: the same contexts, made once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sae_training import cli
+from sae_training.documents import MAX_CHUNK_LENGTH
+from sae_training.pretokenize import pretokenize
+from sae_training.text_data import open_documents
+from sae_training.tokens import TokenStream
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Documents of all sizes: empty, short, and one that is handed out in pieces."""
+    path = tmp_path / "text.jsonl"
+    long = "the whale and the ship " * (MAX_CHUNK_LENGTH // 20)
+    documents = ["call me", "", long, *(f"chapter {i} of the book" for i in range(300))]
+    path.write_text("\n".join(json.dumps({"text": document}) for document in documents) + "\n")
+    return path
+
+
+def contexts(path: Path, tokenizer: Any, n: int = 200) -> torch.Tensor:
+    return TokenStream(open_documents(path), tokenizer, 33, notify=lambda _: None).next_contexts(n)
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_copy_gives_the_contexts_of_the_text(
+    streaming: bool, n_processes: int, text: Path, tmp_path: Path, demo_model: Any
+) -> None:
+    folder = pretokenize("demo", str(text), tmp_path / "ids", streaming=streaming, n_processes=n_processes)
+    assert torch.equal(contexts(folder, demo_model.tokenizer, 9000), contexts(text, demo_model.tokenizer, 9000))
+
+
+def test_a_copy_is_made_once(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pretokenize", "demo", str(text), str(tmp_path / "ids")]
+    assert cli.main(words) == 0
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "ids").iterdir()}
+    assert cli.main(words) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "ids").iterdir()} == times
+    assert cli.main([*words, "--dataset_text_column", "text"]) == 1
+    assert "was made with None, but this asks for 'text'" in capsys.readouterr().err
+
+
+def test_what_is_not_text_or_not_a_copy_is_refused(text: Path, tmp_path: Path) -> None:
+    folder = pretokenize("demo", str(text), tmp_path / "ids")
+    with pytest.raises(ValueError, match="holds token ids already"):
+        pretokenize("demo", str(folder), tmp_path / "again")
+    with pytest.raises(ValueError, match="holds no tokenized data set"):
+        pretokenize("demo", str(text), tmp_path)
+    with pytest.raises(FileNotFoundError, match="model_name: 'no/such' has no tokenizer"):
+        pretokenize("no/such", str(text), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
