@@ -15,6 +15,7 @@ from sae_training.weights import write_text
 Evaluations = Mapping[str, Mapping[str, float]]
 """By autoencoder, the keys of `evals.evaluate`."""
 
+MOST_COLOURS = 10
 COLUMNS = {
     "metrics/eval_explained_variance": ("explained variance", ".4f"),
     "metrics/eval_l0": ("L0", ".1f"),
@@ -74,16 +75,21 @@ def write_comparison(folder: Path, evaluations: Evaluations) -> Path:
 def frontier(evaluations: Evaluations, key: str, title: str) -> go.Figure:
     """A point for each autoencoder, its L0 across and the figure `key` upwards."""
     names = [name for name, evaluation in evaluations.items() if key in evaluation]
+    # A colour each where a legend can still be read; the names are in any case where the pointer is.
+    groups = [[name] for name in names] if len(names) <= MOST_COLOURS else [names]
     figure = go.Figure(
-        go.Scatter(
-            x=[evaluations[name]["metrics/eval_l0"] for name in names],
-            y=[evaluations[name][key] for name in names],
-            text=names,
-            mode="markers+text" if len(names) <= 12 else "markers",
-            textposition="top center",
-            marker={"size": 9, "color": "#2563eb"},
-            hovertemplate="%{text}<br>L0 %{x:.1f}<br>%{y:.4f}<extra></extra>",
-        )
+        [
+            go.Scatter(
+                x=[evaluations[name]["metrics/eval_l0"] for name in group],
+                y=[evaluations[name][key] for name in group],
+                text=group,
+                name=group[0],
+                mode="markers",
+                marker={"size": 10},
+                hovertemplate="%{text}<br>L0 %{x:.1f}<br>%{y:.4f}<extra></extra>",
+            )
+            for group in groups
+        ]
     )
     style(figure, title, "active latents per token", "fraction")
     figure.update_layout(hovermode="closest")
