@@ -136,7 +136,7 @@ class LanguageModelSAERunnerConfig:
     """Starting value of the decoder bias, from the first buffer of activations."""
 
     normalize_activations: Literal["none", "expected_average_only_in", "layer_norm", "unit_norm"] = "none"
-    """Scaling in training to a mean norm of sqrt(d_in); the saved weights take raw activations."""
+    """Size of activations: by one factor to a mean norm of sqrt(d_in), or each row to that norm by itself."""
 
     from_pretrained_path: str | None = None
     """Saved autoencoder whose weights training starts from; None starts fresh."""

@@ -103,7 +103,6 @@ NOT_EMPTY = ("model_name", "hook_point", "target_hook_point", "dataset_path", "d
 
 # What this version does of each option that has values it does not know how to train yet.
 BUILT: dict[str, tuple[object, ...]] = {
-    "normalize_activations": ("none", "expected_average_only_in"),
     "compile_lm": (False,),
     "parallel": ("data",),
 }
@@ -411,6 +410,15 @@ def _transcoder_option_without_target(cfg: Config) -> str | None:
     return None
 
 
+def _normalised_target(cfg: Config) -> str | None:
+    if cfg.target_hook_point is None or cfg.normalize_activations in ("none", "expected_average_only_in"):
+        return None
+    return (
+        f"normalize_activations: found {cfg.normalize_activations} with target_hook_point {cfg.target_hook_point!r}, "
+        "expected expected_average_only_in or none: the size of a target is not known where it is predicted"
+    )
+
+
 def _not_in_8_bits(cfg: Config) -> str | None:
     if cfg.optimizer != "adam8bit":
         return None
@@ -504,6 +512,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = 
     (("k", "d_in", "expansion_factor", "architecture"), _k_too_large),
     (("matryoshka_widths", "architecture", "d_in", "expansion_factor"), _widths_not_nested),
     (("architecture", *OPTION_OF, "micro_batch_size", "grad_acc_steps"), _option_of_another),
+    (("normalize_activations", "target_hook_point"), _normalised_target),
     (("optimizer", "feature_sampling_method", "dtype"), _not_in_8_bits),
     (("skip_connection", "target_hook_point", "d_out", "hook_point_head_index"), _transcoder_option_without_target),
     (

@@ -88,7 +88,7 @@ def to_jumprelu(sae: SparseAutoencoder, rows: Tensor | None = None) -> SparseAut
     elif rows is None:
         raise ValueError("to_jumprelu: topk needs `rows`, activations (n, d_in), to take its threshold from.")
     else:
-        pre = sae.pre_activations(sae.sae_input(rows)).relu().flatten()
+        pre = sae.pre_activations(sae.sae_input(sae.normalize(rows))).relu().flatten()
         threshold = pre.kthvalue(max(1, len(pre) - sae.k * len(rows))).values
     converted = SparseAutoencoder(with_architecture(sae.cfg, "jumprelu"))
     tensors = dict(sae.weights())

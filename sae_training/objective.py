@@ -99,7 +99,7 @@ def objective(
     sparse: bool = False,
     norm: Tensor | None = None,
 ) -> Losses:
-    """Losses of reconstructing `target` (rows, d_out) from `x` (rows, d_in).
+    """Losses of reconstructing `target` (rows, d_out) from `x` (rows, d_in), both normalised as `sae.normalize` does.
 
     `norm` (rows, 1) is the rows' share of `centred_norm` for the batch that they are a part of; None: they are all.
 
@@ -162,7 +162,7 @@ def dense_parts(sae: SparseAutoencoder, sae_in: Tensor, k: int, dead: Tensor | N
 def dense_outputs(sae: SparseAutoencoder, acts: Tensor, sae_in: Tensor) -> Tensor:
     """(prefixes, rows, d_out): the reconstructions, from ever more of the latents."""
     if not sae.matryoshka_widths:
-        return sae.decode(acts, sae_in).unsqueeze(0)
+        return sae.hook_sae_out(acts @ sae.W_dec + sae.baseline(sae_in)).unsqueeze(0)
     edges = (0, *sae.matryoshka_widths)
     blocks = [acts[:, i:j] @ sae.W_dec[i:j] for i, j in zip(edges, edges[1:], strict=False)]
     outs = architectures.prefix_sums(torch.stack(blocks), sae.baseline(sae_in))

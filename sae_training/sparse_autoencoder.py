@@ -7,6 +7,7 @@ sae_out      = feature_acts @ W_dec + b_dec
 
 A transcoder (`cfg.target_hook_point`) predicts other activations than those it reads: the output of an MLP from its
 input, say. Nothing is subtracted from its input (sae_in = x), and it may have a skip connection, sae_out + x @ W_skip.
+With `normalize_activations` "layer_norm" or "unit_norm", x is normalised first and sae_out brought back, row by row.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sae_training import architectures
 from sae_training.config_io import option
 from sae_training.geometric_median import geometric_median
 from sae_training.language_model import HookedRootModule, HookPoint
+from sae_training.normalization import BY_ROW, normalize, restore
 from sae_training.objective import Coefficients, objective
 from sae_training.precision import bfloat16_is_fast
 from sae_training.sparse_code import Code, CodeFigures
@@ -79,6 +81,9 @@ class SparseAutoencoder(HookedRootModule):
             raise ValueError("skip_connection: found True without target_hook_point, expected a transcoder.")
         self.dtype: torch.dtype = option(cfg, "dtype")
         self.device = torch.device(cfg.device)
+        self.normalization: str = option(cfg, "normalize_activations")
+        if self.normalization in BY_ROW and self.is_transcoder:
+            raise ValueError(f"normalize_activations: found {self.normalization}, which a transcoder cannot undo.")
         self.architecture: str = option(cfg, "architecture")
         self.k: int = option(cfg, "k")
         self.multi_topk: bool = option(cfg, "multi_topk")
@@ -143,14 +148,30 @@ class SparseAutoencoder(HookedRootModule):
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations (..., d_sae) of activations (..., d_in)."""
-        return self.activate(self.pre_activations(self.sae_input(x)), self.k)
+        check_width(x, "d_in", self.d_in)
+        return self.activate(self.pre_activations(self.sae_input(self.normalize(x))), self.k)
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
         """Reconstruction (..., d_out) of latent activations (..., d_sae).
 
-        A skip connection needs the activations `x` (..., d_in) that were encoded as well.
+        A skip connection, and normalisation row by row, need the activations `x` (..., d_in) that were encoded as well.
         """
-        return self.hook_sae_out(feature_acts @ self.W_dec + self.baseline(x))
+        return self.restore(self.hook_sae_out(feature_acts @ self.W_dec + self.baseline(x)), x)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Activations (..., d_in) in the units that training sees, in the autoencoder's dtype."""
+        return normalize(x, self.normalization).to(self.dtype)
+
+    def restore(self, rows: Tensor, x: Tensor | None) -> Tensor:
+        """Reconstructions (..., d_in) in the units of the activations `x` that were encoded."""
+        if self.normalization not in BY_ROW:
+            return rows
+        if x is None:
+            raise ValueError(
+                f"x: this autoencoder has normalize_activations {self.normalization}, whose inverse needs the "
+                "activations that were encoded: decode(acts, x)."
+            )
+        return restore(rows, x.to(self.device), self.normalization)
 
     def baseline(self, x: Tensor | None) -> Tensor:
         """The reconstruction that no active latent leaves: b_dec (d_out,), and with a skip connection x @ W_skip."""
@@ -165,6 +186,7 @@ class SparseAutoencoder(HookedRootModule):
         return hasattr(self, "W_skip")
 
     def sae_input(self, x: Tensor) -> Tensor:
+        """What the encoder multiplies, (..., d_in), of (normalised) activations."""
         check_width(x, "d_in", self.d_in)
         x = x.to(self.dtype)
         return self.hook_sae_in(x if self.is_transcoder else x - self.b_dec)
@@ -216,10 +238,11 @@ class SparseAutoencoder(HookedRootModule):
         target = x if target is None else target
         check_width(x, "d_in", self.d_in)
         check_width(target, "d_out", self.d_out)
-        rows, target = x.to(self.dtype).reshape(-1, self.d_in), target.to(self.dtype).reshape(-1, self.d_out)
+        rows = self.normalize(x).reshape(-1, self.d_in)
+        target = self.normalize(target).reshape(-1, self.d_out)
         losses = objective(self, rows, target, Coefficients(self.l1_coefficient, self.k), dead_neuron_mask)
         return ForwardOutput(
-            losses.sae_out.view(*x.shape[:-1], self.d_out),
+            self.restore(losses.sae_out.view(*x.shape[:-1], self.d_out), x),
             losses.feature_acts.view(*x.shape[:-1], self.d_sae),
             losses.loss,
             losses.mse_loss,
@@ -232,7 +255,7 @@ class SparseAutoencoder(HookedRootModule):
     @torch.no_grad()
     def initialize_b_dec(self, activations: Tensor, method: str) -> None:
         """Set b_dec from a sample of activations (rows, d_out): "geometric_median", "mean" or "zeros"."""
-        self.b_dec.copy_(centre(activations, method))
+        self.b_dec.copy_(centre(self.normalize(activations), method))
 
     @torch.no_grad()
     def initialize_transcoder(self, x: Tensor, target: Tensor, method: str) -> None:

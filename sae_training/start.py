@@ -13,6 +13,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_io import config_to_dict
 from sae_training.conversions import fold_decoder_norms, fold_input_scale
 from sae_training.language_model import LanguageModel, fingerprint
+from sae_training.normalization import BY_ROW
 from sae_training.progress import Progress
 from sae_training.run import Member, Run
 from sae_training.run_folder import RunFolder, write_config
@@ -150,6 +151,12 @@ def start_from_pretrained(member: Member) -> None:
         kinds = ["an autoencoder" if c.target_hook_point is None else "a transcoder" for c in (saved, cfg)]
         raise ValueError(
             f"from_pretrained_path: it holds {kinds[0]}, expected {kinds[1]}, as target_hook_point has it; change one."
+        )
+    modes = [c.normalize_activations if c.normalize_activations in BY_ROW else "none" for c in (saved, cfg)]
+    if modes[0] != modes[1]:
+        raise ValueError(
+            f"from_pretrained_path: it was trained with normalize_activations {modes[0]}, this config has {modes[1]}; "
+            "set normalize_activations to match."
         )
     for name, sizes in (("W_enc", "(d_in, d_sae)"), ("W_dec", "(d_sae, d_out)")):
         found, expected = tuple(tensors[name].shape), tuple(sae.state_dict()[name].shape)

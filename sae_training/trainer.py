@@ -23,7 +23,7 @@ class StepResult(NamedTuple):
     """What a step leaves for logging; the tensors are detached and nothing has been read off the device yet."""
 
     target: Tensor
-    """What was to be reconstructed, (rows, d_out)."""
+    """What was to be reconstructed, (rows, d_out), normalised as the autoencoder does."""
     out: Losses
     lr: float
     l1_coefficient: float
@@ -63,8 +63,8 @@ class SAETrainer:
             raise ValueError("target: a transcoder's step needs the activations it predicts: step(x, step, target).")
         lr, coefficients = self.lr(step), Coefficients(self.l1_coefficient(step), self.k(step))
         self.sae.train()
-        x = x.to(self.sae.dtype)
-        target = x if target is None else target.to(self.sae.dtype)
+        raw, x = x, self.sae.normalize(x)
+        target = x if target is None or target is raw else self.sae.normalize(target)
         out = self.backward(x, target, coefficients)
 
         if self.sae.has_unit_norm_decoder:

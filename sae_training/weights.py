@@ -50,7 +50,7 @@ def load_weights(path: Path, device: str | None = None) -> tuple[LanguageModelSA
     """Config and tensors of a run folder, a folder with cfg.json, a .safetensors, or an old pickle."""
     values, tensors = read_weights(path)
     cfg = config_from_dict(values, strict=False)
-    if cfg.normalize_activations != "none":
+    if cfg.normalize_activations == "expected_average_only_in":
         raise ValueError(
             f"{path}: its config has normalize_activations {cfg.normalize_activations!r}, so its weights expect scaled "
             "activations by a factor that it does not hold; fold the factor into the weights and set it to 'none'."

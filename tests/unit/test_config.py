@@ -364,7 +364,6 @@ def test_slices_of_positions(bounds: tuple[int, ...]) -> None:
     ("name", "value", "available"),
     [
         ("parallel", "layers", "data; leave the field out"),
-        ("normalize_activations", "unit_norm", "none, expected_average_only_in; choose one"),
         ("compile_lm", True, "False; leave the field out"),
     ],
 )
