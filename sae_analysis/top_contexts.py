@@ -43,8 +43,9 @@ def find_top_contexts(sae: SparseAutoencoder, store: ActivationsStore, tokens: T
     fired, n_tokens = torch.zeros(sae.d_sae), 0
     for first in range(0, len(tokens), store.store_batch_size):
         batch = tokens[first : first + store.store_batch_size].to(store.device)
-        keep = store.keeps(batch)
-        acts = sae.encode(store.get_activations(batch)) * keep.unsqueeze(-1)
+        activations = store.get_activations(batch)
+        keep = store.keeps(batch, activations)
+        acts = sae.encode(activations) * keep.unsqueeze(-1)
         fired += (acts > 0).sum(dim=(0, 1)).cpu()
         n_tokens += int(keep.sum())
         highest, position = acts.max(dim=1)  # (prompts, d_sae): the strongest token of each prompt

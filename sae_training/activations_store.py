@@ -1,18 +1,12 @@
-"""The shuffling store between the language model and the autoencoder.
+"""The store between the language model and the autoencoders: it opens the text, and serves shuffled activations.
 
-    tokens (prompts, context) --harvest--> rows --> buffer[n_rows, d_in] --random batches--> (train_batch_size, d_in)
+    text --TokenStream--> Passes --rows--> ShuffleBuffer --batches--> (train_batch_size, d_in)
 
-The buffer is allocated once. Batches are drawn from it in a random order; when half of its rows have been served,
-exactly those rows are overwritten in place by new ones, and a new order is drawn. A row waits in the buffer for two
-refills on average, so each batch mixes tokens of many prompts. Rows keep the language model's own precision, hence
-lose nothing.
+Any number of sites (hooks) are served at once, from the same passes and in the same order. Rows of a cache, which are
+shuffled already, go past the buffer; contexts of one take the place of the language model's passes.
 
-There is a buffer for each site (hook) that any autoencoder of the run reads or predicts, all filled from the same pass
-over the language model and served in the same order: row i is the same token at every site. The order depends on
-nothing but their size, so an autoencoder gets the same batches whichever others are trained beside it.
-
-With `normalize_activations` the batches are scaled to a mean norm of sqrt(width), by factors that `measure_scales`
-takes from the buffer once; `get_activations` gives the model's own units in any case.
+With `normalize_activations="expected_average_only_in"` the batches are scaled to a mean norm of sqrt(width), by factors
+that `measure_scales` takes from the buffer once; `get_activations` gives the model's own units in any case.
 """
 
 from __future__ import annotations
@@ -40,6 +34,8 @@ from sae_training.language_model import (
     find_target_site,
     fingerprint,
 )
+from sae_training.passes import Passes, PositionRule, to_device
+from sae_training.shuffle_buffer import ShuffleBuffer
 from sae_training.text_data import open_documents
 from sae_training.tokens import TokenStream
 
@@ -53,8 +49,6 @@ class Batch(NamedTuple):
 
 Sites = tuple[HookSite, ...]
 """Where an autoencoder's input is read and, for a transcoder, where its output belongs."""
-
-SHUFFLE_SEED = 42  # the same in all runs, so that seeds of one run can share their batches
 
 
 class ActivationsStore:
@@ -89,29 +83,24 @@ class ActivationsStore:
         self.n_held_out = 0
         if option(cfg, "eval_dataset_path") is None:
             self.n_held_out = option(cfg, "n_eval_batches") * cfg.store_batch_size
+        self.rule = PositionRule(
+            special_token_ids(model) if option(cfg, "exclude_special_tokens") else None,
+            tuple(option(cfg, "seqpos_slice")),
+            option(cfg, "max_activation_norm_multiple"),
+        )
+        then_live = option(cfg, "use_cached_activations") == "then_live"
+        cached = self.open_cache()
+        self.cached_rows = cached if cached and cached.shards.form == "rows" else None
+        """Batches as they come, shuffled already, in place of the buffer's."""
         self.tokens = self.token_stream(self.documents, self.n_held_out)
-        self.excluded_ids = special_token_ids(model) if option(cfg, "exclude_special_tokens") else None
-        self.seqpos_slice: tuple[int, ...] = tuple(option(cfg, "seqpos_slice"))
-
-        self.generator = torch.Generator().manual_seed(SHUFFLE_SEED)
-        self.buffers: list[Tensor] = []
-        """One (n_rows, width) for each site, once they are filled."""
-        self.order = torch.empty(0, dtype=torch.long)
-        self.served = 0
-        self.places = torch.empty(0, dtype=torch.long)
-        """Where the latest batch is in the buffers."""
-        self.spill = [torch.empty(0, site.d_in, dtype=model.cfg.dtype, device=self.device) for site in self.sites]
-        self.latest: tuple[Sites, Batch] | None = None
-        self.cached: CachedReader | None = None
-        """What activations come from instead of the language model, if the config says so: rows that are served as
-        they come, or contexts that take the place of the language model's passes."""
-        if option(cfg, "use_cached_activations") is not False:
-            shards = open_cache(
-                Path(cfg.cached_activations_path), origin(cfg, self), {s.name: s.d_in for s in self.sites}
-            )
-            self.documents.check_position(shards.manifest.progress["tokens"]["source"])
-            self.cached = CachedReader(shards, notify)
+        contexts = None if self.cached_rows else cached
+        self.passes = Passes(
+            model, self.sites, self.tokens, self.store_batch_size, self.rule, self.device, contexts, then_live
+        )
+        self.buffer = ShuffleBuffer(self.passes, self.n_rows)
+        self.needs_buffer = self.cached_rows is None or then_live
         self.cached_batch: dict[str, Tensor] = {}
+        self.latest: tuple[Sites, Batch] | None = None
 
     # ----------------------------------------------------------------------------------------------------- tokens
 
@@ -151,6 +140,15 @@ class ActivationsStore:
         except (OSError, ValueError) as error:
             raise type(error)(str(error).replace("dataset_path", "eval_dataset_path", 1)) from error
 
+    def open_cache(self) -> CachedReader | None:
+        """What activations come from instead of the language model, if the config says so."""
+        if option(self.cfg, "use_cached_activations") is False:
+            return None
+        widths = {site.name: site.d_in for site in self.sites}
+        shards = open_cache(Path(self.cfg.cached_activations_path), origin(self.cfg, self), widths)
+        self.documents.check_position(shards.manifest.progress["tokens"]["source"])
+        return CachedReader(shards, self.notify)
+
     # ------------------------------------------------------------------------------------------------ activations
 
     def get_activations(self, tokens: Tensor) -> Tensor:
@@ -158,28 +156,13 @@ class ActivationsStore:
         (activations,) = harvest(self.model, tokens, [self.sites[0]])
         return activations.to(self.dtype).clone()
 
-    def keeps(self, tokens: Tensor) -> Tensor:
-        """Bool mask, of the shape of `tokens`: the positions the autoencoder is trained on."""
-        keep = torch.ones_like(tokens, dtype=torch.bool)
-        if self.seqpos_slice:
-            keep.zero_()
-            keep[:, torch.arange(tokens.shape[1])[slice(*self.seqpos_slice)]] = True
-        return keep if self.excluded_ids is None else keep & ~torch.isin(tokens, self.excluded_ids.to(tokens.device))
+    def keeps(self, tokens: Tensor, activations: Tensor | None = None) -> Tensor:
+        """Bool mask, of the shape of `tokens`: the positions the autoencoder is trained on.
 
-    def next_rows(self) -> list[Tensor]:
-        """Rows (n, width) of the next `store_batch_size` prompts at each site, in the model's precision."""
-        if self.cached is not None and not self.goes_live(self.store_batch_size):
-            read = self.cached.take(self.store_batch_size)
-            tokens, found = read["tokens"], [read[site.name].to(self.model.cfg.dtype) for site in self.sites]
-            found = [activations.to(self.device) for activations in found]
-        else:
-            tokens = self.get_batch_tokens()
-            found = harvest(self.model, tokens, self.sites)
-        found = [activations.flatten(end_dim=1) for activations in found]
-        if self.excluded_ids is None and not self.seqpos_slice:
-            return found
-        keep = self.keeps(tokens).flatten()
-        return [rows[keep] for rows in found]
+        A rule about norms (`max_activation_norm_multiple`) asks for the `activations` (prompts, context, d_in) at them.
+        """
+        keep = self.rule.by_token(tokens)
+        return keep if activations is None else keep & self.rule.by_norm(activations)
 
     def next_batch(self) -> Tensor:
         """The next random batch, (train_batch_size, d_in), in the config's dtype."""
@@ -194,39 +177,24 @@ class ActivationsStore:
         """Go on to the next `n_rows` (None: train_batch_size) random rows, which `batch` then gives for any sites."""
         n_rows = n_rows or self.train_batch_size
         self.latest = None
-        if self.serves_cached_rows and not self.goes_live(n_rows):
-            assert self.cached is not None
-            self.cached_batch = self.cached.take(n_rows)
-            return
-        self.fill(n_rows)
-        self.places = self.order[self.served : self.served + n_rows]
-        self.served += n_rows
-
-    @property
-    def serves_cached_rows(self) -> bool:
-        """Whether batches are rows of a cache, as they come: these are shuffled already."""
-        return self.cached is not None and self.cached.shards.form == "rows"
-
-    def goes_live(self, n: int) -> bool:
-        """Whether fewer than `n` rows or contexts of the cache are left, and the language model takes over there."""
-        assert self.cached is not None
-        if option(self.cfg, "use_cached_activations") != "then_live" or self.cached.remaining() >= n:
-            return False
-        shards, self.cached = self.cached.shards, None
-        self.notify(f"end of {shards.folder} after {shards.n:,} {shards.form}: from here on, activations are live")
-        tokens = shards.manifest.progress["tokens"]
-        self.tokens.load_state_dict(tokens | {"pending": torch.tensor(tokens["pending"], dtype=torch.int64)})
-        return True
+        if self.cached_rows is not None and self.needs_buffer and self.cached_rows.remaining() < n_rows:
+            self.passes.go_live(self.cached_rows)
+            self.cached_rows = None
+        if self.cached_rows is None:
+            self.buffer.advance(n_rows)
+        else:
+            self.cached_batch = self.cached_rows.take(n_rows)
 
     def batch(self, sites: Sites) -> Batch:
         """The batch that `advance` went on to. Asked again for the same sites, the same tensors."""
         if self.latest is None or self.latest[0] != sites:
-            if self.serves_cached_rows:
-                found = [self.as_served(self.cached_batch[site.name].to(self.device), site) for site in sites]
-                self.latest = sites, Batch(found[0], found[-1])
-            else:
-                self.latest = sites, self.rows_at(self.places, sites)
+            self.latest = sites, self.as_served(self.raw_batch, sites)
         return self.latest[1]
+
+    def raw_batch(self, site: HookSite) -> Tensor:
+        if self.cached_rows is None:
+            return self.buffer.rows(self.sites.index(site))
+        return to_device(self.cached_batch[site.name], self.device)
 
     def measure_scales(self, n_rows: int, sites: Sites) -> None:
         """From now on, scale what is served of the sites to a mean norm of sqrt(width) over up to `n_rows` rows."""
@@ -243,98 +211,40 @@ class ActivationsStore:
     def sample(self, n_rows: int, sites: Sites | None = None, dtype: torch.dtype | None = None) -> Batch:
         """Up to `n_rows` random rows of the buffer, or the next ones of a cache, without serving them."""
         sites = sites or self.sites
-        if self.serves_cached_rows:
-            assert self.cached is not None
-            read = self.cached.peek(n_rows)
-            found = [self.as_served(read[site.name].to(self.device), site, dtype) for site in sites]
-            return Batch(found[0], found[-1])
-        self.fill()
-        return self.rows_at(self.order[:n_rows], sites, dtype)
+        if self.cached_rows is not None:
+            read = self.cached_rows.peek(n_rows)
+            return self.as_served(lambda site: to_device(read[site.name], self.device), sites, dtype)
+        self.buffer.fill()
+        places = self.buffer.order[:n_rows]
+        return self.as_served(lambda site: self.buffer.rows_at(places, self.sites.index(site)), sites, dtype)
 
-    def rows_at(self, places: Tensor, sites: Sites, dtype: torch.dtype | None = None) -> Batch:
-        """The buffers' rows at `places` (n,), scaled, in `dtype` (None: the config's)."""
-        places = places.to(self.device)
-        raw = [self.buffers[self.sites.index(site)].index_select(0, places) for site in sites]
-        found = [self.as_served(rows, site, dtype) for rows, site in zip(raw, sites, strict=True)]
+    def as_served(self, raw: Callable[[HookSite], Tensor], sites: Sites, dtype: torch.dtype | None = None) -> Batch:
+        """The raw activations of an autoencoder's sites, scaled, in `dtype` (None: the config's)."""
+        dtype = dtype or self.dtype
+        wide = torch.promote_types(dtype, torch.float32)  # raw activations can be too large for float16
+        scaled = [raw(site) if self.scales[site] == 1 else raw(site).to(wide) * self.scales[site] for site in sites]
+        found = [rows.to(dtype) for rows in scaled]
         return Batch(found[0], found[-1])
 
-    def as_served(self, rows: Tensor, site: HookSite, dtype: torch.dtype | None = None) -> Tensor:
-        """Raw activations of a site, scaled, in `dtype` (None: the config's)."""
-        dtype, scale = dtype or self.dtype, self.scales[site]
-        wide = torch.promote_types(dtype, torch.float32)  # raw activations can be too large for float16
-        return (rows if scale == 1 else rows.to(wide) * scale).to(dtype)
-
-    # ----------------------------------------------------------------------------------------------------- buffer
-
-    def fill(self, n_rows: int = 0) -> None:
-        """Allocate and fill the buffers at first, and refill their served half when the next `n_rows` would pass it."""
-        if not self.buffers:
-            self.check_buffer_size()
-            dtype = self.model.cfg.dtype
-            self.buffers = [torch.empty(self.n_rows, site.d_in, dtype=dtype, device=self.device) for site in self.sites]
-            self.overwrite(torch.arange(self.n_rows))
-        elif self.served + n_rows > self.n_rows // 2:
-            self.overwrite(self.order[: self.served])
-
-    def overwrite(self, slots: Tensor) -> None:
-        """Put new rows into the buffers' places `slots` (n,), and draw a new order."""
-        slots = slots.to(self.device)
-        first_fill = len(slots) == self.n_rows
-        with tqdm(total=len(slots), desc="filling the buffer", unit="row", leave=False, disable=not first_fill) as bar:
-            while len(slots):
-                rows = self.spill if len(self.spill[0]) else self.next_rows()
-                n = min(len(rows[0]), len(slots))
-                for buffer, new in zip(self.buffers, rows, strict=True):
-                    buffer.index_copy_(0, slots[:n], new[:n])
-                self.spill, slots = [new[n:] for new in rows], slots[n:]
-                bar.update(n)
-        self.order = torch.randperm(self.n_rows, generator=self.generator)
-        self.served = 0
-
-    @property
-    def needs_buffer(self) -> bool:
-        """Whether rows will go through the buffer: not those of a cache that is never left."""
-        return not self.serves_cached_rows or option(self.cfg, "use_cached_activations") == "then_live"
-
     def check_buffer_size(self) -> None:
-        if self.needs_buffer and self.train_batch_size > self.n_rows // 2:
-            raise ValueError(
-                f"train_batch_size: {self.train_batch_size} rows, but half the buffer holds {self.n_rows // 2} "
-                "(n_batches_in_buffer * store_batch_size * context_size / 2); raise n_batches_in_buffer."
-            )
+        """ValueError unless half of the buffer, if the store needs one, holds a batch."""
+        if self.needs_buffer:
+            self.buffer.check_size(self.train_batch_size)
 
     # ------------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next batches depend on: buffer, order, position, generator, and the position in the text."""
-        names = [site.name for site in self.sites]
-        state: dict[str, Any] = {
-            "served": self.served,
-            "order": self.order,
-            "spill": dict(zip(names, self.spill, strict=True)),
-            "scales": dict(zip(names, self.scales.values(), strict=True)),
-            "generator": self.generator.get_state(),
-            "tokens": self.tokens.state_dict(),
-            "cached": None if self.cached is None else self.cached.state_dict(),
-        }
-        return state | {"buffers": dict(zip(names, self.buffers, strict=True))} if self.buffers else state
+        """All that the next batches depend on."""
+        state = self.buffer.state_dict() | {"scales": {site.name: scale for site, scale in self.scales.items()}}
+        return state if self.cached_rows is None else state | {"cached": self.cached_rows.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.served = state["served"]
-        self.order = state["order"].clone()
-        self.spill = [state["spill"][site.name].to(self.device) for site in self.sites]
         self.scales = {site: state["scales"][site.name] for site in self.sites}
-        self.generator.set_state(state["generator"])
-        try:
-            self.tokens.load_state_dict(state["tokens"])
-        except ValueError as error:
-            raise ValueError(f"dataset_path: the data is not what the run was started on. {error}") from error
-        if state.get("cached") is None:
-            self.cached = None  # it had come to its end
-        elif self.cached is not None:
-            self.cached.load_state_dict(state["cached"])
-        if "buffers" in state:
-            self.buffers = [state["buffers"][site.name].to(self.device) for site in self.sites]
+        if self.cached_rows is not None and state["cached"] is not None:
+            self.cached_rows.load_state_dict(state["cached"])
+        else:
+            self.cached_rows = None  # it had come to its end, if there was one
+        self.buffer.load_state_dict(state)
 
 
 def origin(cfg: Any, store: ActivationsStore) -> dict[str, Any]:
@@ -352,6 +262,7 @@ def origin(cfg: Any, store: ActivationsStore) -> dict[str, Any]:
         "prepend_bos": cfg.prepend_bos,
         "exclude_special_tokens": cfg.exclude_special_tokens,
         "seqpos_slice": list(cfg.seqpos_slice),
+        "max_activation_norm_multiple": cfg.max_activation_norm_multiple,
         "n_held_out": store.n_held_out,
     }
 

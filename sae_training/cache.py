@@ -41,6 +41,7 @@ MUST_AGREE = (
     "prepend_bos",
     "exclude_special_tokens",
     "seqpos_slice",
+    "max_activation_norm_multiple",
 )
 """What a run that trains on a cache must have in common with it; it may hold out fewer contexts than the cache."""
 FIELD_OF = {"model_fingerprint": "model_name"}
@@ -138,10 +139,10 @@ def open_cache(folder: Path, expected: dict[str, Any], sites: dict[str, int]) ->
             "that this run is evaluated on; lower n_eval_batches, or write another cache."
         )
     for key in MUST_AGREE:
-        if manifest.about[key] != expected[key]:
+        if manifest.about.get(key) != expected[key]:
             raise ValueError(
                 f"{FIELD_OF.get(key, key)}: this run has {key.replace('_', ' ')} {expected[key]!r}, but {folder} was "
-                f"written with {manifest.about[key]!r}; give that value, or write another cache."
+                f"written with {manifest.about.get(key)!r}; give that value, or write another cache."
             )
     for hook, width in sites.items():
         if hook not in manifest.sites:
@@ -185,7 +186,7 @@ class CachedShards:
             if begin < end:
                 parts.append(self.read_shard(shard, begin - first, end - first))
             first += shard.n
-        return {name: torch.cat([part[name] for part in parts]) for name in ("tokens", *self.hooks)}
+        return joined(parts)
 
     def read_shard(self, shard: Shard, start: int, stop: int) -> dict[str, Tensor]:
         path = self.folder / shard.file
@@ -204,6 +205,10 @@ class CachedShards:
             for hook in self.hooks:
                 found[hook] = decode(part(hook), part(f"{hook}.scale") if self.has_scales else None)
         return found
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class CachedReader:
@@ -226,9 +231,7 @@ class CachedReader:
                 f"cached_activations_path: {self.shards.folder} holds {self.shards.n:,} {self.shards.form}, fewer than "
                 f"the {n:,} that are needed at once; write a larger cache."
             )
-        end = min(self.position + n, self.shards.n)
-        places = [(self.position, end), (0, self.position + n - end)]
-        parts = [self.read(start, stop) for start, stop in places if start < stop]
+        parts = [self.read(*place) for place in self.places(n)]
         self.position += n
         if self.position > self.shards.n:
             self.start_epoch()
@@ -236,14 +239,16 @@ class CachedReader:
             place: self.ahead.get(place) or self.thread.submit(self.shards.read, *place)
             for place in self.places_ahead(n)
         }
-        return parts[0] if len(parts) == 1 else {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+        return joined(parts)
 
     def peek(self, n: int) -> dict[str, Tensor]:
-        """Up to `n` of what comes next, without going on; as `take`, it starts again after the last."""
-        n, start = min(n, self.shards.n), self.position % self.shards.n
-        end = min(start + n, self.shards.n)
-        parts = [self.shards.read(*place) for place in ((start, end), (0, start + n - end)) if place[0] < place[1]]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        """Up to `n` of what comes next, without going on."""
+        return joined([self.shards.read(*place) for place in self.places(min(n, self.shards.n))])
+
+    def places(self, n: int) -> list[tuple[int, int]]:
+        """Where the next `n` are, in one stretch or, around the end, in two: (first, one after the last)."""
+        end = min(self.position + n, self.shards.n)
+        return [(start, stop) for start, stop in ((self.position, end), (0, self.position + n - end)) if start < stop]
 
     def places_ahead(self, n: int) -> Iterator[tuple[int, int]]:
         for start in range(self.position, self.position + READ_AHEAD * n, n):
@@ -256,12 +261,12 @@ class CachedReader:
 
     def start_epoch(self) -> None:
         if self.epoch == 0:
-            self.notify(
-                f"end of {self.shards.folder} after {self.shards.n:,} {self.shards.form}: starting it again (not said "
-                "for later epochs)"
-            )
+            self.notify_end("starting it again (not said for later epochs)")
         self.position -= self.shards.n
         self.epoch += 1
+
+    def notify_end(self, what_now: str) -> None:
+        self.notify(f"end of {self.shards.folder} after {self.shards.n:,} {self.shards.form}: {what_now}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position, "epoch": self.epoch, "shards": self.shards.fingerprint()}

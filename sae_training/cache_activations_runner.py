@@ -98,9 +98,9 @@ class CacheWriter:
         self.per_pass = cfg.store_batch_size * cfg.context_size
         self.fields = record_fields(self.sites, self.dtype)
         self.record_bytes = sum(n for _, _, n in self.fields)
-        shard_bytes = cfg_bytes(cfg)
-        self.n_buckets = max(1, math.ceil(self.n_passes * self.per_pass * self.record_bytes / shard_bytes))
-        self.passes_per_commit = max(1, shard_bytes // (self.per_pass * self.record_bytes))
+        self.shard_bytes = cfg.shard_size_mb * 2**20
+        self.n_buckets = max(1, math.ceil(self.n_passes * self.per_pass * self.record_bytes / self.shard_bytes))
+        self.passes_per_commit = max(1, self.shard_bytes // (self.per_pass * self.record_bytes))
         self.has_rows, self.has_contexts = cfg.form in ("rows", "both"), cfg.form in ("contexts", "both")
         self.kept: list[tuple[Tensor, list[tuple[Tensor, Tensor | None]]]] = []
         """Passes that wait to become a shard of contexts."""
@@ -126,7 +126,7 @@ class CacheWriter:
             )
         n_bytes = self.n_passes * self.per_pass * self.record_bytes
         # A bucket goes as soon as the shard made of it is there.
-        n_bytes = (self.has_rows + self.has_contexts) * n_bytes + self.has_rows * cfg_bytes(self.cfg)
+        n_bytes = (self.has_rows + self.has_contexts) * n_bytes + self.has_rows * self.shard_bytes
         check_free_disk(self.folder, n_bytes, "the activations need", "cached_activations_path")
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = Manifest(about, self.sites, self.dtype, config)
@@ -174,14 +174,13 @@ class CacheWriter:
     def write_pass(self, i: int, tokens: Tensor, found: list[Tensor]) -> None:
         encoded = [encode(activations, self.dtype) for activations in found]
         if self.has_rows:
-            self.throw(i, tokens, encoded)
+            self.throw(i, tokens, self.store.keeps(tokens, found[0]), encoded)
         if self.has_contexts:
             self.kept.append((tokens, encoded))
 
-    def throw(self, i: int, tokens: Tensor, encoded: list[tuple[Tensor, Tensor | None]]) -> None:
-        """Append each row of a pass to a random bucket."""
-        keep = self.store.keeps(tokens).flatten().cpu()
-        records = as_records(tokens, encoded)[keep.numpy()]
+    def throw(self, i: int, tokens: Tensor, keep: Tensor, encoded: list[tuple[Tensor, Tensor | None]]) -> None:
+        """Append each row of a pass at the positions that count (`keep`, as `tokens`) to a random bucket."""
+        records = as_records(tokens, encoded)[keep.flatten().cpu().numpy()]
         bucket = np.random.default_rng([self.cfg.seed, i]).integers(self.n_buckets, size=len(records))
         order = np.argsort(bucket, kind="stable")
         edges = np.searchsorted(bucket[order], np.arange(self.n_buckets + 1))
@@ -261,11 +260,6 @@ class CacheWriter:
             f"Stopped by {stop.signal.name}; the same command goes on with {self.folder}.",
             exit_code=128 + stop.signal,
         )
-
-
-def cfg_bytes(cfg: CacheActivationsRunnerConfig) -> int:
-    """Bytes of a shard, about."""
-    return cfg.shard_size_mb * 2**20
 
 
 def tokens_state(store: ActivationsStore) -> dict[str, Any]:

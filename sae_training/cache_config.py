@@ -60,6 +60,9 @@ class CacheActivationsRunnerConfig:
     seqpos_slice: tuple[int, ...] = ()
     """Positions of a context to keep in the rows: start, stop and perhaps step, as in a Python slice."""
 
+    max_activation_norm_multiple: float | None = None
+    """Leave out activations longer than this multiple of the median, say 10; None keeps all."""
+
     store_batch_size: int = 32
     """Contexts per forward pass of the language model."""
 

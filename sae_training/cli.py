@@ -60,6 +60,20 @@ class Common:
 
 
 @dataclass(kw_only=True)
+class ModelAndText:
+    """What activations are made of, as words of their own."""
+
+    model: Annotated[str | None, Positional, arg(metavar="MODEL")] = None
+    """Language model; the same as --model-name, over which it wins."""
+
+    dataset: Annotated[str | None, Positional, arg(metavar="DATASET")] = None
+    """Text; the same as --dataset-path, over which it wins."""
+
+    layers: OneOrMany[int | Literal["all"]] | None = None
+    """Layers for `{layer}` in --hook-point, each its own: 4 8 12, or all."""
+
+
+@dataclass(kw_only=True)
 class ConfigFile:
     """A flag of `train` that must be read before the others, as it sets their defaults."""
 
@@ -75,7 +89,7 @@ class ReadFirst(ConfigFile):
 
 
 @dataclass(kw_only=True)
-class Train(LanguageModelSAERunnerConfig, Common, ConfigFile):
+class Train(LanguageModelSAERunnerConfig, ModelAndText, Common, ConfigFile):
     """Train a sparse autoencoder on the activations of a language model.
 
     The defaults are the recommended recipe: TopK with AuxK, d_in from the model, learning rate and
@@ -85,15 +99,6 @@ class Train(LanguageModelSAERunnerConfig, Common, ConfigFile):
     LanguageModelSAERunnerConfig; flags win over both. Switches also take
     a value (--log-to-wandb=False).
     """
-
-    model: Annotated[str | None, Positional, arg(metavar="MODEL")] = None
-    """Language model; the same as --model-name, over which it wins."""
-
-    dataset: Annotated[str | None, Positional, arg(metavar="DATASET")] = None
-    """Text to train on; the same as --dataset-path, over which it wins."""
-
-    layers: OneOrMany[int | Literal["all"]] | None = None
-    """Layers for `{layer}` in --hook-point, an autoencoder each: 4 8 12, or all."""
 
     def __post_init__(self) -> None:
         """Checks nothing: these are raw flags, and the config made from them checks itself."""
@@ -124,20 +129,11 @@ class Report(Common):
 
 
 @dataclass(kw_only=True)
-class Cache(CacheActivationsRunnerConfig, Common):
+class Cache(CacheActivationsRunnerConfig, ModelAndText, Common):
     """Write activations to disk, for `train --use-cached-activations True --cached-activations-path FOLDER`.
 
     Without special tokens (BOS), as in the recipe of `train`. The same command goes on with an unfinished cache.
     """
-
-    model: Annotated[str | None, Positional, arg(metavar="MODEL")] = None
-    """Language model; the same as --model-name, over which it wins."""
-
-    dataset: Annotated[str | None, Positional, arg(metavar="DATASET")] = None
-    """Text; the same as --dataset-path, over which it wins."""
-
-    layers: OneOrMany[int | Literal["all"]] | None = None
-    """Layers for `{layer}` in --hook-point: 4 8 12, or all."""
 
     def __post_init__(self) -> None:
         """Checks nothing, as in Train."""

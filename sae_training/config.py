@@ -100,6 +100,9 @@ class LanguageModelSAERunnerConfig:
     seqpos_slice: tuple[int, ...] = ()
     """Positions of a context to train on: start, stop and perhaps step, as in a Python slice."""
 
+    max_activation_norm_multiple: float | None = None
+    """Leave out activations longer than this multiple of the median, say 10; None keeps all."""
+
     # Autoencoder
 
     architecture: OneOrMany[Architecture] = "standard"

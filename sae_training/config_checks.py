@@ -82,6 +82,7 @@ POSITIVE = (
     "jumprelu_tanh_scale",
     "layer_stride",
     "shard_size_mb",
+    "max_activation_norm_multiple",
 )
 NOT_NEGATIVE = (
     "hook_point_layer",
@@ -180,6 +181,12 @@ def problems_of_several(cfg: Config) -> list[str]:
         return [
             f"hook_point: found {cfg.hook_point!r} with {asked}, expected {{layer}} where the number goes; write for "
             "instance blocks.{layer}.hook_resid_post"
+        ]
+    if cfg.max_activation_norm_multiple is not None and (has_layers or len(hooks) > 1):
+        return [
+            f"max_activation_norm_multiple: found {cfg.max_activation_norm_multiple} with several hooks, expected one: "
+            "the rows of all are of the same tokens, and each hook has its own outliers; leave it out "
+            "(exclude_special_tokens takes care of BOS)"
         ]
     if cfg.layer_stride != 1 and cfg.hook_point_layer != "all":
         return [

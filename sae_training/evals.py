@@ -53,8 +53,9 @@ def evaluate(sae: SparseAutoencoder, store: ActivationsStore, tokens: Tensor) ->
     | metrics/eval_dead_fraction    | share of latents that fire on none of these tokens                               |
     | metrics/kldiv_reconstructed, metrics/kldiv_ablation | one head only: KL of its attention pattern, bits a query   |
 
-    Positions the autoencoder is not trained on (`exclude_special_tokens`) keep their clean activations in both changed
-    runs and do not count in the figures about rows. A transcoder's reconstruction takes the place of its target.
+    Positions the autoencoder is not trained on (`exclude_special_tokens` and the like) keep their clean activations in
+    both changed runs and do not count in the figures about rows. A transcoder's reconstruction takes the place of its
+    target.
     """
     return evaluate_together([(sae, store.sites)], store, tokens)[0]
 
@@ -81,7 +82,6 @@ def batches_of_prompts(tokens: Tensor, model: LanguageModel) -> Iterator[Tensor]
 
 
 def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: Tensor) -> None:
-    keep = store.keeps(prompts)
     seen: dict[HookSite, Tensor] = {}
 
     def look_at(site: HookSite) -> tuple[str, Callable[[Tensor, Any], None]]:
@@ -89,6 +89,7 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
 
     sites = dict.fromkeys(site for each in evaluated for site in each.sites)
     clean = run(store.model, prompts, tuple(sites), [look_at(site) for site in sites])
+    keep = store.keeps(prompts, seen[evaluated[0].sites[0]])  # a rule about norms is for runs with one input site
     for target_site in dict.fromkeys(each.sites[-1] for each in evaluated):
         of_site = [each for each in evaluated if each.sites[-1] == target_site]
         zeros = torch.zeros_like(seen[target_site])

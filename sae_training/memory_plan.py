@@ -77,7 +77,9 @@ def plan_memory(
     each = "weights and optimizer" if len(singles) == 1 else f"weights and optimizers of {len(singles)} autoencoders"
     held = {each: int(copies * sum(weights))}
     if store.needs_buffer:
-        held = {f"buffer, {store.n_rows:,} rows x {width:,}": store.n_rows * (width * lm_bytes + 8), **held}
+        ahead = 0.5 if store.device.type == "cuda" else 0  # what is computed while the buffer's first half is served
+        row_bytes = width * lm_bytes + 8
+        held = {f"buffer, {store.n_rows:,} rows x {width:,}": int((1 + ahead) * store.n_rows * row_bytes), **held}
     passing = {
         "a pass of the language model": pass_bytes(cfg, store, width) if store.needs_buffer else 0,
         "a training step": max(step_bytes(single, n) for single, n in zip(singles, weights, strict=True)),

@@ -113,9 +113,9 @@ def time_forward(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
 def time_steps(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
     """Seconds for all steps of the run, on four batches of real activations in memory."""
     store = ActivationsStore(cfg, model)
-    rows = [store.next_rows()[0].to(cfg.dtype)]
+    rows = [store.passes.next_rows()[0].to(cfg.dtype)]
     while sum(map(len, rows)) < 4 * cfg.train_batch_size:
-        rows.append(store.next_rows()[0].to(cfg.dtype))
+        rows.append(store.passes.next_rows()[0].to(cfg.dtype))
     batches = torch.cat(rows).split(cfg.train_batch_size)[:4]
     trainer = SAETrainer(SparseAutoencoder(cfg), cfg)
     trainer.sae.initialize_b_dec(torch.cat(batches), "mean")

@@ -269,7 +269,7 @@ def harvest_rows(arguments: argparse.Namespace) -> None:
     rows = torch.empty(arguments.rows, store.sites[0].d_in, dtype=model.cfg.dtype)
     done, norm_sum = 0, 0.0
     while done < len(rows):
-        new = store.next_rows()[0][: len(rows) - done].cpu()
+        new = store.passes.next_rows()[0][: len(rows) - done].cpu()
         rows[places[done : done + len(new)]] = new
         norm_sum += new.float().norm(dim=1).double().sum().item()
         done += len(new)

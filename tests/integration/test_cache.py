@@ -187,7 +187,7 @@ def test_after_its_rows_a_cache_is_followed_by_what_comes_next_in_the_text(
     store = ActivationsStore(small_config(**changes, use_cached_activations="then_live"), demo_model)
     for _ in range(4):
         store.next_batch()
-    assert store.cached is None
+    assert store.cached_rows is None and store.passes.cached is None
     tokens, _, _ = live(demo_model, small_config, 12, HOOK)
     other = ActivationsStore(small_config(exclude_special_tokens=True), demo_model)
     for _ in range(4):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +29,7 @@ def test_float32_hooks_of_a_narrow_model_are_served(small_config: Callable) -> N
         small_config(hook_point="blocks.1.ln2.hook_normalized"), load_language_model("demo", lm_dtype="bfloat16")
     )
     assert store.next_batch().dtype == torch.float32
-    assert store.buffers[0].dtype == torch.bfloat16
+    assert store.buffer.buffers[0].dtype == torch.bfloat16
 
 
 def test_shapes_are_those_of_the_contract(make_store: Make) -> None:
@@ -62,21 +61,6 @@ def positions(rows: torch.Tensor, among: torch.Tensor) -> list[list[int]]:
     return [(among == row).all(dim=1).nonzero().flatten().tolist() for row in rows]
 
 
-def test_every_row_is_served_exactly_once_over_the_refills(make_store: Make) -> None:
-    # Buffer of 4 x 4 x 16 = 256 rows, two batches of 64 a half. Whatever was served or still waits in the buffer is
-    # each row of the text once. The position in the text is given by one-hot rows in place of activations.
-    store = make_store()
-    served_total = 12
-    rows = iter(torch.eye(64 * 40)[:, :])
-    store.next_rows = lambda: [torch.stack([next(rows) for _ in range(64)])]  # type: ignore[method-assign]
-    site = replace(store.sites[0], d_in=64 * 40)
-    store.sites, store.scales, store.spill = (site,), {site: 1.0}, [torch.empty(0, 64 * 40)]
-    served = torch.cat([store.next_batch() for _ in range(served_total)])
-    waiting = store.buffers[0][store.order[store.served :]]
-    seen = torch.cat([served, waiting]).argmax(dim=1).sort().values
-    assert torch.equal(seen, torch.arange(len(seen)))
-
-
 def test_batches_hold_activations_of_the_training_text(make_store: Make) -> None:
     store = make_store()
     text_rows = all_rows(store, 4)
@@ -94,13 +78,13 @@ def test_a_batch_mixes_prompts(make_store: Make) -> None:
 def test_refill_happens_in_place_when_half_is_served(make_store: Make) -> None:
     store = make_store(exclude_special_tokens=True)  # all BOS rows are alike
     store.next_batch()
-    (buffer,) = store.buffers
+    (buffer,) = store.buffer.buffers
     address, before = buffer.data_ptr(), buffer.clone()
     store.next_batch()
     assert torch.equal(buffer, before)
-    served = store.order[: store.served].clone()
+    served = store.buffer.order[: store.buffer.served].clone()
     store.next_batch()
-    (buffer,) = store.buffers
+    (buffer,) = store.buffer.buffers
     assert buffer.data_ptr() == address
     kept = torch.ones(256, dtype=torch.bool)
     kept[served] = False
@@ -111,7 +95,7 @@ def test_refill_happens_in_place_when_half_is_served(make_store: Make) -> None:
 def test_buffer_keeps_the_models_precision(make_store: Make, small_config: Callable) -> None:
     store = make_store()
     store.next_batch()
-    assert store.buffers[0].dtype == store.model.cfg.dtype
+    assert store.buffer.buffers[0].dtype == store.model.cfg.dtype
 
 
 @pytest.mark.parametrize("n_before", [0, 1, 2, 5])
@@ -170,6 +154,27 @@ def test_only_the_positions_asked_for_reach_a_batch(make_store: Make) -> None:
     assert all(positions(store.next_batch(), wanted))
 
 
+def test_outliers_by_norm_never_reach_a_batch(make_store: Make) -> None:
+    """The demo model's BOS position is many times longer than the rest; no token id says so here."""
+    everything, store = make_store(), make_store(max_activation_norm_multiple=3.0)
+    tokens = everything.token_stream(everything.documents, everything.n_held_out).next_contexts(4)
+    rows = harvest(store.model, tokens, store.sites)[0]
+    norms = rows.norm(dim=-1)
+    inside = norms <= 3 * norms.flatten().sort().values[31]  # 64 rows: the lower of the two in the middle
+    assert not inside[:, 0].any()
+    assert inside[:, 1:].float().mean() > 0.9
+    assert torch.equal(store.keeps(tokens, rows), inside)
+    assert torch.equal(store.passes.next_rows()[0], rows[inside])
+    served = torch.cat([store.next_batch() for _ in range(6)]).norm(dim=1)
+    assert served.max() < 4 * served.median() < everything.next_batch().norm(dim=1).max()
+
+
+def test_a_rule_about_norms_is_for_one_hook(small_config: Callable) -> None:
+    hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    with pytest.raises(ValueError, match="max_activation_norm_multiple: found 3.0 with several hooks, expected one"):
+        small_config(hook_point=hooks, max_activation_norm_multiple=3.0)
+
+
 def test_odd_row_counts_lose_nothing(make_store: Make) -> None:
     # Without the BOS a prompt gives 15 rows, so refills end in the middle of a harvest; the rest is used next.
     store = make_store(exclude_special_tokens=True)
@@ -177,7 +182,7 @@ def test_odd_row_counts_lose_nothing(make_store: Make) -> None:
         store.next_batch()
     n_harvested = store.tokens.context_index * 15
     held_out = store.tokens.context_index // 20
-    n_used = 256 + 2 * 128 + len(store.spill[0])
+    n_used = 256 + 2 * 128 + len(store.buffer.spill[0])
     assert n_harvested - min(held_out, store.n_held_out) * 15 == n_used
 
 

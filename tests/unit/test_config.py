@@ -61,6 +61,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "k_anneal_steps": 0,
     "layer_stride": 1,
     "seqpos_slice": (),
+    "max_activation_norm_multiple": None,
     "multi_topk": False,
     "matryoshka_selection": "batchtopk",
     "target_hook_point": None,

@@ -38,7 +38,7 @@ def activations(sae: SparseAutoencoder, store: ActivationsStore, tokens: Tensor)
     """(prompts, positions, latents), one prompt at a time; -1 where the position does not count."""
     with torch.no_grad():
         acts = torch.cat([sae.encode(store.get_activations(prompt.unsqueeze(0))) for prompt in tokens])
-    if store.excluded_ids is not None:
+    if store.rule.excluded_ids is not None:
         acts[tokens == store.model.tokenizer.bos_token_id] = -1
     return acts
 
@@ -69,7 +69,7 @@ def test_density_is_the_share_of_tokens_that_count(
     sae: SparseAutoencoder, store: ActivationsStore, tokens: Tensor
 ) -> None:
     found = find_top_contexts(sae, store, tokens)
-    n_tokens = N_PROMPTS * (16 if store.excluded_ids is None else 15)
+    n_tokens = N_PROMPTS * (16 if store.rule.excluded_ids is None else 15)
     expected = (activations(sae, store, tokens) > 0).sum(dim=(0, 1)) / n_tokens
     torch.testing.assert_close(found.density, expected, atol=1.5 / n_tokens, rtol=0)  # a latent at 0 may flip
     assert found.density[0] == 0
