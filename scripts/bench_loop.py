@@ -22,9 +22,11 @@ as it does by default.
 
 --peer trains on the same text with the same model, hook, sizes and number of steps in sae-lens'
 LanguageModelSAETrainingRunner, in a process and an environment of its own (`bench_runner_peer.py`, whose VARIANTS can
-be named), again without loading and after a short run to warm up. Everything else is as by default there, a buffer of
-20 contexts included; --peer-config changes it. `ours_over_peer` is the ratio of tokens/s of whole runs;
-tokens_per_s_after_first_fill leaves out the time before the first step.
+be named), again without loading and after a short run to warm up. Everything else is as by default there. That
+includes a buffer of 20 contexts, where ours holds n_batches_in_buffer * store_batch_size = 640: in short runs ours has
+many more rows to harvest (`rows_harvested`). --peer-config '{"n_batches_in_buffer": 640}' makes them equal.
+`ours_over_peer` is the ratio of tokens/s of whole runs; tokens_per_s_after_first_fill leaves out the time before the
+first step, which flatters whoever has filled the larger buffer in it.
 """
 
 from __future__ import annotations
