@@ -27,7 +27,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from bench_loop import time_run, time_steps
+from bench_loop import batches_in_memory, time_run, time_steps
 from demo import smollm2_config
 
 from sae_training import activations_store
@@ -167,7 +167,7 @@ def cache(cfg: LanguageModelSAERunnerConfig, model: Any, rounds: int) -> dict[st
             result[dtype] = figures_of_cache(cfg, model, folder / dtype, dtype, values, rounds)
         live = dataclasses.replace(cfg, run_dir=name, run_name="live", eval_every_steps=10**6)
         result["live"] = {"explained_variance": held_out_variance(live, model)}
-    result["step_rows_per_s"] = round(cfg.total_training_tokens / time_steps(cfg, model))
+    result["step_rows_per_s"] = round(cfg.total_training_tokens / time_steps(cfg, batches_in_memory(cfg, model)))
     return result
 
 

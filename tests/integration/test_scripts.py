@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import bench_loop
 import bench_quality
 import bench_step
 import bench_workers
@@ -20,12 +21,16 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL_RUN
+from demo import DEMO
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_file import history, the_run, wandb_files
 
+from sae_training.activations import harvest
+from sae_training.activations_store import ActivationsStore
 from sae_training.cli import parse_train
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_io import FIELD_NAMES
+from sae_training.language_model import find_hook_site
 
 ROOT = Path(__file__).parents[2]
 SWEEP: dict[str, Any] = yaml.safe_load((ROOT / "scripts" / "sweep.yaml").read_text(encoding="utf-8"))
@@ -254,6 +259,74 @@ def test_bench_step_ratio_compares_like_with_like() -> None:
     peer, mine = (bench_step.Entry(label, "", name) for label, name in (("p", "topk-adam"), ("o", "topk")))
     with_auxk = bench_step.Entry("o+auxk", "ours", "topk", dead_share=0.5)
     assert peer.family == mine.family != with_auxk.family
+
+
+# -------------------------------------------------------------------------------------------------------- bench_loop
+
+LOOP_SIZES = {"n_batches_in_buffer": 4, "store_batch_size": 2, "train_batch_size": 128, "expansion_factor": 2, "k": 4}
+LOOP_WORDS = [
+    *("--model=demo", "--dataset=demo", "--hook=blocks.1.hook_resid_post"),
+    *(f"--config={json.dumps(LOOP_SIZES)}", "--tokens=1_100"),
+]
+
+
+def loop(*words: str) -> tuple[dict[str, Any], str]:
+    """The JSON and the messages of the script for a few small steps on the bundled model."""
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        bench_loop.main([*LOOP_WORDS, "--rounds=1", *words])
+    return json.loads(out.getvalue()), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def looped() -> tuple[dict[str, Any], str]:
+    return loop("--peer", "--peer-python=sae-lens=/no/such/python")
+
+
+def test_bench_loop_divides_the_floor_by_the_run(looped: tuple[dict[str, Any], str]) -> None:
+    result, _ = looped
+    assert (result["steps"], result["tokens"]) == (8, 1024)
+    assert set(result["tokens_per_s"]) == {"ours", "floor"}
+    speed = result["tokens_per_s"]
+    assert result["ours_over_floor"] == pytest.approx(speed["ours"] / speed["floor"], abs=0.001)
+    assert speed["ours"] < result["tokens_per_s_after_first_fill"]["ours"]
+
+
+def test_bench_loop_goes_on_without_a_peer_that_is_not_there(looped: tuple[dict[str, Any], str]) -> None:
+    result, messages = looped
+    assert result["ours_over_peer"] == {}
+    assert "No such file" in result["left_out"]["default"]
+    assert "left out: default: cannot start sae-lens" in messages
+
+
+def test_bench_loop_counts_the_rows_that_a_run_harvests(demo_model: Any) -> None:
+    cfg = bench_loop.bench_config(bench_loop.parse(LOOP_WORDS))
+    n_filled = []
+
+    class Counting(ActivationsStore):
+        def overwrite(self, slots: torch.Tensor) -> None:
+            n_filled.append(len(slots))
+            super().overwrite(slots)
+
+    store = Counting(cfg, demo_model)
+    for _ in range(cfg.total_training_steps):
+        store.advance()
+    assert len(n_filled) > 1
+    assert sum(n_filled) == bench_loop.rows_harvested(cfg)
+
+
+def test_bench_loop_floor_is_the_same_function_as_the_hook(demo_model: Any) -> None:
+    cfg = bench_loop.bench_config(bench_loop.parse(LOOP_WORDS))
+    tokens = torch.arange(3, 67).view(2, 32)
+    (expected,) = harvest(demo_model, tokens, [find_hook_site(demo_model, cfg.hook_point)])
+    with torch.inference_mode():
+        found = bench_loop.bare_model(cfg, demo_model)(input_ids=tokens, use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_bench_loop_compares_the_recipe_of_the_demo() -> None:
+    cfg = bench_loop.bench_config(bench_loop.parse(["--model=demo", "--tokens=2_000_000"]))
+    expected = LanguageModelSAERunnerConfig(**DEMO, model_name="demo", n_eval_batches=0, eval_every_steps=0)
+    assert cfg == expected
 
 
 # ----------------------------------------------------------------------------------------------------- bench_quality
