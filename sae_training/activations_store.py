@@ -173,15 +173,18 @@ class ActivationsStore:
         self.advance()
         return self.batch(self.sites)
 
-    def advance(self, n_rows: int | None = None) -> None:
-        """Go on to the next `n_rows` (None: train_batch_size) random rows, which `batch` then gives for any sites."""
+    def advance(self, n_rows: int | None = None, n_left: int | None = None) -> None:
+        """Go on to the next `n_rows` (None: train_batch_size) random rows, which `batch` then gives for any sites.
+
+        `n_left` is how many rows a run will still ask for, these included; then none are made that it will not see.
+        """
         n_rows = n_rows or self.train_batch_size
         self.latest = None
         if self.cached_rows is not None and self.needs_buffer and self.cached_rows.remaining() < n_rows:
             self.passes.go_live(self.cached_rows)
             self.cached_rows = None
         if self.cached_rows is None:
-            self.buffer.advance(n_rows)
+            self.buffer.advance(n_rows, n_left)
         else:
             self.cached_batch = self.cached_rows.take(n_rows)
 

@@ -159,7 +159,7 @@ def train(run: Run, stop: StopRequest) -> None:
     if run.step == 0:
         log_norms(run)
     while run.step < cfg.total_training_steps:
-        store.advance(cfg.tokens_per_step)
+        store.advance(cfg.tokens_per_step, (cfg.total_training_steps - run.step) * cfg.tokens_per_step)
         run.step += 1  # from here on, `step` counts this one as finished
         logs = due(run.step, cfg.wandb_log_frequency)
         shown = []

@@ -3,7 +3,8 @@
 The buffer is allocated once. Batches are drawn from it in a random order; when half of its rows have been served,
 exactly those rows are overwritten in place by new ones, and a new order is drawn. A row waits in the buffer for two
 refills on average, so each batch mixes tokens of many prompts. Rows keep the language model's own precision, hence
-lose nothing.
+lose nothing. Near the end of a run, when the rows that wait are all that it will still ask for, none are computed any
+more: half a buffer of passes whose rows nobody would have seen.
 
 There is a buffer for each site (hook), all served in the same order: row i is the same token at every site. The order
 depends on nothing but their size, so an autoencoder gets the same batches whichever others are trained beside it.
@@ -11,6 +12,7 @@ depends on nothing but their size, so an autoencoder gets the same batches which
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,13 +43,19 @@ class ShuffleBuffer:
         self.spill = [torch.empty(0, width, dtype=self.dtype, device=self.device) for width in self.widths]
         """Rows that have been computed and have no place yet."""
 
-    def advance(self, n_rows: int) -> None:
-        """Go on to the next `n_rows` random rows."""
-        self.fill(n_rows)
+    def advance(self, n_rows: int, n_left: int | None = None) -> None:
+        """Go on to the next `n_rows` random rows; `n_left` is how many will be asked for, these included (None: many)."""
+        left = math.inf if n_left is None else n_left
+        if not self.holds(left):
+            self.fill(n_rows)
         self.places = self.order[self.served : self.served + n_rows]
         self.served += n_rows
-        if isinstance(self.passes, PassesAhead):
+        if isinstance(self.passes, PassesAhead) and not self.holds(left - n_rows):
             self.passes.begin(self.served - len(self.spill[0]))  # in the place of those that have been served
+
+    def holds(self, n_rows: float) -> bool:
+        """Whether so many rows wait to be served."""
+        return bool(self.buffers) and self.served + n_rows <= self.n_rows
 
     def rows(self, site: int) -> Tensor:
         """The latest batch (n, width) at the site of this number."""

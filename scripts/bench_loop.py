@@ -15,7 +15,7 @@ rows and steps. All take turns, --rounds times; the figures are medians, printed
     run_s         the whole run: checkpoints and logging as by default, no evaluation
 
 The floor is hf_forward_s + step_s. `ours_over_floor` is (tokens/s of the run) / (tokens/s of the floor): at most 1. A
-run ends with half of its last buffer unread; `ours_over_floor_rows_served_only` is against a floor that harvests only
+run ends with a part of its last buffer unread; `ours_over_floor_rows_served_only` is against a floor that harvests only
 what is served, which long runs approach. `ratio` is run_s / (forward_s + step_s): what store, loop, logging and
 checkpoints add. With --with-evals, `ratio_with_evals` is that of a run which evaluates as often, and on as many tokens,
 as it does by default.
@@ -153,13 +153,15 @@ def bench_config(arguments: argparse.Namespace) -> LanguageModelSAERunnerConfig:
 
 
 def rows_harvested(cfg: LanguageModelSAERunnerConfig) -> int:
-    """Rows that a run of this config takes from the language model: the first filling of the buffer, and its
-    refills.
+    """Rows that a run of this config takes from the language model: the first filling of the buffer, and refills until
+    what waits is enough to its end.
     """
-    half = cfg.buffer_rows // 2
-    per_refill = half // cfg.train_batch_size
-    refills = (cfg.total_training_steps - 1) // per_refill
-    return cfg.buffer_rows + refills * per_refill * cfg.train_batch_size
+    harvested, served, left = cfg.buffer_rows, 0, trained_tokens(cfg)
+    while left > 0:
+        if served + left > cfg.buffer_rows and served + cfg.tokens_per_step > cfg.buffer_rows // 2:
+            harvested, served = harvested + served, 0
+        served, left = served + cfg.tokens_per_step, left - cfg.tokens_per_step
+    return harvested
 
 
 def trained_tokens(cfg: LanguageModelSAERunnerConfig) -> int:
@@ -320,7 +322,7 @@ def result(
     median = {name: statistics.median(values) for name, values in times.items()}
     run, floor, harvesting = median["run_s"], median["hf_forward_s"] + median["step_s"], median["forward_s"]
     of_parts = harvesting + median["step_s"]
-    served = tokens / rows_harvested(cfg)  # the last buffer is half unread when a run ends
+    served = tokens / rows_harvested(cfg)  # a part of the last buffer is unread when a run ends
     after_fill = {"ours": statistics.median(one.after_first_fill_s for one in ours)}
     seconds = {"ours": run, "floor": floor}
     for variant, runs in peers.items():

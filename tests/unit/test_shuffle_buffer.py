@@ -42,6 +42,19 @@ def test_every_row_is_served_exactly_once_over_the_refills(rows_per_pass: int) -
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(len(torch.cat(seen))))
 
 
+@pytest.mark.parametrize(("n_batches", "n_passes"), [(2, 4), (4, 4), (5, 6), (6, 6), (7, 8)])
+def test_no_pass_is_made_whose_rows_nobody_would_see(n_batches: int, n_passes: int) -> None:
+    # 256 rows are 4 passes and 4 batches. A fifth or sixth batch takes one refill of the 2 batches served so far, after
+    # which 256 rows wait again; a seventh a second one.
+    whole, ending = ShuffleBuffer(numbered(), n_rows=256), ShuffleBuffer(numbered(), n_rows=256)
+    for i in range(n_batches):
+        ending.advance(64, (n_batches - i) * 64)
+        rows = ending.rows(0).flatten().long()
+        if i < 2:
+            assert torch.equal(rows, served(whole, 64))
+    assert ending.passes.next_rows()[0][0] == n_passes * 64
+
+
 def test_batches_mix_the_buffer_as_chance_would() -> None:
     """Chi-square of (eighth of the buffer in the order of the text) x (eighth of a half that is served), and the number
     of neighbours in a batch that are of one context, against what a uniformly random order gives.
