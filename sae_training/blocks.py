@@ -1,7 +1,8 @@
 """Blocks of the frozen language model, run without their hook points wherever nothing is hooked inside them.
 
 A `TransformerBridge` computes attention step by step and each normalisation twice, so that every intermediate tensor
-passes a hook point. A run reads a few places: nearly all of that is for nothing. `skip_hook_points` gives each block
+passes a hook point. A run reads a few places: nearly all of that is for nothing, and takes an eighth longer than the
+Hugging Face model alone (SmolLM2, 9 layers of 2,048 tokens, bfloat16 on a CPU). `skip_hook_points` gives each block
 a twin: the Hugging Face block itself, with the bridge's (processed) weights. `compile_blocks` sends twins through
 torch.compile, for `harvest` only.
 

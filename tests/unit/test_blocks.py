@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import fresh_cache
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sae_training.activations import harvest
-from sae_training.blocks import switch_of
+from sae_training.blocks import compile_blocks, switch_of
+from sae_training.config_io import WATCHING_FIELDS, config_differences
 from sae_training.language_model import find_hook_site, load_language_model
+from sae_training.lm_runner import language_model_sae_runner
 
 INSIDE = (
     "ln1.hook_scale",
@@ -131,3 +136,110 @@ def test_twins_have_the_weights_of_the_model(model: Any) -> None:
     finally:
         weight.copy_(saved)
     assert torch.equal(model(ids()), before)
+
+
+def test_resuming_with_another_compile_lm_is_another_config(small_config: Any) -> None:
+    eager, compiled = small_config(), small_config(compile_lm=True)
+    assert "compile_lm" in str(config_differences(eager, compiled, ignore=WATCHING_FIELDS))
+
+
+# --------------------------------------------------------------------------------------------------------- compiling
+
+
+@pytest.mark.slow
+def test_compiled_harvest_is_that_of_the_model(model: Any, small_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [*(f"blocks.{i}.hook_resid_pre" for i in range(4)), "blocks.3.hook_resid_post"]
+    outside = [find_hook_site(model, name) for name in names]
+    inside = [
+        *outside,
+        find_hook_site(model, "blocks.2.attn.hook_z", 1),
+        find_hook_site(model, "blocks.1.hook_mlp_out"),
+    ]
+    tokens = ids(4, 16)
+    expected = harvest(model, tokens, inside)
+    compile_blocks(model, True)
+    try:
+        ran = hooked_blocks(model, monkeypatch)
+        n_compiled = count_compiled(model, monkeypatch)
+        found = harvest(model, tokens, outside)
+        assert (ran, n_compiled) == ([], [0, 1, 2, 3])
+        assert all(map(torch.equal, found, harvest(model, tokens, outside)))
+        torch.testing.assert_close(found, expected[:5])
+        # Hooks that come after the compilation.
+        torch.testing.assert_close(harvest(model, tokens, inside), expected)
+        assert (ran, n_compiled[8:]) == ([1, 2], [0, 3])
+        find_hook_site(model, "blocks.0.hook_resid_post")  # other shapes are not compiled
+        model.run_with_hooks(tokens, fwd_hooks=[])
+        assert len(n_compiled) == 10
+        monkeypatch.undo()
+        first = language_model_sae_runner(small_config(compile_lm=True), model=model)
+        again = language_model_sae_runner(small_config(compile_lm=True, run_name="again"), model=model)
+        assert torch.equal(cast(Any, first).W_dec, cast(Any, again).W_dec)
+        language_model_sae_runner(small_config(run_name="eager", total_training_tokens=64), model=model)
+        assert all(is_eager(block) for block in model.blocks)
+    finally:
+        compile_blocks(model, False)
+
+
+def count_compiled(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    ran: list[int] = []
+    for i, block in enumerate(model.blocks):
+        switch = switch_of(block)
+        assert switch is not None
+
+        def compiled(*args: Any, i: int = i, forward: Any = switch.compiled, **kwargs: Any) -> Any:
+            ran.append(i)
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(switch, "compiled", compiled)
+    return ran
+
+
+def is_eager(block: Any) -> bool:
+    switch = switch_of(block)
+    return switch is not None and switch.compiled is None
+
+
+@pytest.mark.slow
+def test_hooked_transformer_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = HookedTransformerConfig(
+        n_layers=2, d_model=16, n_heads=2, d_head=8, n_ctx=32, d_vocab=2000, act_fn="gelu", seed=0, d_mlp=20
+    )
+    model = HookedTransformer(cfg)
+    names = ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post")
+    sites = [find_hook_site(model, name) for name in names]
+    head = find_hook_site(model, "blocks.1.attn.hook_z", 1)
+    expected, of_head = harvest(model, ids(), sites), harvest(model, ids(), [head])
+    with torch.no_grad():
+        logits = model(ids())
+    compile_blocks(model, True)
+    ran, n_compiled = hooked_blocks(model, monkeypatch), count_compiled(model, monkeypatch)
+    torch.testing.assert_close(harvest(model, ids(), sites), expected)
+    assert (ran, n_compiled) == ([], [0, 1])
+    torch.testing.assert_close(harvest(model, ids(), [head]), of_head)
+    assert (ran, n_compiled[2:]) == ([1], [0])
+    zeros: list[Any] = [("blocks.1.hook_resid_pre", lambda x, hook: x * 0)]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids()), logits)
+        assert not torch.allclose(model.run_with_hooks(ids(), fwd_hooks=zeros), logits)
+
+
+def test_machine_without_a_compiler_is_told_so(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor_config.cpp, "cxx", ("no-such-compiler",))
+    compile_blocks(model, True)
+    site = find_hook_site(model, "blocks.0.hook_resid_post")
+    try:
+        with (
+            fresh_cache(),
+            pytest.raises(RuntimeError, match=r"compile_lm: found True, but .* set compile_lm to False"),
+        ):
+            harvest(model, ids(1, 7), [site])
+    finally:
+        compile_blocks(model, False)
+
+
+def test_model_that_cannot_be_compiled_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_training.blocks.twin_of", lambda module: None)
+    cfg = HookedTransformerConfig(n_layers=1, d_model=8, d_head=4, n_ctx=8, d_vocab=50, act_fn="gelu", d_mlp=8)
+    with pytest.raises(ValueError, match="compile_lm: found True with a model whose blocks"):
+        compile_blocks(HookedTransformer(cfg), True)

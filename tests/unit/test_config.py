@@ -365,7 +365,6 @@ def test_slices_of_positions(bounds: tuple[int, ...]) -> None:
     [
         ("parallel", "layers", "data; leave the field out"),
         ("normalize_activations", "unit_norm", "none, expected_average_only_in; choose one"),
-        ("compile_lm", True, "False; leave the field out"),
     ],
 )
 def test_option_that_is_not_built_is_refused(name: str, value: Any, available: str) -> None:
