@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sae_training.language_model import HookSite, LanguageModel
+from sae_training.blocks import compiled_blocks
+from sae_training.language_model import HookSite, LanguageModel, read_hooks
 
 
 @torch.inference_mode()
@@ -17,15 +18,11 @@ def harvest(model: LanguageModel, tokens: Tensor, sites: Sequence[HookSite]) -> 
     With a head axis: the one head the site names, or all heads side by side. Some hooks hold float32 in a narrower
     model (normalised activations do), which is rounded.
     """
-    names = {site.read_name for site in sites}
     layers = [site.stop_at_layer for site in sites]
-    _, cache = model.run_with_cache(
-        tokens,
-        names_filter=lambda name: name in names,
-        stop_at_layer=None if None in layers else max(layer for layer in layers if layer is not None),
-        return_cache_object=False,
-    )
-    return [at_site(cache[site.read_name], site).to(model.cfg.dtype) for site in sites]
+    stop_at_layer = None if None in layers else max(layer for layer in layers if layer is not None)
+    with compiled_blocks():
+        found = read_hooks(model, tokens, {site.read_name for site in sites}, stop_at_layer)
+    return [at_site(found[site.read_name], site).to(model.cfg.dtype) for site in sites]
 
 
 def at_site(activations: Tensor, site: HookSite) -> Tensor:

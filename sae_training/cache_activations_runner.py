@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from sae_training.activations import harvest
 from sae_training.activations_store import ActivationsStore, find_sites, origin
+from sae_training.blocks import compile_blocks
 from sae_training.cache import Manifest, Shard, encode, read_manifest
 from sae_training.checkpoint import check_free_disk, flush_to_disk, sha256
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
@@ -52,6 +53,7 @@ def cache_activations_runner(
     """
     run_cfg = with_absolute_paths(run_config_of(cfg))
     lm: LanguageModel = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype) if model is None else model
+    compile_blocks(lm, cfg.compile_lm)
     run_cfg = with_layers(run_cfg, lm.cfg.n_layers)
     singles = list(variants(run_cfg).values())
     sites = [site for single in singles for site in find_sites(single, lm)]

@@ -34,6 +34,9 @@ class CacheActivationsRunnerConfig:
     lm_dtype: PrecisionName = "auto"
     """Precision of the frozen model; auto is bfloat16 where that is fast, else float32."""
 
+    compile_lm: bool = False
+    """Run the frozen model through torch.compile; takes a minute, and needs a C++ compiler."""
+
     # Text
 
     dataset_path: str = "NeelNanda/c4-tokenized-2b"

@@ -66,7 +66,7 @@ class LanguageModelSAERunnerConfig:
     """Precision of the frozen model; auto is bfloat16 where that is fast, else float32."""
 
     compile_lm: bool = False
-    """Compile the frozen language model with torch.compile (not in this version)."""
+    """Run the frozen model through torch.compile; takes a minute, and needs a C++ compiler."""
 
     # Text
 

@@ -104,7 +104,6 @@ NOT_EMPTY = ("model_name", "hook_point", "target_hook_point", "dataset_path", "d
 
 # What this version does of each option that has values it does not know how to train yet.
 BUILT: dict[str, tuple[object, ...]] = {
-    "compile_lm": (False,),
     "parallel": ("data",),
 }
 

@@ -14,18 +14,22 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Callable, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sae_training.blocks import skip_hook_points
 from sae_training.bundled import bundled_model
 from sae_training.precision import bfloat16_is_fast
 
@@ -39,6 +43,7 @@ __all__ = [
     "fingerprint",
     "language_model_dtype",
     "load_language_model",
+    "read_hooks",
 ]
 
 LanguageModel = Any  # HookedTransformer or TransformerBridge: they share methods, not a base class
@@ -97,6 +102,8 @@ def boot_bridge(name: str, device: str) -> TransformerBridge:
         name, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=torch.float32
     )
     model.enable_compatibility_mode(disable_warnings=True)
+    model.eval()
+    skip_hook_points(model)
     return model
 
 
@@ -280,12 +287,46 @@ PROBE_LENGTH = 3
 @torch.inference_mode()
 def probe_shape(model: LanguageModel, name: str, stop_at_layer: int | None) -> tuple[int, ...]:
     tokens = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=model.cfg.device)
-    _, cache = model.run_with_cache(
-        tokens, names_filter=lambda hook: hook == name, stop_at_layer=stop_at_layer, return_cache_object=False
-    )
-    if name not in cache:
+    found = read_hooks(model, tokens, {name}, stop_at_layer)
+    if name not in found:
         raise ValueError(f"hook_point: {name} exists in this model but did not run; choose another hook.")
-    return tuple(cache[name].shape)
+    return tuple(found[name].shape)
+
+
+READING = -1  # the level of our hooks, by which they are removed again and no others
+
+
+@torch.inference_mode()
+def read_hooks(model: LanguageModel, tokens: Tensor, names: Set[str], stop_at_layer: int | None) -> dict[str, Tensor]:
+    """The tensors at the hooks `names`, from a pass that stops before the block `stop_at_layer` (None: never).
+
+    `run_with_cache` does the same, and on a bridge asks for all attention patterns and goes through thousands of hooks.
+    """
+    found: dict[str, Tensor] = {}
+    points = {name: hook_point_of(model, name) for name in names}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda activations, hook: found.update({name: activations})
+
+    try:
+        for name, point in points.items():
+            point.add_hook(keep(name), level=READING)
+        model(tokens, return_type=None, stop_at_layer=stop_at_layer)
+    finally:
+        for point in points.values():
+            point.remove_hooks(dir="fwd", level=READING)
+    return found
+
+
+known_points: WeakKeyDictionary[nn.Module, dict[str, HookPoint]] = WeakKeyDictionary()
+
+
+def hook_point_of(model: LanguageModel, name: str) -> HookPoint:
+    """`model.hook_dict[name]`, which a bridge makes anew each time, of some thousand entries."""
+    points = known_points.setdefault(model, {})
+    if name not in points:
+        points[name] = model.hook_dict[name]
+    return points[name]
 
 
 def cheapest_read(hook_point: str) -> tuple[str, int | None]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sae_training import checkpoint
 from sae_training.activations_store import ActivationsStore, find_sites, with_widths, without_cache
+from sae_training.blocks import compile_blocks
 from sae_training.comparison import comparison_table, write_comparison
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_io import config_to_dict
@@ -119,6 +120,7 @@ def find_singles(cfg: LanguageModelSAERunnerConfig, model: LanguageModel) -> Sin
 def run_in_folder(
     path: Path, cfg: LanguageModelSAERunnerConfig, singles: Singles, model: LanguageModel, dataset: Any
 ) -> Run:
+    compile_blocks(model, cfg.compile_lm)
     some_config = next(iter(singles.values()))[0]  # they differ in nothing that the store asks for
     sites = [site for _, sites in singles.values() for site in sites]
     store = ActivationsStore(some_config, model, dataset, sites=sites)  # before the folder: bad data leaves nothing

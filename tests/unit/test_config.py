@@ -365,7 +365,6 @@ def test_slices_of_positions(bounds: tuple[int, ...]) -> None:
     ("name", "value", "available"),
     [
         ("parallel", "layers", "data; leave the field out"),
-        ("compile_lm", True, "False; leave the field out"),
     ],
 )
 def test_option_that_is_not_built_is_refused(name: str, value: Any, available: str) -> None:

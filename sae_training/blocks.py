@@ -1,0 +1,225 @@
+"""Blocks of the frozen language model, run without their hook points wherever nothing is hooked inside them.
+
+A `TransformerBridge` computes attention step by step and each normalisation twice, so that every intermediate tensor
+passes a hook point. A run reads a few places: nearly all of that is for nothing, and takes an eighth longer than the
+Hugging Face model alone (SmolLM2, 9 layers of 2,048 tokens, bfloat16 on a CPU). `skip_hook_points` gives each block
+a twin: the Hugging Face block itself, with the bridge's (processed) weights. `compile_blocks` sends twins through
+torch.compile, for `harvest` only.
+
+Hooks are looked for at every pass: a block with a hook inside it runs as transformer_lens wrote it. torch.compile by
+itself would not notice hooks that are added later (`torch._dynamo.config.skip_nnmodule_hook_guards`). What goes into
+a block and what comes out of it lie outside: hooks there cost nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+LanguageModel = Any
+Forward = Callable[..., Any]
+
+PROBE_TOKENS = 16
+SAME = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative distance of a twin's output: roundings come to 1e-6
+SAME_IN_16_BITS = 2e-2
+COMPILED_FORMS = 64  # of a block, by its kind and by the shape of the tokens; torch's own limit is 8
+
+compiled_wanted: ContextVar[bool] = ContextVar("compiled_wanted", default=False)
+
+
+@contextmanager
+def compiled_blocks() -> Iterator[None]:
+    """In here the blocks that `compile_blocks` has treated run compiled.
+
+    Elsewhere they do not: evaluations and probes come with tokens of other shapes, and each would be compiled anew.
+    """
+    token = compiled_wanted.set(True)
+    try:
+        yield
+    finally:
+        compiled_wanted.reset(token)
+
+
+# ------------------------------------------------------------------------------------------------------------- twins
+
+
+class BlockSwitch:
+    """Stands in for the forward of a block (`hooked`), and lets its twin run while no hook is placed `inside`.
+
+    `first` and `last` are the hook points of the residual stream, if the twin had them within itself and has lost them.
+    """
+
+    def __init__(
+        self,
+        hooked: Forward,
+        twin: nn.Module,
+        inside: list[nn.Module],
+        first: nn.Module | None = None,
+        last: nn.Module | None = None,
+    ) -> None:
+        self.hooked, self.twin, self.inside, self.first, self.last = hooked, twin, inside, first, last
+        self.compiled: Forward | None = None
+        functools.update_wrapper(self, hooked)  # the bridge reads the signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Asked for attention patterns (run_with_cache of the bridge does), only the block itself has them.
+        if any(is_hooked(point) for point in self.inside) or kwargs.get("output_attentions"):
+            return self.hooked(*args, **kwargs)
+        run = self.compiled if self.compiled is not None and compiled_wanted.get() else self.twin
+        if self.first is None or self.last is None:
+            return run(*args, **kwargs)
+        return self.last(run(self.first(args[0]), *args[1:], **kwargs))
+
+
+def is_hooked(point: nn.Module) -> bool:
+    return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks)
+
+
+def skip_hook_points(bridge: LanguageModel) -> None:
+    """Let the blocks of a `TransformerBridge` run without their hook points where none is in use.
+
+    A block whose twin does not compute the same on a few tokens stays as it is; float32 shows that best.
+    """
+    # Keys and values of past tokens serve generation alone, which asks for them itself.
+    bridge.original_model.config.use_cache = False
+    layers = {block.original_component: block for block in bridge.blocks}
+    switches = {layer: switch for layer, block in layers.items() if (switch := bridge_switch(block))}
+    agrees: dict[nn.Module, bool] = {}
+
+    def trial(layer: nn.Module, switch: BlockSwitch) -> Forward:
+        @functools.wraps(switch.hooked)
+        def both(*args: Any, **kwargs: Any) -> Any:
+            expected = switch.hooked(*args, **kwargs)
+            try:
+                agrees[layer] = is_close(switch.twin(*args, **kwargs), expected)
+            except Exception:  # other people's code, called in a way it may not be meant for
+                agrees[layer] = False
+            return expected
+
+        return both
+
+    for layer, switch in switches.items():
+        set_forward(layer, trial(layer, switch))
+    try:
+        ids = torch.arange(PROBE_TOKENS, device=bridge.cfg.device) % bridge.cfg.d_vocab
+        with torch.inference_mode():
+            bridge(ids.unsqueeze(0), return_type=None)
+    finally:
+        for layer, switch in switches.items():
+            set_forward(layer, switch if agrees.get(layer) else switch.hooked)
+
+
+def bridge_switch(block: Any) -> BlockSwitch | None:
+    """For the Hugging Face block that the bridge's `block` has between its first and last hook; None without a twin."""
+    layer = block.original_component
+    inside = [point for point in hook_points(block) if point is not block.hook_in and point is not block.hook_out]
+    twin = twin_of(layer)
+    return None if twin is None else BlockSwitch(layer.forward, twin, inside)
+
+
+def hook_points(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if hasattr(part, "fwd_hooks")]
+
+
+def twin_of(module: nn.Module) -> nn.Module | None:
+    """A copy of `module` with the same tensors, without what transformer_lens has put around and between its parts.
+
+    The dicts of parameters and buffers are shared, so that the twin follows the original to other precisions; None if
+    some part holds a tensor by itself, which would not follow.
+    """
+    while isinstance(wrapped := module._modules.get("_original_component"), nn.Module):
+        module = wrapped
+    if hasattr(module, "fwd_hooks"):
+        return nn.Identity()
+    twin = copy.copy(module)
+    parts = {name: None if part is None else twin_of(part) for name, part in module._modules.items()}
+    lost = any(parts[name] is None for name, part in module._modules.items() if part is not None)
+    if lost or any(isinstance(value, Tensor) for value in vars(twin).values()):
+        return None
+    twin._modules = parts
+    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    vars(twin).pop("forward", None)
+    # A numpy number (HookedTransformer's attn_scale) cannot be compiled in inference mode.
+    vars(twin).update({name: value.item() for name, value in vars(twin).items() if isinstance(value, np.generic)})
+    twin.training = False
+    return twin
+
+
+def set_forward(module: nn.Module, forward: Forward) -> None:
+    vars(module)["forward"] = forward  # not by setattr, which transformer_lens passes on to what it wraps
+
+
+def is_close(found: Any, expected: Any) -> bool:
+    found, expected = (value[0] if isinstance(value, tuple) else value for value in (found, expected))
+    limit = SAME.get(expected.dtype, SAME_IN_16_BITS)
+    return bool((found - expected).float().norm() <= limit * expected.float().norm())
+
+
+# --------------------------------------------------------------------------------------------------------- compiling
+
+
+def compile_blocks(model: LanguageModel, wanted: bool) -> None:
+    """Let `harvest` run the blocks of `model` compiled, where no hook is placed inside, or (False) no longer.
+
+    It changes `model` in place. Each shape of tokens is compiled at its first pass, which takes some 10 s on a CPU;
+    blocks of a kind share the code.
+    """
+    if not wanted:
+        for module in model.modules():
+            if isinstance(switch := vars(module).get("forward"), BlockSwitch):
+                switch.compiled = None
+        return
+    if hasattr(model, "original_model") and not any(map(switch_of, model.blocks)):  # a bridge that we did not load
+        skip_hook_points(model)
+    switches = [switch for block in model.blocks if (switch := switch_of(block)) is not None]
+    if not switches:
+        raise ValueError(
+            "compile_lm: found True with a model whose blocks cannot run without their hook points, expected one with "
+            "something to compile; set compile_lm to False."
+        )
+    # Not dynamic: the code for a shape, and its roundings, would depend on which shapes came before it.
+    compiled = torch.compile(run_block, dynamic=False, fullgraph=True, options={"deterministic": True})
+    for switch in switches:
+        switch.compiled = functools.partial(compile_and_run, compiled, switch.twin)
+
+
+def switch_of(block: Any) -> BlockSwitch | None:
+    """The switch in a block, None if it cannot have one."""
+    if hasattr(block, "original_component"):  # of a bridge, where `skip_hook_points` has put it
+        found = vars(block.original_component).get("forward")
+        return found if isinstance(found, BlockSwitch) else None
+    if "forward" not in vars(block) and (twin := twin_of(block)) is not None:
+        first, last = block.hook_resid_pre, block.hook_resid_post
+        inside = [point for point in hook_points(block) if point is not first and point is not last]
+        set_forward(block, BlockSwitch(block.forward, twin, inside, first, last))
+    found = vars(block).get("forward")
+    return found if isinstance(found, BlockSwitch) else None
+
+
+def run_block(twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return twin(*args, **kwargs)
+
+
+def compile_and_run(compiled: Forward, twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    try:
+        with torch._dynamo.config.patch(recompile_limit=COMPILED_FORMS):
+            return compiled(twin, *args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # dynamo, inductor and the compilers raise all kinds, with hundreds of lines
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), "")
+        raise RuntimeError(
+            f"compile_lm: found True, but {type(twin).__name__} could not be compiled on this machine "
+            f"({type(error).__name__}: {reason}). Install a C++ compiler (g++) if there is none, or set compile_lm to "
+            "False; TORCHDYNAMO_VERBOSE=1 shows more."
+        ) from (error if os.environ.get("TORCHDYNAMO_VERBOSE") == "1" else None)
