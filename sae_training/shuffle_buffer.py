@@ -44,7 +44,7 @@ class ShuffleBuffer:
         """Rows that have been computed and have no place yet."""
 
     def advance(self, n_rows: int, n_left: int | None = None) -> None:
-        """Go on to the next `n_rows` random rows; `n_left` is how many will be asked for, these included (None: many)."""
+        """Go on to the next `n_rows` random rows; of `n_left` that will be asked for, these included (None: many)."""
         left = math.inf if n_left is None else n_left
         if not self.holds(left):
             self.fill(n_rows)
