@@ -132,6 +132,7 @@ class ActivationsStore:
             n_held_out=n_held_out,
             vocab_size=self.model.cfg.d_vocab,
             notify=self.notify,
+            separator=option(self.cfg, "sequence_separator_token"),
         )
 
     def get_batch_tokens(self) -> Tensor:
@@ -350,6 +351,7 @@ def origin(cfg: Any, store: ActivationsStore) -> dict[str, Any]:
         "tokenizer": getattr(store.model.tokenizer, "name_or_path", None),
         "context_size": cfg.context_size,
         "prepend_bos": cfg.prepend_bos,
+        "sequence_separator_token": cfg.sequence_separator_token,
         "exclude_special_tokens": cfg.exclude_special_tokens,
         "seqpos_slice": list(cfg.seqpos_slice),
         "n_held_out": store.n_held_out,

@@ -39,10 +39,13 @@ MUST_AGREE = (
     "hook_point_head_index",
     "context_size",
     "prepend_bos",
+    "sequence_separator_token",
     "exclude_special_tokens",
     "seqpos_slice",
 )
 """What a run that trains on a cache must have in common with it; it may hold out fewer contexts than the cache."""
+WHERE_ABSENT: dict[str, Any] = {"sequence_separator_token": "auto"}
+"""What caches were written with before there was a choice."""
 FIELD_OF = {"model_fingerprint": "model_name"}
 
 
@@ -91,6 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
         for form in ("rows", "contexts"):
             values[form] = [Shard(**shard) for shard in values[form]]
+        values["about"] = WHERE_ABSENT | values["about"]
         return Manifest(**values)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a readable manifest ({error}); write the cache anew.") from error

@@ -92,7 +92,10 @@ class LanguageModelSAERunnerConfig:
     """Tokens per context, the BOS token included."""
 
     prepend_bos: bool = True
-    """Start each context and each document with the BOS token."""
+    """Start each context with the BOS token, and with sequence_separator_token auto each document."""
+
+    sequence_separator_token: Literal["auto", "bos", "eos", "sep", "none"] | int = "auto"
+    """Token between two documents, by name or id; auto is BOS with prepend_bos, else none."""
 
     exclude_special_tokens: bool = False
     """Leave the activations at special tokens (BOS, EOS, padding) out of training."""

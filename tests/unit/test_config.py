@@ -61,6 +61,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "k_anneal_steps": 0,
     "layer_stride": 1,
     "seqpos_slice": (),
+    "sequence_separator_token": "auto",
     "multi_topk": False,
     "matryoshka_selection": "batchtopk",
     "target_hook_point": None,
@@ -229,6 +230,11 @@ def test_int_is_accepted_for_a_float() -> None:
         ({"l1_coefficient": -1.0}, "l1_coefficient: found -1.0, expected 0 or more; change it"),
         ({"adam_beta2": 1}, "adam_beta2: found 1, expected at least 0 and less than 1; change it"),
         ({"context_size": 1}, "context_size: found 1, expected at least 2; change it"),
+        (
+            {"sequence_separator_token": "eot"},
+            "sequence_separator_token: found 'eot', expected one of a whole number, auto, bos, eos, sep, none; did",
+        ),
+        ({"sequence_separator_token": -1}, "sequence_separator_token: found -1, expected 0 or more; change it"),
         ({"model_name": " "}, "model_name: found ' ', expected some text; give one or leave"),
         (
             {"b_dec_init_method": "geometric-median"},
