@@ -40,7 +40,7 @@ from sae_training.language_model import (
     find_target_site,
     fingerprint,
 )
-from sae_training.text_data import open_documents
+from sae_training.text_data import open_documents, open_mixture
 from sae_training.tokens import TokenStream
 
 
@@ -116,12 +116,14 @@ class ActivationsStore:
     # ----------------------------------------------------------------------------------------------------- tokens
 
     def open(self, dataset: Any) -> Documents:
-        return open_documents(
-            dataset,
-            split=option(self.cfg, "dataset_split"),
-            text_column=option(self.cfg, "dataset_text_column"),
-            streaming=option(self.cfg, "streaming"),
-        )
+        how = {
+            "split": option(self.cfg, "dataset_split"),
+            "text_column": option(self.cfg, "dataset_text_column"),
+            "streaming": option(self.cfg, "streaming"),
+        }
+        if isinstance(dataset, list):
+            return open_mixture(dataset, option(self.cfg, "dataset_weights"), **how)
+        return open_documents(dataset, **how)
 
     def token_stream(self, documents: Documents, n_held_out: int) -> TokenStream:
         return TokenStream(
@@ -345,6 +347,7 @@ def origin(cfg: Any, store: ActivationsStore) -> dict[str, Any]:
         "model_fingerprint": fingerprint(store.model),
         "lm_dtype": str(store.model.cfg.dtype).removeprefix("torch."),
         "dataset_path": cfg.dataset_path,
+        "dataset_weights": list(cfg.dataset_weights),
         "dataset_split": cfg.dataset_split,
         "dataset_text_column": cfg.dataset_text_column,
         "hook_point_head_index": cfg.hook_point_head_index,

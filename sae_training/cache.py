@@ -34,6 +34,7 @@ MUST_AGREE = (
     "model_fingerprint",
     "lm_dtype",
     "dataset_path",
+    "dataset_weights",
     "dataset_split",
     "dataset_text_column",
     "hook_point_head_index",
@@ -44,7 +45,7 @@ MUST_AGREE = (
     "seqpos_slice",
 )
 """What a run that trains on a cache must have in common with it; it may hold out fewer contexts than the cache."""
-WHERE_ABSENT: dict[str, Any] = {"sequence_separator_token": "auto"}
+WHERE_ABSENT: dict[str, Any] = {"sequence_separator_token": "auto", "dataset_weights": []}
 """What caches were written with before there was a choice."""
 FIELD_OF = {"model_fingerprint": "model_name"}
 

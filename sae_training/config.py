@@ -70,14 +70,17 @@ class LanguageModelSAERunnerConfig:
 
     # Text
 
-    dataset_path: str = "NeelNanda/c4-tokenized-2b"
-    """Hugging Face name, .txt/.jsonl/.parquet file or folder, save_to_disk folder, or demo."""
+    dataset_path: str | list[str] = "NeelNanda/c4-tokenized-2b"
+    """Hugging Face name, .txt/.jsonl/.parquet file or folder, save_to_disk folder, or demo; or a list to mix."""
+
+    dataset_weights: tuple[float, ...] = ()
+    """Shares of documents from each of several dataset_path; () is equal ones. The first to run out ends an epoch."""
 
     dataset_split: str = "train"
     """Split of the dataset to train on."""
 
     dataset_text_column: str | None = None
-    """Column that holds the text; None finds it."""
+    """Column that holds the text, in each of several datasets; None finds it."""
 
     is_dataset_tokenized: bool | None = True
     """Whether the dataset holds token ids. The columns decide in any case; None says so."""

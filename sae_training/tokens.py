@@ -157,7 +157,7 @@ class TokenStream:
         self._require_a_context(self._pass)
         if self.epoch == 0:
             self._notify(
-                f"end of {self._documents.name} after {self.context_index:,} contexts of "
+                f"end of {self._documents.ends_with} after {self.context_index:,} contexts of "
                 f"{self.context_size} tokens: starting it again (not said for later epochs)"
             )
         self.epoch += 1

@@ -206,7 +206,14 @@ NOT_FOR_TOYS = (
     *("d_in", "expansion_factor", "store_batch_size"),  # they follow from n_hidden, d_sae and train_batch_size
     *("hook_point_layer", "layer_stride", "hook_point_head_index", "lm_dtype", "compile_lm"),
     *("target_hook_point", "d_out", "skip_connection"),
-    *("dataset_split", "dataset_text_column", "is_dataset_tokenized", "streaming", "eval_dataset_path"),
+    *(
+        "dataset_weights",
+        "dataset_split",
+        "dataset_text_column",
+        "is_dataset_tokenized",
+        "streaming",
+        "eval_dataset_path",
+    ),
     *("prepend_bos", "sequence_separator_token", "exclude_special_tokens", "seqpos_slice"),
     *("use_cached_activations", "cached_activations_path"),
     *("normalize_activations", "from_pretrained_path", "grad_acc_steps", "parallel", "feature_sampling_method"),

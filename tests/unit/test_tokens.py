@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import sae_training.documents
 import sae_training.tokens
 from sae_training.packing import pack
-from sae_training.text_data import open_documents
+from sae_training.text_data import open_documents, open_mixture
 from sae_training.tokens import TokenStream
 
 BOS = 0
@@ -283,6 +283,15 @@ def test_epochs_repeat_the_same_contexts_and_say_so_once():
     assert len(said) == 1 and f"after {n} contexts of 5 tokens" in said[0]
 
 
+def test_end_of_a_mixture_is_that_of_its_first_to_end(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+    said: list[str] = []
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(story(40, 1))
+    documents = open_mixture([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
+    TokenStream(documents, tokenizer, 8, notify=said.append).next_contexts(100)
+    assert len(said) == 1 and said[0].startswith(f"end of the first of '{tmp_path}/a.txt' and '{tmp_path}/b.txt' after")
+
+
 @pytest.mark.usefixtures("tiny_batches")
 def test_held_out_contexts_are_those_of_the_formula():
     stream = stream_of_ids([[i + 1] for i in range(60)], context_size=2, n_held_out=2, held_out_every=5)
@@ -392,6 +401,15 @@ def sources(folder: Path) -> dict[str, Callable[[], Any]]:
             probabilities=[0.3, 0.7],
             seed=1,
         ),
+        "mixture": lambda: open_mixture([folder / "parts", dataset()], (3, 1)),
+        "stream_mixture": lambda: open_mixture([folder / "parts", folder / "texts"], (3, 1), streaming=True),
+        "stream_mixture_tokenized": lambda: open_mixture(
+            [tokenized().select(range(9)), datasets.Dataset.from_dict({"tokens": [[i] * 30 for i in range(9)]})],
+            streaming=True,
+        ),
+        "stream_mixture_shuffled": lambda: open_mixture(
+            [dataset().select(range(12)), dataset().to_iterable_dataset().shuffle(seed=5, buffer_size=6)]
+        ),
     }
 
 
@@ -414,6 +432,10 @@ SOURCE_NAMES = [
     "stream_skip_take",
     "stream_shuffled",
     "stream_interleaved",
+    "mixture",
+    "stream_mixture",
+    "stream_mixture_tokenized",
+    "stream_mixture_shuffled",
 ]
 
 
