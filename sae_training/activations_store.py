@@ -125,6 +125,13 @@ class ActivationsStore:
             return open_mixture(dataset, option(self.cfg, "dataset_weights"), **how)
         return open_documents(dataset, **how)
 
+    @property
+    def n_tokenizer_processes(self) -> int:
+        given: int | None = option(self.cfg, "tokenizer_processes")
+        if given is None:  # a GPU takes tokens faster than one process makes them
+            return 1 if self.device.type == "cpu" else 4
+        return given
+
     def token_stream(self, documents: Documents, n_held_out: int) -> TokenStream:
         return TokenStream(
             documents,
@@ -135,6 +142,7 @@ class ActivationsStore:
             vocab_size=self.model.cfg.d_vocab,
             notify=self.notify,
             separator=option(self.cfg, "sequence_separator_token"),
+            n_processes=self.n_tokenizer_processes,
         )
 
     def get_batch_tokens(self) -> Tensor:

@@ -95,6 +95,9 @@ class CacheActivationsRunnerConfig:
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1, mps."""
 
+    tokenizer_processes: int | None = None
+    """Processes that tokenise ahead, where there is much text; 0: a thread; None: 1 on a CPU, 4 with a GPU."""
+
     def __post_init__(self) -> None:
         for name, value in plain_values(self).items():
             setattr(self, name, value)

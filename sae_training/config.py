@@ -317,6 +317,9 @@ class LanguageModelSAERunnerConfig:
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1, mps."""
 
+    tokenizer_processes: int | None = None
+    """Processes that tokenise ahead, where there is much text; 0: a thread; None: 1 on a CPU, 4 with a GPU."""
+
     seed: OneOrMany[int] = 42
     """Seed of the starting weights; the order of the activations is the same for all seeds."""
 

@@ -101,6 +101,7 @@ NOT_NEGATIVE = (
     "n_checkpoints",
     "seed",
     "sequence_separator_token",
+    "tokenizer_processes",
 )
 NOT_EMPTY = ("model_name", "hook_point", "target_hook_point", "dataset_path", "dataset_split", "run_dir", "run_name")
 

@@ -19,7 +19,7 @@ Separator = Literal["auto", "bos", "eos", "sep", "none"] | int
 
 
 def lay_out(
-    ids_of_chunk: Sequence[Sequence[int]],
+    ids_of_chunk: Sequence[Sequence[int] | np.ndarray],
     starts_document: Sequence[bool],
     bos_id: int | None,
     separator_id: int | None,

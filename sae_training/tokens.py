@@ -1,6 +1,6 @@
 """Contexts of token ids for the language model, from documents.
 
-    Documents --tokenised ahead of need, in a thread--> one stream of ids, with BOS or a separator between documents
+    Documents --tokenised ahead of need--> one stream of ids, with BOS or a separator between documents
       --packed--> contexts 0, 1, 2, ... of an epoch --every 20th kept for evaluation--> TokenStream
 
 Contexts are the same in every epoch, and the ones held out are never trained on.
@@ -8,12 +8,8 @@ Contexts are the same in every epoch, and the ones held out are never trained on
 
 from __future__ import annotations
 
-import atexit
-import copy
 import json
 import logging
-import threading
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +19,9 @@ import torch
 from torch import Tensor
 
 from sae_training.documents import Chunk, Documents, Position
+from sae_training.encoders import Encode, encoder_of
 from sae_training.packing import Separator, bos_id_of, join, lay_out, pack, separator_id_of, too_large_id
+from sae_training.tokens_ahead import BatchesAhead, Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +45,8 @@ class TokenStream:
         of them, are for evaluation and never come from `next_contexts`.
     vocab_size: ids from here on are an error, None checks nothing.
     notify: told once when the data has ended and a new epoch begins.
+    n_processes: how many tokenise text where there is much of it; 0 is a thread of this process. The contexts are the
+        same with any number.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class TokenStream:
         vocab_size: int | None = None,
         notify: Callable[[str], None] = _logger.info,
         separator: Separator = "auto",
+        n_processes: int = 0,
     ) -> None:
         bos_id = bos_id_of(tokenizer) if prepend_bos else None
         smallest = 1 if bos_id is None else 2
@@ -77,11 +78,13 @@ class TokenStream:
         self._documents = documents
         self._source = _TokenSource(
             documents,
-            encoder_of(tokenizer),
+            list if documents.is_tokenized else encoder_of(tokenizer),
+            n_processes,
             bos_id,
             None if separator == "auto" else separator_id_of(tokenizer, separator, vocab_size),
             separator == "auto",
             vocab_size,
+            notify,
         )
         self._notify = notify
         self.epoch = 0
@@ -206,7 +209,7 @@ class _Pass:
         self._last_id = place.last_id
         self._source = source
         self._context_size = context_size
-        self._batches: _OneAhead | None = None
+        self._batches: Iterator[tuple[np.ndarray, Position]] | None = None
 
     def place(self) -> _Place:
         return _Place(self.context_index, self.pending, self._position, self._last_id)
@@ -214,14 +217,14 @@ class _Pass:
     def take(self, limit: int) -> np.ndarray:
         """Between 1 and `limit` contexts; none at the end of the data."""
         if self._batches is None:
-            self._batches = _OneAhead(self._source.batches(self._position, self._last_id))
+            self._batches = self._source.batches(self._position, self._last_id)
         while True:
             rows, n_used = pack(self.pending, self._context_size, self._source.bos_id, limit)
             if len(rows) > 0:
                 self.pending = self.pending[n_used:]
                 self.context_index += len(rows)
                 return rows
-            batch = self._batches.next()
+            batch = next(self._batches, None)
             if batch is None:
                 return rows
             tokens, self._position = batch
@@ -236,23 +239,32 @@ class _TokenSource:
     def __init__(
         self,
         documents: Documents,
-        encode: Callable[[list[Any]], list[Any]],
+        encode: Encode,
+        n_processes: int,
         bos_id: int | None,
         separator_id: int | None,
         bos_before_documents: bool,
         vocab_size: int | None,
+        notify: Callable[[str], None],
     ) -> None:
         self.bos_id = bos_id
         self.separator_id = separator_id
         self._documents = documents
         self._encode = encode
+        self._processes = None
+        if n_processes > 0 and not documents.is_tokenized:
+            self._processes = Processes(n_processes, encode, notify)
         self._document_bos_id = bos_id if bos_before_documents else None
         self._vocab_size = vocab_size
 
     def batches(self, position: Position, last_id: int | None) -> Iterator[tuple[np.ndarray, Position]]:
         """(ids, the position after them), to the end of the data; `last_id` is the id before `position`."""
-        for chunks in self._read(position):
-            tokens = self._tokenize(chunks, last_id)
+        ahead = BatchesAhead(self._read(position), self._encode, self._processes)
+        while (batch := ahead.next()) is not None:
+            chunks, ids = batch
+            starts = [chunk.starts_document for chunk in chunks]
+            tokens = lay_out(ids, starts, self._document_bos_id, self.separator_id, last_id)
+            self._check_ids(tokens)
             if len(tokens) > 0:
                 last_id = int(tokens[-1])
             yield tokens, chunks[-1].next_position
@@ -273,14 +285,6 @@ class _TokenSource:
         if chunks:
             yield chunks
 
-    def _tokenize(self, chunks: list[Chunk], last_id: int | None) -> np.ndarray:
-        contents = [chunk.content for chunk in chunks]
-        ids_of_chunk: list[Any] = contents if self._documents.is_tokenized else self._encode(contents)
-        starts = [chunk.starts_document for chunk in chunks]
-        tokens = lay_out(ids_of_chunk, starts, self._document_bos_id, self.separator_id, last_id)
-        self._check_ids(tokens)
-        return tokens
-
     def _check_ids(self, tokens: np.ndarray) -> None:
         if self._vocab_size is None or len(tokens) == 0:
             return
@@ -297,59 +301,3 @@ class _TokenSource:
                 f"{self._documents.column!r}, expected none below 0; set dataset_text_column to "
                 "the column of input ids, or use the text"
             )
-
-
-def encoder_of(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[list[Any]], list[Any]]:
-    """Texts -> their ids without special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if tokenizer is None or backend is None:
-        return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore
-    # A copy of our own: a tokenizer refuses changes (padding, truncation) while a thread uses it.
-    backend = copy.deepcopy(backend)
-    backend.no_truncation()
-    backend.no_padding()
-    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-class _OneAhead:
-    """Takes items from an iterator in a background thread, one ahead of need.
-
-    A thread lives for one item, so none is left waiting when the program ends.
-    """
-
-    def __init__(self, items: Iterator[tuple[np.ndarray, Position]]) -> None:
-        self._items = items
-        self._item: tuple[np.ndarray, Position] | None = None
-        self._error: BaseException | None = None
-        self._start()
-
-    def next(self) -> tuple[np.ndarray, Position] | None:
-        """The next item, None at the end. Raises what the iterator raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        item = self._item
-        if item is not None:
-            self._start()
-        return item
-
-    def _start(self) -> None:
-        self._thread = threading.Thread(target=self._work, name="tokens-ahead", daemon=True)
-        _running.add(self._thread)
-        self._thread.start()
-
-    def _work(self) -> None:
-        try:
-            self._item = next(self._items, None)
-        except BaseException as error:  # handed to the caller of next()
-            self._error = error
-
-
-_running: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-
-
-@atexit.register
-def _wait_for_threads() -> None:
-    # A daemon thread that is inside native code while the interpreter goes down can abort it.
-    for thread in list(_running):
-        thread.join(timeout=5)

@@ -215,7 +215,7 @@ NOT_FOR_TOYS = (
         "eval_dataset_path",
     ),
     *("prepend_bos", "sequence_separator_token", "exclude_special_tokens", "seqpos_slice"),
-    *("use_cached_activations", "cached_activations_path"),
+    *("use_cached_activations", "cached_activations_path", "tokenizer_processes"),
     *("normalize_activations", "from_pretrained_path", "grad_acc_steps", "parallel", "feature_sampling_method"),
     *("n_eval_batches", "eval_every_steps", "checkpoint_path", "resume"),
     *("checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "n_checkpoints"),

@@ -438,6 +438,11 @@ def test_a_folder_of_something_else_is_left_alone(write: Write, tmp_path: Path) 
     assert os.listdir(tmp_path / "cache") == ["thesis.txt"]
 
 
+def test_how_text_is_tokenised_is_no_other_config(write: Write) -> None:
+    folder = write()
+    assert write(tokenizer_processes=0) == folder
+
+
 def test_another_config_does_not_go_on_with_a_cache(write: Write) -> None:
     folder = write()
     before = files(folder)

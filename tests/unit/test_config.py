@@ -62,6 +62,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "layer_stride": 1,
     "seqpos_slice": (),
     "dataset_weights": (),
+    "tokenizer_processes": None,
     "sequence_separator_token": "auto",
     "multi_topk": False,
     "matryoshka_selection": "batchtopk",
@@ -235,6 +236,7 @@ def test_int_is_accepted_for_a_float() -> None:
             {"sequence_separator_token": "eot"},
             "sequence_separator_token: found 'eot', expected one of a whole number, auto, bos, eos, sep, none; did",
         ),
+        ({"tokenizer_processes": -1}, "tokenizer_processes: found -1, expected 0 or more; change it"),
         ({"dataset_path": ["a", ""]}, "dataset_path: found '', expected some text"),
         ({"dataset_path": ["a", 1]}, "dataset_path: found ['a', 1] (list), expected text"),
         (
