@@ -36,7 +36,7 @@ from sae_training.language_model import (
 )
 from sae_training.passes import Passes, PositionRule, to_device
 from sae_training.shuffle_buffer import ShuffleBuffer
-from sae_training.text_data import open_documents
+from sae_training.text_data import open_documents, open_mixture
 from sae_training.tokens import TokenStream
 
 
@@ -105,12 +105,21 @@ class ActivationsStore:
     # ----------------------------------------------------------------------------------------------------- tokens
 
     def open(self, dataset: Any) -> Documents:
-        return open_documents(
-            dataset,
-            split=option(self.cfg, "dataset_split"),
-            text_column=option(self.cfg, "dataset_text_column"),
-            streaming=option(self.cfg, "streaming"),
-        )
+        how = {
+            "split": option(self.cfg, "dataset_split"),
+            "text_column": option(self.cfg, "dataset_text_column"),
+            "streaming": option(self.cfg, "streaming"),
+        }
+        if isinstance(dataset, list):
+            return open_mixture(dataset, option(self.cfg, "dataset_weights"), **how)
+        return open_documents(dataset, **how)
+
+    @property
+    def n_tokenizer_processes(self) -> int:
+        given: int | None = option(self.cfg, "tokenizer_processes")
+        if given is None:  # a GPU takes tokens faster than one process makes them
+            return 1 if self.device.type == "cpu" else 4
+        return given
 
     def token_stream(self, documents: Documents, n_held_out: int) -> TokenStream:
         return TokenStream(
@@ -121,6 +130,8 @@ class ActivationsStore:
             n_held_out=n_held_out,
             vocab_size=self.model.cfg.d_vocab,
             notify=self.notify,
+            separator=option(self.cfg, "sequence_separator_token"),
+            n_processes=self.n_tokenizer_processes,
         )
 
     def get_batch_tokens(self) -> Tensor:
@@ -257,12 +268,14 @@ def origin(cfg: Any, store: ActivationsStore) -> dict[str, Any]:
         "model_fingerprint": fingerprint(store.model),
         "lm_dtype": str(store.model.cfg.dtype).removeprefix("torch."),
         "dataset_path": cfg.dataset_path,
+        "dataset_weights": list(cfg.dataset_weights),
         "dataset_split": cfg.dataset_split,
         "dataset_text_column": cfg.dataset_text_column,
         "hook_point_head_index": cfg.hook_point_head_index,
         "tokenizer": getattr(store.model.tokenizer, "name_or_path", None),
         "context_size": cfg.context_size,
         "prepend_bos": cfg.prepend_bos,
+        "sequence_separator_token": cfg.sequence_separator_token,
         "exclude_special_tokens": cfg.exclude_special_tokens,
         "seqpos_slice": list(cfg.seqpos_slice),
         "max_activation_norm_multiple": cfg.max_activation_norm_multiple,

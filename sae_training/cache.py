@@ -34,16 +34,20 @@ MUST_AGREE = (
     "model_fingerprint",
     "lm_dtype",
     "dataset_path",
+    "dataset_weights",
     "dataset_split",
     "dataset_text_column",
     "hook_point_head_index",
     "context_size",
     "prepend_bos",
+    "sequence_separator_token",
     "exclude_special_tokens",
     "seqpos_slice",
     "max_activation_norm_multiple",
 )
 """What a run that trains on a cache must have in common with it; it may hold out fewer contexts than the cache."""
+WHERE_ABSENT: dict[str, Any] = {"sequence_separator_token": "auto", "dataset_weights": []}
+"""What caches were written with before there was a choice."""
 FIELD_OF = {"model_fingerprint": "model_name"}
 
 
@@ -92,6 +96,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
         for form in ("rows", "contexts"):
             values[form] = [Shard(**shard) for shard in values[form]]
+        values["about"] = WHERE_ABSENT | values["about"]
         return Manifest(**values)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a readable manifest ({error}); write the cache anew.") from error

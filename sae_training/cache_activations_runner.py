@@ -110,7 +110,8 @@ class CacheWriter:
 
     def open(self, about: dict[str, Any]) -> Manifest:
         """The manifest of the unfinished cache in the folder, if it is of this config, or a new one."""
-        config = {name: value for name, value in config_to_dict(self.cfg).items() if name != "cached_activations_path"}
+        left_out = ("cached_activations_path", "tokenizer_processes")  # which the content does not depend on
+        config = {name: value for name, value in config_to_dict(self.cfg).items() if name not in left_out}
         if (self.folder / "manifest.json").is_file():
             found = read_manifest(self.folder)
             differences = {k: (v, config.get(k)) for k, v in found.config.items() if v != config.get(k)}

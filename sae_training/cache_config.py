@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sae_training.config_checks import checked_names, plain_values, refuse, value_problems
+from sae_training.config_checks import checked_names, plain_values, refuse, value_problems, weights_without_datasets
 from sae_training.config_types import OneOrMany, PrecisionName
 
 
@@ -39,14 +39,17 @@ class CacheActivationsRunnerConfig:
 
     # Text
 
-    dataset_path: str = "NeelNanda/c4-tokenized-2b"
-    """Hugging Face name, .txt/.jsonl/.parquet file or folder, save_to_disk folder, or demo."""
+    dataset_path: str | list[str] = "NeelNanda/c4-tokenized-2b"
+    """Hugging Face name, .txt/.jsonl/.parquet file or folder, save_to_disk folder, or demo; or a list to mix."""
+
+    dataset_weights: tuple[float, ...] = ()
+    """Shares of documents from each of several dataset_path; () is equal ones. The first to run out ends an epoch."""
 
     dataset_split: str = "train"
     """Split of the dataset."""
 
     dataset_text_column: str | None = None
-    """Column that holds the text; None finds it."""
+    """Column that holds the text, in each of several datasets; None finds it."""
 
     streaming: bool | None = None
     """Read the dataset as a stream; None does so from the hub and not from local files."""
@@ -55,7 +58,10 @@ class CacheActivationsRunnerConfig:
     """Tokens per context, the BOS token included."""
 
     prepend_bos: bool = True
-    """Start each context and each document with the BOS token."""
+    """Start each context with the BOS token, and with sequence_separator_token auto each document."""
+
+    sequence_separator_token: Literal["auto", "bos", "eos", "sep", "none"] | int = "auto"
+    """Token between two documents, by name or id; auto is BOS with prepend_bos, else none."""
 
     exclude_special_tokens: bool = False
     """Leave the activations at special tokens (BOS, EOS, padding) out of the rows."""
@@ -95,7 +101,13 @@ class CacheActivationsRunnerConfig:
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1, mps."""
 
+    tokenizer_processes: int | None = None
+    """Processes that tokenise ahead, where there is much text; 0: a thread; None: 1 on a CPU, 4 with a GPU."""
+
     def __post_init__(self) -> None:
         for name, value in plain_values(self).items():
             setattr(self, name, value)
-        refuse(type(self), list(value_problems(plain_values(self), type(self)).values()))
+        found = value_problems(plain_values(self), type(self))
+        if not found.keys() & {"dataset_weights", "dataset_path"} and (line := weights_without_datasets(self)):
+            found["dataset_weights"] = line
+        refuse(type(self), list(found.values()))

@@ -70,14 +70,17 @@ class LanguageModelSAERunnerConfig:
 
     # Text
 
-    dataset_path: str = "NeelNanda/c4-tokenized-2b"
-    """Hugging Face name, .txt/.jsonl/.parquet file or folder, save_to_disk folder, or demo."""
+    dataset_path: str | list[str] = "NeelNanda/c4-tokenized-2b"
+    """Hugging Face name, .txt/.jsonl/.parquet file or folder, save_to_disk folder, or demo; or a list to mix."""
+
+    dataset_weights: tuple[float, ...] = ()
+    """Shares of documents from each of several dataset_path; () is equal ones. The first to run out ends an epoch."""
 
     dataset_split: str = "train"
     """Split of the dataset to train on."""
 
     dataset_text_column: str | None = None
-    """Column that holds the text; None finds it."""
+    """Column that holds the text, in each of several datasets; None finds it."""
 
     is_dataset_tokenized: bool | None = True
     """Whether the dataset holds token ids. The columns decide in any case; None says so."""
@@ -92,7 +95,10 @@ class LanguageModelSAERunnerConfig:
     """Tokens per context, the BOS token included."""
 
     prepend_bos: bool = True
-    """Start each context and each document with the BOS token."""
+    """Start each context with the BOS token, and with sequence_separator_token auto each document."""
+
+    sequence_separator_token: Literal["auto", "bos", "eos", "sep", "none"] | int = "auto"
+    """Token between two documents, by name or id; auto is BOS with prepend_bos, else none."""
 
     exclude_special_tokens: bool = False
     """Leave the activations at special tokens (BOS, EOS, padding) out of training."""
@@ -313,6 +319,9 @@ class LanguageModelSAERunnerConfig:
 
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1, mps."""
+
+    tokenizer_processes: int | None = None
+    """Processes that tokenise ahead, where there is much text; 0: a thread; None: 1 on a CPU, 4 with a GPU."""
 
     seed: OneOrMany[int] = 42
     """Seed of the starting weights; the order of the activations is the same for all seeds."""

@@ -29,6 +29,7 @@ from sae_training.sweep import (
 )
 
 if TYPE_CHECKING:
+    from sae_training.cache_config import CacheActivationsRunnerConfig as CacheConfig
     from sae_training.config import LanguageModelSAERunnerConfig as Config
 
 C = TypeVar("C")
@@ -83,6 +84,7 @@ POSITIVE = (
     "layer_stride",
     "shard_size_mb",
     "max_activation_norm_multiple",
+    "dataset_weights",
 )
 NOT_NEGATIVE = (
     "hook_point_layer",
@@ -99,6 +101,8 @@ NOT_NEGATIVE = (
     "n_eval_batches",
     "n_checkpoints",
     "seed",
+    "sequence_separator_token",
+    "tokenizer_processes",
 )
 NOT_EMPTY = ("model_name", "hook_point", "target_hook_point", "dataset_path", "dataset_split", "run_dir", "run_name")
 
@@ -238,7 +242,7 @@ def plain_value(value: Any, hint: Any) -> Any:
     if isinstance(value, float) and value.is_integer() and int in options and float not in options:
         return int(value)  # 2e6 tokens
     if isinstance(value, (list, tuple)):
-        return tuple(value) if hint == tuple[int, ...] else list(value)
+        return tuple(value) if typing.get_origin(hint) is tuple else list(value)
     return value
 
 
@@ -336,7 +340,7 @@ def _described(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return ", ".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return "a list of whole numbers"
+        return "a list of whole numbers" if typing.get_args(hint)[0] is int else "a list of numbers"
     if typing.get_origin(hint) is dict:
         return "values by name"
     names = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
@@ -466,6 +470,17 @@ def _no_positions(cfg: Config) -> str | None:
     )
 
 
+def weights_without_datasets(cfg: Config | CacheConfig) -> str | None:
+    """Weights of another number than there are data sets."""
+    paths, weights = cfg.dataset_path, cfg.dataset_weights
+    if not weights or isinstance(paths, list) and len(paths) == len(weights):
+        return None
+    found = f"{len(weights)} weight{'s' if len(weights) > 1 else ''}"
+    given = f"a list of {len(paths)} paths" if isinstance(paths, list) else f"the single path {paths!r}"
+    expected = "one for each path" if isinstance(paths, list) else "none, or a list of paths"
+    return f"dataset_weights: found {found} with {given} in dataset_path, expected {expected}; change one of them"
+
+
 def _too_few_tokens(cfg: Config) -> str | None:
     if cfg.total_training_tokens >= cfg.tokens_per_step:
         return None
@@ -526,6 +541,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = 
         _batch_too_large,
     ),
     (("seqpos_slice", "context_size"), _no_positions),
+    (("dataset_weights", "dataset_path"), weights_without_datasets),
     (("total_training_tokens", "train_batch_size", "grad_acc_steps"), _too_few_tokens),
     (("lr_decay_steps", "total_training_tokens", "train_batch_size", "grad_acc_steps"), _decay_too_long),
     (("use_ghost_grads", "auxk_coefficient", "architecture"), _two_remedies),

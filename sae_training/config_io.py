@@ -36,6 +36,7 @@ WATCHING_FIELDS = frozenset(
         "keep_checkpoints",
         "n_checkpoints",
         "device",
+        "tokenizer_processes",
     )
 )
 

@@ -34,6 +34,8 @@ class Documents:
     A map-style data set is positioned by its row index, a streamed one by the state that `datasets`
     gives. That state lacks the content of a shuffle buffer: behind one, the rows before the
     position are read again, which is exact if the shuffle has a seed.
+
+    `ends_with` says what has run out where the documents end, if that is not the whole of `name`.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class Documents:
         column: str,
         is_tokenized: bool,
         name: str,
+        ends_with: str | None = None,
     ) -> None:
         self.name = name
+        self.ends_with = ends_with or name
         self.column = column
         self.is_tokenized = is_tokenized
         # Only a map-style data set has a length.

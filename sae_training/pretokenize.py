@@ -1,6 +1,6 @@
 """Tokenising a data set once, into a local copy that runs read in its place.
 
-Runs tokenise ahead of need, in a thread; of a large text that is trained on often, or with few processors, the copy
+Runs tokenise ahead of need; of a large text that is trained on often, or with few processors, the copy
 saves that work. Contexts are packed in the run, so one copy serves every context size, with or without BOS, and gives
 the contexts that the text itself would give.
 """
@@ -13,10 +13,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sae_training.encoders import encoder_of
 from sae_training.language_model import load_tokenizer
-from sae_training.run_folder import is_local
+from sae_training.run_folder import absolute
 from sae_training.text_data import open_documents, save_tokenized
-from sae_training.tokens import encoder_of
 from sae_training.weights import write_text
 
 INFO_FILE = "pretokenized.json"
@@ -36,9 +36,8 @@ def pretokenize(
     A folder that holds them already is left as it is; ValueError if it holds something else. `n_processes` None is one
     for each processor.
     """
-    local = is_local("dataset_path", dataset_path)
     info: dict[str, Any] = {
-        "dataset_path": str(Path(dataset_path).expanduser().resolve()) if local else dataset_path,
+        "dataset_path": absolute("dataset_path", dataset_path),
         "dataset_split": dataset_split,
         "dataset_text_column": dataset_text_column,
         "tokenizer": model_name,

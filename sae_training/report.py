@@ -165,7 +165,7 @@ def _facts(config: Mapping[str, Any], status: Mapping[str, Any], rows: Sequence[
         "Hook point": hook,
         "Predicts": target,
         "Head": cfg.get("hook_point_head_index"),
-        "Dataset": cfg.get("dataset_path"),
+        "Dataset": _mixture(cfg.get("dataset_path"), cfg.get("dataset_weights")),
         "Architecture": cfg.get("architecture"),
         "d_in": d_in,
         "d_sae": d_sae,
@@ -180,6 +180,13 @@ def _facts(config: Mapping[str, Any], status: Mapping[str, Any], rows: Sequence[
         "State": status.get("state"),
     }
     return {label: shown(value) for label, value in facts.items() if value not in (None, "", [])}
+
+
+def _mixture(paths: Any, weights: Any) -> Any:
+    if not isinstance(paths, list):
+        return paths
+    shares = weights or [1] * len(paths)
+    return " + ".join(f"{share:g} x {path}" for share, path in zip(shares, paths, strict=True))
 
 
 def _of(done: Any, total: Any) -> str | None:

@@ -165,9 +165,16 @@ def with_absolute_paths(cfg: LanguageModelSAERunnerConfig) -> LanguageModelSAERu
     changes = {}
     for name in ("model_name", "dataset_path", "eval_dataset_path", "from_pretrained_path", "cached_activations_path"):
         value = getattr(cfg, name)
-        if value is not None and is_local(name, value):
-            changes[name] = str(Path(value).expanduser().resolve())
+        if isinstance(value, list):
+            changes[name] = [absolute(name, path) for path in value]
+        elif value is not None:
+            changes[name] = absolute(name, value)
     return dataclasses.replace(cfg, **changes)
+
+
+def absolute(field: str, value: str) -> str:
+    """The value by absolute path if it is a path here, else as it is."""
+    return str(Path(value).expanduser().resolve()) if is_local(field, value) else value
 
 
 def is_local(field: str, value: str) -> bool:

@@ -1,6 +1,7 @@
 """Opening data sets: names, files, folders and `datasets` objects all become one document source.
 
     dataset --open_documents--> Documents --> TokenStream
+    several --open_mixture--> Documents
 
 The only file that imports `datasets`.
 """
@@ -12,7 +13,7 @@ import glob
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ _PROGRESS_BAR_BYTES = 100_000_000
 # Arrow counts the bytes of a string with 32 bits.
 _MAX_TEXT_FILE_BYTES = 2**31 - 1
 _ROWS_TO_SNIFF = 100
+
+# The same in all runs: the order of a mixture must be that of the run that is resumed.
+_MIXTURE_SEED = 42
+_FEATURES = {
+    "text": datasets.Features({"text": datasets.Value("string")}),
+    "tokens": datasets.Features({"tokens": datasets.List(datasets.Value("int64"))}),
+}
 
 # Its overloads know no streaming flag that is a variable.
 _load_dataset: Callable[..., Any] = datasets.load_dataset
@@ -90,6 +98,48 @@ def open_documents(
     if not has_transform:
         found = found.select_columns([column])
     return Documents(found, column, is_tokenized, name)
+
+
+def open_mixture(
+    paths: Sequence[object],
+    weights: Sequence[float] = (),
+    split: str = "train",
+    text_column: str | None = None,
+    streaming: bool | None = None,
+) -> Documents:
+    """Documents of several data sets, each of `open_documents`, drawn from them in turn in a fixed random order.
+
+    weights: how many documents come from each, as shares of any sum; () takes equally many. The end is where the first
+        of them ends, so none has its documents twice and the shares hold throughout.
+    streaming: None streams all if one is on the hub.
+    """
+    parts = [open_documents(path, split, text_column, streaming) for path in paths]
+    names = [part.name for part in parts]
+    if len(parts) == 1:
+        return parts[0]
+    tokenized = [part.is_tokenized for part in parts]
+    if any(tokenized) and not all(tokenized):
+        ids, text = parts[tokenized.index(True)], parts[tokenized.index(False)]
+        raise ValueError(
+            f"dataset_path: {ids.name} holds token ids (column {ids.column!r}), but {text.name} text (column "
+            f"{text.column!r}); give only one of the kinds, or set dataset_text_column to what they have in common"
+        )
+    column = "tokens" if tokenized[0] else "text"
+    found = [
+        part.dataset if part.column == column else part.dataset.rename_columns({part.column: column}) for part in parts
+    ]
+    if any(part.n_rows is None for part in parts):
+        found = [one.to_iterable_dataset() if isinstance(one, datasets.Dataset) else one for one in found]
+    if any(one.features is None or one.features != found[0].features for one in found):
+        # Only where it must: the rows of a map-style data set are written anew by it.
+        features = _FEATURES[column]
+        found = [one if one.features == features else one.cast(features) for one in found]
+    shares = np.asarray(weights if weights else [1.0] * len(parts), dtype=np.float64)
+    mixed = datasets.interleave_datasets(
+        found, probabilities=(shares / shares.sum()).tolist(), seed=_MIXTURE_SEED, stopping_strategy="first_exhausted"
+    )
+    listed = f"{', '.join(names[:-1])} and {names[-1]}"
+    return Documents(mixed, column, tokenized[0], f"the mixture of {listed}", f"the first of {listed}")
 
 
 def save_tokenized(

@@ -1,6 +1,6 @@
 """Contexts of token ids for the language model, from documents.
 
-    Documents --tokenised ahead of need, in a thread--> one stream of ids, BOS before each document
+    Documents --tokenised ahead of need--> one stream of ids, with BOS or a separator between documents
       --packed--> contexts 0, 1, 2, ... of an epoch --every 20th kept for evaluation--> TokenStream
 
 Contexts are the same in every epoch, and the ones held out are never trained on.
@@ -8,13 +8,8 @@ Contexts are the same in every epoch, and the ones held out are never trained on
 
 from __future__ import annotations
 
-import atexit
-import copy
 import json
 import logging
-import threading
-import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +19,9 @@ import torch
 from torch import Tensor
 
 from sae_training.documents import Chunk, Documents, Position
+from sae_training.encoders import Encode, encoder_of
+from sae_training.packing import Separator, bos_id_of, join, lay_out, pack, separator_id_of, too_large_id
+from sae_training.tokens_ahead import BatchesAhead, Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,10 +39,14 @@ class TokenStream:
     context_size: tokens of a context, BOS included.
     prepend_bos: every document and every context starts with exactly one BOS (the tokenizer's
         bos_token_id, else its eos_token_id); False puts documents one after the other as they are.
+    separator: "auto" is that. Any other says what stands between two documents, and prepend_bos then is about
+        contexts alone. Also at the end or start of a document it is not doubled.
     n_held_out, held_out_every: contexts held_out_every - 1, 2 * held_out_every - 1, ..., n_held_out
         of them, are for evaluation and never come from `next_contexts`.
     vocab_size: ids from here on are an error, None checks nothing.
     notify: told once when the data has ended and a new epoch begins.
+    n_processes: how many tokenise text where there is much of it; 0 is a thread of this process. The contexts are the
+        same with any number.
     """
 
     def __init__(
@@ -57,22 +59,33 @@ class TokenStream:
         held_out_every: int = 20,
         vocab_size: int | None = None,
         notify: Callable[[str], None] = _logger.info,
+        separator: Separator = "auto",
+        n_processes: int = 0,
     ) -> None:
-        bos_id = _bos_id(tokenizer) if prepend_bos else None
+        bos_id = bos_id_of(tokenizer) if prepend_bos else None
         smallest = 1 if bos_id is None else 2
         if context_size < smallest:
             raise ValueError(f"context_size: got {context_size}, expected at least {smallest}")
         if held_out_every < 2:
             raise ValueError(f"held_out_every: got {held_out_every}, expected at least 2")
         if bos_id is not None and vocab_size is not None and bos_id >= vocab_size:
-            raise _too_large_id(bos_id, vocab_size, "the tokenizer has, for BOS,")
+            raise too_large_id(bos_id, vocab_size, "the tokenizer has, for BOS,")
         if tokenizer is None and not documents.is_tokenized:
             raise ValueError(f"tokenizer: got None, but {documents.name} holds text; pass a tokenizer")
         self.context_size = context_size
         self.n_held_out = n_held_out
         self.held_out_every = held_out_every
         self._documents = documents
-        self._source = _TokenSource(documents, encoder_of(tokenizer), bos_id, vocab_size)
+        self._source = _TokenSource(
+            documents,
+            list if documents.is_tokenized else encoder_of(tokenizer),
+            n_processes,
+            bos_id,
+            None if separator == "auto" else separator_id_of(tokenizer, separator, vocab_size),
+            separator == "auto",
+            vocab_size,
+            notify,
+        )
         self._notify = notify
         self.epoch = 0
         self._pass = self._new_pass()
@@ -123,30 +136,31 @@ class TokenStream:
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides what comes next; all but `pending` is JSON-safe."""
         place = self._pass.place()
-        return {
+        state = {
             "epoch": self.epoch,
             "context_index": place.context_index,
             "pending": torch.from_numpy(place.pending.copy()),
             "source": json.loads(json.dumps(place.position)),
         }
+        return state if self._source.separator_id is None else state | {"last_id": place.last_id}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state` was taken. Raises ValueError if it is of another source."""
         self._documents.check_position(state["source"])
         self.epoch = state["epoch"]
         pending = state["pending"].cpu().numpy().copy()
-        self._pass = self._new_pass(_Place(state["context_index"], pending, state["source"]))
+        self._pass = self._new_pass(_Place(state["context_index"], pending, state["source"], state.get("last_id")))
 
     def _new_pass(self, place: _Place | None = None) -> _Pass:
         if place is None:
-            place = _Place(0, np.empty(0, dtype=np.int64), self._documents.start())
+            place = _Place(0, np.empty(0, dtype=np.int64), self._documents.start(), None)
         return _Pass(self._source, self.context_size, place)
 
     def _start_epoch(self) -> None:
         self._require_a_context(self._pass)
         if self.epoch == 0:
             self._notify(
-                f"end of {self._documents.name} after {self.context_index:,} contexts of "
+                f"end of {self._documents.ends_with} after {self.context_index:,} contexts of "
                 f"{self.context_size} tokens: starting it again (not said for later epochs)"
             )
         self.epoch += 1
@@ -174,26 +188,6 @@ class TokenStream:
         return (index % every == every - 1) & (index // every < self.n_held_out)
 
 
-def pack(tokens: np.ndarray, context_size: int, bos_id: int | None, limit: int) -> tuple[np.ndarray, int]:
-    """(at most `limit` full contexts from the front of a run of ids, how many ids they used up).
-
-    With a BOS, a context whose first id is not one gets one put in front and takes one id less.
-    """
-    shortest = context_size if bos_id is None else context_size - 1
-    rows = np.empty((min(limit, len(tokens) // shortest), context_size), dtype=np.int64)
-    n_rows = used = 0
-    while n_rows < len(rows):
-        n_put = 0
-        if bos_id is not None and used < len(tokens) and tokens[used] != bos_id:
-            n_put, rows[n_rows, 0] = 1, bos_id
-        end = used + context_size - n_put
-        if end > len(tokens):
-            break
-        rows[n_rows, n_put:] = tokens[used:end]
-        n_rows, used = n_rows + 1, end
-    return rows[:n_rows], used
-
-
 @dataclass(frozen=True)
 class _Place:
     """Where a pass stands: ids tokenised and not yet packed, and where to read on after them."""
@@ -201,6 +195,8 @@ class _Place:
     context_index: int
     pending: np.ndarray
     position: Position
+    last_id: int | None
+    """The id before `position`, which may be packed already; None at the start."""
 
 
 class _Pass:
@@ -210,48 +206,73 @@ class _Pass:
         self.context_index = place.context_index
         self.pending = place.pending
         self._position = place.position
+        self._last_id = place.last_id
         self._source = source
         self._context_size = context_size
-        self._batches: _OneAhead | None = None
+        self._batches: Iterator[tuple[np.ndarray, Position]] | None = None
 
     def place(self) -> _Place:
-        return _Place(self.context_index, self.pending, self._position)
+        return _Place(self.context_index, self.pending, self._position, self._last_id)
 
     def take(self, limit: int) -> np.ndarray:
         """Between 1 and `limit` contexts; none at the end of the data."""
-        bos_id = self._source.bos_id
         if self._batches is None:
-            self._batches = _OneAhead(self._source.batches(self._position))
+            self._batches = self._source.batches(self._position, self._last_id)
         while True:
-            rows, n_used = pack(self.pending, self._context_size, bos_id, limit)
+            rows, n_used = pack(self.pending, self._context_size, self._source.bos_id, limit)
             if len(rows) > 0:
                 self.pending = self.pending[n_used:]
                 self.context_index += len(rows)
                 return rows
-            batch = self._batches.next()
+            batch = next(self._batches, None)
             if batch is None:
                 return rows
             tokens, self._position = batch
-            self.pending = _join(self.pending, tokens, bos_id)
+            self.pending = self._source.join(self.pending, tokens)
+            if len(self.pending) > 0:
+                self._last_id = int(self.pending[-1])
 
 
 class _TokenSource:
-    """Batches of token ids from documents, each document after its BOS."""
+    """Batches of token ids from documents, with what stands between them."""
 
     def __init__(
         self,
         documents: Documents,
-        encode: Callable[[list[Any]], list[Any]],
+        encode: Encode,
+        n_processes: int,
         bos_id: int | None,
+        separator_id: int | None,
+        bos_before_documents: bool,
         vocab_size: int | None,
+        notify: Callable[[str], None],
     ) -> None:
         self.bos_id = bos_id
+        self.separator_id = separator_id
         self._documents = documents
         self._encode = encode
+        self._processes = None
+        if n_processes > 0 and not documents.is_tokenized:
+            self._processes = Processes(n_processes, encode, notify)
+        self._document_bos_id = bos_id if bos_before_documents else None
         self._vocab_size = vocab_size
 
-    def batches(self, position: Position) -> Iterator[tuple[np.ndarray, Position]]:
-        """(ids, the position after them), to the end of the data."""
+    def batches(self, position: Position, last_id: int | None) -> Iterator[tuple[np.ndarray, Position]]:
+        """(ids, the position after them), to the end of the data; `last_id` is the id before `position`."""
+        ahead = BatchesAhead(self._read(position), self._encode, self._processes)
+        while (batch := ahead.next()) is not None:
+            chunks, ids = batch
+            starts = [chunk.starts_document for chunk in chunks]
+            tokens = lay_out(ids, starts, self._document_bos_id, self.separator_id, last_id)
+            self._check_ids(tokens)
+            if len(tokens) > 0:
+                last_id = int(tokens[-1])
+            yield tokens, chunks[-1].next_position
+
+    def join(self, pending: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        return join(pending, tokens, self._document_bos_id)
+
+    def _read(self, position: Position) -> Iterator[list[Chunk]]:
         full = _BATCH_TOKENS if self._documents.is_tokenized else _BATCH_CHARACTERS
         chunks: list[Chunk] = []
         size = 0
@@ -259,22 +280,10 @@ class _TokenSource:
             chunks.append(chunk)
             size += len(chunk.content)
             if size >= full:
-                yield self._tokenize(chunks), chunk.next_position
+                yield chunks
                 chunks, size = [], 0
         if chunks:
-            yield self._tokenize(chunks), chunks[-1].next_position
-
-    def _tokenize(self, chunks: list[Chunk]) -> np.ndarray:
-        contents = [chunk.content for chunk in chunks]
-        ids_of_chunk = contents if self._documents.is_tokenized else self._encode(contents)
-        parts = [np.empty(0, dtype=np.int64)]
-        for chunk, ids in zip(chunks, ids_of_chunk, strict=True):
-            if len(ids) > 0 and chunk.starts_document and self.bos_id is not None:
-                parts.append(np.array([self.bos_id], dtype=np.int64))
-            parts.append(np.asarray(ids, dtype=np.int64))
-        tokens = np.concatenate(parts)
-        self._check_ids(tokens)
-        return tokens
+            yield chunks
 
     def _check_ids(self, tokens: np.ndarray) -> None:
         if self._vocab_size is None or len(tokens) == 0:
@@ -285,97 +294,10 @@ class _TokenSource:
                 if self._documents.is_tokenized
                 else f"the tokenizer gave, on {self._documents.name},"
             )
-            raise _too_large_id(int(tokens.max()), self._vocab_size, found)
+            raise too_large_id(int(tokens.max()), self._vocab_size, found)
         if tokens.min() < 0:
             raise ValueError(
                 f"dataset_path: {self._documents.name} has token id {int(tokens.min())} in column "
                 f"{self._documents.column!r}, expected none below 0; set dataset_text_column to "
                 "the column of input ids, or use the text"
             )
-
-
-def _join(pending: np.ndarray, tokens: np.ndarray, bos_id: int | None) -> np.ndarray:
-    """One after the other, runs of BOS made one: documents may bring their own, or end with it."""
-    joined = np.concatenate([pending, tokens])
-    if bos_id is None or len(joined) == 0:
-        return joined
-    is_bos = joined == bos_id
-    return joined[np.concatenate([[True], ~(is_bos[1:] & is_bos[:-1])])]
-
-
-def _bos_id(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
-    for token_id in (
-        getattr(tokenizer, "bos_token_id", None),
-        getattr(tokenizer, "eos_token_id", None),
-    ):
-        if token_id is not None:
-            return int(token_id)
-    warnings.warn(
-        "prepend_bos: the tokenizer has neither a BOS nor an EOS token, so documents and contexts "
-        "are packed without one (prepend_bos=False says the same without this warning)",
-        stacklevel=3,
-    )
-    return None
-
-
-def encoder_of(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[list[Any]], list[Any]]:
-    """Texts -> their ids without special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if tokenizer is None or backend is None:
-        return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore
-    # A copy of our own: a tokenizer refuses changes (padding, truncation) while a thread uses it.
-    backend = copy.deepcopy(backend)
-    backend.no_truncation()
-    backend.no_padding()
-    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _too_large_id(token_id: int, vocab_size: int, found: str) -> ValueError:
-    return ValueError(
-        f"dataset_path: {found} token id {token_id}, but the model's vocabulary has {vocab_size} "
-        f"ids (0 to {vocab_size - 1}); use the model's own tokenizer, and text or ids made for it"
-    )
-
-
-class _OneAhead:
-    """Takes items from an iterator in a background thread, one ahead of need.
-
-    A thread lives for one item, so none is left waiting when the program ends.
-    """
-
-    def __init__(self, items: Iterator[tuple[np.ndarray, Position]]) -> None:
-        self._items = items
-        self._item: tuple[np.ndarray, Position] | None = None
-        self._error: BaseException | None = None
-        self._start()
-
-    def next(self) -> tuple[np.ndarray, Position] | None:
-        """The next item, None at the end. Raises what the iterator raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        item = self._item
-        if item is not None:
-            self._start()
-        return item
-
-    def _start(self) -> None:
-        self._thread = threading.Thread(target=self._work, name="tokens-ahead", daemon=True)
-        _running.add(self._thread)
-        self._thread.start()
-
-    def _work(self) -> None:
-        try:
-            self._item = next(self._items, None)
-        except BaseException as error:  # handed to the caller of next()
-            self._error = error
-
-
-_running: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-
-
-@atexit.register
-def _wait_for_threads() -> None:
-    # A daemon thread that is inside native code while the interpreter goes down can abort it.
-    for thread in list(_running):
-        thread.join(timeout=5)

@@ -206,8 +206,16 @@ NOT_FOR_TOYS = (
     *("d_in", "expansion_factor", "store_batch_size"),  # they follow from n_hidden, d_sae and train_batch_size
     *("hook_point_layer", "layer_stride", "hook_point_head_index", "lm_dtype", "compile_lm"),
     *("target_hook_point", "d_out", "skip_connection"),
-    *("dataset_split", "dataset_text_column", "is_dataset_tokenized", "streaming", "eval_dataset_path"),
-    *("prepend_bos", "exclude_special_tokens", "seqpos_slice", "use_cached_activations", "cached_activations_path"),
+    *(
+        "dataset_weights",
+        "dataset_split",
+        "dataset_text_column",
+        "is_dataset_tokenized",
+        "streaming",
+        "eval_dataset_path",
+    ),
+    *("prepend_bos", "sequence_separator_token", "exclude_special_tokens", "seqpos_slice"),
+    *("use_cached_activations", "cached_activations_path", "tokenizer_processes"),
     *("normalize_activations", "from_pretrained_path", "grad_acc_steps", "parallel", "feature_sampling_method"),
     *("n_eval_batches", "eval_every_steps", "checkpoint_path", "resume"),
     *("checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "n_checkpoints"),

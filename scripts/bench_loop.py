@@ -275,7 +275,7 @@ def peer_request(
     return {
         "model": model.tokenizer.name_or_path,
         "layer": site.layer,
-        "dataset": bundled_text(cfg.dataset_path),
+        "dataset": bundled_text(str(cfg.dataset_path)),
         "variant": variant,
         "d_in": cfg.d_in,
         "d_sae": cfg.d_sae,

@@ -296,6 +296,10 @@ def test_kills_while_training_from_a_cache_change_nothing(form: str, write: Writ
         ({"context_size": 8, "store_batch_size": 4}, "context_size: this run has context size 8, but .* with 16"),
         ({"exclude_special_tokens": False}, "exclude_special_tokens: this run has .* False, but .* True"),
         ({"prepend_bos": False}, "prepend_bos: this run has prepend bos False, but .* True"),
+        (
+            {"sequence_separator_token": 5},
+            "sequence_separator_token: this run has sequence separator token 5, but .* 'auto'",
+        ),
         ({"n_eval_batches": 2}, "n_eval_batches: this run holds out 8 contexts .* written with 4 held out"),
         ({"dataset_text_column": "text"}, "dataset_text_column: this run has dataset text column 'text', but .* None"),
         (
@@ -311,6 +315,19 @@ def test_a_cache_of_something_else_is_refused(
     cached = {"exclude_special_tokens": True, "use_cached_activations": True, "cached_activations_path": str(folder)}
     with pytest.raises(ValueError, match=message):
         ActivationsStore(small_config(**{**cached, **changes}), demo_model)
+
+
+def test_a_cache_from_before_there_was_a_choice_has_the_default(
+    write: Write, small_config: Callable, demo_model: Any
+) -> None:
+    folder = write()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["about"]["sequence_separator_token"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    cached = {"exclude_special_tokens": True, "use_cached_activations": True, "cached_activations_path": str(folder)}
+    ActivationsStore(small_config(**cached), demo_model)
+    with pytest.raises(ValueError, match="sequence_separator_token: this run has .* 'eos', but .* 'auto'"):
+        ActivationsStore(small_config(**cached, sequence_separator_token="eos"), demo_model)
 
 
 def test_a_cache_of_another_model_is_refused(write: Write, small_config: Callable, demo_model: Any) -> None:
@@ -419,6 +436,11 @@ def test_a_folder_of_something_else_is_left_alone(write: Write, tmp_path: Path) 
     with pytest.raises(ValueError, match="is not empty and holds no cache"):
         write()
     assert os.listdir(tmp_path / "cache") == ["thesis.txt"]
+
+
+def test_how_text_is_tokenised_is_no_other_config(write: Write) -> None:
+    folder = write()
+    assert write(tokenizer_processes=0) == folder
 
 
 def test_another_config_does_not_go_on_with_a_cache(write: Write) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from sae_training.activations import harvest
-from sae_training.activations_store import ActivationsStore
+from sae_training.activations_store import ActivationsStore, origin
 from sae_training.language_model import load_language_model
 
 Make = Callable[..., ActivationsStore]
@@ -40,6 +42,25 @@ def test_shapes_are_those_of_the_contract(make_store: Make) -> None:
     batch = store.next_batch()
     assert batch.shape == (64, 256)
     assert batch.dtype == torch.float32
+
+
+def test_several_datasets_are_mixed(make_store: Make, tmp_path: Path) -> None:
+    paths = []
+    for name, word in (("a", " cat"), ("b", " dog")):
+        paths.append(str(tmp_path / f"{name}.jsonl"))
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": word * 15}) + "\n") * 300)
+    store = make_store(dataset_path=paths, dataset_weights=(3.0, 1.0))
+    # A document is a context, or two where the words are two tokens: 3 in 4 are cats.
+    texts = [store.model.tokenizer.decode(row) for _ in range(50) for row in store.get_batch_tokens()]
+    n_cats = sum("cat" in text for text in texts)
+    assert 120 < n_cats < 180 and n_cats + sum("dog" in text for text in texts) == len(texts)
+    about = origin(store.cfg, store)
+    assert (about["dataset_path"], about["dataset_weights"]) == (paths, [3.0, 1.0])
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 1), (0, 0), (3, 3)])
+def test_tokenizer_processes_are_those_asked_for(make_store: Make, given: int | None, expected: int) -> None:
+    assert make_store(tokenizer_processes=given).n_tokenizer_processes == expected
 
 
 def test_activations_may_be_trained_on(make_store: Make) -> None:

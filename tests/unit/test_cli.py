@@ -128,6 +128,24 @@ def test_layers(words: list[str], expected: Any) -> None:
     assert parse_train(["--hook_point", "blocks.{layer}.hook_resid_pre", *words]).hook_point_layer == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "paths", "weights"),
+    [
+        (
+            ["--dataset_path", "a.jsonl", "b.jsonl", "--dataset_weights", "0.7", "0.3"],
+            ["a.jsonl", "b.jsonl"],
+            (0.7, 0.3),
+        ),
+        (["--dataset-weights", "7,3", "--dataset-path", "a", "b", "--k", "16"], ["a", "b"], (7, 3)),
+        (["--dataset_weights", "1", "2.5", "gpt2", "--dataset_path", "a", "b"], ["a", "b"], (1, 2.5)),
+        (["gpt2", "--dataset_path=a, b.jsonl"], "a, b.jsonl", ()),
+    ],
+)
+def test_several_datasets(words: list[str], paths: Any, weights: tuple[float, ...]) -> None:
+    cfg = parse_train(words)
+    assert (cfg.dataset_path, cfg.dataset_weights) == (paths, weights)
+
+
 def test_layers_need_a_place_in_the_hooks_name() -> None:
     with pytest.raises(ValueError, match=r"hook_point: .* expected \{layer\} where the number goes"):
         parse_train(["--layers", "1", "2", "--hook_point", "blocks.1.hook_resid_pre"])

@@ -62,6 +62,9 @@ OWN_DEFAULTS: dict[str, Any] = {
     "layer_stride": 1,
     "seqpos_slice": (),
     "max_activation_norm_multiple": None,
+    "dataset_weights": (),
+    "tokenizer_processes": None,
+    "sequence_separator_token": "auto",
     "multi_topk": False,
     "matryoshka_selection": "batchtopk",
     "target_hook_point": None,
@@ -230,6 +233,19 @@ def test_int_is_accepted_for_a_float() -> None:
         ({"l1_coefficient": -1.0}, "l1_coefficient: found -1.0, expected 0 or more; change it"),
         ({"adam_beta2": 1}, "adam_beta2: found 1, expected at least 0 and less than 1; change it"),
         ({"context_size": 1}, "context_size: found 1, expected at least 2; change it"),
+        (
+            {"sequence_separator_token": "eot"},
+            "sequence_separator_token: found 'eot', expected one of a whole number, auto, bos, eos, sep, none; did",
+        ),
+        ({"tokenizer_processes": -1}, "tokenizer_processes: found -1, expected 0 or more; change it"),
+        ({"dataset_path": ["a", ""]}, "dataset_path: found '', expected some text"),
+        ({"dataset_path": ["a", 1]}, "dataset_path: found ['a', 1] (list), expected text"),
+        (
+            {"dataset_path": ["a", "b"], "dataset_weights": (0.5, 0)},
+            "dataset_weights: found 0, expected more than 0; change it",
+        ),
+        ({"dataset_weights": 0.5}, "dataset_weights: found 0.5 (float), expected a list of numbers; change it"),
+        ({"sequence_separator_token": -1}, "sequence_separator_token: found -1, expected 0 or more; change it"),
         ({"model_name": " "}, "model_name: found ' ', expected some text; give one or leave"),
         (
             {"b_dec_init_method": "geometric-median"},
@@ -286,8 +302,18 @@ def test_wrong_value_is_named_with_what_to_do(values: dict[str, Any], line: str)
             "checkpoint_path: found 'b' with run_dir 'a', expected one of them (checkpoint_path is "
             "the old name of run_dir); leave checkpoint_path out",
         ),
+        (
+            {"dataset_path": ["a", "b"], "dataset_weights": [1, 2, 3]},
+            "dataset_weights: found 3 weights with a list of 2 paths in dataset_path, expected one for each path; "
+            "change one of them",
+        ),
+        (
+            {"dataset_path": "a", "dataset_weights": [1]},
+            "dataset_weights: found 1 weight with the single path 'a' in dataset_path, expected none, or a list of "
+            "paths; change one of them",
+        ),
     ],
-    ids=["k", "batch", "tokens", "remedies", "run_dir"],
+    ids=["k", "batch", "tokens", "remedies", "run_dir", "weights", "weights_of_one"],
 )
 def test_values_that_do_not_fit_together(values: dict[str, Any], line: str) -> None:
     assert only_problem(**values) == line
@@ -524,3 +550,10 @@ def test_automatic_auxk_k_asks_for_d_in() -> None:
 def test_evals_come_every_ten_logged_rows_unless_given() -> None:
     assert Config(wandb_log_frequency=30).eval_every == 300
     assert Config(eval_every_steps=7).eval_every == 7
+
+
+def test_weights_of_a_cache_are_checked_too() -> None:
+    with pytest.raises(ValueError, match="dataset_weights: found 1 weight with a list of 2 paths"):
+        CacheActivationsRunnerConfig(dataset_path=["a", "b"], dataset_weights=(1.0,))
+    cfg = CacheActivationsRunnerConfig(dataset_path=("a", "b"), dataset_weights=[1, 2])  # pyright: ignore
+    assert (cfg.dataset_path, cfg.dataset_weights) == (["a", "b"], (1, 2))

@@ -31,6 +31,9 @@ UNUSUAL = Config(
     hook_point_head_index=3,
     checkpoint_every_minutes=0.5,
     run_name="1e-4",
+    dataset_path=["a.jsonl", "owner/b"],
+    dataset_weights=(0.7, 0.3),
+    sequence_separator_token=5,
 )
 
 

@@ -293,6 +293,15 @@ def test_local_file_named_without_a_folder_becomes_absolute(
     assert cfg.from_pretrained_path == str(tmp_path / "sae.safetensors")
 
 
+def test_local_paths_of_a_mixture_become_absolute(
+    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    cfg = with_absolute_paths(small_config(dataset_path=["text.txt", "owner/name", "demo"], dataset_weights=(1, 2, 3)))
+    assert cfg.dataset_path == [str(tmp_path / "text.txt"), "owner/name", "demo"]
+
+
 def test_home_is_filled_in(small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.txt").write_text("a")
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -17,6 +17,7 @@ def names(**changes: Any) -> list[str]:
 def test_single_values_stand_for_one_without_a_name() -> None:
     cfg = Config()
     assert not is_several(cfg)
+    assert not is_several(Config(dataset_path=["a", "b"]))
     assert variants(cfg) == {"": cfg}
 
 

@@ -13,7 +13,7 @@ import pytest
 import sae_training.documents
 from sae_training.bundled import DEMO_TEXT
 from sae_training.documents import Documents
-from sae_training.text_data import open_documents
+from sae_training.text_data import open_documents, open_mixture
 
 TEXTS = ["first document", "the second\n\none", "third"]
 
@@ -185,6 +185,86 @@ def test_readers_of_one_stream_are_independent():
     assert [chunk.content for chunk in [*begun, *one]] == texts
     assert [chunk.content for chunk in other] == texts
     assert [chunk.content for chunk in resumed] == texts[5:]
+
+
+# Several data sets ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [None, True], ids=["arrow", "streaming"])
+def test_mixture_has_the_shares_asked_for_and_no_document_twice(tmp_path: Path, streaming: bool | None):
+    long = [f"a{i}" for i in range(900)]
+    short = [f"b{i}" for i in range(300)]
+    paths = [write_jsonl(tmp_path / "a.jsonl", long), write_jsonl(tmp_path / "b.jsonl", short)]
+    found = contents(open_mixture(paths, (1, 2), streaming=streaming))
+    # All of b, and half as many of a, of each the first ones in order: 150 with a standard deviation of 15.
+    assert [text for text in found if text[0] == "b"] == short
+    of_a = [text for text in found if text[0] == "a"]
+    assert of_a == long[: len(of_a)] and 90 < len(of_a) < 210
+    assert found[-1] == "b299"
+    assert 60 < sum(text[0] == "b" for text in found[:120]) < 100  # 80 and 5
+
+
+def test_mixture_without_weights_takes_equally_many(tmp_path: Path):
+    files = (("a", 500), ("b", 500), ("c", 500))
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", [f"{name}{i}" for i in range(n)]) for name, n in files]
+    found = [text[0] for text in contents(open_mixture(paths))]
+    assert max(map(found.count, "abc")) == 500
+    assert min(map(found.count, "abc")) > 400
+
+
+def test_mixture_is_streamed_if_a_part_is(tmp_path: Path):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    assert open_mixture([path, rows(text=TEXTS)]).n_rows is not None
+    mixed = open_mixture([path, rows(text=TEXTS).to_iterable_dataset()])
+    assert mixed.n_rows is None and set(contents(mixed)) <= set(TEXTS)
+
+
+@pytest.mark.parametrize("streaming", [None, True], ids=["arrow", "streaming"])
+@pytest.mark.parametrize(
+    ("one", "other", "column"),
+    [
+        ({"text": ["a"] * 9}, {"body": ["b"] * 9, "year": [1] * 9}, "text"),
+        ({"tokens": [[1]] * 9}, {"input_ids": [[2, 3]] * 9}, "tokens"),
+    ],
+    ids=["text", "tokens"],
+)
+def test_parts_may_have_columns_and_types_of_their_own(one: Any, other: Any, column: str, streaming: bool | None):
+    wide, narrow = rows(**one), rows(**other)
+    (name,) = one
+    kind = datasets.Value("large_string") if name == "text" else datasets.List(datasets.Value("int32"))
+    mixed = open_mixture([wide.cast_column(name, kind), narrow], streaming=streaming)
+    assert mixed.column == column
+    found = {str(content) for content in contents(mixed)}
+    assert found == {str(value[0]) for value in (one[name], other["body" if name == "text" else "input_ids"])}
+
+
+def test_mixture_of_one_is_it(tmp_path: Path):
+    assert contents(open_mixture([write_jsonl(tmp_path / "a.jsonl", TEXTS)], (2.0,))) == TEXTS
+
+
+def test_mixture_of_text_and_tokens_is_an_error_with_both_names(tmp_path: Path):
+    rows(tokens=[[1]]).to_parquet(tmp_path / "ids.parquet")
+    paths = [write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "ids.parquet"]
+    with pytest.raises(ValueError, match=r"ids\.parquet' holds token ids \(column 'tokens'\), but .*a\.jsonl' text"):
+        open_mixture(paths)
+
+
+@pytest.mark.parametrize("text_column", [None, "text"])
+def test_errors_of_a_part_name_it(tmp_path: Path, text_column: str | None):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    rows(number=[1]).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet' has no (text column|column 'text')"):
+        open_mixture([path, tmp_path / "b.parquet"], text_column=text_column)
+
+
+def test_streamed_mixture_goes_on_after_many_documents():
+    # Which part comes next is drawn a thousand at a time; the second draw is to be resumed too.
+    parts = [rows(text=[f"{name}{i}" for i in range(2000)]).to_iterable_dataset() for name in "ab"]
+    documents = open_mixture(parts)
+    chunks = list(documents.read())
+    for at in (998, 999, 1000, 2500):
+        resumed = documents.read(chunks[at].next_position)
+        assert [next(resumed).content for _ in range(9)] == [chunk.content for chunk in chunks[at + 1 : at + 10]]
 
 
 # Columns ----------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 import sae_training.documents
 import sae_training.tokens
-from sae_training.text_data import open_documents
-from sae_training.tokens import TokenStream, pack
+from sae_training.packing import pack
+from sae_training.text_data import open_documents, open_mixture
+from sae_training.tokens import TokenStream
 
 BOS = 0
 WORDS = [
@@ -186,6 +187,86 @@ def test_tokenizer_without_bos_and_eos_packs_without_and_warns_once():
     assert len(caught) == 1
 
 
+# Separators -------------------------------------------------------------------------------------
+
+SEPARATOR = 9
+
+
+def test_separator_stands_between_documents_and_not_before_the_first():
+    # Stream: 1 2 3 9 4 5 9 6 7 8. The tail, 7 8, is dropped; the second epoch begins as the first.
+    stream = stream_of_ids([[1, 2, 3], [], [4, 5], [6, 7, 8]], context_size=4, bos=False, separator=SEPARATOR)
+    assert stream.next_contexts(4).tolist() == [[1, 2, 3, 9], [4, 5, 9, 6]] * 2
+
+
+def test_with_a_separator_bos_starts_contexts_alone():
+    stream = stream_of_ids([[1, 2, 3], [4, 5], [6, 7, 8]], context_size=4, separator=SEPARATOR)
+    assert epoch_of(stream) == [[0, 1, 2, 3], [0, 9, 4, 5], [0, 9, 6, 7]]
+
+
+def test_separators_that_documents_bring_are_not_doubled():
+    # Between 1 and 2 both bring it, before 3 none does, 3 and 4 have a document between them that is nothing else.
+    documents = [[1, 9], [9, 2], [3], [9], [9, 4]]
+    assert epoch_of(stream_of_ids(documents, 7, bos=False, separator=SEPARATOR)) == [[1, 9, 2, 9, 3, 9, 4]]
+
+
+def test_separators_within_documents_are_kept():
+    documents = [[9, 9, 1, 9, 9, 2], [3, 9, 9, 4]]
+    rows = epoch_of(stream_of_ids(documents, 11, bos=False, separator=SEPARATOR))
+    assert rows == [[9, 9, 1, 9, 9, 2, 9, 3, 9, 9, 4]]
+
+
+def test_bos_as_separator_needs_no_bos_at_context_starts():
+    documents = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    assert epoch_of(stream_of_ids(documents, 4, bos=False, separator="bos")) == [[1, 2, 3, 0], [4, 5, 0, 6]]
+    assert epoch_of(stream_of_ids(documents, 4, separator="bos")) == [[0, 1, 2, 3], [0, 4, 5, 0], [0, 6, 7, 8]]
+
+
+def test_no_separator_leaves_bos_at_context_starts():
+    rows = epoch_of(stream_of_ids([[1, 2, 3], [4, 5], [6, 7, 8, 9]], context_size=4, separator="none"))
+    assert rows == [[0, 1, 2, 3], [0, 4, 5, 6], [0, 7, 8, 9]]
+
+
+@pytest.mark.parametrize("name", ["eos", "sep"])
+def test_separator_by_name_is_the_tokenizers(name: str):
+    tokenizer = make_tokenizer(**{f"{name}_token": "<extra>"})
+    documents = open_documents(datasets.Dataset.from_dict({"tokens": [[1], [2]]}))
+    stream = TokenStream(documents, tokenizer, 3, prepend_bos=False, separator=name)
+    assert stream.next_contexts(1).tolist() == [[1, len(tokenizer) - 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("separator", "message"),
+    [
+        ("eos", "sequence_separator_token: found 'eos', but the tokenizer has no EOS token; choose another"),
+        (77, "sequence_separator_token: found 77, expected an id of the model's vocabulary, 0 to 76; choose"),
+        ("sep", f"sequence_separator_token: found 'sep', which the tokenizer says is {len(make_tokenizer())}, exp"),
+    ],
+    ids=str,
+)
+def test_separator_that_is_no_token_of_the_model_is_an_error(separator: Any, message: str):
+    documents = open_documents(datasets.Dataset.from_dict({"tokens": [[1], [2]]}))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        TokenStream(documents, make_tokenizer(sep_token="<extra>"), 3, False, vocab_size=77, separator=separator)
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["plain", "bos"])
+@pytest.mark.parametrize("separator", ["bos", "none", SEPARATOR])
+def test_resume_with_a_separator_goes_on_exactly(monkeypatch: pytest.MonkeyPatch, bos: bool, separator: Any):
+    # Documents that end or begin with the separator, batches and contexts that end where they do.
+    ids = [[i + 10, *[20] * (i % 3), *[SEPARATOR] * (i % 2)] if i % 5 else [SEPARATOR, 30] for i in range(60)]
+    whole = epoch_of(stream_of_ids(ids, 3, bos, separator=separator))
+    monkeypatch.setattr(sae_training.tokens, "_BATCH_TOKENS", 4)
+    stream = stream_of_ids(ids, 3, bos, separator=separator)
+    states = []
+    for row in whole:
+        states.append(through_a_file(stream.state_dict()))
+        assert stream.next_contexts(1).tolist() == [row]
+    assert any(len(state["pending"]) == 0 for state in states[1:])
+    for at, state in enumerate(states):
+        stream.load_state_dict(state)
+        assert stream.next_contexts(len(whole) - at).tolist() == whole[at:], f"from position {at}"
+
+
 # Epochs and held-out contexts -------------------------------------------------------------------
 
 
@@ -200,6 +281,15 @@ def test_epochs_repeat_the_same_contexts_and_say_so_once():
     assert again == first * 3
     assert stream.epoch == 3 and stream.context_index == n
     assert len(said) == 1 and f"after {n} contexts of 5 tokens" in said[0]
+
+
+def test_end_of_a_mixture_is_that_of_its_first_to_end(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+    said: list[str] = []
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(story(40, 1))
+    documents = open_mixture([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
+    TokenStream(documents, tokenizer, 8, notify=said.append).next_contexts(100)
+    assert len(said) == 1 and said[0].startswith(f"end of the first of '{tmp_path}/a.txt' and '{tmp_path}/b.txt' after")
 
 
 @pytest.mark.usefixtures("tiny_batches")
@@ -311,6 +401,15 @@ def sources(folder: Path) -> dict[str, Callable[[], Any]]:
             probabilities=[0.3, 0.7],
             seed=1,
         ),
+        "mixture": lambda: open_mixture([folder / "parts", dataset()], (3, 1)),
+        "stream_mixture": lambda: open_mixture([folder / "parts", folder / "texts"], (3, 1), streaming=True),
+        "stream_mixture_tokenized": lambda: open_mixture(
+            [tokenized().select(range(9)), datasets.Dataset.from_dict({"tokens": [[i] * 30 for i in range(9)]})],
+            streaming=True,
+        ),
+        "stream_mixture_shuffled": lambda: open_mixture(
+            [dataset().select(range(12)), dataset().to_iterable_dataset().shuffle(seed=5, buffer_size=6)]
+        ),
     }
 
 
@@ -333,6 +432,10 @@ SOURCE_NAMES = [
     "stream_skip_take",
     "stream_shuffled",
     "stream_interleaved",
+    "mixture",
+    "stream_mixture",
+    "stream_mixture_tokenized",
+    "stream_mixture_shuffled",
 ]
 
 
