@@ -71,10 +71,10 @@ class LanguageModelSAERunnerConfig:
     # Text
 
     dataset_path: str | list[str] = "NeelNanda/c4-tokenized-2b"
-    """Hugging Face name, .txt/.jsonl/.parquet file or folder, save_to_disk folder, or demo; or a list to mix."""
+    """Hugging Face name, .txt/.jsonl/.parquet file or folder, or demo; a list is mixed."""
 
     dataset_weights: tuple[float, ...] = ()
-    """Shares of documents from each of several dataset_path; () is equal ones. The first to run out ends an epoch."""
+    """Shares of documents of a mixture; () is equal ones. The first to run out ends an epoch."""
 
     dataset_split: str = "train"
     """Split of the dataset to train on."""
@@ -95,7 +95,7 @@ class LanguageModelSAERunnerConfig:
     """Tokens per context, the BOS token included."""
 
     prepend_bos: bool = True
-    """Start each context with the BOS token, and with sequence_separator_token auto each document."""
+    """Start each context with BOS, and with sequence_separator_token auto each document."""
 
     sequence_separator_token: Literal["auto", "bos", "eos", "sep", "none"] | int = "auto"
     """Token between two documents, by name or id; auto is BOS with prepend_bos, else none."""
@@ -321,7 +321,7 @@ class LanguageModelSAERunnerConfig:
     """Where to compute: cpu, cuda, cuda:1, mps."""
 
     tokenizer_processes: int | None = None
-    """Processes that tokenise ahead, where there is much text; 0: a thread; None: 1 on a CPU, 4 with a GPU."""
+    """Processes that tokenise ahead; 0 is a thread, None is 1 on a CPU and 4 with a GPU."""
 
     seed: OneOrMany[int] = 42
     """Seed of the starting weights; the order of the activations is the same for all seeds."""
