@@ -33,7 +33,7 @@ from demo import smollm2_config
 from sae_training import activations_store
 from sae_training.activations import harvest
 from sae_training.activations_store import ActivationsStore, find_sites, with_widths
-from sae_training.cache import CachedReader, CachedShards, read_manifest
+from sae_training.cache import DTYPES, CachedReader, CachedShards, read_manifest
 from sae_training.cache_activations_runner import cache_activations_runner
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
 from sae_training.language_model import load_language_model
@@ -49,11 +49,18 @@ def main() -> None:
     parser.add_argument("what", choices=("layers", "sweep", "cache"))
     parser.add_argument("--tokens", type=int, default=131_072, help="training tokens of each run")
     parser.add_argument("--rounds", type=int, default=3, help="of what is timed several times")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES), help="of caches")
     arguments = parser.parse_args()
     cfg = dataclasses.replace(smollm2_config(arguments.tokens), d_in=None, **QUIET)
     model = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON
-        measured = {"layers": layers, "sweep": sweep, "cache": cache}[arguments.what](cfg, model, arguments.rounds)
+        match arguments.what:
+            case "layers":
+                measured = layers(cfg, model, arguments.rounds)
+            case "sweep":
+                measured = sweep(cfg, model, arguments.rounds)
+            case _:
+                measured = cache(cfg, model, arguments.rounds, arguments.dtypes)
     print(json.dumps({"threads": torch.get_num_threads(), "tokens": arguments.tokens, **measured}, indent=2))
 
 
@@ -156,14 +163,14 @@ def sweep(cfg: LanguageModelSAERunnerConfig, model: Any, rounds: int) -> dict[st
 # -------------------------------------------------------------------------------------------------------------- cache
 
 
-def cache(cfg: LanguageModelSAERunnerConfig, model: Any, rounds: int) -> dict[str, Any]:
+def cache(cfg: LanguageModelSAERunnerConfig, model: Any, rounds: int, dtypes: list[str]) -> dict[str, Any]:
     cfg = with_widths(cfg, find_sites(cfg, model))
     result: dict[str, Any] = {}
     shared = {f.name for f in dataclasses.fields(CacheActivationsRunnerConfig)}
     values = {name: getattr(cfg, name) for name in shared if hasattr(cfg, name) and name != "dtype"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for dtype in ("float32", "bfloat16", "float16", "int8"):
+        for dtype in dtypes:
             result[dtype] = figures_of_cache(cfg, model, folder / dtype, dtype, values, rounds)
         live = dataclasses.replace(cfg, run_dir=name, run_name="live", eval_every_steps=10**6)
         result["live"] = {"explained_variance": held_out_variance(live, model)}
