@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sae_training.blocks import compiled_blocks
 from sae_training.language_model import HookSite, LanguageModel, read_hooks
 
 
@@ -20,8 +19,7 @@ def harvest(model: LanguageModel, tokens: Tensor, sites: Sequence[HookSite]) -> 
     """
     layers = [site.stop_at_layer for site in sites]
     stop_at_layer = None if None in layers else max(layer for layer in layers if layer is not None)
-    with compiled_blocks():
-        found = read_hooks(model, tokens, {site.read_name for site in sites}, stop_at_layer)
+    found = read_hooks(model, tokens, {site.read_name for site in sites}, stop_at_layer)
     return [at_site(found[site.read_name], site).to(model.cfg.dtype) for site in sites]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,9 @@ Sites = tuple[HookSite, ...]
 """Where an autoencoder's input is read and, for a transcoder, where its output belongs."""
 
 
+NORM_TOKENS = 8_192  # whose median norm tells what an outlier is
+
+
 class ActivationsStore:
     """Serves shuffled activations of `model` on the text that `cfg` names (or on `dataset`, if given).
 
@@ -86,7 +90,7 @@ class ActivationsStore:
         self.rule = PositionRule(
             special_token_ids(model) if option(cfg, "exclude_special_tokens") else None,
             tuple(option(cfg, "seqpos_slice")),
-            option(cfg, "max_activation_norm_multiple"),
+            self.max_norm(option(cfg, "max_activation_norm_multiple")),
         )
         then_live = option(cfg, "use_cached_activations") == "then_live"
         cached = self.open_cache()
@@ -110,7 +114,7 @@ class ActivationsStore:
             "text_column": option(self.cfg, "dataset_text_column"),
             "streaming": option(self.cfg, "streaming"),
         }
-        if isinstance(dataset, list):
+        if isinstance(dataset, list) and dataset is self.cfg.dataset_path:
             return open_mixture(dataset, option(self.cfg, "dataset_weights"), **how)
         return open_documents(dataset, **how)
 
@@ -118,7 +122,7 @@ class ActivationsStore:
     def n_tokenizer_processes(self) -> int:
         given: int | None = option(self.cfg, "tokenizer_processes")
         if given is None:  # a GPU takes tokens faster than one process makes them
-            return 1 if self.device.type == "cpu" else 4
+            return 1 if self.device.type == "cpu" else min(4, os.cpu_count() or 1)
         return given
 
     def token_stream(self, documents: Documents, n_held_out: int) -> TokenStream:
@@ -172,8 +176,19 @@ class ActivationsStore:
 
         A rule about norms (`max_activation_norm_multiple`) asks for the `activations` (prompts, context, d_in) at them.
         """
-        keep = self.rule.by_token(tokens)
-        return keep if activations is None else keep & self.rule.by_norm(activations)
+        return self.rule(tokens, activations)
+
+    def max_norm(self, multiple: float | None) -> float | None:
+        """`multiple` times the median norm of the first NORM_TOKENS tokens of the text at the first site.
+
+        It follows from the text and the model, so that a run, its continuation and every later look at it agree.
+        """
+        if multiple is None:
+            return None
+        contexts = self.token_stream(self.documents, 0).first_contexts(-(-NORM_TOKENS // self.context_size))
+        passes = contexts.to(self.device).split(self.store_batch_size)
+        norms = [harvest(self.model, prompts, self.sites[:1])[0].float().norm(dim=-1) for prompts in passes]
+        return multiple * torch.cat(norms).median().item()
 
     def next_batch(self) -> Tensor:
         """The next random batch, (train_batch_size, d_in), in the config's dtype."""
@@ -241,9 +256,9 @@ class ActivationsStore:
         return Batch(found[0], found[-1])
 
     def check_buffer_size(self) -> None:
-        """ValueError unless half of the buffer, if the store needs one, holds a batch."""
+        """ValueError unless half of the buffer, if the store needs one, holds the batches of a step."""
         if self.needs_buffer:
-            self.buffer.check_size(self.train_batch_size)
+            self.buffer.check_size(getattr(self.cfg, "tokens_per_step", self.train_batch_size))
 
     # ------------------------------------------------------------------------------------------------------ state
 

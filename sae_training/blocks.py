@@ -4,9 +4,10 @@ A `TransformerBridge` computes attention step by step and each normalisation twi
 passes a hook point. A run reads a few places: nearly all of that is for nothing, and takes an eighth longer than the
 Hugging Face model alone (SmolLM2, 9 layers of 2,048 tokens, bfloat16 on a CPU). `skip_hook_points` gives each block
 a twin: the Hugging Face block itself, with the bridge's (processed) weights. `compile_blocks` sends twins through
-torch.compile, for `harvest` only.
+torch.compile, for training rows only.
 
-Hooks are looked for at every pass: a block with a hook inside it runs as transformer_lens wrote it. torch.compile by
+Hooks are looked for at every pass, and so are parts that were put in the place of others: a block that has been touched
+inside runs as transformer_lens wrote it. torch.compile by
 itself would not notice hooks that are added later (`torch._dynamo.config.skip_nnmodule_hook_guards`). What goes into
 a block and what comes out of it lie outside: hooks there cost nothing.
 """
@@ -53,36 +54,54 @@ def compiled_blocks() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------- twins
 
 
-class BlockSwitch:
-    """Stands in for the forward of a block (`hooked`), and lets its twin run while no hook is placed `inside`.
+class CompilationFailed(ValueError):
+    """The model cannot be compiled here; nothing was trained."""
 
-    `first` and `last` are the hook points of the residual stream, if the twin had them within itself and has lost them.
+
+class BlockSwitch:
+    """Stands in for the forward of the block `layer` (`hooked`), and lets its twin run while nothing inside is touched:
+    no hook on a part but those of now, no part put in the place of another.
+
+    `outside` are hook points that do not count. `first` and `last` are those of the residual stream, if the twin had
+    them within itself and has lost them.
     """
 
     def __init__(
         self,
+        layer: nn.Module,
         hooked: Forward,
         twin: nn.Module,
-        inside: list[nn.Module],
+        outside: list[nn.Module],
         first: nn.Module | None = None,
         last: nn.Module | None = None,
     ) -> None:
-        self.hooked, self.twin, self.inside, self.first, self.last = hooked, twin, inside, first, last
+        self.hooked, self.twin, self.first, self.last = hooked, twin, first, last
+        self.layer, self.outside = layer, set(outside)
+        self.parts = list(layer.modules())
+        self.n_hooks = [0 if part in self.outside else count_hooks(part) for part in self.parts]
         self.compiled: Forward | None = None
         functools.update_wrapper(self, hooked)  # the bridge reads the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Asked for attention patterns (run_with_cache of the bridge does), only the block itself has them.
-        if any(is_hooked(point) for point in self.inside) or kwargs.get("output_attentions"):
+        if self.is_touched() or kwargs.get("output_attentions"):
             return self.hooked(*args, **kwargs)
         run = self.compiled if self.compiled is not None and compiled_wanted.get() else self.twin
         if self.first is None or self.last is None:
             return run(*args, **kwargs)
         return self.last(run(self.first(args[0]), *args[1:], **kwargs))
 
+    def is_touched(self) -> bool:
+        parts = list(self.layer.modules())
+        return len(parts) != len(self.parts) or any(
+            part is not known or part not in self.outside and count_hooks(part) != n_hooks
+            for part, known, n_hooks in zip(parts, self.parts, self.n_hooks, strict=True)
+        )
 
-def is_hooked(point: nn.Module) -> bool:
-    return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks)
+
+def count_hooks(part: nn.Module) -> int:
+    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    return sum(map(len, hooks))
 
 
 def skip_hook_points(bridge: LanguageModel) -> None:
@@ -122,13 +141,8 @@ def skip_hook_points(bridge: LanguageModel) -> None:
 def bridge_switch(block: Any) -> BlockSwitch | None:
     """For the Hugging Face block that the bridge's `block` has between its first and last hook; None without a twin."""
     layer = block.original_component
-    inside = [point for point in hook_points(block) if point is not block.hook_in and point is not block.hook_out]
     twin = twin_of(layer)
-    return None if twin is None else BlockSwitch(layer.forward, twin, inside)
-
-
-def hook_points(module: nn.Module) -> list[nn.Module]:
-    return [part for part in module.modules() if hasattr(part, "fwd_hooks")]
+    return None if twin is None else BlockSwitch(layer, layer.forward, twin, [block.hook_in, block.hook_out])
 
 
 def twin_of(module: nn.Module) -> nn.Module | None:
@@ -200,8 +214,7 @@ def switch_of(block: Any) -> BlockSwitch | None:
         return found if isinstance(found, BlockSwitch) else None
     if "forward" not in vars(block) and (twin := twin_of(block)) is not None:
         first, last = block.hook_resid_pre, block.hook_resid_post
-        inside = [point for point in hook_points(block) if point is not first and point is not last]
-        set_forward(block, BlockSwitch(block.forward, twin, inside, first, last))
+        set_forward(block, BlockSwitch(block, block.forward, twin, [first, last], first, last))
     found = vars(block).get("forward")
     return found if isinstance(found, BlockSwitch) else None
 
@@ -214,11 +227,12 @@ def compile_and_run(compiled: Forward, twin: nn.Module, *args: Any, **kwargs: An
     try:
         with torch._dynamo.config.patch(recompile_limit=COMPILED_FORMS):
             return compiled(twin, *args, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # dynamo, inductor and the compilers raise all kinds, with hundreds of lines
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+            raise
+        # Theirs have hundreds of lines.
         reason = next(filter(None, map(str.strip, str(error).splitlines())), "")
-        raise RuntimeError(
+        raise CompilationFailed(
             f"compile_lm: found True, but {type(twin).__name__} could not be compiled on this machine "
             f"({type(error).__name__}: {reason}). Install a C++ compiler (g++) if there is none, or set compile_lm to "
             "False; TORCHDYNAMO_VERBOSE=1 shows more."

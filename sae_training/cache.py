@@ -46,7 +46,11 @@ MUST_AGREE = (
     "max_activation_norm_multiple",
 )
 """What a run that trains on a cache must have in common with it; it may hold out fewer contexts than the cache."""
-WHERE_ABSENT: dict[str, Any] = {"sequence_separator_token": "auto", "dataset_weights": []}
+WHERE_ABSENT: dict[str, Any] = {
+    "sequence_separator_token": "auto",
+    "dataset_weights": [],
+    "max_activation_norm_multiple": None,
+}
 """What caches were written with before there was a choice."""
 FIELD_OF = {"model_fingerprint": "model_name"}
 
@@ -144,10 +148,10 @@ def open_cache(folder: Path, expected: dict[str, Any], sites: dict[str, int]) ->
             "that this run is evaluated on; lower n_eval_batches, or write another cache."
         )
     for key in MUST_AGREE:
-        if manifest.about.get(key) != expected[key]:
+        if manifest.about[key] != expected[key]:
             raise ValueError(
                 f"{FIELD_OF.get(key, key)}: this run has {key.replace('_', ' ')} {expected[key]!r}, but {folder} was "
-                f"written with {manifest.about.get(key)!r}; give that value, or write another cache."
+                f"written with {manifest.about[key]!r}; give that value, or write another cache."
             )
     for hook, width in sites.items():
         if hook not in manifest.sites:

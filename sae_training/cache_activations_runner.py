@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from sae_training.activations import harvest
 from sae_training.activations_store import ActivationsStore, find_sites, origin
-from sae_training.blocks import compile_blocks
+from sae_training.blocks import compile_blocks, compiled_blocks
 from sae_training.cache import Manifest, Shard, encode, read_manifest
 from sae_training.checkpoint import check_free_disk, flush_to_disk, sha256
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
@@ -114,8 +114,9 @@ class CacheWriter:
         config = {name: value for name, value in config_to_dict(self.cfg).items() if name not in left_out}
         if (self.folder / "manifest.json").is_file():
             found = read_manifest(self.folder)
-            differences = {k: (v, config.get(k)) for k, v in found.config.items() if v != config.get(k)}
-            differences |= {k: (v, about.get(k)) for k, v in found.about.items() if v != about.get(k)}
+            absent = {name: getattr(CacheActivationsRunnerConfig, name, None) for name in config}
+            then, now = absent | found.config | found.about, config | about
+            differences = {name: (old, now.get(name)) for name, old in then.items() if old != now.get(name)}
             if differences:
                 lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in differences.items())
                 raise ValueError(
@@ -163,7 +164,8 @@ class CacheWriter:
             waiting: list[Future[None]] = []
             for i in range(progress["passes"], self.n_passes):
                 tokens = self.store.get_batch_tokens()
-                found = harvest(self.store.model, tokens, self.store.sites)
+                with compiled_blocks():
+                    found = harvest(self.store.model, tokens, self.store.sites)
                 commits = (i + 1) % self.passes_per_commit == 0 or i + 1 == self.n_passes or stop.signal is not None
                 waiting.append(thread.submit(self.write_pass, i, tokens, found))
                 while len(waiting) > (0 if commits else PASSES_AHEAD):

@@ -10,7 +10,6 @@ import and `--help` should answer at once.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import traceback
@@ -48,8 +47,6 @@ RECIPE: dict[str, Any] = {
 # A transcoder's input and target have sizes of their own. Demo model, MLP of layer 2, 300k tokens: explained variance
 # 0.65 with scaled batches, 0.56 without. Autoencoders of SmolLM2: 0.923 both, but 176 dead latents in place of 30.
 TRANSCODER_RECIPE = RECIPE | {"normalize_activations": "expected_average_only_in"}
-
-NUMBERS = re.compile(r"[\d.]+(e-?\d+)?(,[\d.]+(e-?\d+)?)*")
 
 RunFolder = Annotated[Path, Positional, arg(metavar="RUN")]
 
@@ -252,7 +249,7 @@ def run_verb(verb: Verb) -> None:
 
 def parse(argv: Sequence[str]) -> Verb:
     """The command that the words say; wrong words leave through SystemExit(2)."""
-    argv = spell_switches(join_numbers(argv)) or ["--help"]
+    argv = spell_switches(join_layers(argv)) or ["--help"]
     defaults = train_defaults(argv[1:]) if argv[0] == "train" else RECIPE
     verbs: Any = typing.Union[  # noqa: UP007 - the parts are not plain classes
         Annotated[Train, subcommand("train", default=Train(**defaults))],
@@ -315,12 +312,11 @@ def with_words(values: dict[str, Any], verb: Train | Cache) -> dict[str, Any]:
     return values
 
 
-def join_numbers(argv: Sequence[str]) -> list[str]:
+def join_layers(argv: Sequence[str]) -> list[str]:
     """`--layers 4 8 12`, as sparsify has it, to `--layers 4,8,12`, which ends where a model's name may begin."""
     words: list[str] = []
     for word in argv:
-        takes_several = len(words) > 1 and words[-2].replace("_", "-") in ("--layers", "--dataset-weights")
-        if takes_several and NUMBERS.fullmatch(word) and NUMBERS.fullmatch(words[-1]):
+        if word.isdigit() and len(words) > 1 and words[-2] == "--layers" and words[-1].replace(",", "").isdigit():
             words[-1] += f",{word}"
         else:
             words.append(word)
@@ -403,26 +399,6 @@ def _commas(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         is_instance=lambda value: isinstance(value, (list, tuple)) or single.is_instance(value),
         str_from_instance=lambda value: [",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)],
     )
-
-
-@registry.primitive_rule
-def _paths(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """One path, or several with blanks: `--dataset_path a.jsonl b.jsonl`. A path may have commas in it."""
-    if set(typing.get_args(info.type)) != {str, list[str]}:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="STR [...]",
-        instance_from_str=_one_or_several,
-        is_instance=lambda value: isinstance(value, (str, list)),
-        str_from_instance=lambda value: [value] if isinstance(value, str) else list(value),
-    )
-
-
-def _one_or_several(words: list[str]) -> str | list[str]:
-    if not words:
-        raise ValueError("found nothing, expected a path or several")
-    return words[0] if len(words) == 1 else words
 
 
 @registry.primitive_rule

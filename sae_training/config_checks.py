@@ -83,7 +83,6 @@ POSITIVE = (
     "jumprelu_tanh_scale",
     "layer_stride",
     "shard_size_mb",
-    "max_activation_norm_multiple",
     "dataset_weights",
 )
 NOT_NEGATIVE = (
@@ -185,7 +184,8 @@ def problems_of_several(cfg: Config) -> list[str]:
             f"hook_point: found {cfg.hook_point!r} with {asked}, expected {{layer}} where the number goes; write for "
             "instance blocks.{layer}.hook_resid_post"
         ]
-    if cfg.max_activation_norm_multiple is not None and (has_layers or len(hooks) > 1):
+    n_layers = len(cfg.hook_point_layer) if isinstance(cfg.hook_point_layer, list) else 1 + has_layers
+    if cfg.max_activation_norm_multiple is not None and len(hooks) * n_layers > 1:
         return [
             f"max_activation_norm_multiple: found {cfg.max_activation_norm_multiple} with several hooks, expected one: "
             "the rows of all are of the same tokens, and each hook has its own outliers; leave it out "
@@ -286,6 +286,8 @@ def _wrong_range(name: str, number: float) -> str | None:
         return "at least 0 and less than 1"
     if name == "context_size" and number < 2:
         return "at least 2"
+    if name == "max_activation_norm_multiple" and number < 1:
+        return "at least 1"
     return None
 
 

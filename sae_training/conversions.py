@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_checks import FIXED_K, OPTION_OF
+from sae_training.normalization import BY_ROW
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 
@@ -57,6 +58,11 @@ def fold_input_scale(sae: SparseAutoencoder, scale: float, target_scale: float |
             raise ValueError(
                 f"{name}: found {factor}, expected a number above 0, the factor that training multiplied with."
             )
+    if sae.normalization in BY_ROW and scale != 1:
+        raise ValueError(
+            f"scale: found {scale} with normalize_activations {sae.normalization}, expected 1: it gives the same codes "
+            "whatever its input is multiplied by."
+        )
     if not sae.is_transcoder and scale != target_scale:
         raise ValueError(f"target_scale: found {target_scale}, expected scale = {scale}: this is not a transcoder.")
     folded = copy.deepcopy(sae)

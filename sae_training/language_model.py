@@ -3,7 +3,7 @@
 The only file that imports transformer_lens. `HookedTransformer` serves the names it knows (with its usual weight
 processing, as SAEs of the mats era expect); every other model, local folders included, is a `TransformerBridge` in
 compatibility mode, which processes the weights in the same way. All later code uses only what both have:
-`run_with_cache`, `run_with_hooks`, `to_tokens`, `tokenizer`, `hook_dict`, `cfg`.
+the forward with `stop_at_layer`, `hook_dict`, `run_with_hooks`, `tokenizer`, `cfg`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ LanguageModel = Any  # HookedTransformer or TransformerBridge: they share method
 
 
 def load_language_model(name: str, device: str = "cpu", lm_dtype: str = "auto") -> LanguageModel:
-    """Load a frozen language model, ready for `run_with_cache`.
+    """Load a frozen language model, ready for `read_hooks` and all that transformer_lens does with it.
 
     `name` is a TransformerLens name, a local folder in Hugging Face layout, a Hugging Face name, or "demo" for the
     model that comes with this package. The weights are processed (LayerNorm folded, writing weights centred) in

@@ -262,10 +262,12 @@ def resample_dead_latents(run: Run, member: Member) -> None:
 
 
 def log_norms(run: Run) -> None:
-    """Log how large the activations are that each autoencoder is trained on: outliers (a BOS position) show here."""
+    """Log how large the model's activations are that each autoencoder is trained on: outliers (a BOS position) show
+    here, whatever they are scaled by in training.
+    """
     for member in run.trained:
         norms = run.store.sample(NORM_ROWS, member.sites).x.float().norm(dim=1)
-        member.logger.log_histogram("plots/activation_norm", norms, 0)
+        member.logger.log_histogram("plots/activation_norm", norms / member.scales[0], 0)
 
 
 def log_sparsity(run: Run, member: Member) -> None:

@@ -18,11 +18,11 @@ EPSILON = 1e-5  # added to a row's root mean square: rows of zeros stay zeros
 
 
 def normalize(x: Tensor, mode: str) -> Tensor:
-    """Rows (..., d_in) of norm sqrt(d_in), in the dtype of `x`; as they are if the mode is not one of BY_ROW."""
+    """Rows (..., d_in) of norm sqrt(d_in), in float32 at least; as they are if the mode is not one of BY_ROW."""
     if mode not in BY_ROW:
         return x
     mean, size = centre_and_size(x, mode)
-    return ((x - mean) / size).to(x.dtype)
+    return (x - mean) / size
 
 
 def restore(rows: Tensor, x: Tensor, mode: str) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sae_training.activations import harvest
+from sae_training.blocks import compiled_blocks
 from sae_training.cache import CachedReader
 from sae_training.language_model import HookSite, LanguageModel
 from sae_training.tokens import TokenStream
@@ -28,29 +29,30 @@ class PositionRule:
     """Token ids that are left out."""
     seqpos_slice: tuple[int, ...] = ()
     """Start, stop and perhaps step of the positions that are kept; () keeps all."""
-    max_norm_multiple: float | None = None
-    """Rows longer than this multiple of the pass' median norm are left out."""
+    max_norm: float | None = None
+    """Rows that are longer are left out."""
 
     def keeps_all(self) -> bool:
-        return self.excluded_ids is None and not self.seqpos_slice and self.max_norm_multiple is None
+        return self.excluded_ids is None and not self.seqpos_slice and self.max_norm is None
+
+    def __call__(self, tokens: Tensor, activations: Tensor | None = None) -> Tensor:
+        """Bool mask of the shape of `tokens` (prompts, context), on their device.
+
+        With `max_norm`, ValueError without the `activations` (prompts, context, width) at them.
+        """
+        keep = self.by_token(tokens)
+        if self.max_norm is None:
+            return keep
+        if activations is None:
+            raise ValueError("activations: max_activation_norm_multiple is about their norms; give them too.")
+        return keep & (activations.float().norm(dim=-1) <= self.max_norm).to(tokens.device)
 
     def by_token(self, tokens: Tensor) -> Tensor:
-        """Bool mask of the shape of `tokens` (prompts, context), by what and where they are."""
         keep = torch.ones_like(tokens, dtype=torch.bool)
         if self.seqpos_slice:
             keep.zero_()
             keep[:, torch.arange(tokens.shape[1])[slice(*self.seqpos_slice)]] = True
         return keep if self.excluded_ids is None else keep & ~torch.isin(tokens, self.excluded_ids.to(tokens.device))
-
-    def by_norm(self, activations: Tensor) -> Tensor:
-        """Bool mask (prompts, context) of `activations` (prompts, context, width): no outliers.
-
-        The median is that of all positions: the few outliers, and the few excluded by token, do not move it.
-        """
-        if self.max_norm_multiple is None:
-            return torch.ones(activations.shape[:-1], dtype=torch.bool, device=activations.device)
-        norms = activations.float().norm(dim=-1)
-        return norms <= self.max_norm_multiple * norms.median()
 
 
 class Passes:
@@ -81,7 +83,8 @@ class Passes:
             self.cached = None
         if self.cached is None:
             tokens = self.tokens.next_contexts(self.n_prompts)
-            found = harvest(self.model, to_device(tokens, self.device), self.sites)
+            with compiled_blocks():
+                found = harvest(self.model, to_device(tokens, self.device), self.sites)
         else:
             read = self.cached.take(self.n_prompts)
             tokens = read["tokens"]
@@ -89,16 +92,14 @@ class Passes:
         return self.rows(tokens, found)
 
     def rows(self, tokens: Tensor, found: list[Tensor]) -> list[Tensor]:
-        """What the rule keeps of the activations (prompts, context, width) at `tokens`, which are on the CPU: so a GPU
-        need not be asked how many there are.
+        """What the rule keeps of the activations (prompts, context, width) at `tokens`.
+
+        The tokens are on the CPU: only a rule about norms has to wait for a GPU to know how many rows there are.
         """
         flat = [activations.flatten(end_dim=1) for activations in found]
         if self.rule.keeps_all():
             return flat
-        keep = self.rule.by_token(tokens)
-        if self.rule.max_norm_multiple is not None:
-            keep = keep & self.rule.by_norm(found[0]).cpu()
-        places = to_device(keep.flatten().nonzero().flatten(), self.device)
+        places = to_device(self.rule(tokens, found[0]).flatten().nonzero().flatten(), self.device)
         return [rows.index_select(0, places) for rows in flat]
 
     def go_live(self, cached: CachedReader) -> None:
@@ -152,16 +153,12 @@ class PassesAhead:
             self.stream.wait_stream(torch.cuda.current_stream(passes.device))  # which still copies the model's weights
 
     def begin(self, n_rows: int) -> None:
-        """Begin one more pass, unless as many rows as will be needed are on their way."""
-        if sum(len(pass_.rows[0]) for pass_ in self.begun) >= n_rows:
-            return
-        state = self.passes.state_dict()
-        if self.stream is None:
-            self.begun.append(Begun(state, self.passes.next_rows(), None))
-            return
-        with torch.cuda.stream(self.stream):
-            rows = self.passes.next_rows()
-            self.begun.append(Begun(state, rows, self.stream.record_event()))
+        """Begin passes until `n_rows` rows are on their way."""
+        while sum(len(pass_.rows[0]) for pass_ in self.begun) < n_rows:
+            state = self.passes.state_dict()
+            with torch.cuda.stream(self.stream):  # None: nothing changes
+                rows = self.passes.next_rows()
+            self.begun.append(Begun(state, rows, None if self.stream is None else self.stream.record_event()))
 
     def next_rows(self) -> list[Tensor]:
         if not self.begun:

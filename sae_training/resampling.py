@@ -41,7 +41,7 @@ def resample(
     numbers = dead.nonzero().flatten()
     if len(numbers) == 0:
         return numbers
-    x, target = sae.normalize(x), sae.normalize(target)  # `reconstruct` does it once more, which changes nothing
+    x, target = sae.normalize(x), sae.normalize(target)  # `reconstruct` does it once more: roundings
     pairs = zip(x.split(ROWS_AT_A_TIME), target.split(ROWS_AT_A_TIME), strict=True)
     weight = torch.cat([(wanted - sae.reconstruct(rows)).double().pow(2).sum(dim=1) for rows, wanted in pairs])
     weight = weight.pow(2) if method == "anthropic" else weight

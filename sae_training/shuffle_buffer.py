@@ -24,6 +24,9 @@ from sae_training.passes import Passes, PassesAhead, to_device
 SHUFFLE_SEED = 42  # the same in all runs, so that seeds of one run can share their batches
 
 
+MAX_EMPTY_PASSES = 20  # in a row, after which nothing is expected to come
+
+
 class ShuffleBuffer:
     """`n_rows` rows of each site of `passes`, in the model's precision; empty until they are asked for."""
 
@@ -66,8 +69,8 @@ class ShuffleBuffer:
 
     def fill(self, n_rows: int = 0) -> None:
         """Allocate and fill the buffers at first, and refill their served half when the next `n_rows` would pass it."""
+        self.check_size(n_rows)
         if not self.buffers:
-            self.check_size(n_rows)
             self.buffers = [torch.empty(self.n_rows, w, dtype=self.dtype, device=self.device) for w in self.widths]
             self.overwrite(torch.arange(self.n_rows))
         elif self.served + n_rows > self.n_rows // 2:
@@ -76,11 +79,17 @@ class ShuffleBuffer:
     def overwrite(self, slots: Tensor) -> None:
         """Put new rows into the places `slots` (n,), and draw a new order."""
         slots = to_device(slots, self.device)
-        first_fill = len(slots) == self.n_rows
+        first_fill, n_empty = len(slots) == self.n_rows, 0
         with tqdm(total=len(slots), desc="filling the buffer", unit="row", leave=False, disable=not first_fill) as bar:
             while len(slots):
                 rows = self.spill if len(self.spill[0]) else self.passes.next_rows()
                 n = min(len(rows[0]), len(slots))
+                n_empty = 0 if n else n_empty + 1
+                if n_empty == MAX_EMPTY_PASSES:
+                    raise ValueError(
+                        f"exclude_special_tokens, seqpos_slice, max_activation_norm_multiple: of {n_empty} passes of "
+                        "the language model they leave no activation to train on; relax one of them."
+                    )
                 for buffer, new in zip(self.buffers, rows, strict=True):
                     buffer.index_copy_(0, slots[:n], new[:n])
                 self.spill, slots = [new[n:] for new in rows], slots[n:]
@@ -91,7 +100,7 @@ class ShuffleBuffer:
     def check_size(self, n_rows: int) -> None:
         if n_rows > self.n_rows // 2:
             raise ValueError(
-                f"train_batch_size: {n_rows} rows, but half the buffer holds {self.n_rows // 2} "
+                f"train_batch_size: {n_rows} rows a step, but half the buffer holds {self.n_rows // 2} "
                 "(n_batches_in_buffer * store_batch_size * context_size / 2); raise n_batches_in_buffer."
             )
 

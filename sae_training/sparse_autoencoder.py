@@ -7,7 +7,8 @@ sae_out      = feature_acts @ W_dec + b_dec
 
 A transcoder (`cfg.target_hook_point`) predicts other activations than those it reads: the output of an MLP from its
 input, say. Nothing is subtracted from its input (sae_in = x), and it may have a skip connection, sae_out + x @ W_skip.
-With `normalize_activations` "layer_norm" or "unit_norm", x is normalised first and sae_out brought back, row by row.
+With `normalize_activations` "layer_norm" or "unit_norm", x is normalised first and sae_out brought back, row by row;
+hook points, and losses, see what lies between.
 """
 
 from __future__ import annotations

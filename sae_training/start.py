@@ -114,7 +114,7 @@ def check_room_for_checkpoints(
     buffers = store.n_rows * (width * store.model.cfg.dtype.itemsize + 8) if store.needs_buffer else 0
     # One is written before the oldest is deleted; weights, and Adam's two moments, are in each, and where batches are
     # scaled the weights for raw activations too.
-    copies = 3 if cfg.normalize_activations == "none" else 4
+    copies = 4 if cfg.normalize_activations == "expected_average_only_in" else 3
     checkpoint.check_free_disk(
         folder.path,
         (cfg.keep_checkpoints + 1) * (copies * weights + buffers) + weights,

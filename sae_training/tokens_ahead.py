@@ -43,15 +43,16 @@ class BatchesAhead:
         self._encode = encode
         self._processes = processes
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._end: Any = self  # None or an error, once it has come to that
         self._n_begun = self._n_taken = 0
         self._thread: threading.Thread | None = None
         self._begin()
 
     def next(self) -> tuple[list[Chunk], list[np.ndarray]] | None:
         """The next batch, None at the end. Raises what reading or encoding it raised."""
-        found = self._ready.get()
+        found = self._end if self._end is not self else self._ready.get()
         if found is None or isinstance(found, BaseException):
-            self._ready.put(found)  # for whoever asks again
+            self._end = found  # for whoever asks again
             if found is None:
                 return None
             raise found

@@ -208,6 +208,7 @@ NOT_FOR_TOYS = (
     *("target_hook_point", "d_out", "skip_connection"),
     *(
         "dataset_weights",
+        "max_activation_norm_multiple",
         "dataset_split",
         "dataset_text_column",
         "is_dataset_tokenized",

@@ -30,7 +30,7 @@ import torch
 from bench_loop import batches_in_memory, time_run, time_steps
 from demo import smollm2_config
 
-from sae_training import activations_store
+from sae_training import passes
 from sae_training.activations import harvest
 from sae_training.activations_store import ActivationsStore, find_sites, with_widths
 from sae_training.cache import DTYPES, CachedReader, CachedShards, read_manifest
@@ -118,7 +118,7 @@ def inside() -> Iterator[dict[str, float]]:
         return call
 
     with (
-        patch.object(activations_store, "harvest", timed("harvest", harvest)),
+        patch.object(passes, "harvest", timed("harvest", harvest)),
         patch.object(SAETrainer, "step", timed("step", SAETrainer.step)),
     ):
         yield spent

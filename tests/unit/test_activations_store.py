@@ -178,22 +178,39 @@ def test_only_the_positions_asked_for_reach_a_batch(make_store: Make) -> None:
 def test_outliers_by_norm_never_reach_a_batch(make_store: Make) -> None:
     """The demo model's BOS position is many times longer than the rest; no token id says so here."""
     everything, store = make_store(), make_store(max_activation_norm_multiple=3.0)
+    first = everything.token_stream(everything.documents, 0).next_contexts(8192 // 16)
+    norms = harvest(store.model, first, store.sites)[0].norm(dim=-1)
+    limit = 3 * norms.flatten().sort().values[8192 // 2 - 1]  # the lower of the two in the middle
     tokens = everything.token_stream(everything.documents, everything.n_held_out).next_contexts(4)
     rows = harvest(store.model, tokens, store.sites)[0]
-    norms = rows.norm(dim=-1)
-    inside = norms <= 3 * norms.flatten().sort().values[31]  # 64 rows: the lower of the two in the middle
+    inside = rows.norm(dim=-1) <= limit
     assert not inside[:, 0].any()
     assert inside[:, 1:].float().mean() > 0.9
     assert torch.equal(store.keeps(tokens, rows), inside)
     assert torch.equal(store.passes.next_rows()[0], rows[inside])
     served = torch.cat([store.next_batch() for _ in range(6)]).norm(dim=1)
-    assert served.max() < 4 * served.median() < everything.next_batch().norm(dim=1).max()
+    assert served.max() <= limit * 1.001 < everything.next_batch().norm(dim=1).max()
+
+
+def test_a_rule_about_norms_needs_activations(make_store: Make) -> None:
+    store = make_store(max_activation_norm_multiple=3.0)
+    with pytest.raises(ValueError, match="activations: max_activation_norm_multiple is about their norms"):
+        store.keeps(store.get_batch_tokens())
+
+
+def test_rules_that_leave_nothing_end_with_a_sentence(make_store: Make) -> None:
+    store = make_store(exclude_special_tokens=True, seqpos_slice=(0, 1))  # the BOS position alone
+    with pytest.raises(ValueError, match="of 20 passes of the language model they leave no activation to train on"):
+        store.next_batch()
 
 
 def test_a_rule_about_norms_is_for_one_hook(small_config: Callable) -> None:
     hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
     with pytest.raises(ValueError, match="max_activation_norm_multiple: found 3.0 with several hooks, expected one"):
         small_config(hook_point=hooks, max_activation_norm_multiple=3.0)
+    small_config(hook_point=hooks[:1], max_activation_norm_multiple=3.0)
+    with pytest.raises(ValueError, match="max_activation_norm_multiple: found 0.5, expected at least 1"):
+        small_config(max_activation_norm_multiple=0.5)
 
 
 def test_odd_row_counts_lose_nothing(make_store: Make) -> None:

@@ -110,6 +110,32 @@ def test_hook_inside_a_block_is_called_and_replaces(
 
 
 @torch.inference_mode()
+def test_a_part_that_is_hooked_or_replaced_is_not_passed_over(as_written: Any, model: Any) -> None:
+    mlp = model.blocks[2].original_component.mlp
+    calls: list[int] = []
+    handle = mlp.register_forward_hook(lambda *_: calls.append(1))
+    model(ids())
+    assert calls == [1]
+    handle.remove()
+    untouched = model(ids())
+    assert calls == [1]
+
+    class Nothing(torch.nn.Module):
+        def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    layer = model.blocks[2].original_component
+    layer._modules["mlp"] = Nothing()
+    try:
+        expected = as_written(lambda: model(ids()))
+        torch.testing.assert_close(model(ids()), expected)
+        assert not torch.allclose(expected, untouched)
+    finally:
+        layer._modules["mlp"] = mlp
+    assert torch.equal(model(ids()), untouched)
+
+
+@torch.inference_mode()
 def test_run_with_cache_still_gives_every_hook(model: Any, as_written: Any) -> None:
     expected = as_written(lambda: model.run_with_cache(ids())[1])
     _, found = model.run_with_cache(ids())
@@ -231,7 +257,7 @@ def test_machine_without_a_compiler_is_told_so(model: Any, monkeypatch: pytest.M
     try:
         with (
             fresh_cache(),
-            pytest.raises(RuntimeError, match=r"compile_lm: found True, but .* set compile_lm to False"),
+            pytest.raises(ValueError, match=r"compile_lm: found True, but .* set compile_lm to False"),
         ):
             harvest(model, ids(1, 7), [site])
     finally:

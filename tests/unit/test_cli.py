@@ -131,14 +131,9 @@ def test_layers(words: list[str], expected: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "paths", "weights"),
     [
-        (
-            ["--dataset_path", "a.jsonl", "b.jsonl", "--dataset_weights", "0.7", "0.3"],
-            ["a.jsonl", "b.jsonl"],
-            (0.7, 0.3),
-        ),
-        (["--dataset-weights", "7,3", "--dataset-path", "a", "b", "--k", "16"], ["a", "b"], (7, 3)),
-        (["--dataset_weights", "1", "2.5", "gpt2", "--dataset_path", "a", "b"], ["a", "b"], (1, 2.5)),
-        (["gpt2", "--dataset_path=a, b.jsonl"], "a, b.jsonl", ()),
+        (["--dataset_path", "a.jsonl,b.jsonl", "--dataset_weights", "0.7,0.3"], ["a.jsonl", "b.jsonl"], (0.7, 0.3)),
+        (["--dataset-weights=1,2.5", "--dataset-path=a,b", "gpt2"], ["a", "b"], (1, 2.5)),
+        (["--dataset_path", "a.jsonl", "gpt2"], "a.jsonl", ()),
     ],
 )
 def test_several_datasets(words: list[str], paths: Any, weights: tuple[float, ...]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_training.conversions import to_jumprelu
+from sae_training.conversions import fold_input_scale, to_jumprelu
 from sae_training.lm_runner import resume_run, run_config
 from sae_training.normalization import normalize, restore
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -69,6 +69,19 @@ def test_the_autoencoder_is_the_plain_one_between_normalising_and_restoring(mode
     torch.testing.assert_close(out.loss, expected.loss)
     with pytest.raises(ValueError, match=f"normalize_activations {mode}, whose inverse needs"):
         sae.decode(sae.encode(x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_a_narrow_model_are_normalised_as_in_training(mode: str) -> None:
+    sae, x = make(mode, dtype=torch.float32), (rows() + 20).bfloat16()
+    assert torch.equal(sae.encode(x), sae.encode(x.float()))
+    assert torch.equal(sae.reconstruct(x), sae.reconstruct(x.float()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_scale_cannot_be_folded_into_it(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"scale: found 2.0 with normalize_activations {mode}, expected 1"):
+        fold_input_scale(make(mode), 2.0)
 
 
 @pytest.mark.parametrize("mode", MODES)

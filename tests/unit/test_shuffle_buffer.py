@@ -55,6 +55,13 @@ def test_no_pass_is_made_whose_rows_nobody_would_see(n_batches: int, n_passes: i
     assert ending.passes.next_rows()[0][0] == n_passes * 64
 
 
+def test_more_than_half_of_the_buffer_at_once_is_refused() -> None:
+    buffer = ShuffleBuffer(numbered(), n_rows=256)
+    buffer.fill()
+    with pytest.raises(ValueError, match="train_batch_size: 129 rows a step, but half the buffer holds 128"):
+        buffer.advance(129)
+
+
 def test_batches_mix_the_buffer_as_chance_would() -> None:
     """Chi-square of (eighth of the buffer in the order of the text) x (eighth of a half that is served), and the number
     of neighbours in a batch that are of one context, against what a uniformly random order gives.
