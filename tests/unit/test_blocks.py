@@ -10,7 +10,7 @@ from torch._inductor.utils import fresh_cache
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sae_training.activations import harvest
-from sae_training.blocks import compile_blocks, switch_of
+from sae_training.blocks import compile_blocks, compiled_blocks, switch_of
 from sae_training.config_io import WATCHING_FIELDS, config_differences
 from sae_training.language_model import find_hook_site, load_language_model
 from sae_training.lm_runner import language_model_sae_runner
@@ -57,6 +57,11 @@ def as_written(model: Any) -> Iterator[Callable[[Callable[[], Any]], Any]]:
 
 def ids(n_prompts: int = 3, n: int = 10) -> torch.Tensor:
     return torch.randint(0, 2000, (n_prompts, n), generator=torch.Generator().manual_seed(0))
+
+
+def harvest_compiled(*args: Any) -> list[torch.Tensor]:
+    with compiled_blocks():
+        return harvest(*args)
 
 
 def hooked_blocks(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -187,12 +192,12 @@ def test_compiled_harvest_is_that_of_the_model(model: Any, small_config: Any, mo
     try:
         ran = hooked_blocks(model, monkeypatch)
         n_compiled = count_compiled(model, monkeypatch)
-        found = harvest(model, tokens, outside)
+        found = harvest_compiled(model, tokens, outside)
         assert (ran, n_compiled) == ([], [0, 1, 2, 3])
-        assert all(map(torch.equal, found, harvest(model, tokens, outside)))
+        assert all(map(torch.equal, found, harvest_compiled(model, tokens, outside)))
         torch.testing.assert_close(found, expected[:5])
         # Hooks that come after the compilation.
-        torch.testing.assert_close(harvest(model, tokens, inside), expected)
+        torch.testing.assert_close(harvest_compiled(model, tokens, inside), expected)
         assert (ran, n_compiled[8:]) == ([1, 2], [0, 3])
         find_hook_site(model, "blocks.0.hook_resid_post")  # other shapes are not compiled
         model.run_with_hooks(tokens, fwd_hooks=[])
@@ -240,9 +245,9 @@ def test_hooked_transformer_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> 
         logits = model(ids())
     compile_blocks(model, True)
     ran, n_compiled = hooked_blocks(model, monkeypatch), count_compiled(model, monkeypatch)
-    torch.testing.assert_close(harvest(model, ids(), sites), expected)
+    torch.testing.assert_close(harvest_compiled(model, ids(), sites), expected)
     assert (ran, n_compiled) == ([], [0, 1])
-    torch.testing.assert_close(harvest(model, ids(), [head]), of_head)
+    torch.testing.assert_close(harvest_compiled(model, ids(), [head]), of_head)
     assert (ran, n_compiled[2:]) == ([1], [0])
     zeros: list[Any] = [("blocks.1.hook_resid_pre", lambda x, hook: x * 0)]
     with torch.no_grad():
@@ -259,7 +264,7 @@ def test_machine_without_a_compiler_is_told_so(model: Any, monkeypatch: pytest.M
             fresh_cache(),
             pytest.raises(ValueError, match=r"compile_lm: found True, but .* set compile_lm to False"),
         ):
-            harvest(model, ids(1, 7), [site])
+            harvest_compiled(model, ids(1, 7), [site])
     finally:
         compile_blocks(model, False)
 
