@@ -277,5 +277,5 @@ def test_context_longer_than_the_models_names_both(make_store: Make) -> None:
 def test_batch_larger_than_half_the_buffer_names_both(demo_model: Any, small_config: Callable) -> None:
     cfg = SimpleNamespace(**{**vars(small_config()), "train_batch_size": 200, "d_sae": 512})
     store = ActivationsStore(cfg, demo_model)
-    with pytest.raises(ValueError, match="200 rows, but half the buffer holds 128"):
+    with pytest.raises(ValueError, match="200 rows a step, but half the buffer holds 128"):
         store.next_batch()
