@@ -100,7 +100,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
         for form in ("rows", "contexts"):
             values[form] = [Shard(**shard) for shard in values[form]]
-        values["about"] = WHERE_ABSENT | values["about"]
+        for name, value in WHERE_ABSENT.items():
+            values["about"].setdefault(name, value)
         return Manifest(**values)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a readable manifest ({error}); write the cache anew.") from error
