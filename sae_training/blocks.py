@@ -6,10 +6,14 @@ Hugging Face model alone (SmolLM2, 9 layers of 2,048 tokens, bfloat16 on a CPU).
 a twin: the Hugging Face block itself, with the bridge's (processed) weights. `compile_blocks` sends twins through
 torch.compile, for training rows only.
 
+Where hooks only read (`reading_hooks`), the residual stream is that of the twins all the same: a block that is
+read inside runs a second time for it. So what is read at a place does not depend, down to the last bit, on where else
+is read.
+
 Hooks are looked for at every pass, and so are parts that were put in the place of others: a block that has been touched
-inside runs as transformer_lens wrote it. torch.compile by
-itself would not notice hooks that are added later (`torch._dynamo.config.skip_nnmodule_hook_guards`). What goes into
-a block and what comes out of it lie outside: hooks there cost nothing.
+inside runs as transformer_lens wrote it. torch.compile by itself would not notice hooks that are added later
+(`torch._dynamo.config.skip_nnmodule_hook_guards`). What goes into a block and what comes out of it lie outside: hooks
+there cost nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,6 +56,26 @@ def compiled_blocks() -> Iterator[None]:
         compiled_wanted.reset(token)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A pass whose hooks only read; nobody asks for what comes out of the block `last`."""
+
+    last: nn.Module | None
+
+
+reading: ContextVar[Reading | None] = ContextVar("reading", default=None)
+
+
+@contextmanager
+def reading_hooks(last: nn.Module | None) -> Iterator[None]:
+    """In here hooks read and replace nothing."""
+    token = reading.set(Reading(last))
+    try:
+        yield
+    finally:
+        reading.reset(token)
+
+
 # ------------------------------------------------------------------------------------------------------------- twins
 
 
@@ -76,6 +101,7 @@ class BlockSwitch:
         last: nn.Module | None = None,
     ) -> None:
         self.hooked, self.twin, self.first, self.last = hooked, twin, first, last
+        self.block = block
         parts = [part for part in block.modules() if part not in outside]
         self.parts = [(part._modules, tuple(part._modules.values())) for part in parts]
         self.on_points = [hooks for part in parts if hasattr(part, "fwd_hooks") for hooks in hooks_of(part)]
@@ -86,7 +112,9 @@ class BlockSwitch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Asked for attention patterns (run_with_cache of the bridge does), only the block itself has them.
         if self.is_touched() or kwargs.get("output_attentions"):
-            return self.hooked(*args, **kwargs)
+            out, mode = self.hooked(*args, **kwargs), reading.get()
+            if mode is None or self.block is mode.last:
+                return out
         run = self.compiled if self.compiled is not None and compiled_wanted.get() else self.twin
         if self.first is None or self.last is None:
             return run(*args, **kwargs)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sae_training.activations import at_site, put_back
 from sae_training.activations_store import ActivationsStore, Sites
+from sae_training.blocks import reading_hooks
 from sae_training.language_model import HookSite, LanguageModel
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
@@ -88,7 +89,8 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
         return site.name, lambda activations, hook: seen.update({site: at_site(activations, site)})
 
     sites = dict.fromkeys(site for each in evaluated for site in each.sites)
-    clean = run(store.model, prompts, tuple(sites), [look_at(site) for site in sites])
+    with reading_hooks(last=None):
+        clean = run(store.model, prompts, tuple(sites), [look_at(site) for site in sites])
     keep = store.keeps(prompts, seen[evaluated[0].sites[0]])  # a rule about norms is for runs with one input site
     for target_site in dict.fromkeys(each.sites[-1] for each in evaluated):
         of_site = [each for each in evaluated if each.sites[-1] == target_site]

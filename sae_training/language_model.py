@@ -29,7 +29,7 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae_training.blocks import skip_hook_points
+from sae_training.blocks import reading_hooks, skip_hook_points
 from sae_training.bundled import bundled_model
 from sae_training.precision import bfloat16_is_fast
 
@@ -311,11 +311,21 @@ def read_hooks(model: LanguageModel, tokens: Tensor, names: Set[str], stop_at_la
     try:
         for name, point in points.items():
             point.add_hook(keep(name), level=READING)
-        model(tokens, return_type=None, stop_at_layer=stop_at_layer)
+        with reading_hooks(last_block_if_unread(model, names, stop_at_layer)):
+            model(tokens, return_type=None, stop_at_layer=stop_at_layer)
     finally:
         for point in points.values():
             point.remove_hooks(dir="fwd", level=READING)
     return found
+
+
+def last_block_if_unread(model: LanguageModel, names: Set[str], stop_at_layer: int | None) -> nn.Module | None:
+    """The block before `stop_at_layer`, unless its output is read."""
+    if not stop_at_layer:
+        return None
+    last = stop_at_layer - 1
+    is_read = any(name in names for name in (f"blocks.{last}.hook_resid_post", f"blocks.{last}.hook_out"))
+    return None if is_read else model.blocks[last]
 
 
 known_points: WeakKeyDictionary[nn.Module, dict[str, HookPoint]] = WeakKeyDictionary()

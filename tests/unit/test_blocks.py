@@ -92,6 +92,14 @@ def test_blocks_without_hooks_run_without_hook_points(
     assert ran == []
 
 
+@pytest.mark.parametrize("name", ["hook_resid_mid", "hook_mlp_out", "attn.hook_z"])
+def test_what_is_read_does_not_depend_on_where_else_is_read(model: Any, name: str) -> None:
+    sites = [find_hook_site(model, f"blocks.{i}.{hook}") for i in (0, 1, 3) for hook in (name, "hook_resid_post")]
+    together = harvest(model, ids(), sites)
+    for site, found in zip(sites, together, strict=True):
+        assert torch.equal(harvest(model, ids(), [site])[0], found), site.name
+
+
 @pytest.mark.parametrize("name", INSIDE)
 @torch.inference_mode()
 def test_hook_inside_a_block_is_called_and_replaces(
@@ -198,10 +206,10 @@ def test_compiled_harvest_is_that_of_the_model(model: Any, small_config: Any, mo
         torch.testing.assert_close(found, expected[:5])
         # Hooks that come after the compilation.
         torch.testing.assert_close(harvest_compiled(model, tokens, inside), expected)
-        assert (ran, n_compiled[8:]) == ([1, 2], [0, 3])
+        assert (ran, n_compiled[8:]) == ([1, 2], [0, 1, 2, 3])
         find_hook_site(model, "blocks.0.hook_resid_post")  # other shapes are not compiled
         model.run_with_hooks(tokens, fwd_hooks=[])
-        assert len(n_compiled) == 10
+        assert len(n_compiled) == 12
         monkeypatch.undo()
         first = language_model_sae_runner(small_config(compile_lm=True), model=model)
         again = language_model_sae_runner(small_config(compile_lm=True, run_name="again"), model=model)
