@@ -51,7 +51,6 @@ class Batch(NamedTuple):
 Sites = tuple[HookSite, ...]
 """Where an autoencoder's input is read and, for a transcoder, where its output belongs."""
 
-
 NORM_TOKENS = 8_192  # whose median norm tells what an outlier is
 
 

@@ -216,7 +216,7 @@ def is_close(found: Any, expected: Any) -> bool:
 
 
 def compile_blocks(model: LanguageModel, wanted: bool) -> None:
-    """Let `harvest` run the blocks of `model` compiled, where no hook is placed inside, or (False) no longer.
+    """Let the blocks of `model` run compiled inside `compiled_blocks`, or (False) no longer.
 
     It changes `model` in place. Each shape of tokens is compiled at its first pass, which takes some 10 s on a CPU;
     blocks of a kind share the code.

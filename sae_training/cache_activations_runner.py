@@ -155,9 +155,7 @@ class CacheWriter:
         """The passes that are still to be made, each written by a thread while the next ones are computed."""
         progress = self.manifest.progress
         self.cut_back()
-        self.store.tokens.load_state_dict(
-            progress["tokens"] | {"pending": torch.tensor(progress["tokens"]["pending"], dtype=torch.int64)}
-        )
+        self.store.passes.go_to(progress["tokens"])
         bar = tqdm(total=self.n_passes * self.per_pass, initial=progress["passes"] * self.per_pass, unit="tok")
         bar.set_description("caching")
         with ThreadPoolExecutor(1, thread_name_prefix="cache-write") as thread, bar:

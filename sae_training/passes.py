@@ -105,8 +105,11 @@ class Passes:
     def go_live(self, cached: CachedReader) -> None:
         """Go on in the text where the cache stops."""
         cached.notify_end("from here on, activations are live")
-        tokens = cached.shards.manifest.progress["tokens"]
-        self.tokens.load_state_dict(tokens | {"pending": torch.tensor(tokens["pending"], dtype=torch.int64)})
+        self.go_to(cached.shards.manifest.progress["tokens"])
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Go on at a position in the text as a cache's manifest has it, in JSON."""
+        self.tokens.load_state_dict(position | {"pending": torch.tensor(position["pending"], dtype=torch.int64)})
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the text and in the cache."""

@@ -22,8 +22,6 @@ from tqdm import tqdm
 from sae_training.passes import Passes, PassesAhead, to_device
 
 SHUFFLE_SEED = 42  # the same in all runs, so that seeds of one run can share their batches
-
-
 MAX_EMPTY_PASSES = 20  # in a row, after which nothing is expected to come
 
 
