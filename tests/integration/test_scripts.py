@@ -26,11 +26,11 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from wandb_file import history, the_run, wandb_files
 
 from sae_training.activations import harvest
-from sae_training.activations_store import ActivationsStore
 from sae_training.cli import parse_train
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config_io import FIELD_NAMES
 from sae_training.language_model import find_hook_site
+from sae_training.shuffle_buffer import ShuffleBuffer
 
 ROOT = Path(__file__).parents[2]
 SWEEP: dict[str, Any] = yaml.safe_load((ROOT / "scripts" / "sweep.yaml").read_text(encoding="utf-8"))
@@ -298,18 +298,17 @@ def test_bench_loop_goes_on_without_a_peer_that_is_not_there(looped: tuple[dict[
     assert "left out: default: cannot start sae-lens" in messages
 
 
-def test_bench_loop_counts_the_rows_that_a_run_harvests(demo_model: Any) -> None:
-    cfg = bench_loop.bench_config(bench_loop.parse(LOOP_WORDS))
+def test_bench_loop_counts_the_rows_that_a_run_harvests(demo_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = bench_loop.bench_config(bench_loop.parse([*LOOP_WORDS, "--tokens=3_000"]))
     n_filled = []
+    overwrite = ShuffleBuffer.overwrite
 
-    class Counting(ActivationsStore):
-        def overwrite(self, slots: torch.Tensor) -> None:
-            n_filled.append(len(slots))
-            super().overwrite(slots)
+    def counting(buffer: ShuffleBuffer, slots: torch.Tensor) -> None:
+        n_filled.append(len(slots))
+        overwrite(buffer, slots)
 
-    store = Counting(cfg, demo_model)
-    for _ in range(cfg.total_training_steps):
-        store.advance()
+    monkeypatch.setattr(ShuffleBuffer, "overwrite", counting)
+    bench_loop.time_run(cfg, demo_model)
     assert len(n_filled) > 1
     assert sum(n_filled) == bench_loop.rows_harvested(cfg)
 
