@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sae_training.language_model import HookSite, LanguageModel, read_hooks
+from sae_training.hooks import read_hooks
+from sae_training.language_model import HookSite, LanguageModel
 
 
 @torch.inference_mode()

@@ -6,14 +6,15 @@ Hugging Face model alone (SmolLM2, 9 layers of 2,048 tokens, bfloat16 on a CPU).
 a twin: the Hugging Face block itself, with the bridge's (processed) weights. `compile_blocks` sends twins through
 torch.compile, for training rows only.
 
-Where hooks only read (`reading_hooks`), the residual stream is that of the twins all the same: a block that is
-read inside runs a second time for it. So what is read at a place does not depend, down to the last bit, on where else
-is read.
-
 Hooks are looked for at every pass, and so are parts that were put in the place of others: a block that has been touched
 inside runs as transformer_lens wrote it. torch.compile by itself would not notice hooks that are added later
 (`torch._dynamo.config.skip_nnmodule_hook_guards`). What goes into a block and what comes out of it lie outside: hooks
 there cost nothing.
+
+Our own hooks (`hooks.py`) need not touch a block: most places inside it are what goes into some part of the Hugging
+Face block, or comes out of one, and can be tapped there (`Tap`). For the few others that are only read, the block runs
+a second time as transformer_lens wrote it. The residual stream is that of the twins either way, so what is read at a
+place does not depend, down to the last bit, on where else is read.
 """
 
 from __future__ import annotations
@@ -22,22 +23,21 @@ import copy
 import functools
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sae_training.taps import HookPoint, Tap, candidate_taps, find_taps, is_close
+
 LanguageModel = Any
 Forward = Callable[..., Any]
 
 PROBE_TOKENS = 16
-SAME = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative distance of a twin's output: roundings come to 1e-6
-SAME_IN_16_BITS = 2e-2
 COMPILED_FORMS = 64  # of a block, by its kind and by the shape of the tokens; torch's own limit is 8
 
 compiled_wanted: ContextVar[bool] = ContextVar("compiled_wanted", default=False)
@@ -56,26 +56,6 @@ def compiled_blocks() -> Iterator[None]:
         compiled_wanted.reset(token)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A pass whose hooks only read; nobody asks for what comes out of the block `last`."""
-
-    last: nn.Module | None
-
-
-reading: ContextVar[Reading | None] = ContextVar("reading", default=None)
-
-
-@contextmanager
-def reading_hooks(last: nn.Module | None) -> Iterator[None]:
-    """In here hooks read and replace nothing."""
-    token = reading.set(Reading(last))
-    try:
-        yield
-    finally:
-        reading.reset(token)
-
-
 # ------------------------------------------------------------------------------------------------------------- twins
 
 
@@ -88,7 +68,7 @@ class BlockSwitch:
     on any part, but for those that libraries place for themselves, and no part put in the place of another.
 
     `outside` are hook points that do not count. `first` and `last` are those of the residual stream, if the twin had
-    them within itself and has lost them.
+    them within itself and has lost them. `tapped` is a second twin, for hooks: what is compiled never has any.
     """
 
     def __init__(
@@ -96,29 +76,52 @@ class BlockSwitch:
         block: nn.Module,
         hooked: Forward,
         twin: nn.Module,
+        tapped: nn.Module,
         outside: list[nn.Module],
         first: nn.Module | None = None,
         last: nn.Module | None = None,
     ) -> None:
-        self.hooked, self.twin, self.first, self.last = hooked, twin, first, last
-        self.block = block
+        self.hooked, self.twin, self.tapped, self.outside = hooked, twin, tapped, outside
+        self.first, self.last = first, last
         parts = [part for part in block.modules() if part not in outside]
         self.parts = [(part._modules, tuple(part._modules.values())) for part in parts]
         self.on_points = [hooks for part in parts if hasattr(part, "fwd_hooks") for hooks in hooks_of(part)]
         self.on_others = [hooks for part in parts if not hasattr(part, "fwd_hooks") for hooks in hooks_of(part)]
         self.compiled: Forward | None = None
+        self.taps: dict[HookPoint, Tap] = {}
+        """Where in `tapped` the same passes."""
+        self.beside: tuple[Forward, ...] = ()
+        """What runs for the sake of its hooks, beside that whose output counts."""
+        self.instead: Forward | None = None
+        """What runs in place of the twin."""
         functools.update_wrapper(self, hooked)  # the bridge reads the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        planned = self.beside or self.instead
         # Asked for attention patterns (run_with_cache of the bridge does), only the block itself has them.
-        if self.is_touched() or kwargs.get("output_attentions"):
-            out, mode = self.hooked(*args, **kwargs), reading.get()
-            if mode is None or self.block is mode.last:
-                return out
+        if not planned and (self.is_touched() or kwargs.get("output_attentions")):
+            return self.hooked(*args, **kwargs)
+        for forward in self.beside:
+            forward(*args, **kwargs)
+        if self.instead is not None:
+            return self.instead(*args, **kwargs)
         run = self.compiled if self.compiled is not None and compiled_wanted.get() else self.twin
         if self.first is None or self.last is None:
             return run(*args, **kwargs)
         return self.last(run(self.first(args[0]), *args[1:], **kwargs))
+
+    @contextmanager
+    def running(self, beside: Sequence[Forward], instead: Forward | None = None) -> Iterator[None]:
+        """In here these run, as the attributes of the name say."""
+        self.beside, self.instead = tuple(beside), instead
+        try:
+            yield
+        finally:
+            self.beside, self.instead = (), None
+
+    def is_compiled(self) -> bool:
+        """Whether the twin would run compiled just now."""
+        return self.compiled is not None and compiled_wanted.get()
 
     def is_touched(self) -> bool:
         # Of dicts that torch keeps: some 20 us a block, a sixth of what going through its modules takes.
@@ -140,56 +143,69 @@ def hooks_of(part: nn.Module) -> list[dict[int, Any]]:
 def skip_hook_points(bridge: LanguageModel) -> None:
     """Let the blocks of a `TransformerBridge` run without their hook points where none is in use.
 
-    A block whose twin does not compute the same on a few tokens stays as it is; float32 shows that best.
+    A block whose twin does not compute the same on a few tokens stays as it is, and a hook point has a tap if the same
+    passes there; float32 shows that best.
     """
     # Keys and values of past tokens serve generation alone, which asks for them itself.
     bridge.original_model.config.use_cache = False
-    layers = {block.original_component: block for block in bridge.blocks}
-    switches = {layer: switch for layer, block in layers.items() if (switch := bridge_switch(block))}
+    found = {block.original_component: bridge_switch(block) for block in bridge.blocks}
+    switches = {layer: with_taps for layer, with_taps in found.items() if with_taps is not None}
     agrees: dict[nn.Module, bool] = {}
 
-    def trial(layer: nn.Module, switch: BlockSwitch) -> Forward:
+    def trial(layer: nn.Module, switch: BlockSwitch, candidates: dict[HookPoint, list[Tap]]) -> Forward:
         @functools.wraps(switch.hooked)
         def both(*args: Any, **kwargs: Any) -> Any:
             expected = switch.hooked(*args, **kwargs)
             try:
                 agrees[layer] = is_close(switch.twin(*args, **kwargs), expected)
+                switch.taps = find_taps(
+                    candidates, lambda: switch.hooked(*args, **kwargs), lambda: switch.tapped(*args, **kwargs)
+                )
             except Exception:  # other people's code, called in a way it may not be meant for
                 agrees[layer] = False
             return expected
 
         return both
 
-    for layer, switch in switches.items():
-        set_forward(layer, trial(layer, switch))
+    for layer, (switch, candidates) in switches.items():
+        set_forward(layer, trial(layer, switch, candidates))
     try:
         ids = torch.arange(PROBE_TOKENS, device=bridge.cfg.device) % bridge.cfg.d_vocab
         with torch.inference_mode():
             bridge(ids.unsqueeze(0), return_type=None)
     finally:
-        for layer, switch in switches.items():
+        for layer, (switch, _) in switches.items():
             set_forward(layer, switch if agrees.get(layer) else switch.hooked)
 
 
-def bridge_switch(block: Any) -> BlockSwitch | None:
-    """For the Hugging Face block that the bridge's `block` has between its first and last hook; None without a twin."""
+def bridge_switch(block: Any) -> tuple[BlockSwitch, dict[HookPoint, list[Tap]]] | None:
+    """For the Hugging Face block that the bridge's `block` has between its first and last hook, with the taps it may
+    have; None without a twin.
+    """
     layer = block.original_component
-    twin = twin_of(layer)
-    return None if twin is None else BlockSwitch(block, layer.forward, twin, [block.hook_in, block.hook_out])
+    copies: dict[nn.Module, nn.Module] = {}
+    twin, tapped = twin_of(layer), twin_of(layer, copies)
+    if twin is None or tapped is None:
+        return None
+    outside = [block.hook_in, block.hook_out]
+    return BlockSwitch(block, layer.forward, twin, tapped, outside), candidate_taps(copies)
 
 
-def twin_of(module: nn.Module) -> nn.Module | None:
+def twin_of(module: nn.Module, copies: dict[nn.Module, nn.Module] | None = None) -> nn.Module | None:
     """A copy of `module` with the same tensors, without what transformer_lens has put around and between its parts.
 
     The dicts of parameters and buffers are shared, so that the twin follows the original to other precisions; None if
-    some part holds a tensor by itself, which would not follow.
+    some part holds a tensor by itself, which would not follow. `copies` gets what each part has become.
     """
+    copies = {} if copies is None else copies
+    around = [module]
     while isinstance(wrapped := module._modules.get("_original_component"), nn.Module):
         module = wrapped
+        around.append(module)
     if hasattr(module, "fwd_hooks"):
         return nn.Identity()
     twin = copy.copy(module)
-    parts = {name: None if part is None else twin_of(part) for name, part in module._modules.items()}
+    parts = {name: None if part is None else twin_of(part, copies) for name, part in module._modules.items()}
     lost = any(parts[name] is None for name, part in module._modules.items() if part is not None)
     if lost or any(isinstance(value, Tensor) for value in vars(twin).values()):
         return None
@@ -199,17 +215,18 @@ def twin_of(module: nn.Module) -> nn.Module | None:
     # A numpy number (HookedTransformer's attn_scale) cannot be compiled in inference mode.
     vars(twin).update({name: value.item() for name, value in vars(twin).items() if isinstance(value, np.generic)})
     twin.training = False
+    copies.update(dict.fromkeys(around, twin))
     return twin
+
+
+def switch_in(block: Any) -> BlockSwitch | None:
+    """The switch that stands in a block of the language model, None without one."""
+    found = vars(getattr(block, "original_component", block)).get("forward")
+    return found if isinstance(found, BlockSwitch) else None
 
 
 def set_forward(module: nn.Module, forward: Forward) -> None:
     vars(module)["forward"] = forward  # not by setattr, which transformer_lens passes on to what it wraps
-
-
-def is_close(found: Any, expected: Any) -> bool:
-    found, expected = (value[0] if isinstance(value, tuple) else value for value in (found, expected))
-    limit = SAME.get(expected.dtype, SAME_IN_16_BITS)
-    return bool((found - expected).float().norm() <= limit * expected.float().norm())
 
 
 # --------------------------------------------------------------------------------------------------------- compiling
@@ -226,9 +243,9 @@ def compile_blocks(model: LanguageModel, wanted: bool) -> None:
             if isinstance(switch := vars(module).get("forward"), BlockSwitch):
                 switch.compiled = None
         return
-    if hasattr(model, "original_model") and not any(map(switch_of, model.blocks)):  # a bridge that we did not load
+    if hasattr(model, "original_model") and not any(map(switch_in, model.blocks)):  # a bridge that we did not load
         skip_hook_points(model)
-    switches = [switch for block in model.blocks if (switch := switch_of(block)) is not None]
+    switches = [switch for block in model.blocks if (switch := with_switch(block)) is not None]
     if not switches:
         raise ValueError(
             "compile_lm: found True with a model whose blocks cannot run without their hook points, expected one with "
@@ -240,16 +257,14 @@ def compile_blocks(model: LanguageModel, wanted: bool) -> None:
         switch.compiled = functools.partial(compile_and_run, compiled, switch.twin)
 
 
-def switch_of(block: Any) -> BlockSwitch | None:
-    """The switch in a block, None if it cannot have one."""
-    if hasattr(block, "original_component"):  # of a bridge, where `skip_hook_points` has put it
-        found = vars(block.original_component).get("forward")
-        return found if isinstance(found, BlockSwitch) else None
-    if "forward" not in vars(block) and (twin := twin_of(block)) is not None:
-        first, last = block.hook_resid_pre, block.hook_resid_post
-        set_forward(block, BlockSwitch(block, block.forward, twin, [first, last], first, last))
-    found = vars(block).get("forward")
-    return found if isinstance(found, BlockSwitch) else None
+def with_switch(block: Any) -> BlockSwitch | None:
+    """The switch in a block, put there if need be; None if it cannot have one."""
+    if not hasattr(block, "original_component") and "forward" not in vars(block):  # of a HookedTransformer
+        twin = twin_of(block)
+        if twin is not None:
+            first, last = block.hook_resid_pre, block.hook_resid_post
+            set_forward(block, BlockSwitch(block, block.forward, twin, twin, [first, last], first, last))
+    return switch_in(block)
 
 
 def run_block(twin: nn.Module, *args: Any, **kwargs: Any) -> Any:

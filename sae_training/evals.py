@@ -8,7 +8,7 @@ taken over all tokens before any ratio, so no figure is a mean of ratios.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae_training.activations import at_site, put_back
 from sae_training.activations_store import ActivationsStore, Sites
-from sae_training.blocks import reading_hooks
+from sae_training.hooks import NamedLook, hooked
 from sae_training.language_model import HookSite, LanguageModel
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
@@ -85,26 +85,25 @@ def batches_of_prompts(tokens: Tensor, model: LanguageModel) -> Iterator[Tensor]
 def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: Tensor) -> None:
     seen: dict[HookSite, Tensor] = {}
 
-    def look_at(site: HookSite) -> tuple[str, Callable[[Tensor, Any], None]]:
-        return site.name, lambda activations, hook: seen.update({site: at_site(activations, site)})
+    def look_at(site: HookSite) -> NamedLook:
+        return site.name, lambda activations: seen.update({site: at_site(activations, site)})
 
     sites = dict.fromkeys(site for each in evaluated for site in each.sites)
-    with reading_hooks(last=None):
-        clean = run(store.model, prompts, tuple(sites), [look_at(site) for site in sites])
+    clean = run(store.model, prompts, tuple(sites), map(look_at, sites))
     keep = store.keeps(prompts, seen[evaluated[0].sites[0]])  # a rule about norms is for runs with one input site
     for target_site in dict.fromkeys(each.sites[-1] for each in evaluated):
         of_site = [each for each in evaluated if each.sites[-1] == target_site]
         zeros = torch.zeros_like(seen[target_site])
         heads = tuple(dict.fromkeys(each.sites[0] for each in of_site))
-        without = compare(clean, run(store.model, prompts, heads, [replacing(target_site, zeros, keep)]), prompts)
+        without = compare(clean, run(store.model, prompts, heads, (), [replacing(target_site, zeros, keep)]), prompts)
         for each in of_site:
             x = seen[each.sites[0]]
             feature_acts = each.sae.encode(x)
             sae_out = each.sae.decode(feature_acts, x)
             each.moments.add(feature_acts[keep], sae_out[keep], seen[target_site].to(each.sae.dtype)[keep])
             del feature_acts
-            hooks = [replacing(target_site, sae_out, keep)]
-            with_sae = compare(clean, run(store.model, prompts, each.sites[:1], hooks), prompts)
+            changed = run(store.model, prompts, each.sites[:1], (), [replacing(target_site, sae_out, keep)])
+            with_sae = compare(clean, changed, prompts)
             each.sums["tokens"] += prompts[:, 1:].numel()
             each.sums["ce_clean"] += with_sae["ce_clean"]
             for name, found in (("sae", with_sae), ("ablation", without)):
@@ -115,12 +114,10 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
                 each.sums["queries"] += prompts.numel()
 
 
-def replacing(site: HookSite, new: Tensor, keep: Tensor) -> tuple[str, Callable[[Tensor, Any], Tensor]]:
-    """A hook, with its name, that puts `new` (prompts, positions, width) at the site, where `keep` (prompts, positions)
-    is true.
-    """
+def replacing(site: HookSite, new: Tensor, keep: Tensor) -> NamedLook:
+    """Puts `new` (prompts, positions, width) at the site, where `keep` (prompts, positions) is true."""
 
-    def replace(activations: Tensor, hook: Any) -> Tensor:
+    def replace(activations: Tensor) -> Tensor:
         clean = at_site(activations, site)
         return put_back(activations, torch.where(keep.unsqueeze(-1), new.to(clean.dtype), clean), site)
 
@@ -136,18 +133,23 @@ class Pass:
 
 
 def run(
-    model: LanguageModel, prompts: Tensor, sites: Sites, hooks: Sequence[tuple[str, Callable[[Tensor, Any], Any]]]
+    model: LanguageModel,
+    prompts: Tensor,
+    sites: Sites,
+    reads: Iterable[NamedLook],
+    replacements: Iterable[NamedLook] = (),
 ) -> Pass:
-    """A pass over `prompts` with `hooks`; (prompts, positions, vocab) logits, (prompts, queries, keys) patterns."""
+    """A pass over `prompts`; (prompts, positions, vocab) logits, (prompts, queries, keys) patterns."""
     patterns: dict[HookSite, Tensor] = {}
 
-    def keep_pattern(site: HookSite) -> tuple[str, Callable[[Tensor, Any], None]]:
-        return f"blocks.{site.layer}.attn.hook_pattern", lambda activations, hook: patterns.update(
+    def keep_pattern(site: HookSite) -> NamedLook:
+        return f"blocks.{site.layer}.attn.hook_pattern", lambda activations: patterns.update(
             {site: activations[:, site.head_index]}
         )
 
     looks = [keep_pattern(site) for site in sites if site.head_index is not None]
-    return Pass(model.run_with_hooks(prompts, fwd_hooks=[*hooks, *looks], return_type="logits"), patterns)
+    with hooked(model, [*reads, *looks], replacements):
+        return Pass(model(prompts, return_type="logits"), patterns)
 
 
 class RowMoments:

@@ -14,23 +14,21 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae_training.blocks import reading_hooks, skip_hook_points
+from sae_training.blocks import skip_hook_points
 from sae_training.bundled import bundled_model
+from sae_training.hooks import block_number, read_hooks
 from sae_training.precision import bfloat16_is_fast
 
 __all__ = [
@@ -293,52 +291,6 @@ def probe_shape(model: LanguageModel, name: str, stop_at_layer: int | None) -> t
     return tuple(found[name].shape)
 
 
-READING = -1  # the level of our hooks, by which they are removed again and no others
-
-
-@torch.inference_mode()
-def read_hooks(model: LanguageModel, tokens: Tensor, names: Set[str], stop_at_layer: int | None) -> dict[str, Tensor]:
-    """The tensors at the hooks `names`, from a pass that stops before the block `stop_at_layer` (None: never).
-
-    `run_with_cache` does the same, and on a bridge asks for all attention patterns and goes through thousands of hooks.
-    """
-    found: dict[str, Tensor] = {}
-    points = {name: hook_point_of(model, name) for name in names}
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda activations, hook: found.update({name: activations})
-
-    try:
-        for name, point in points.items():
-            point.add_hook(keep(name), level=READING)
-        with reading_hooks(last_block_if_unread(model, names, stop_at_layer)):
-            model(tokens, return_type=None, stop_at_layer=stop_at_layer)
-    finally:
-        for point in points.values():
-            point.remove_hooks(dir="fwd", level=READING)
-    return found
-
-
-def last_block_if_unread(model: LanguageModel, names: Set[str], stop_at_layer: int | None) -> nn.Module | None:
-    """The block before `stop_at_layer`, unless its output is read."""
-    if not stop_at_layer:
-        return None
-    last = stop_at_layer - 1
-    is_read = any(name in names for name in (f"blocks.{last}.hook_resid_post", f"blocks.{last}.hook_out"))
-    return None if is_read else model.blocks[last]
-
-
-known_points: WeakKeyDictionary[nn.Module, dict[str, HookPoint]] = WeakKeyDictionary()
-
-
-def hook_point_of(model: LanguageModel, name: str) -> HookPoint:
-    """`model.hook_dict[name]`, which a bridge makes anew each time, of some thousand entries."""
-    points = known_points.setdefault(model, {})
-    if name not in points:
-        points[name] = model.hook_dict[name]
-    return points[name]
-
-
 def cheapest_read(hook_point: str) -> tuple[str, int | None]:
     """The hook to cache and the block to stop before, for the least work that yields `hook_point`."""
     layer = block_number(hook_point)
@@ -347,11 +299,6 @@ def cheapest_read(hook_point: str) -> tuple[str, int | None]:
     if layer > 0 and hook_point == f"blocks.{layer}.hook_resid_pre":
         return f"blocks.{layer - 1}.hook_resid_post", layer
     return hook_point, layer + 1
-
-
-def block_number(hook_point: str) -> int | None:
-    match = re.match(r"blocks\.(\d+)\.", hook_point)
-    return int(match.group(1)) if match else None
 
 
 def unknown_hook_message(model: LanguageModel, hook_point: str) -> str:

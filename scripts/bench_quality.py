@@ -465,12 +465,12 @@ class HeldOut:
         for prompts in batches_of_prompts(self.tokens, self.model):
             keep = ~torch.isin(prompts, self.special)
             splice = partial(self.splice, keep=keep, change=change)
-            logits = run(self.model, prompts, (self.site,), [(self.site.name, splice)]).logits
+            logits = run(self.model, prompts, (self.site,), (), [(self.site.name, splice)]).logits
             for tokens, predicted in zip(prompts, logits, strict=True):  # one prompt at a time: float32 is large
                 total += torch.nn.functional.cross_entropy(predicted[:-1].float(), tokens[1:], reduction="sum").item()
         return total / self.tokens[:, 1:].numel()
 
-    def splice(self, activations: Tensor, hook: Any, keep: Tensor, change: Change) -> Tensor:
+    def splice(self, activations: Tensor, keep: Tensor, change: Change) -> Tensor:
         changed = at_site(activations, self.site).clone()
         changed[keep] = change(changed[keep]).to(changed.dtype)
         return put_back(activations, changed, self.site)

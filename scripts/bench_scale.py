@@ -1,6 +1,7 @@
 """What it costs to train many autoencoders from one pass of the language model, and to train from a cache.
 
     python scripts/bench_scale.py layers      all layers of SmolLM2-135M at once, d_sae 4 x d_in, TopK
+    python scripts/bench_scale.py layers --hook hook_mlp_out                    inside each block
     python scripts/bench_scale.py sweep       four l1_coefficient x two lr in one run, against eight runs
     python scripts/bench_scale.py cache       write and read rates, bytes and explained variance of each precision
 
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("what", choices=("layers", "sweep", "cache"))
     parser.add_argument("--tokens", type=int, default=131_072, help="training tokens of each run")
     parser.add_argument("--rounds", type=int, default=3, help="of what is timed several times")
+    parser.add_argument("--hook", default="hook_resid_post", help="that `layers` reads in each block")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES), help="of caches")
     arguments = parser.parse_args()
     cfg = dataclasses.replace(smollm2_config(arguments.tokens), d_in=None, **QUIET)
@@ -56,7 +58,7 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON
         match arguments.what:
             case "layers":
-                measured = layers(cfg, model, arguments.rounds)
+                measured = layers(cfg, model, arguments.hook, arguments.rounds)
             case "sweep":
                 measured = sweep(cfg, model, arguments.rounds)
             case _:
@@ -67,11 +69,11 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
-def layers(cfg: LanguageModelSAERunnerConfig, model: Any, rounds: int) -> dict[str, Any]:
+def layers(cfg: LanguageModelSAERunnerConfig, model: Any, hook: str, rounds: int) -> dict[str, Any]:
     n = model.cfg.n_layers
     several = dataclasses.replace(
         cfg,
-        hook_point="blocks.{layer}.hook_resid_post",
+        hook_point="blocks.{layer}." + hook,
         hook_point_layer=list(range(n)),
         expansion_factor=4,
         n_batches_in_buffer=16,
@@ -89,6 +91,7 @@ def layers(cfg: LanguageModelSAERunnerConfig, model: Any, rounds: int) -> dict[s
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     forward = spent["harvest"] * bare_over_harvest
     return {
+        "hook": hook,
         "autoencoders": n,
         "d_sae": single.d_sae,
         "run_s": round(whole, 1),
