@@ -6,9 +6,9 @@
     python scripts/bench_scale.py cache       write and read rates, bytes and explained variance of each precision
 
 `layers` divides the time of the whole run by what of it the language model's bare forward and the steps take, timed
-inside the run, and its peak memory by the plan. `sweep` times one run of eight and runs of
-one, two of the eight, in turn. `cache` compares writing with harvesting alone, and reading with the steps that
-consume the rows; the explained variance is that of held-out text after training from each cache. JSON on stdout.
+inside the run, and its peak memory by the plan. `sweep` times one run of eight and runs of one, two of the eight, in
+turn. `cache` compares writing with harvesting alone, and reading with the steps that consume the rows; the explained
+variance is that of held-out text after training from each cache, for each of three seeds. JSON on stdout.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from sae_training.lm_runner import find_singles, run_config
 from sae_training.memory_plan import plan_memory
 from sae_training.trainer import SAETrainer
 
+SEEDS = (42, 43, 44)  # of the autoencoders whose explained variance is compared
 QUIET: dict[str, Any] = {"log_to_wandb": False, "eval_every_steps": 0, "checkpoint_every_minutes": None}
 
 
@@ -229,10 +230,14 @@ def time_harvest(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
     return time.perf_counter() - start
 
 
-def held_out_variance(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
-    run = run_config(cfg, model)
-    evaluation = json.loads((run.folder.final / "evaluation.json").read_text())
-    return round(evaluation["metrics/eval_explained_variance"], 4)
+def held_out_variance(cfg: LanguageModelSAERunnerConfig, model: Any) -> list[float]:
+    """Of an autoencoder of each seed."""
+    found: list[float] = []
+    for seed in SEEDS:
+        run = run_config(dataclasses.replace(cfg, seed=seed, run_name=f"{cfg.run_name}-{seed}"), model)
+        evaluation = json.loads((run.folder.final / "evaluation.json").read_text())
+        found.append(round(evaluation["metrics/eval_explained_variance"], 4))
+    return found
 
 
 if __name__ == "__main__":
