@@ -24,7 +24,7 @@ import functools
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -112,7 +112,9 @@ class BlockSwitch:
 
     @contextmanager
     def running(self, beside: Sequence[Forward], instead: Forward | None = None) -> Iterator[None]:
-        """In here these run, as the attributes of the name say."""
+        """In here these run, as the attributes of the name say; RuntimeError within another such context."""
+        if self.beside or self.instead:
+            raise RuntimeError("hooked: found a block that is hooked already, expected one `hooked` at a time.")
         self.beside, self.instead = tuple(beside), instead
         try:
             yield
@@ -156,13 +158,11 @@ def skip_hook_points(bridge: LanguageModel) -> None:
         @functools.wraps(switch.hooked)
         def both(*args: Any, **kwargs: Any) -> Any:
             expected = switch.hooked(*args, **kwargs)
-            try:
+            with suppress(Exception):  # other people's code, called in a way it may not be meant for
                 agrees[layer] = is_close(switch.twin(*args, **kwargs), expected)
                 switch.taps = find_taps(
                     candidates, lambda: switch.hooked(*args, **kwargs), lambda: switch.tapped(*args, **kwargs)
                 )
-            except Exception:  # other people's code, called in a way it may not be meant for
-                agrees[layer] = False
             return expected
 
         return both
@@ -210,7 +210,8 @@ def twin_of(module: nn.Module, copies: dict[nn.Module, nn.Module] | None = None)
     if lost or any(isinstance(value, Tensor) for value in vars(twin).values()):
         return None
     twin._modules = parts
-    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    of_hooks = [name for name, value in vars(twin).items() if "_hooks" in name and isinstance(value, OrderedDict)]
+    vars(twin).update({name: OrderedDict() for name in of_hooks})
     vars(twin).pop("forward", None)
     # A numpy number (HookedTransformer's attn_scale) cannot be compiled in inference mode.
     vars(twin).update({name: value.item() for name, value in vars(twin).items() if isinstance(value, np.generic)})

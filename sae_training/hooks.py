@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -46,56 +46,76 @@ def hooked(
     """In here passes of `model` show the tensors at hooks to functions, and those of `replacements` replace them.
 
     Where nothing is replaced, the residual stream is the same, bit for bit, whatever is read. Nobody asks for what
-    comes out of block `last`.
+    comes out of block `last`. Hooks that others placed inside a block before count; none may be placed in here, nor a
+    second `hooked` be entered.
     """
-    by_block: dict[BlockSwitch | None, list[tuple[HookPoint, Look, bool]]] = {}
-    last_switch = None if last is None else switch_in(model.blocks[last])
-    for looks, replaces in ((reads, False), (replacements, True)):
-        for name, look in looks:
-            point, layer = hook_point_of(model, name), block_number(name)
-            switch = None if layer is None else switch_in(model.blocks[layer])
-            if switch is not None and (point in switch.outside or switch.is_touched()):
-                switch = None  # costs nothing; or somebody else has hooks there, and runs the block as it is anyway
-            by_block.setdefault(switch, []).append((point, look, replaces))
+    switches: dict[int, BlockSwitch | None] = {}
+    looks: dict[int | None, list[tuple[HookPoint, Look]]] = {}
+    replaced = [(name, look, True) for name, look in replacements]
+    for name, look, replaces in [(name, look, False) for name, look in reads] + replaced:
+        point, layer = hook_point_of(model, name), block_number(name)
+        if layer is not None and layer not in switches:
+            switches[layer] = untouched_switch(model.blocks[layer])
+        switch = None if layer is None else switches[layer]
+        inside = layer if switch is not None and point not in switch.outside else None
+        looks.setdefault(inside, []).append((point, look if replaces else only_read(look)))
+    changed = {block_number(name) for name, _, _ in replaced}
     with ExitStack() as stack:
-        for switch, looks in by_block.items():
+        for layer, of_block in looks.items():
+            switch = None if layer is None else switches[layer]
             if switch is None:
-                for point, look, _ in looks:
-                    stack.enter_context(open_point(point, look))
+                open_points(stack, of_block)
             else:
-                stack.enter_context(hooked_inside(switch, looks, switch is last_switch))
+                stack.enter_context(hooked_inside(switch, of_block, layer in changed, layer == last))
         yield
 
 
+def untouched_switch(block: Any) -> BlockSwitch | None:
+    """None where the block runs with its hook points anyway: it has no twin, or others have hooks in it."""
+    switch = switch_in(block)
+    return None if switch is None or switch.is_touched() else switch
+
+
+def only_read(look: Look) -> Look:
+    def read(activations: Tensor) -> None:
+        look(activations)
+
+    return read
+
+
 @contextmanager
-def hooked_inside(switch: BlockSwitch, looks: list[tuple[HookPoint, Look, bool]], is_last: bool) -> Iterator[None]:
+def hooked_inside(
+    switch: BlockSwitch, looks: list[tuple[HookPoint, Look]], replaces: bool, is_last: bool
+) -> Iterator[None]:
     """`hooked` for one block that nobody else has touched.
 
-    | what can be tapped | only read                                | something is replaced |
+    | what can be tapped | all are only read                        | some are replaced     |
     |--------------------|------------------------------------------|-----------------------|
     | all                | the tapped twin runs                     | the tapped twin runs  |
     | some               | the hooked block, then the tapped twin   | the hooked block runs |
     | nothing            | the hooked block, then the twin          | the hooked block runs |
 
-    Of a block that runs twice, what the latter returns counts. When the twin runs compiled, and something is only read,
-    the compiled twin comes last in any case: its roundings are others.
+    Of a block that runs twice, what the latter returns counts; nothing runs for the sake of that alone in the last
+    block. Where the twin would run compiled and all are only read, it comes last in any case: its roundings are others.
     """
-    replaces = any(replacing for _, _, replacing in looks)
-    tapped = [(switch.taps[point], look) for point, look, _ in looks if point in switch.taps]
-    others = [(point, look) for point, look, _ in looks if point not in switch.taps]
-    if replaces and others:
-        tapped, others = [], [(point, look) for point, look, _ in looks]
-    runs = [switch.hooked] * bool(others) + [switch.tapped] * bool(tapped)
+    tapped = [(switch.taps[point], look) for point, look in looks if point in switch.taps]
+    untapped = [(point, look) for point, look in looks if point not in switch.taps]
+    in_one_place = len({(tap.part, tap.is_input) for tap, _ in tapped}) < len(tapped)
+    if replaces and (untapped or in_one_place):  # in one place, nothing would tell which comes first
+        tapped, untapped = [], looks
+    runs = [switch.hooked] * bool(untapped) + [switch.tapped] * bool(tapped)
+    last_counts = is_last or replaces or (bool(tapped) and not switch.is_compiled())
     with ExitStack() as stack:
         for tap, look in tapped:
             stack.enter_context(tap.open(look))
-        for point, look in others:
-            stack.enter_context(open_point(point, look))
-        if is_last or replaces or (tapped and not switch.is_compiled()):
-            stack.enter_context(switch.running(runs[:-1], instead=runs[-1]))
-        else:
-            stack.enter_context(switch.running(runs))
+        open_points(stack, untapped)
+        stack.enter_context(switch.running(runs[:-1], runs[-1]) if last_counts else switch.running(runs))
         yield
+
+
+def open_points(stack: ExitStack, looks: list[tuple[HookPoint, Look]]) -> None:
+    for point, look in looks:
+        stack.enter_context(open_point(point, look))
 
 
 def last_block_if_unread(names: Set[str], stop_at_layer: int | None) -> int | None:
@@ -103,19 +123,20 @@ def last_block_if_unread(names: Set[str], stop_at_layer: int | None) -> int | No
     if not stop_at_layer:
         return None
     last = stop_at_layer - 1
-    is_read = any(name in names for name in (f"blocks.{last}.hook_resid_post", f"blocks.{last}.hook_out"))
-    return None if is_read else last
+    outputs = (f"blocks.{last}.hook_resid_post", f"blocks.{last}.hook_out", f"blocks.{stop_at_layer}.")
+    return None if any(name.startswith(outputs) for name in names) else last
 
 
-known_points: WeakKeyDictionary[nn.Module, dict[str, HookPoint]] = WeakKeyDictionary()
+known_points: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, HookPoint]] = WeakKeyDictionary()
 
 
 def hook_point_of(model: LanguageModel, name: str) -> HookPoint:
     """`model.hook_dict[name]`, which a bridge makes anew each time, of some thousand entries."""
-    points = known_points.setdefault(model, {})
-    if name not in points:
-        points[name] = model.hook_dict[name]
-    return points[name]
+    points = known_points.setdefault(model, WeakValueDictionary())
+    point = points.get(name)
+    if point is None:
+        point = points[name] = model.hook_dict[name]
+    return point
 
 
 def block_number(hook_point: str) -> int | None:

@@ -106,13 +106,20 @@ def boot_bridge(name: str, device: str) -> TransformerBridge:
 
 
 def cast_weights(model: LanguageModel, dtype: torch.dtype) -> None:
+    # The bridge keeps processed MLP weights as plain attributes too, which .to() does not reach: views of parameters,
+    # and so they stay.
+    parameters = {parameter.untyped_storage().data_ptr(): parameter for parameter in model.parameters()}
+    plain = [
+        (module, name, value, parameters.get(value.untyped_storage().data_ptr()))
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
     model.to(dtype, print_details=False)
     model.cfg.dtype = dtype
-    # The bridge keeps processed MLP weights as plain attributes, which .to() does not reach.
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                setattr(module, name, value.to(dtype))
+    for module, name, value, parameter in plain:
+        view = (value.shape, value.stride(), value.storage_offset())
+        setattr(module, name, value.to(dtype) if parameter is None else parameter.data.as_strided(*view))
 
 
 def load_by_name(load: Any, name: str, device: str) -> LanguageModel:

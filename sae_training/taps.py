@@ -100,7 +100,7 @@ def find_taps(
     at_taps = run_open(((tap, tap.open) for tap in taps), tapped)
     found: dict[HookPoint, Tap] = {}
     for point, expected in at_points.items():
-        agreeing = [tap for tap in candidates[point] if tap in at_taps and is_exact(at_taps[tap], expected)]
+        agreeing = [tap for tap in candidates[point] if tap in at_taps and is_surely_same(at_taps[tap], expected)]
         if agreeing:
             found[point] = agreeing[0]
     return found
@@ -120,7 +120,7 @@ def run_open(places: Iterable[tuple[Any, Callable[[Look], Any]]], run: Callable[
     return seen
 
 
-def is_exact(found: Tensor, expected: Tensor) -> bool:
+def is_surely_same(found: Tensor, expected: Tensor) -> bool:
     return expected.dtype in SAME and found.shape == expected.shape and is_close(found, expected)
 
 

@@ -193,3 +193,17 @@ def test_wrong_width_or_head_names_both_values(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         find_hook_site(hooked_model, hook, head, d_in)
+
+
+def test_no_weight_of_a_narrow_model_is_held_twice() -> None:
+    model = load_language_model("demo", lm_dtype="bfloat16")
+    held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    others = [
+        (name, key)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in held
+    ]
+    assert others == []
+    W_in: Any = model.blocks[1].mlp.W_in
+    assert W_in.dtype == torch.bfloat16
