@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import defaultdict
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -50,17 +52,17 @@ def comparison_table(folder: Path, evaluations: Evaluations) -> str:
 
 
 def write_comparison(folder: Path, evaluations: Evaluations) -> Path:
-    """Write report.html of a run of several: EV and CE score by L0, and a table."""
+    """Write report.html of a run of several: EV and CE score by L0 and, if they are of several layers, by layer."""
     head = "".join(f"<th>{escape(title)}</th>" for title, _ in COLUMNS.values())
     rows = []
     for name, evaluation in evaluations.items():
         cells = "".join(f"<td>{evaluation.get(key, math.nan):{form}}</td>" for key, (_, form) in COLUMNS.items())
         rows.append(f"<tr><th scope='row'>{escape(name)}</th>{cells}</tr>")
     table = f"<table><thead><tr><th>Autoencoder</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    figures = [
-        frontier(evaluations, "metrics/eval_explained_variance", "Explained variance by L0"),
-        frontier(evaluations, "metrics/CE_loss_score", "CE score by L0"),
-    ]
+    shown_figures = {"metrics/eval_explained_variance": "Explained variance", "metrics/CE_loss_score": "CE score"}
+    figures = [frontier(evaluations, key, f"{title} by L0") for key, title in shown_figures.items()]
+    if len({layer for _, layer in filter(None, map(of_layer, evaluations))}) > 1:
+        figures = [*(by_layer(evaluations, key, f"{title} by layer") for key, title in shown_figures.items()), *figures]
     plots = "".join(plot(figure, f"plot-{n}") for n, figure in enumerate(figures))
     body = (
         f"<p class='note'>{shown(len(evaluations))} autoencoders, on held-out text. The training curves of one: "
@@ -93,5 +95,32 @@ def frontier(evaluations: Evaluations, key: str, title: str) -> go.Figure:
     )
     style(figure, title, "active latents per token", "fraction")
     figure.update_layout(hovermode="closest")
+    figure.update_yaxes(exponentformat="none")
+    return figure
+
+
+def of_layer(name: str) -> tuple[str, int] | None:
+    """An autoencoder's name without its layer, and the layer; None if the name has none."""
+    match = re.fullmatch(r"(?:layer|blocks\.)(\d+)[-.]?(.*)", name)
+    return (match.group(2), int(match.group(1))) if match else None
+
+
+def by_layer(evaluations: Evaluations, key: str, title: str) -> go.Figure:
+    """A line for each kind of autoencoder, the layer across and the figure `key` upwards."""
+    lines: dict[str, dict[int, float]] = defaultdict(dict)
+    for name, evaluation in evaluations.items():
+        found = of_layer(name)
+        if found is not None and key in evaluation:
+            kind, layer = found
+            lines[kind][layer] = evaluation[key]
+    figure = go.Figure(
+        [
+            go.Scatter(x=sorted(values), y=[values[layer] for layer in sorted(values)], name=kind, mode="lines+markers")
+            for kind, values in lines.items()
+        ]
+    )
+    style(figure, title, "layer", "fraction")
+    highest = max((layer for values in lines.values() for layer in values), default=0)
+    figure.update_xaxes(dtick=1 + highest // 16)
     figure.update_yaxes(exponentformat="none")
     return figure

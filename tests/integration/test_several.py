@@ -71,6 +71,7 @@ def test_what_a_run_of_several_leaves(small_config: Callable, demo_model: Any) -
     evaluations = json.loads((run / "final" / "evaluation.json").read_text())
     assert list(evaluations) == names
     page = (run / "report.html").read_text()
+    assert "Explained variance by layer" in page
     for name in names:
         assert name in page
         assert "Explained variance" in write_report(run / name).read_text()
