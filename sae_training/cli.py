@@ -24,9 +24,10 @@ from tyro.conf import Positional, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
-from sae_training.config_checks import field_types, is_union, nearest, plain_value, value_problems
+from sae_training.config_checks import field_types, is_union, nearest, plain_value, reads_as_number, value_problems
 from sae_training.config_io import FIELD_NAMES, config_from_dict, read_config_values, read_yaml
 from sae_training.config_types import OneOrMany
+from sae_training.sweep import LABELS
 from sae_training.toy_model_config import SAEToyModelRunnerConfig
 
 # What `train` starts from without a config file; the class itself keeps the defaults of the mats
@@ -249,7 +250,7 @@ def run_verb(verb: Verb) -> None:
 
 def parse(argv: Sequence[str]) -> Verb:
     """The command that the words say; wrong words leave through SystemExit(2)."""
-    argv = spell_switches(join_layers(argv)) or ["--help"]
+    argv = spell_switches(join_numbers(argv)) or ["--help"]
     defaults = train_defaults(argv[1:]) if argv[0] == "train" else RECIPE
     verbs: Any = typing.Union[  # noqa: UP007 - the parts are not plain classes
         Annotated[Train, subcommand("train", default=Train(**defaults))],
@@ -312,12 +313,19 @@ def with_words(values: dict[str, Any], verb: Train | Cache) -> dict[str, Any]:
     return values
 
 
-def join_layers(argv: Sequence[str]) -> list[str]:
-    """`--layers 4 8 12`, as sparsify has it, to `--layers 4,8,12`, which ends where a model's name may begin."""
+def join_numbers(argv: Sequence[str]) -> list[str]:
+    """`--layers 4 8 12`, as sparsify has it, to `--layers 4,8,12`, which ends where a model's name may begin; and so
+    for every flag that takes a list.
+    """
+    flags = {f"__{name}" for name in ("layers", *LABELS)}
     words: list[str] = []
     for word in argv:
-        if word.isdigit() and len(words) > 1 and words[-2] == "--layers" and words[-1].replace(",", "").isdigit():
-            words[-1] += f",{word}"
+        if words and words[-1] == "--layers" and word.lower() == "all":
+            words.append("all")
+            continue
+        listed = len(words) > 1 and words[-2].replace("-", "_") in flags
+        if listed and all(map(reads_as_number, [word, *words[-1].rstrip(",").split(",")])):
+            words[-1] = f"{words[-1].rstrip(',')},{word}"
         else:
             words.append(word)
     return words
@@ -426,10 +434,9 @@ def _whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        number = float(text)
-        if not number.is_integer():
-            raise ValueError(f"found {text}, expected a whole number") from None
-        return int(number)
+        if reads_as_number(text) and float(text).is_integer():
+            return int(float(text))
+        raise ValueError(f"found {text}, expected one whole number") from None
 
 
 def _chosen(word: str, spec: PrimitiveConstructorSpec[Any]) -> Any:

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
 from sae_training.sweep import (
     FIXED_K,
+    LABELS,
     MAX_COMBINATIONS,
     OPTION_OF,
+    WITH_PENALTY,
     is_several,
     listed_fields,
     n_combinations,
@@ -50,6 +52,8 @@ ALIASES = {
     "hook_name": "hook_point",
     "model": "model_name",
     "dataset": "dataset_path",
+    "layer": "hook_point_layer",
+    "layers": "hook_point_layer",
 }
 
 POSITIVE = (
@@ -196,6 +200,14 @@ def problems_of_several(cfg: Config) -> list[str]:
             f"layer_stride: found {cfg.layer_stride} with hook_point_layer {cfg.hook_point_layer}, expected 'all'; "
             "leave one out"
         ]
+    for name, users in (("k", FIXED_K), ("l1_coefficient", WITH_PENALTY)):
+        asked = getattr(cfg, name)
+        architectures = cfg.architecture if isinstance(cfg.architecture, list) else [cfg.architecture]
+        if isinstance(asked, list) and not {*architectures} & {*users}:
+            return [
+                f"{name}: found {asked} with architecture {', '.join(architectures)}, which does not have it, expected "
+                f"one value; leave it out, or choose from {', '.join(users)}"
+            ]
     cfg = with_layers(cfg, n_layers=1)  # how many there are, the model says
     if (n := n_combinations(cfg)) > MAX_COMBINATIONS:
         return [f"{listed_fields(cfg)[0]}: the lists stand for {n} autoencoders, expected at most {MAX_COMBINATIONS}"]
@@ -236,6 +248,8 @@ def plain_value(value: Any, hint: Any) -> Any:
         return str(value).removeprefix("torch.")
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         value = value.item()
+    if isinstance(value, range) or type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 1:
+        value = list(value) if isinstance(value, range) else value.tolist()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     options = typing.get_args(hint) if is_union(hint) else (hint,)
@@ -311,14 +325,20 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _misfit(name: str, value: Any, hint: Any) -> str:
     parts = _parts(hint)
+    takes_lists = any(typing.get_origin(part) is list for part in typing.get_args(hint))
+    if isinstance(value, list) and takes_lists:
+        wrong = next(part for part in value if not any(_fits(part, single) for single in parts))
+        return _misfit(name, wrong, hint).replace(", expected", " in a list, expected", 1)
     choices = [c for part in parts if typing.get_origin(part) is Literal for c in typing.get_args(part)]
-    if choices and isinstance(value, str) and str not in parts and not _reads_as_number(value):
-        return _not_a_choice(name, value, choices, [_described(p) for p in parts if p in (int, float)])
+    if choices and isinstance(value, str) and str not in parts and not reads_as_number(value):
+        return _not_a_choice(name, value, choices, [_described(p) for p in parts if p in (int, float, bool)])
     expected = " or ".join(dict.fromkeys(_described(part) for part in parts))
     kind = type(value).__name__
     advice = "change it"
-    if isinstance(value, str) and _reads_as_number(value) and (int in parts or float in parts):
+    if isinstance(value, str) and reads_as_number(value) and (int in parts or float in parts):
         advice = f"write {value.strip()} without quotes"
+    if isinstance(value, list) and not any(typing.get_origin(part) is tuple for part in parts):
+        advice = f"give one value (lists are for {', '.join(LABELS)})"
     return f"{name}: found {value!r} ({kind}), expected {expected}; {advice}"
 
 
@@ -349,7 +369,7 @@ def _described(hint: Any) -> str:
     return names.get(hint, "None")
 
 
-def _reads_as_number(text: str) -> bool:
+def reads_as_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:
@@ -370,9 +390,7 @@ def _k_too_large(cfg: Config) -> str | None:
 def _widths_not_nested(cfg: Config) -> str | None:
     widths = cfg.matryoshka_widths
     if cfg.architecture != "matryoshka":
-        return (
-            f"matryoshka_widths: found {widths} with architecture {cfg.architecture}; leave it out" if widths else None
-        )
+        return None
     ascending = all(a < b for a, b in zip(widths, widths[1:], strict=False))
     if not widths or ascending and (cfg.d_sae is None or widths[-1] <= cfg.d_sae):
         return None
@@ -403,6 +421,16 @@ def _option_of_another(cfg: Config) -> str | None:
             "latents and not their sizes; set it to tanh"
         )
     return None
+
+
+def _layer_of_another_hook(cfg: Config) -> str | None:
+    layer = re.match(r"blocks\.(\d+)\.", cfg.hook_point)
+    if layer is None or cfg.hook_point_layer in (0, int(layer.group(1))):  # 0 is the default
+        return None
+    return (
+        f"hook_point_layer: found {cfg.hook_point_layer} with hook_point {cfg.hook_point!r}, expected "
+        f"{layer.group(1)}, or {{layer}} where the number goes in hook_point; leave one out"
+    )
 
 
 def _transcoder_option_without_target(cfg: Config) -> str | None:
@@ -535,6 +563,7 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = 
     (("k", "d_in", "expansion_factor", "architecture"), _k_too_large),
     (("matryoshka_widths", "architecture", "d_in", "expansion_factor"), _widths_not_nested),
     (("architecture", *OPTION_OF, "micro_batch_size", "grad_acc_steps"), _option_of_another),
+    (("hook_point_layer", "hook_point"), _layer_of_another_hook),
     (("normalize_activations", "target_hook_point"), _normalised_target),
     (("optimizer", "feature_sampling_method", "dtype"), _not_in_8_bits),
     (("skip_connection", "target_hook_point", "d_out", "hook_point_head_index"), _transcoder_option_without_target),

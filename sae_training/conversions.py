@@ -108,6 +108,6 @@ def with_architecture(cfg: Any, architecture: str) -> Any:
     """The config with another architecture, and without the options that only the old one has."""
     changed = copy.copy(cfg)
     others = [name for name, owners in OPTION_OF.items() if architecture not in owners]
-    defaults = {name: getattr(LanguageModelSAERunnerConfig, name) for name in [*others, "matryoshka_widths"]}
+    defaults = {name: getattr(LanguageModelSAERunnerConfig, name) for name in others}
     vars(changed).update(defaults, architecture=architecture)
     return changed

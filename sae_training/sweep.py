@@ -32,9 +32,14 @@ MAX_COMBINATIONS = 4096
 FIXED_K = ("topk", "batchtopk", "matryoshka")
 """Architectures whose code is a fixed number of the largest pre-activations."""
 
+WITH_PENALTY = ("standard", "jumprelu", "gated")
+"""Architectures that are sparse by a penalty, times l1_coefficient."""
+
 # Options that only some architectures have; elsewhere they would do nothing, or harm.
 OPTION_OF: dict[str, tuple[str, ...]] = {
     "multi_topk": ("topk",),
+    "matryoshka_widths": ("matryoshka",),
+    "matryoshka_selection": ("matryoshka",),
     "k_anneal_steps": FIXED_K,
     "lp_norm": ("standard", "gated"),
     "scale_sparsity_penalty_by_decoder_norm": ("standard", "gated", "jumprelu"),

@@ -202,7 +202,7 @@ def test_verb(words: list[str], verb: cli.Verb) -> None:
         (["train", "--l1-coeficient", "3"], "--l1-coefficient"),
         (["train", "--architecture", "top"], "did you mean topk?"),
         (["train", "--optimizer", "adan"], "'adam'"),
-        (["train", "--k", "1.5"], "expected a whole number"),
+        (["train", "--k", "1.5"], "expected one whole number"),
         (["trian"], "train, resume, eval, report"),
         (["resume"], "RUN"),
     ],
@@ -330,3 +330,25 @@ def test_eval_prints_a_table(runner: ModuleType, capsys: pytest.CaptureFixture[s
 
 def test_table_of_nothing_is_empty() -> None:
     assert table({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--k 16 32 demo demo", {"k": [16, 32], "model_name": "demo"}),
+        ("--lr 1e-3 3e-3", {"lr": [1e-3, 3e-3]}),
+        ("--l1-coefficient 1e-3, 3e-3 --architecture standard", {"l1_coefficient": [1e-3, 3e-3]}),
+        ("--hook_point blocks.{layer}.hook_mlp_out --layers 0, 2", {"hook_point_layer": [0, 2]}),
+        ("--hook_point blocks.{layer}.hook_mlp_out --layers All", {"hook_point_layer": "all"}),
+    ],
+)
+def test_lists_may_be_written_apart(words: str, expected: dict[str, Any]) -> None:
+    cfg = parse_train(words.split())
+    assert {name: getattr(cfg, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("words", ["--grad-acc-steps 2,4", "--seqpos-slice 1:64"])
+def test_a_list_where_a_number_belongs_is_shown(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_train(words.split())
+    assert "expected one whole number" in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -239,7 +239,13 @@ def test_int_is_accepted_for_a_float() -> None:
         ),
         ({"tokenizer_processes": -1}, "tokenizer_processes: found -1, expected 0 or more; change it"),
         ({"dataset_path": ["a", ""]}, "dataset_path: found '', expected some text"),
-        ({"dataset_path": ["a", 1]}, "dataset_path: found ['a', 1] (list), expected text"),
+        ({"dataset_path": ["a", 1]}, "dataset_path: found 1 (int) in a list, expected text"),
+        ({"lr": ["1e-3", 2e-3]}, "lr: found '1e-3' (str) in a list, expected a number"),
+        ({"use_cached_activations": "live"}, "use_cached_activations: found 'live', expected one of True or False, th"),
+        (
+            {"hook_point": "blocks.1.hook_mlp_out", "hook_point_layer": 2},
+            "hook_point_layer: found 2 with hook_point 'blocks.1.hook_mlp_out', expected 1, or {layer} where",
+        ),
         (
             {"dataset_path": ["a", "b"], "dataset_weights": (0.5, 0)},
             "dataset_weights: found 0, expected more than 0; change it",
@@ -345,7 +351,7 @@ def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
     [
         (
             {"matryoshka_widths": (8, 16)},
-            "matryoshka_widths: found (8, 16) with architecture standard; leave it out",
+            "matryoshka_widths: found (8, 16) with architecture standard, expected matryoshka; set one of them",
         ),
         (
             {"architecture": "matryoshka", "matryoshka_widths": (16, 8), "d_in": 512},
@@ -401,7 +407,9 @@ def test_option_that_is_not_built_is_refused(name: str, value: Any, available: s
 
 def test_list_is_no_value_of_a_field_that_takes_one() -> None:
     assert only_problem(context_size=[64, 128]) == (
-        "context_size: found [64, 128] (list), expected a whole number; change it"
+        "context_size: found [64, 128] (list), expected a whole number; give one value "
+        "(lists are for hook_point, hook_point_layer, architecture, expansion_factor, k, l1_coefficient, lr, "
+        "lr_warm_up_steps, seed)"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sae_training.config import LanguageModelSAERunnerConfig as Config
@@ -81,8 +82,8 @@ def test_all_layers_are_those_of_the_model() -> None:
 
 
 def test_the_run_is_named_after_what_differs() -> None:
-    assert Config(k=[16, 32], lr=[1e-3, 2e-3]).resolved_run_name == "sweep-k-lr-Tokens-2.000e+06"
-    assert Config(k=[16, 32], run_name="mine").resolved_run_name == "mine"
+    assert Config(architecture="topk", k=[16, 32], lr=[1e-3, 2e-3]).resolved_run_name == "sweep-k-lr-Tokens-2.000e+06"
+    assert Config(architecture="topk", k=[16, 32], run_name="mine").resolved_run_name == "mine"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,12 @@ def test_the_run_is_named_after_what_differs() -> None:
         ({"k": [32, 32]}, r"k: found \[32, 32\], expected values that differ"),
         ({"k": [32, 0]}, "k: found 0, expected more than 0"),
         ({"k": [16, 4096], "architecture": "topk"}, "k: found 4096, expected at most d_sae = 2048"),
-        ({"lr": [1e-3, "fast"]}, "lr: found"),
+        ({"lr": [1e-3, "fast"]}, "lr: found 'fast' in a list, expected one of a number, auto"),
+        ({"k": [16, 32]}, r"k: found \[16, 32\] with architecture standard, which does not have it"),
+        (
+            {"l1_coefficient": [1e-4, 2e-4], "architecture": ["topk", "batchtopk"]},
+            r"l1_coefficient: found \[0.0001, 0.0002\] with architecture topk, batchtopk, which does not have it",
+        ),
         ({"hook_point_layer": [0, 1]}, "hook_point: found 'blocks.0.hook_mlp_out' with layers .* expected {layer}"),
         ({"hook_point_layer": "all"}, "hook_point: found 'blocks.0.hook_mlp_out' with all layers"),
         ({"hook_point_layer": ["all", 1], "hook_point": "blocks.{layer}.hook_mlp_out"}, "all by itself|by itself"),
@@ -100,7 +106,10 @@ def test_the_run_is_named_after_what_differs() -> None:
             {"layer_stride": 2, "hook_point_layer": [0, 1], "hook_point": "blocks.{layer}.hook_mlp_out"},
             "layer_stride: found 2 with hook_point_layer",
         ),
-        ({"seed": list(range(100)), "k": list(range(1, 100))}, "k: the lists stand for 9900 autoencoders"),
+        (
+            {"seed": range(100), "k": range(1, 100), "architecture": "topk"},
+            "k: the lists stand for 9900 autoencoders",
+        ),
         (
             {"architecture": ["standard", "gated"], "multi_topk": True},
             "multi_topk: found True with architecture",
@@ -110,3 +119,15 @@ def test_the_run_is_named_after_what_differs() -> None:
 def test_what_lists_cannot_say_is_an_error(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         Config(**changes)
+
+
+def test_widths_of_matryoshka_are_nothing_to_the_others() -> None:
+    cfg = Config(architecture=["topk", "matryoshka"], matryoshka_widths=(64, 256), d_in=512)
+    widths = {name: single.matryoshka_widths for name, single in variants(cfg).items()}
+    assert widths == {"topk": (), "matryoshka": (64, 256)}
+
+
+def test_lists_may_be_ranges_and_arrays() -> None:
+    cfg = Config(seed=range(3), lr=np.array([1e-3, 2e-3]))
+    assert (cfg.seed, cfg.lr) == ([0, 1, 2], [1e-3, 2e-3])
+    assert len(variants(cfg)) == 6
