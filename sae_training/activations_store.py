@@ -34,8 +34,10 @@ from sae_training.language_model import (
     find_hook_site,
     find_target_site,
     fingerprint,
+    revision,
 )
 from sae_training.passes import Passes, PositionRule, to_device
+from sae_training.pretokenize import check_vocabulary
 from sae_training.shuffle_buffer import ShuffleBuffer
 from sae_training.text_data import open_documents, open_mixture
 from sae_training.tokens import TokenStream
@@ -113,6 +115,9 @@ class ActivationsStore:
             "text_column": option(self.cfg, "dataset_text_column"),
             "streaming": option(self.cfg, "streaming"),
         }
+        paths = dataset if isinstance(dataset, list) else [dataset]
+        for path in paths:
+            check_vocabulary(path, self.model.tokenizer)
         if isinstance(dataset, list) and dataset is self.cfg.dataset_path:
             return open_mixture(dataset, option(self.cfg, "dataset_weights"), **how)
         return open_documents(dataset, **how)
@@ -160,7 +165,13 @@ class ActivationsStore:
             return None
         widths = {site.name: site.d_in for site in self.sites}
         shards = open_cache(Path(self.cfg.cached_activations_path), origin(self.cfg, self), widths)
-        self.documents.check_position(shards.manifest.progress["tokens"]["source"])
+        try:
+            self.documents.check_position(shards.manifest.progress["tokens"]["source"])
+        except ValueError as error:
+            raise ValueError(
+                f"cached_activations_path: {self.cfg.cached_activations_path} was written from another text: {error}, "
+                "or write another cache."
+            ) from error
         return CachedReader(shards, self.notify)
 
     # ------------------------------------------------------------------------------------------------ activations
@@ -255,9 +266,16 @@ class ActivationsStore:
         return Batch(found[0], found[-1])
 
     def check_buffer_size(self) -> None:
-        """ValueError unless half of the buffer, if the store needs one, holds the batches of a step."""
+        """ValueError unless half of the buffer, if the store needs one, holds the batches of a step, and a cache that
+        is read again and again what is taken from it at once.
+        """
+        per_step = getattr(self.cfg, "tokens_per_step", self.train_batch_size)
         if self.needs_buffer:
-            self.buffer.check_size(getattr(self.cfg, "tokens_per_step", self.train_batch_size))
+            self.buffer.check_size(per_step)
+        elif self.cached_rows is not None:
+            self.cached_rows.check_size(per_step)
+        if self.passes.cached is not None and not self.passes.then_live:
+            self.passes.cached.check_size(self.store_batch_size)
 
     # ------------------------------------------------------------------------------------------------------ state
 
@@ -282,11 +300,12 @@ def origin(cfg: Any, store: ActivationsStore) -> dict[str, Any]:
         "model_fingerprint": fingerprint(store.model),
         "lm_dtype": str(store.model.cfg.dtype).removeprefix("torch."),
         "dataset_path": cfg.dataset_path,
-        "dataset_weights": list(cfg.dataset_weights),
+        "dataset_weights": [weight / sum(cfg.dataset_weights) for weight in cfg.dataset_weights],
         "dataset_split": cfg.dataset_split,
         "dataset_text_column": cfg.dataset_text_column,
         "hook_point_head_index": cfg.hook_point_head_index,
         "tokenizer": getattr(store.model.tokenizer, "name_or_path", None),
+        "model_revision": revision(store.model),
         "context_size": cfg.context_size,
         "prepend_bos": cfg.prepend_bos,
         "sequence_separator_token": cfg.sequence_separator_token,

@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
@@ -30,13 +31,14 @@ from tqdm import tqdm
 from sae_training.activations import harvest
 from sae_training.activations_store import ActivationsStore, find_sites, origin
 from sae_training.blocks import compile_blocks, compiled_blocks
-from sae_training.cache import Manifest, Shard, encode, read_manifest
+from sae_training.cache import MANIFEST, CachedShards, Manifest, Shard, anew, encode, read_manifest
 from sae_training.checkpoint import check_free_disk, flush_to_disk, sha256
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
 from sae_training.config_io import FIELD_NAMES, config_to_dict
 from sae_training.interrupt import StopRequest, TrainingInterrupted
 from sae_training.language_model import LanguageModel, load_language_model
 from sae_training.run_folder import with_absolute_paths
+from sae_training.shuffle_buffer import MAX_EMPTY_PASSES
 from sae_training.sweep import variants, with_layers
 from sae_training.weights import write_safetensors
 
@@ -67,7 +69,12 @@ def cache_activations_runner(
 @contextlib.contextmanager
 def lock_beside(folder: Path) -> Iterator[None]:
     """Keep other processes from writing to the folder; the lock ends with the process, however that ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"cached_activations_path: cannot make {folder.parent} ({error.strerror}); give another path."
+        ) from error
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)
@@ -83,7 +90,10 @@ def run_config_of(cfg: CacheActivationsRunnerConfig) -> LanguageModelSAERunnerCo
     """A run config with the fields of `cfg` that runs have too: what the store asks for."""
     shared = {f.name for f in fields(cfg)} & set(FIELD_NAMES) - {"dtype", "cached_activations_path"}
     values = {name: getattr(cfg, name) for name in shared}
-    return LanguageModelSAERunnerConfig(d_in=None, train_batch_size=1, n_batches_in_buffer=1, **values)
+    try:
+        return LanguageModelSAERunnerConfig(d_in=None, train_batch_size=1, n_batches_in_buffer=1, **values)
+    except ValueError as error:
+        raise ValueError(str(error).replace(LanguageModelSAERunnerConfig.__name__, type(cfg).__name__)) from error
 
 
 class CacheWriter:
@@ -112,7 +122,7 @@ class CacheWriter:
         """The manifest of the unfinished cache in the folder, if it is of this config, or a new one."""
         left_out = ("cached_activations_path", "tokenizer_processes")  # which the content does not depend on
         config = {name: value for name, value in config_to_dict(self.cfg).items() if name not in left_out}
-        if (self.folder / "manifest.json").is_file():
+        if (self.folder / MANIFEST).is_file():
             found = read_manifest(self.folder)
             absent = {name: getattr(CacheActivationsRunnerConfig, name, None) for name in config}
             then, now = absent | found.config | found.about, config | about
@@ -142,14 +152,35 @@ class CacheWriter:
 
     def write(self, stop: StopRequest) -> None:
         if self.manifest.complete:
-            tqdm.write(f"{self.folder} is complete.")
+            self.check()
+            tqdm.write(f"{self.folder} is complete, and as it was written: {self.summary()}.")
             return
+        start, first = time.perf_counter(), self.manifest.progress["passes"]
         self.harvest(stop)
         if self.has_rows:
             self.shuffle(stop)
         shutil.rmtree(self.folder / BUCKETS, ignore_errors=True)
         self.manifest.complete = True
         self.manifest.save(self.folder)
+        rate = (self.n_passes - first) * self.per_pass / (time.perf_counter() - start)
+        tqdm.write(f"{self.folder}: {self.summary()}, {rate:,.0f} tokens/s.")
+
+    def summary(self) -> str:
+        shards = {"rows": self.manifest.rows, "contexts": self.manifest.contexts}
+        counts = [f"{sum(shard.n for shard in of_form):,} {form}" for form, of_form in shards.items() if of_form]
+        n_bytes = sum(shard.bytes for of_form in shards.values() for shard in of_form)
+        hooks = f"{len(self.sites)} hook{'s' if len(self.sites) > 1 else ''}"
+        return f"{' and '.join(counts)} of {hooks}, {self.dtype}, {n_bytes / 1e9:,.2f} GB"
+
+    def check(self) -> None:
+        """ValueError if a shard of the finished cache is gone or damaged."""
+        for form, shards in (("rows", self.manifest.rows), ("contexts", self.manifest.contexts)):
+            cached = CachedShards(self.folder, self.manifest, form, [])
+            for shard in tqdm(shards, desc=f"checking {form}", unit="shard", leave=False):
+                try:
+                    cached.check(shard)
+                except FileNotFoundError as error:
+                    raise ValueError(f"{self.folder / shard.file}: no such file; {anew(self.folder)}") from error
 
     def harvest(self, stop: StopRequest) -> None:
         """The passes that are still to be made, each written by a thread while the next ones are computed."""
@@ -202,6 +233,11 @@ class CacheWriter:
         if self.has_rows:
             buckets = (self.bucket(b) for b in range(self.n_buckets))
             progress["bucket_bytes"] = [path.stat().st_size if path.exists() else 0 for path in buckets]
+            if not any(progress["bucket_bytes"]) and (passes == self.n_passes or passes >= MAX_EMPTY_PASSES):
+                raise ValueError(
+                    f"exclude_special_tokens, seqpos_slice, max_activation_norm_multiple: of {passes} passes of the "
+                    f"language model they leave no row; relax one of them, and delete {self.folder}."
+                )
         progress |= {"passes": passes, "tokens": tokens_state(self.store)}
         self.manifest.save(self.folder)
 
@@ -300,7 +336,9 @@ def from_records(records: np.ndarray, fields: list[tuple[str, torch.dtype, int]]
     """The inverse of `as_records`, by name."""
     found, first = {}, 0
     for name, dtype, n_bytes in fields:
-        column = torch.from_numpy(np.ascontiguousarray(records[:, first : first + n_bytes])).view(dtype)
+        column = torch.empty(0, n_bytes // dtype.itemsize, dtype=dtype)
+        if len(records):
+            column = torch.from_numpy(np.ascontiguousarray(records[:, first : first + n_bytes])).view(dtype)
         found[name] = column.squeeze(1) if name == "tokens" or name.endswith(".scale") else column
         first += n_bytes
     return found

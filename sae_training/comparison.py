@@ -27,12 +27,18 @@ COLUMNS = {
 }
 
 
+def columns_of(evaluations: Evaluations) -> dict[str, tuple[str, str]]:
+    """Those that there are figures for: few with evaluation off."""
+    return {key: column for key, column in COLUMNS.items() if any(key in found for found in evaluations.values())}
+
+
 def comparison_table(folder: Path, evaluations: Evaluations) -> str:
     """One line for each autoencoder, and where to find them."""
     width = max(map(len, evaluations), default=0)
-    lines = [" " * width + "".join(f"{title:>20}" for title, _ in COLUMNS.values())]
+    columns = columns_of(evaluations)
+    lines = [" " * width + "".join(f"{title:>20}" for title, _ in columns.values())]
     for name, evaluation in evaluations.items():
-        figures = [format(evaluation.get(key, math.nan), form) for key, (_, form) in COLUMNS.items()]
+        figures = [format(evaluation.get(key, math.nan), form) for key, (_, form) in columns.items()]
         lines.append(f"{name:<{width}}" + "".join(f"{figure:>20}" for figure in figures))
     return "\n".join(
         [
@@ -53,13 +59,15 @@ def comparison_table(folder: Path, evaluations: Evaluations) -> str:
 
 def write_comparison(folder: Path, evaluations: Evaluations) -> Path:
     """Write report.html of a run of several: EV and CE score by L0 and, if they are of several layers, by layer."""
-    head = "".join(f"<th>{escape(title)}</th>" for title, _ in COLUMNS.values())
+    columns = columns_of(evaluations)
+    head = "".join(f"<th>{escape(title)}</th>" for title, _ in columns.values())
     rows = []
     for name, evaluation in evaluations.items():
-        cells = "".join(f"<td>{evaluation.get(key, math.nan):{form}}</td>" for key, (_, form) in COLUMNS.items())
+        cells = "".join(f"<td>{evaluation.get(key, math.nan):{form}}</td>" for key, (_, form) in columns.items())
         rows.append(f"<tr><th scope='row'>{escape(name)}</th>{cells}</tr>")
     table = f"<table><thead><tr><th>Autoencoder</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     shown_figures = {"metrics/eval_explained_variance": "Explained variance", "metrics/CE_loss_score": "CE score"}
+    shown_figures = {key: title for key, title in shown_figures.items() if key in columns}
     figures = [frontier(evaluations, key, f"{title} by L0") for key, title in shown_figures.items()]
     if len({layer for _, layer in filter(None, map(of_layer, evaluations))}) > 1:
         figures = [*(by_layer(evaluations, key, f"{title} by layer") for key, title in shown_figures.items()), *figures]

@@ -6,6 +6,8 @@ open_documents --> Documents --read(position)--> Chunk, Chunk, ... --> TokenStre
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +20,7 @@ Position = dict[str, Any]
 
 # Longer documents are handed out in pieces, so that memory and saved states stay small.
 MAX_CHUNK_LENGTH = 1_000_000
+SAMPLE_ROWS = 64  # of which a fingerprint is made
 
 
 class Chunk(NamedTuple):
@@ -65,20 +68,34 @@ class Documents:
             "column": self.column,
             "is_tokenized": self.is_tokenized,
             "n_rows": self.n_rows,
+            "content": self.fingerprint,
             "row": 0,
             "offset": 0,
         }
         return position | {"stream": None} if self._kind == "stream" else position
 
+    @functools.cached_property
+    def fingerprint(self) -> str | None:
+        """A hash of SAMPLE_ROWS evenly spaced documents, which tells a text from another version of it; None where
+        only a stream could be read.
+        """
+        if self.n_rows is None:
+            return None
+        digest = hashlib.sha256()
+        for row in dict.fromkeys(i * (self.n_rows - 1) // (SAMPLE_ROWS - 1) for i in range(SAMPLE_ROWS)):
+            content = self.dataset[row][self.column]
+            digest.update(repr(None if content is None else (content[:1_000], content[-1_000:])).encode())
+        return digest.hexdigest()[:16]
+
     def check_position(self, position: Position) -> None:
-        """Raise ValueError for a position that was taken from another kind of source."""
+        """Raise ValueError for a position that was taken from another source."""
         start = self.start()
-        for key in ("kind", "column", "is_tokenized", "n_rows"):
+        for key in ("kind", "column", "is_tokenized", "n_rows", "content"):
             if position.get(key) != start[key]:
+                change = "its content has changed" if key == "content" else "it is another"
                 raise ValueError(
-                    f"saved data position: it is of a source with {key} {position.get(key)!r}, but "
-                    f"{self.name} has {key} {start[key]!r}; continue with the data set, streaming "
-                    "and dataset_text_column that the run was started with"
+                    f"the saved position is of a source with {key} {position.get(key)!r}, but {self.name} has {key} "
+                    f"{start[key]!r}: {change}; give the data set, streaming and dataset_text_column of then"
                 )
 
     def read(self, position: Position | None = None) -> Iterator[Chunk]:

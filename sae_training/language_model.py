@@ -41,7 +41,7 @@ __all__ = [
     "fingerprint",
     "language_model_dtype",
     "load_language_model",
-    "read_hooks",
+    "revision",
 ]
 
 LanguageModel = Any  # HookedTransformer or TransformerBridge: they share methods, not a base class
@@ -188,13 +188,22 @@ def check_tokenizer_fits(model: LanguageModel, name: str) -> None:
 
 
 def fingerprint(model: LanguageModel) -> str:
-    """A hash of 64 evenly spaced values of every parameter: tells two language models of one name apart."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    """A hash of 64 evenly spaced values of every parameter: tells two language models of one name apart.
+
+    Whatever the parameters are called, and in whatever order they come: that changes with versions of libraries.
+    """
+    digests: set[bytes] = set()
+    for parameter in model.parameters():
         values = parameter.detach().flatten()
         sample = values[:: max(1, values.numel() // 64)][:64].float().cpu()
-        digest.update(name.encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
+        digests.add(hashlib.sha256(repr(tuple(parameter.shape)).encode() + sample.numpy().tobytes()).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
+
+
+def revision(model: LanguageModel) -> str | None:
+    """The commit of the model on the Hugging Face hub; None if it did not come from there, or this is not known."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return getattr(config, "_commit_hash", None)
 
 
 # ------------------------------------------------------------------------------------------------------------- hooks

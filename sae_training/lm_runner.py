@@ -81,6 +81,8 @@ def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = 
             cfg.encoder_matmul_dtype, cfg.dtype, torch.device(cfg.device)
         )
     cfg = dataclasses.replace(cfg, **precisions)
+    if cfg.cached_activations_path is not None and cfg.use_cached_activations is False:
+        tqdm.write(f"Live activations, not those in {cfg.cached_activations_path}: use_cached_activations is False.")
     singles = find_singles(cfg, lm)
     if not is_several(cfg):
         ((cfg, _),) = singles.values()  # with the model's widths
@@ -94,7 +96,10 @@ def resume_run(path: str | Path) -> Run:
     if is_member_folder(path):
         raise ValueError(f"{path}: is one of several that are trained together; resume {path.parent}.")
     if (path / "final").is_dir():
-        raise ValueError(f"{path}: this run is finished; its autoencoder is in {path / 'final'}.")
+        where = (
+            f"its autoencoders are in folders of {path}" if is_several(cfg) else f"its autoencoder is in {path}/final"
+        )
+        raise ValueError(f"{path}: this run is finished; {where}.")
     model = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype)
     return run_in_folder(path, cfg, find_singles(cfg, model), model, None)
 
@@ -266,6 +271,9 @@ def log_norms(run: Run) -> None:
     here, whatever they are scaled by in training.
     """
     for member in run.trained:
+        if member.is_scaled:
+            scale, target_scale = member.scales
+            member.logger.log({"details/input_scale": scale, "details/target_scale": target_scale}, 0, 0)
         norms = run.store.sample(NORM_ROWS, member.sites).x.float().norm(dim=1)
         member.logger.log_histogram("plots/activation_norm", norms / member.scales[0], 0)
 

@@ -1,8 +1,8 @@
 """What a run will hold in memory, worked out before it starts, and the refusal of one that cannot fit.
 
-A table of what is held throughout (language model, buffers, each autoencoder's weights and optimizer) and of the three
-things that come and go (a pass of the language model, a step, an evaluation), of which only the largest counts. What
-the process holds already is measured; all else follows from sizes, within a tenth of what runs were seen to hold.
+A table of what is held throughout (language model, buffers, each autoencoder's weights and optimizer) and of what
+comes and goes (a pass of the language model, a step, an evaluation, a checkpoint), of which only the largest counts.
+What the process holds already is measured; all else follows from sizes, within a tenth of what runs were seen to hold.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class MemoryPlan:
     """By the process now."""
     available: int
     """To the process, beyond what it has."""
+    lm: int = 0
+    """Of what is in use, the language model's weights."""
 
     @property
     def needed(self) -> int:
@@ -58,7 +60,8 @@ class MemoryPlan:
 
     def table(self) -> str:
         largest = max(self.passing, key=lambda name: self.passing[name])
-        rows = [("now, with the language model", self.in_use, ""), *((name, n, "") for name, n in self.held.items())]
+        rows = [("now, with the language model", self.in_use, f"({gigabytes(self.lm)} of it its weights)")]
+        rows += [(name, n, "") for name, n in self.held.items()]
         rows += [(name, n, "" if name == largest else "(not at the same time)") for name, n in self.passing.items()]
         rows += [("peak", self.peak, ""), ("the machine has", self.in_use + self.available, "")]
         width = max(len(name) for name, _, _ in rows)
@@ -71,22 +74,30 @@ def plan_memory(
     """The plan of a run of `singles` that has loaded its language model and nothing else."""
     singles = list(singles)
     weights = [weight_bytes(single) for single in singles]
-    copies = 1 + MOMENTS[cfg.optimizer] + (cfg.ema_decay is not None)
     lm_bytes = store.model.cfg.dtype.itemsize
     width = sum(site.d_in for site in store.sites)
-    each = "weights and optimizer" if len(singles) == 1 else f"weights and optimizers of {len(singles)} autoencoders"
-    held = {each: int(copies * sum(weights))}
+    several = len(singles) > 1
+    held = {
+        f"weights of {len(singles)} autoencoders, {each_of(weights)}" if several else "weights": sum(weights),
+        "their optimizers" if several else "optimizer": int(MOMENTS[cfg.optimizer] * sum(weights)),
+    }
+    if cfg.ema_decay is not None:
+        held["averages of weights"] = sum(weights)
     if store.needs_buffer:
         ahead = 0.5 if store.device.type == "cuda" else 0  # what is computed while the buffer's first half is served
         row_bytes = width * lm_bytes + 8
         held = {f"buffer, {store.n_rows:,} rows x {width:,}": int((1 + ahead) * store.n_rows * row_bytes), **held}
+    # Where training scales its batches, what is evaluated and saved are copies with the scales folded in.
+    folded = sum(weights) if cfg.normalize_activations == "expected_average_only_in" else 0
     passing = {
         "a pass of the language model": pass_bytes(cfg, store, width) if store.needs_buffer else 0,
         "a training step": max(step_bytes(single, n) for single, n in zip(singles, weights, strict=True)),
-        "an evaluation": 0 if cfg.eval_every == 0 else evaluation_bytes(cfg, singles, store, width),
+        "an evaluation": 0 if cfg.eval_every == 0 else evaluation_bytes(cfg, singles, store, width) + folded,
+        "a checkpoint": max(weights) // 2 + folded,  # one tensor at a time is laid out in order
     }
     in_use, available = memory_of(store.device)
-    return MemoryPlan(held, passing, in_use, available)
+    lm = sum(parameter.numel() * parameter.element_size() for parameter in store.model.parameters())
+    return MemoryPlan(held, passing, in_use, available, lm)
 
 
 def check_memory(plan: MemoryPlan, cfg: LanguageModelSAERunnerConfig, n_saes: int) -> None:
@@ -95,21 +106,38 @@ def check_memory(plan: MemoryPlan, cfg: LanguageModelSAERunnerConfig, n_saes: in
         return
     everything = plan.held | plan.passing
     largest = max(everything, key=lambda name: everything[name])
-    if largest.startswith("buffer"):
-        advice = f"lower n_batches_in_buffer (now {cfg.n_batches_in_buffer})"
-    elif largest.startswith("weights"):
-        advice = "train fewer autoencoders at once, " if n_saes > 1 else ""
-        advice += 'lower expansion_factor, or set optimizer="adam8bit" (a quarter of the optimizer\'s memory)'
-    elif largest == "a training step":
-        advice = f"set micro_batch_size (now {cfg.micro_batch_size or cfg.train_batch_size}) lower"
-    elif largest == "an evaluation":
-        advice = "set eval_every_steps=0, or lower expansion_factor"
-    else:
-        advice = f"lower store_batch_size (now {cfg.store_batch_size})"
     raise NotEnoughMemory(
         f"memory: this run needs {gigabytes(plan.needed)} more, but {gigabytes(plan.available)} are free:\n"
-        f"{plan.table()}\nThe largest part is {largest}: {advice}."
+        f"{plan.table()}\nThe largest part is {largest}: {advice(plan, cfg, largest, n_saes)}."
     )
+
+
+def advice(plan: MemoryPlan, cfg: LanguageModelSAERunnerConfig, largest: str, n_saes: int) -> str:
+    """What to change, with the value that would fit if nothing else is changed, where there is one."""
+    by_size = {name: n for name, n in plan.held.items() if not name.startswith("buffer")}
+    if largest in by_size:
+        some = "train fewer autoencoders at once, " if n_saes > 1 else ""
+        factor = lowered(plan, sum(by_size.values()) + max(plan.passing.values()), cfg.expansion_factor)
+        optimizer = sum(n for name, n in by_size.items() if "optimizer" in name)
+        saved = optimizer * (1 - MOMENTS["adam8bit"] / MOMENTS[cfg.optimizer])
+        enough = "" if plan.needed - saved <= GIVEN_UP_SHARE * plan.available else ", which by itself is not enough"
+        eight_bits = f', or set optimizer="adam8bit" (a quarter of the optimizer\'s memory{enough})'
+        return f"{some}lower expansion_factor {factor}{eight_bits if saved > 0 else ''}"
+    now = {**plan.held, **plan.passing}[largest]
+    if largest.startswith("buffer"):
+        return f"lower n_batches_in_buffer {lowered(plan, now, cfg.n_batches_in_buffer)}"
+    if largest == "a training step":
+        return f"lower micro_batch_size {lowered(plan, now, cfg.micro_batch_size or cfg.train_batch_size)}"
+    if largest in ("an evaluation", "a checkpoint"):
+        return f"lower expansion_factor {lowered(plan, now, cfg.expansion_factor)}, or set eval_every_steps=0"
+    return f"lower store_batch_size {lowered(plan, now, cfg.store_batch_size)}"
+
+
+def lowered(plan: MemoryPlan, part: int, value: Any) -> str:
+    """(now ...) to what leaves room for a `part` of memory that grows with the value."""
+    room = GIVEN_UP_SHARE * plan.available - (plan.needed - part)
+    fits = [int(number * room / part) for number in (value if isinstance(value, list) else [value])]
+    return f"(now {value})" + (f" to {max(fits)}" if max(fits) > 0 else "")
 
 
 # --------------------------------------------------------------------------------------------------------- the parts
@@ -120,6 +148,11 @@ def weight_bytes(cfg: LanguageModelSAERunnerConfig) -> int:
     d_out = cfg.d_out or d_in
     skip = d_in * d_out if cfg.skip_connection else 0
     return (d_sae * (d_in + d_out + 2) + d_out + skip) * cfg.dtype.itemsize
+
+
+def each_of(weights: list[int]) -> str:
+    low, high = min(weights), max(weights)
+    return f"{gigabytes(low)} each" if low == high else f"{gigabytes(low)} to {gigabytes(high)}"
 
 
 def sizes(cfg: LanguageModelSAERunnerConfig) -> tuple[int, int]:
@@ -156,10 +189,18 @@ def evaluation_bytes(
     lm = store.model.cfg
     n_prompts = min(max(1, MAX_LOGITS // (cfg.context_size * lm.d_vocab)), len_of_evaluation(cfg))
     tokens = n_prompts * cfg.context_size
-    codes = 3 * tokens * max(sizes(single)[1] for single in singles) * 4
+    codes = max(code_bytes(single, tokens) for single in singles)
     return (
         2 * tokens * lm.d_vocab * lm.dtype.itemsize + 5 * cfg.context_size * lm.d_vocab * 4 + codes + tokens * width * 4
     )
+
+
+def code_bytes(cfg: LanguageModelSAERunnerConfig, tokens: int) -> int:
+    """Dense codes, encoded and counted; where the largest are chosen, once more, and the encoder in 16 bits."""
+    d_in, d_sae = sizes(cfg)
+    if cfg.architecture not in FIXED_K:
+        return 3 * tokens * d_sae * 4
+    return 4 * tokens * d_sae * 4 + 2 * d_in * d_sae
 
 
 def len_of_evaluation(cfg: LanguageModelSAERunnerConfig) -> int:

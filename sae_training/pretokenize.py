@@ -7,11 +7,15 @@ the contexts that the text itself would give.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from sae_training.encoders import encoder_of
 from sae_training.language_model import load_tokenizer
@@ -33,24 +37,30 @@ def pretokenize(
 ) -> Path:
     """Write the token ids of `dataset_path` under the tokenizer of `model_name` to `folder`, and return it.
 
-    A folder that holds them already is left as it is; ValueError if it holds something else. `n_processes` None is one
-    for each processor.
+    A folder that holds them already is left as it is; ValueError if it holds something else, or if the text has changed
+    since. `n_processes` None is one for each processor.
     """
+    tokenizer = load_tokenizer(model_name)
     info: dict[str, Any] = {
         "dataset_path": absolute("dataset_path", dataset_path),
         "dataset_split": dataset_split,
         "dataset_text_column": dataset_text_column,
         "tokenizer": model_name,
+        "vocabulary": vocabulary(tokenizer),
     }
     if folder.exists():
+        with suppress(FileNotFoundError):  # the text need not be there any more
+            info["content"] = open_documents(dataset_path, dataset_split, dataset_text_column, streaming).fingerprint
         check_same(folder, info)
+        tqdm.write(f"{folder} holds them already.")
         return folder
     documents = open_documents(dataset_path, dataset_split, dataset_text_column, streaming)
+    info["content"] = documents.fingerprint
     if documents.is_tokenized:
         raise ValueError(f"dataset_path: {documents.name} holds token ids already; train on it as it is.")
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    n = save_tokenized(documents, encoder_of(load_tokenizer(model_name)), partial, n_processes or os.cpu_count() or 1)
+    n = save_tokenized(documents, encoder_of(tokenizer), partial, n_processes or os.cpu_count() or 1)
     write_text(partial / INFO_FILE, json.dumps(info | {"n_documents": n}, indent=1) + "\n")
     os.replace(partial, folder)
     return folder
@@ -61,7 +71,27 @@ def check_same(folder: Path, info: dict[str, Any]) -> None:
         raise ValueError(f"output: {folder} exists and holds no tokenized data set; give another path.")
     found = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
     for name, value in info.items():
+        if name == "content" and None in (value, found.get(name)):  # of a stream nothing is known
+            continue
         if found.get(name) != value:
             raise ValueError(
                 f"{name}: {folder} was made with {found.get(name)!r}, but this asks for {value!r}; give another output."
             )
+
+
+def vocabulary(tokenizer: Any) -> str:
+    """A hash of a tokenizer's words and their ids."""
+    words = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+def check_vocabulary(dataset_path: object, tokenizer: Any) -> None:
+    """ValueError if `dataset_path` is a folder that was made here with other ids than those of `tokenizer`."""
+    if not isinstance(dataset_path, str | Path) or not (path := Path(dataset_path).expanduser() / INFO_FILE).is_file():
+        return
+    made_with = json.loads(path.read_text(encoding="utf-8"))
+    if tokenizer is not None and made_with["vocabulary"] != (found := vocabulary(tokenizer)):
+        raise ValueError(
+            f"dataset_path: {dataset_path} holds ids of the tokenizer of {made_with['tokenizer']!r} (vocabulary "
+            f"{made_with['vocabulary']}), but this model's is another ({found}); pretokenize the text for this model."
+        )

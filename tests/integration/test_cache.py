@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL_RUN
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from sae_training.activations import harvest
 from sae_training.activations_store import ActivationsStore
-from sae_training.cache import DTYPES, CachedShards, decode, encode, read_manifest
-from sae_training.cache_activations_runner import CacheWriter, cache_activations_runner, lock_beside
+from sae_training.cache import DTYPES, CachedReader, CachedShards, decode, encode, read_manifest
+from sae_training.cache_activations_runner import CacheWriter, cache_activations_runner, from_records, lock_beside
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
+from sae_training.language_model import load_language_model
 from sae_training.lm_runner import language_model_sae_runner, run_config
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.utils import LMSparseAutoencoderSessionloader
@@ -369,7 +371,7 @@ def damage(folder: Path, how: str) -> None:
     [
         ("truncated", r"00000.safetensors: found \d+ bytes, expected \d+ bytes"),
         ("missing", "00000.safetensors: found no such file, expected"),
-        ("altered", "00000.safetensors: its content is not what was written"),
+        ("altered", "00000.safetensors: found content of SHA-256"),
         ("unfinished", "is unfinished; run the same `cache` command again"),
         ("other format", "format 99, this version reads 1"),
         ("no manifest", "holds no manifest.json"),
@@ -451,3 +453,90 @@ def test_another_config_does_not_go_on_with_a_cache(write: Write) -> None:
     write()  # the same one finds it complete
     assert files(folder) == before
     assert replace(read_manifest(folder), complete=True) == read_manifest(folder)
+
+
+def test_a_text_that_has_changed_since_is_refused(
+    write: Write, small_config: Callable, demo_model: Any, tmp_path: Path
+) -> None:
+    text = tmp_path / "t.jsonl"
+    lines = [json.dumps({"text": f"chapter {i} of the book " * 9}) for i in range(300)]
+    text.write_text("\n".join(lines) + "\n")
+    folder = write(dataset_path=str(text))
+    cfg = small_config(
+        dataset_path=str(text),
+        exclude_special_tokens=True,
+        use_cached_activations=True,
+        cached_activations_path=str(folder),
+    )
+    ActivationsStore(cfg, demo_model)
+    text.write_text("\n".join(reversed(lines)) + "\n")
+    with pytest.raises(ValueError, match="cached_activations_path: .* was written from another text.*has changed"):
+        ActivationsStore(cfg, demo_model)
+
+
+def test_all_that_differs_is_said_at_once(write: Write, small_config: Callable) -> None:
+    cached = {"use_cached_activations": True, "cached_activations_path": str(write())}
+    other = load_language_model("demo", lm_dtype="bfloat16")
+    cfg = small_config(**cached, lm_dtype="bfloat16", exclude_special_tokens=False)
+    with pytest.raises(ValueError) as caught:
+        ActivationsStore(cfg, other)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("lm_dtype: this run has lm dtype 'bfloat16', but ")
+    assert lines[0].endswith("was written with 'float32'")
+    assert lines[1].startswith("exclude_special_tokens: this run has exclude special tokens False")
+    assert len(lines) == 2  # the weights differ too, but only for that
+
+
+def test_a_finished_cache_is_checked_and_its_damage_named(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(shard_size_mb=1)
+    assert "2,399 rows of 1 hook, float32, 0.00 GB" in "".join(capsys.readouterr())
+    write(shard_size_mb=1)
+    assert "is complete, and as it was written" in "".join(capsys.readouterr())
+    shard = folder / read_manifest(folder).rows[-1].file
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{shard}: found content of SHA-256 .* was written; delete {folder}"):
+        write(shard_size_mb=1)
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"{shard}: no such file; delete {folder}"):
+        write(shard_size_mb=1)
+
+
+def test_a_run_hears_of_a_damaged_last_shard_at_its_beginning(write: Write) -> None:
+    folder = write(shard_size_mb=1)
+    manifest = read_manifest(folder)
+    assert len(manifest.rows) > 2
+    shard = folder / manifest.rows[-1].file
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    reader = CachedReader(CachedShards(folder, manifest, "rows", [HOOK]), print)
+    reader.take(2)
+    deadline = time.monotonic() + 60
+    while reader.shards.damage is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match=f"{shard}: found content of SHA-256"):
+        reader.take(2)
+    assert reader.position == 2
+
+
+def test_a_batch_larger_than_the_cache_leaves_no_run(write: Write, small_config: Callable, demo_model: Any) -> None:
+    cached = {"use_cached_activations": True, "cached_activations_path": str(write()), "exclude_special_tokens": True}
+    changes = {"total_training_tokens": 9000, "n_batches_in_buffer": 300}
+    with pytest.raises(ValueError, match="train_batch_size: 3,000 rows are needed at once, but .* holds 2,399"):
+        language_model_sae_runner(small_config(**cached, **changes, train_batch_size=3000), demo_model)
+    assert not (Path(small_config().run_dir) / "run").exists()
+    language_model_sae_runner(small_config(**cached, **changes, train_batch_size=300), demo_model)
+
+
+def test_a_rule_that_leaves_no_row_is_told(write: Write) -> None:
+    with pytest.raises(ValueError, match="seqpos_slice, .* of 40 passes .* they leave no row; relax one"):
+        write(seqpos_slice=(0, 1))
+
+
+def test_a_bucket_may_be_empty(write: Write) -> None:
+    folder = write(seqpos_slice=(0, 1), exclude_special_tokens=False, shard_size_mb=1, total_training_tokens=64 * 9)
+    assert len(everything(folder, "rows")["tokens"]) == 36
+    found = from_records(np.empty((0, 8), dtype=np.uint8), [("tokens", torch.int32, 4), ("hook", torch.float16, 4)])
+    assert {name: tuple(column.shape) for name, column in found.items()} == {"tokens": (0,), "hook": (0, 2)}

@@ -55,7 +55,7 @@ def test_several_datasets_are_mixed(make_store: Make, tmp_path: Path) -> None:
     n_cats = sum("cat" in text for text in texts)
     assert 120 < n_cats < 180 and n_cats + sum("dog" in text for text in texts) == len(texts)
     about = origin(store.cfg, store)
-    assert (about["dataset_path"], about["dataset_weights"]) == (paths, [3.0, 1.0])
+    assert (about["dataset_path"], about["dataset_weights"]) == (paths, [0.75, 0.25])
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, 1), (0, 0), (3, 3)])

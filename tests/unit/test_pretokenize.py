@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from sae_training import cli
+from sae_training.activations_store import ActivationsStore
 from sae_training.documents import MAX_CHUNK_LENGTH
 from sae_training.pretokenize import pretokenize
 from sae_training.text_data import open_documents
@@ -58,3 +60,29 @@ def test_what_is_not_text_or_not_a_copy_is_refused(text: Path, tmp_path: Path) -
     with pytest.raises(FileNotFoundError, match="model_name: 'no/such' has no tokenizer"):
         pretokenize("no/such", str(text), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_copy_of_a_text_that_has_changed_since_is_refused(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pretokenize("demo", str(text), tmp_path / "ids")
+    assert pretokenize("demo", str(text), tmp_path / "ids") == folder
+    assert "holds them already" in "".join(capsys.readouterr())
+    lines = text.read_text().splitlines()
+    text.write_text("\n".join(reversed(lines)) + "\n")
+    with pytest.raises(ValueError, match="content: .* was made with '.*', but this asks for '.*'; give another output"):
+        pretokenize("demo", str(text), tmp_path / "ids")
+    text.unlink()
+    assert pretokenize("demo", str(text), tmp_path / "ids") == folder
+
+
+def test_ids_of_another_tokenizer_are_refused(
+    text: Path, tmp_path: Path, demo_model: Any, small_config: Callable
+) -> None:
+    folder = pretokenize("demo", str(text), tmp_path / "ids")
+    cfg = small_config(dataset_path=str(folder), n_eval_batches=0)
+    assert ActivationsStore(cfg, demo_model).get_batch_tokens().shape == (4, 16)
+    info = json.loads((folder / "pretokenized.json").read_text())
+    (folder / "pretokenized.json").write_text(json.dumps(info | {"tokenizer": "gpt2", "vocabulary": "0" * 16}))
+    with pytest.raises(ValueError, match=f"dataset_path: {folder} holds ids of the tokenizer of 'gpt2'"):
+        ActivationsStore(cfg, demo_model)

@@ -514,7 +514,7 @@ def test_state_of_another_kind_of_source_is_refused(tokenizer: PreTrainedTokeniz
     ).state_dict()
     streaming = other.pop("streamed", False)
     documents = open_documents(datasets.Dataset.from_dict(other), streaming=streaming)
-    with pytest.raises(ValueError, match="saved data position: it is of a source with"):
+    with pytest.raises(ValueError, match="the saved position is of a source with"):
         TokenStream(documents, tokenizer, 8).load_state_dict(state)
 
 
