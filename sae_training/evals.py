@@ -8,7 +8,7 @@ taken over all tokens before any ratio, so no figure is a mean of ratios.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from sae_training.hooks import NamedLook, hooked
 from sae_training.language_model import HookSite, LanguageModel
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
-MAX_LOGITS = 2**26  # logits held at once, 256 MB in float32: bounds the prompts of one pass
+MAX_LOGITS = 2**26  # held at once, or as many values of a dense code, 256 MB in float32: bounds the prompts of one pass
 
 Sums = defaultdict[str, float]
 
@@ -70,16 +70,16 @@ def evaluate_together(
     were_training = [sae.training for sae, _ in saes]
     for each in evaluated:
         each.sae.eval()
-    for prompts in batches_of_prompts(tokens, store.model):
+    n_prompts = prompts_of_a_pass(tokens.shape[1], store.model, max((sae.d_sae for sae, _ in saes), default=0))
+    for prompts in tokens.split(n_prompts):
         add_batch(evaluated, store, prompts.to(store.device))
     for each, was_training in zip(evaluated, were_training, strict=True):
         each.sae.train(was_training)
     return [figures(each.sums, each.moments) for each in evaluated]
 
 
-def batches_of_prompts(tokens: Tensor, model: LanguageModel) -> Iterator[Tensor]:
-    n_prompts = max(1, MAX_LOGITS // (tokens.shape[1] * model.cfg.d_vocab))
-    return iter(tokens.split(n_prompts))
+def prompts_of_a_pass(context_size: int, model: LanguageModel, d_sae: int = 0) -> int:
+    return max(1, MAX_LOGITS // (context_size * max(model.cfg.d_vocab, d_sae)))
 
 
 def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.evals import MAX_LOGITS
+from sae_training.evals import prompts_of_a_pass
 from sae_training.sweep import FIXED_K
 
 MOMENTS = {"adam": 2.0, "adam8bit": 0.52, "signum": 1.0}
@@ -115,9 +115,9 @@ def check_memory(plan: MemoryPlan, cfg: LanguageModelSAERunnerConfig, n_saes: in
 def advice(plan: MemoryPlan, cfg: LanguageModelSAERunnerConfig, largest: str, n_saes: int) -> str:
     """What to change, with the value that would fit if nothing else is changed, where there is one."""
     by_size = {name: n for name, n in plan.held.items() if not name.startswith("buffer")}
+    factor = lowered(plan, sum(by_size.values()) + max(plan.passing.values()), cfg.expansion_factor)
     if largest in by_size:
         some = "train fewer autoencoders at once, " if n_saes > 1 else ""
-        factor = lowered(plan, sum(by_size.values()) + max(plan.passing.values()), cfg.expansion_factor)
         optimizer = sum(n for name, n in by_size.items() if "optimizer" in name)
         saved = optimizer * (1 - MOMENTS["adam8bit"] / MOMENTS[cfg.optimizer])
         enough = "" if plan.needed - saved <= GIVEN_UP_SHARE * plan.available else ", which by itself is not enough"
@@ -129,7 +129,8 @@ def advice(plan: MemoryPlan, cfg: LanguageModelSAERunnerConfig, largest: str, n_
     if largest == "a training step":
         return f"lower micro_batch_size {lowered(plan, now, cfg.micro_batch_size or cfg.train_batch_size)}"
     if largest in ("an evaluation", "a checkpoint"):
-        return f"lower expansion_factor {lowered(plan, now, cfg.expansion_factor)}, or set eval_every_steps=0"
+        without = ", or set eval_every_steps=0" if largest == "an evaluation" else ""
+        return f"lower expansion_factor {factor}{without}"
     return f"lower store_batch_size {lowered(plan, now, cfg.store_batch_size)}"
 
 
@@ -187,7 +188,8 @@ def evaluation_bytes(
 ) -> int:
     """Clean and changed logits, the distributions of one prompt, all activations, and the largest dense codes."""
     lm = store.model.cfg
-    n_prompts = min(max(1, MAX_LOGITS // (cfg.context_size * lm.d_vocab)), len_of_evaluation(cfg))
+    widest = max(sizes(single)[1] for single in singles)
+    n_prompts = min(prompts_of_a_pass(cfg.context_size, store.model, widest), len_of_evaluation(cfg))
     tokens = n_prompts * cfg.context_size
     codes = max(code_bytes(single, tokens) for single in singles)
     return (

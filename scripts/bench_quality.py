@@ -60,7 +60,7 @@ from sae_training.activations import at_site, put_back
 from sae_training.activations_store import ActivationsStore, special_token_ids
 from sae_training.cli import RECIPE
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.evals import batches_of_prompts, run
+from sae_training.evals import prompts_of_a_pass, run
 from sae_training.language_model import LanguageModel, find_hook_site, load_language_model
 
 CACHE = Path.home() / ".cache" / "sae-training"
@@ -462,7 +462,7 @@ class HeldOut:
     def cross_entropy(self, change: Change) -> float:
         """With `change`, from rows (n, d_in) to as many, at work on the activations."""
         total = 0.0
-        for prompts in batches_of_prompts(self.tokens, self.model):
+        for prompts in self.tokens.split(prompts_of_a_pass(self.tokens.shape[1], self.model)):
             keep = ~torch.isin(prompts, self.special)
             splice = partial(self.splice, keep=keep, change=change)
             logits = run(self.model, prompts, (self.site,), (), [(self.site.name, splice)]).logits

@@ -244,9 +244,16 @@ def test_prompts_a_pass_do_not_change_the_figures(
     passes = []
     for n_prompts in (1, 3):  # 4 prompts: 1 + 1 + 1 + 1, 3 + 1
         monkeypatch.setattr(evals, "MAX_LOGITS", n_prompts * 16 * store.model.cfg.d_vocab)
-        passes.append(len(list(evals.batches_of_prompts(tokens, store.model))))
+        passes.append(len(tokens.split(evals.prompts_of_a_pass(16, store.model, sae.d_sae))))
         assert evaluate(sae, store, tokens) == pytest.approx(at_once, rel=1e-3)  # a latent at 0 may flip
     assert passes == [4, 2]
+
+
+def test_a_wide_code_bounds_the_prompts_of_a_pass(make_store: Make) -> None:
+    model = make_store().model
+    few, many = (evals.prompts_of_a_pass(128, model, d_sae) for d_sae in (2**20, 0))
+    assert (few, many) == (2**26 // 2**27 or 1, 2**26 // (128 * model.cfg.d_vocab))
+    assert evals.prompts_of_a_pass(128, model, 2**17) == 4
 
 
 # --------------------------------------------------------------------------------------------------------------- heads
