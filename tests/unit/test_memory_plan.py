@@ -62,7 +62,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_table(plan_of: Callable, smal
     [
         ("a training step", r"lower micro_batch_size \(now 64\) to 5"),  # 0.97 * 10 - 1 of 100
         ("an evaluation", "set eval_every_steps=0"),
-        ("a checkpoint", r"lower expansion_factor \(now 2\), or"),
+        ("a checkpoint", r"lower expansion_factor \(now 2\)\."),
         ("a pass of the language model", "lower store_batch_size"),
     ],
 )
