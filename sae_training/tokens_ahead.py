@@ -32,10 +32,16 @@ _IDLE_SECONDS = 300
 _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
+_NOT_YET = object()
+
+
 class BatchesAhead:
     """The chunks of each batch with their ids, in order, one batch ahead of need, or one more than processes.
 
     A thread lives for one batch, so none is left waiting when the program ends.
+
+    It must not refer to itself: as soon as nobody uses it, the reader of the batches is closed. Were it left to the
+    cyclic garbage collector, that could happen in a thread of `datasets`, which then waits for itself, forever.
     """
 
     def __init__(self, batches: Iterator[list[Chunk]], encode: Encode, processes: Processes | None) -> None:
@@ -43,14 +49,14 @@ class BatchesAhead:
         self._encode = encode
         self._processes = processes
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._end: Any = self  # None or an error, once it has come to that
+        self._end: Any = _NOT_YET  # None or an error, once it has come to that
         self._n_begun = self._n_taken = 0
         self._thread: threading.Thread | None = None
         self._begin()
 
     def next(self) -> tuple[list[Chunk], list[np.ndarray]] | None:
         """The next batch, None at the end. Raises what reading or encoding it raised."""
-        found = self._end if self._end is not self else self._ready.get()
+        found = self._ready.get() if self._end is _NOT_YET else self._end
         if found is None or isinstance(found, BaseException):
             self._end = found  # for whoever asks again
             if found is None:
@@ -89,6 +95,7 @@ class BatchesAhead:
             ids = self._processes.submit(contents) if may_leave_it and self._processes is not None else None
             self._ready.put((chunks, self._encode_here(contents) if ids is None else ids))
         except BaseException as error:  # handed to the caller of next()
+            self._batches = iter(())  # whose reader is closed with this
             self._ready.put(error)
 
     def _encode_here(self, contents: list[Any]) -> list[np.ndarray]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import json
 import os
 import signal
 import subprocess
@@ -20,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import sae_training.tokens
 from sae_training.documents import Documents
-from sae_training.text_data import open_documents
+from sae_training.text_data import open_documents, open_mixture
 from sae_training.tokens import TokenStream
 
 ROOT = Path(__file__).parents[2]
@@ -222,7 +224,7 @@ import os, sys, time
 import datasets
 from transformers import PreTrainedTokenizerFast
 import sae_training.tokens
-from sae_training.text_data import open_documents
+from sae_training.text_data import open_documents, open_mixture
 sae_training.tokens._BATCH_CHARACTERS = 200_000
 tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
 rows = datasets.Dataset.from_dict({"text": ["the cat sat on the mat " * 1000] * 300})
@@ -261,3 +263,36 @@ def test_no_process_outlives_a_program_that_is_killed(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     _, alive = psutil.wait_procs(family, timeout=20)
     assert alive == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_reader_that_nobody_uses_is_closed_without_the_garbage_collector(tmp_path: Path, fails: bool) -> None:
+    """Which may run in a thread of the data set that this reader waits for: the program would never end."""
+    for name in "ab":
+        texts = ["Capital" if fails and i == 9 else story(60, i) for i in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    documents = open_mixture([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], streaming=True)
+    threads = threading.active_count()
+
+    def use() -> None:
+        letters: Any = Letters()
+        stream = TokenStream(documents, letters, 16)
+        if fails:
+            with pytest.raises(OverflowError, match="a capital"):
+                stream.next_contexts(1000)
+        else:
+            stream.first_contexts(4)
+            stream.next_contexts(3)
+            stream.load_state_dict(stream.state_dict())
+            stream.next_contexts(3)
+
+    gc.collect()
+    gc.disable()
+    try:
+        use()
+        deadline = time.monotonic() + 20
+        while threading.active_count() > threads and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [thread.name for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name] == []
+    finally:
+        gc.enable()
