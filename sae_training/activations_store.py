@@ -37,7 +37,7 @@ from sae_training.language_model import (
     revision,
 )
 from sae_training.passes import Passes, PositionRule, to_device
-from sae_training.pretokenize import check_vocabulary
+from sae_training.pretokenize import check_tokenizer
 from sae_training.shuffle_buffer import ShuffleBuffer
 from sae_training.text_data import open_documents, open_mixture
 from sae_training.tokens import TokenStream
@@ -117,7 +117,7 @@ class ActivationsStore:
         }
         paths = dataset if isinstance(dataset, list) else [dataset]
         for path in paths:
-            check_vocabulary(path, self.model.tokenizer)
+            check_tokenizer(path, self.model.tokenizer)
         if isinstance(dataset, list) and dataset is self.cfg.dataset_path:
             return open_mixture(dataset, option(self.cfg, "dataset_weights"), **how)
         return open_documents(dataset, **how)

@@ -194,7 +194,7 @@ class CachedShards:
         self.n = sum(shard.n for shard in self.shards)
         self.has_scales = manifest.dtype == "int8"
         self.sound: set[str] = set()
-        self.checking = threading.Lock()
+        self.checking = {shard.file: threading.Lock() for shard in self.shards}
         self.damage: ValueError | OSError | None = None
         """What `check_ahead` came upon."""
 
@@ -227,7 +227,7 @@ class CachedShards:
 
     def check(self, shard: Shard) -> None:
         """ValueError if the file is not what was written."""
-        with self.checking:
+        with self.checking.setdefault(shard.file, threading.Lock()):
             if shard.file in self.sound:
                 return
             path = self.folder / shard.file

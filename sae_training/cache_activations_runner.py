@@ -126,6 +126,7 @@ class CacheWriter:
             found = read_manifest(self.folder)
             absent = {name: getattr(CacheActivationsRunnerConfig, name, None) for name in config}
             then, now = absent | found.config | found.about, config | about
+            then.pop("model_revision", None)  # the fingerprint tells whether the weights are others
             differences = {name: (old, now.get(name)) for name, old in then.items() if old != now.get(name)}
             if differences:
                 lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in differences.items())
@@ -152,7 +153,7 @@ class CacheWriter:
 
     def write(self, stop: StopRequest) -> None:
         if self.manifest.complete:
-            self.check()
+            self.check(stop)
             tqdm.write(f"{self.folder} is complete, and as it was written: {self.summary()}.")
             return
         start, first = time.perf_counter(), self.manifest.progress["passes"]
@@ -172,7 +173,7 @@ class CacheWriter:
         hooks = f"{len(self.sites)} hook{'s' if len(self.sites) > 1 else ''}"
         return f"{' and '.join(counts)} of {hooks}, {self.dtype}, {n_bytes / 1e9:,.2f} GB"
 
-    def check(self) -> None:
+    def check(self, stop: StopRequest) -> None:
         """ValueError if a shard of the finished cache is gone or damaged."""
         for form, shards in (("rows", self.manifest.rows), ("contexts", self.manifest.contexts)):
             cached = CachedShards(self.folder, self.manifest, form, [])
@@ -181,6 +182,8 @@ class CacheWriter:
                     cached.check(shard)
                 except FileNotFoundError as error:
                     raise ValueError(f"{self.folder / shard.file}: no such file; {anew(self.folder)}") from error
+                if stop.signal is not None:
+                    self.stop_here(stop)
 
     def harvest(self, stop: StopRequest) -> None:
         """The passes that are still to be made, each written by a thread while the next ones are computed."""

@@ -299,6 +299,12 @@ def config_of(train: Train) -> LanguageModelSAERunnerConfig:
 def with_words(values: dict[str, Any], verb: Train | Cache) -> dict[str, Any]:
     """The values of a config with what the command line says in its own words: MODEL, DATASET, layers, device auto."""
     if verb.layers is not None:
+        hooks = [values["hook_point"], values.get("target_hook_point")]
+        if isinstance(verb.layers, int) and "{layer}" not in str(hooks):
+            raise ValueError(
+                f"layers: found {verb.layers} with hook_point {values['hook_point']!r}, expected {{layer}} where the "
+                "number goes; write for instance blocks.{layer}.hook_resid_post"
+            )
         values["hook_point_layer"] = verb.layers
     elif verb.layer_stride != 1 and verb.hook_point_layer == 0:
         values["hook_point_layer"] = "all"
@@ -323,8 +329,11 @@ def join_numbers(argv: Sequence[str]) -> list[str]:
         if words and words[-1] == "--layers" and word.lower() == "all":
             words.append("all")
             continue
-        listed = len(words) > 1 and words[-2].replace("-", "_") in flags
-        if listed and all(map(reads_as_number, [word, *words[-1].rstrip(",").split(",")])):
+        flag, equals, value = words[-1].partition("=") if words else ("", "", "")
+        if not equals and len(words) > 1:
+            flag, value = words[-2:]
+        listed = flag.replace("-", "_") in flags
+        if listed and all(map(reads_as_number, [word, *value.rstrip(",").split(",")])):
             words[-1] = f"{words[-1].rstrip(',')},{word}"
         else:
             words.append(word)

@@ -206,7 +206,7 @@ def problems_of_several(cfg: Config) -> list[str]:
         if isinstance(asked, list) and not {*architectures} & {*users}:
             return [
                 f"{name}: found {asked} with architecture {', '.join(architectures)}, which does not have it, expected "
-                f"one value; leave it out, or choose from {', '.join(users)}"
+                f"one value; leave it out, or set architecture to one of {', '.join(users)}"
             ]
     cfg = with_layers(cfg, n_layers=1)  # how many there are, the model says
     if (n := n_combinations(cfg)) > MAX_COMBINATIONS:
@@ -327,8 +327,9 @@ def _misfit(name: str, value: Any, hint: Any) -> str:
     parts = _parts(hint)
     takes_lists = any(typing.get_origin(part) is list for part in typing.get_args(hint))
     if isinstance(value, list) and takes_lists:
-        wrong = next(part for part in value if not any(_fits(part, single) for single in parts))
-        return _misfit(name, wrong, hint).replace(", expected", " in a list, expected", 1)
+        wrong = [part for part in value if not any(_fits(part, single) for single in parts)]
+        if wrong and not isinstance(wrong[0], list):
+            return _misfit(name, wrong[0], hint).replace(", expected", " in a list, expected", 1)
     choices = [c for part in parts if typing.get_origin(part) is Literal for c in typing.get_args(part)]
     if choices and isinstance(value, str) and str not in parts and not reads_as_number(value):
         return _not_a_choice(name, value, choices, [_described(p) for p in parts if p in (int, float, bool)])
@@ -421,16 +422,6 @@ def _option_of_another(cfg: Config) -> str | None:
             "latents and not their sizes; set it to tanh"
         )
     return None
-
-
-def _layer_of_another_hook(cfg: Config) -> str | None:
-    layer = re.match(r"blocks\.(\d+)\.", cfg.hook_point)
-    if layer is None or cfg.hook_point_layer in (0, int(layer.group(1))):  # 0 is the default
-        return None
-    return (
-        f"hook_point_layer: found {cfg.hook_point_layer} with hook_point {cfg.hook_point!r}, expected "
-        f"{layer.group(1)}, or {{layer}} where the number goes in hook_point; leave one out"
-    )
 
 
 def _transcoder_option_without_target(cfg: Config) -> str | None:
@@ -563,7 +554,6 @@ RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = 
     (("k", "d_in", "expansion_factor", "architecture"), _k_too_large),
     (("matryoshka_widths", "architecture", "d_in", "expansion_factor"), _widths_not_nested),
     (("architecture", *OPTION_OF, "micro_batch_size", "grad_acc_steps"), _option_of_another),
-    (("hook_point_layer", "hook_point"), _layer_of_another_hook),
     (("normalize_activations", "target_hook_point"), _normalised_target),
     (("optimizer", "feature_sampling_method", "dtype"), _not_in_8_bits),
     (("skip_connection", "target_hook_point", "d_out", "hook_point_head_index"), _transcoder_option_without_target),

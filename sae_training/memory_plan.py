@@ -113,32 +113,34 @@ def check_memory(plan: MemoryPlan, cfg: LanguageModelSAERunnerConfig, n_saes: in
 
 
 def advice(plan: MemoryPlan, cfg: LanguageModelSAERunnerConfig, largest: str, n_saes: int) -> str:
-    """What to change, with the value that would fit if nothing else is changed, where there is one."""
-    by_size = {name: n for name, n in plan.held.items() if not name.startswith("buffer")}
-    factor = lowered(plan, sum(by_size.values()) + max(plan.passing.values()), cfg.expansion_factor)
-    if largest in by_size:
-        some = "train fewer autoencoders at once, " if n_saes > 1 else ""
-        optimizer = sum(n for name, n in by_size.items() if "optimizer" in name)
-        saved = optimizer * (1 - MOMENTS["adam8bit"] / MOMENTS[cfg.optimizer])
-        enough = "" if plan.needed - saved <= GIVEN_UP_SHARE * plan.available else ", which by itself is not enough"
-        eight_bits = f', or set optimizer="adam8bit" (a quarter of the optimizer\'s memory{enough})'
-        return f"{some}lower expansion_factor {factor}{eight_bits if saved > 0 else ''}"
-    now = {**plan.held, **plan.passing}[largest]
+    """What to change, with about the value that would fit if nothing else is changed, where that can be told."""
     if largest.startswith("buffer"):
-        return f"lower n_batches_in_buffer {lowered(plan, now, cfg.n_batches_in_buffer)}"
+        return f"lower n_batches_in_buffer {lowered(plan, plan.held[largest], cfg.n_batches_in_buffer)}"
+    if largest == "a pass of the language model":
+        return f"lower store_batch_size (now {cfg.store_batch_size})"
+    by_size = {name: n for name, n in plan.held.items() if not name.startswith("buffer")}
+    passing = max((n for name, n in plan.passing.items() if name != "a pass of the language model"), default=0)
+    found = ["train fewer autoencoders at once"] if n_saes > 1 else []
+    found.append(f"lower expansion_factor {lowered(plan, sum(by_size.values()) + passing, cfg.expansion_factor)}")
     if largest == "a training step":
-        return f"lower micro_batch_size {lowered(plan, now, cfg.micro_batch_size or cfg.train_batch_size)}"
-    if largest in ("an evaluation", "a checkpoint"):
-        without = ", or set eval_every_steps=0" if largest == "an evaluation" else ""
-        return f"lower expansion_factor {factor}{without}"
-    return f"lower store_batch_size {lowered(plan, now, cfg.store_batch_size)}"
+        found.append(f"set micro_batch_size lower (now {cfg.micro_batch_size or cfg.train_batch_size})")
+    if largest == "an evaluation":
+        found.append("set eval_every_steps=0")
+    if largest in by_size and cfg.optimizer == "adam" and cfg.feature_sampling_method is None:
+        saved = sum(n for name, n in by_size.items() if "optimizer" in name) * (
+            1 - MOMENTS["adam8bit"] / MOMENTS["adam"]
+        )
+        fits = plan.needed - saved <= GIVEN_UP_SHARE * plan.available
+        enough = "" if fits else ", which by itself is not enough"
+        found.append(f'set optimizer="adam8bit" (a quarter of the optimizer\'s memory{enough})')
+    return ", or ".join(found)
 
 
 def lowered(plan: MemoryPlan, part: int, value: Any) -> str:
     """(now ...) to what leaves room for a `part` of memory that grows with the value."""
     room = GIVEN_UP_SHARE * plan.available - (plan.needed - part)
     fits = [int(number * room / part) for number in (value if isinstance(value, list) else [value])]
-    return f"(now {value})" + (f" to {max(fits)}" if max(fits) > 0 else "")
+    return f"(now {value}) to about {max(fits)}" if max(fits) > 0 else f"(now {value}; the rest does not fit either)"
 
 
 # --------------------------------------------------------------------------------------------------------- the parts

@@ -24,6 +24,7 @@ from sae_training.text_data import open_documents, save_tokenized
 from sae_training.weights import write_text
 
 INFO_FILE = "pretokenized.json"
+PROBE = "The quick brown fox isn't 12,345.67 km away: na\u00efve caf\u00e9s, \u4f60\u597d, def f(x):\n\treturn x**2\n"
 
 
 def pretokenize(
@@ -40,22 +41,22 @@ def pretokenize(
     A folder that holds them already is left as it is; ValueError if it holds something else, or if the text has changed
     since. `n_processes` None is one for each processor.
     """
-    tokenizer = load_tokenizer(model_name)
     info: dict[str, Any] = {
         "dataset_path": absolute("dataset_path", dataset_path),
         "dataset_split": dataset_split,
         "dataset_text_column": dataset_text_column,
         "tokenizer": model_name,
-        "vocabulary": vocabulary(tokenizer),
     }
     if folder.exists():
-        with suppress(FileNotFoundError):  # the text need not be there any more
+        with suppress(FileNotFoundError):  # neither need be there any more
+            info["probe"] = probe(load_tokenizer(model_name))
             info["content"] = open_documents(dataset_path, dataset_split, dataset_text_column, streaming).fingerprint
         check_same(folder, info)
         tqdm.write(f"{folder} holds them already.")
         return folder
     documents = open_documents(dataset_path, dataset_split, dataset_text_column, streaming)
-    info["content"] = documents.fingerprint
+    tokenizer = load_tokenizer(model_name)
+    info |= {"probe": probe(tokenizer), "content": documents.fingerprint}
     if documents.is_tokenized:
         raise ValueError(f"dataset_path: {documents.name} holds token ids already; train on it as it is.")
     partial = folder.with_name(folder.name + ".tmp")
@@ -71,7 +72,7 @@ def check_same(folder: Path, info: dict[str, Any]) -> None:
         raise ValueError(f"output: {folder} exists and holds no tokenized data set; give another path.")
     found = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
     for name, value in info.items():
-        if name == "content" and None in (value, found.get(name)):  # of a stream nothing is known
+        if name in ("probe", "content") and None in (value, found.get(name)):  # not known, of a stream for instance
             continue
         if found.get(name) != value:
             raise ValueError(
@@ -79,19 +80,21 @@ def check_same(folder: Path, info: dict[str, Any]) -> None:
             )
 
 
-def vocabulary(tokenizer: Any) -> str:
-    """A hash of a tokenizer's words and their ids."""
-    words = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(words.encode()).hexdigest()[:16]
+def probe(tokenizer: Any) -> str:
+    """A hash of the ids of a sentence, which tells tokenizers apart, whatever tokens were added to one of them."""
+    (ids,) = encoder_of(tokenizer)([PROBE])
+    return hashlib.sha256(repr([int(i) for i in ids]).encode()).hexdigest()[:16]
 
 
-def check_vocabulary(dataset_path: object, tokenizer: Any) -> None:
+def check_tokenizer(dataset_path: object, tokenizer: Any) -> None:
     """ValueError if `dataset_path` is a folder that was made here with other ids than those of `tokenizer`."""
     if not isinstance(dataset_path, str | Path) or not (path := Path(dataset_path).expanduser() / INFO_FILE).is_file():
         return
     made_with = json.loads(path.read_text(encoding="utf-8"))
-    if tokenizer is not None and made_with["vocabulary"] != (found := vocabulary(tokenizer)):
+    if tokenizer is None or made_with.get("probe") is None:
+        return
+    if made_with["probe"] != (found := probe(tokenizer)):
         raise ValueError(
-            f"dataset_path: {dataset_path} holds ids of the tokenizer of {made_with['tokenizer']!r} (vocabulary "
-            f"{made_with['vocabulary']}), but this model's is another ({found}); pretokenize the text for this model."
+            f"dataset_path: {dataset_path} holds ids of the tokenizer of {made_with['tokenizer']!r} (probe "
+            f"{made_with['probe']}), but this model's is another ({found}); pretokenize the text for this model."
         )

@@ -99,7 +99,8 @@ def check_same_language_model(expected: str, model: LanguageModel, latest: Path)
     if found != expected:
         raise ValueError(
             f"model_name: the language model's weights (fingerprint {found}) are not those that {latest} was trained "
-            f'on ({expected}); give the same model or precision, or begin a new run with resume="never".'
+            f"on ({expected}; earlier versions of this package counted otherwise); give the same model or precision, "
+            'or begin a new run with resume="never".'
         )
 
 

@@ -39,7 +39,6 @@ WITH_PENALTY = ("standard", "jumprelu", "gated")
 OPTION_OF: dict[str, tuple[str, ...]] = {
     "multi_topk": ("topk",),
     "matryoshka_widths": ("matryoshka",),
-    "matryoshka_selection": ("matryoshka",),
     "k_anneal_steps": FIXED_K,
     "lp_norm": ("standard", "gated"),
     "scale_sparsity_penalty_by_decoder_norm": ("standard", "gated", "jumprelu"),

@@ -141,6 +141,11 @@ def test_several_datasets(words: list[str], paths: Any, weights: tuple[float, ..
     assert (cfg.dataset_path, cfg.dataset_weights) == (paths, weights)
 
 
+def test_one_layer_needs_a_place_in_the_hooks_name_too() -> None:
+    with pytest.raises(ValueError, match="layers: found 2 with hook_point 'blocks.1.hook_resid_pre', expected {layer}"):
+        parse_train(["--layers", "2", "--hook_point", "blocks.1.hook_resid_pre"])
+
+
 def test_layers_need_a_place_in_the_hooks_name() -> None:
     with pytest.raises(ValueError, match=r"hook_point: .* expected \{layer\} where the number goes"):
         parse_train(["--layers", "1", "2", "--hook_point", "blocks.1.hook_resid_pre"])
@@ -337,6 +342,8 @@ def test_table_of_nothing_is_empty() -> None:
     [
         ("--k 16 32 demo demo", {"k": [16, 32], "model_name": "demo"}),
         ("--lr 1e-3 3e-3", {"lr": [1e-3, 3e-3]}),
+        ("--k=16 32 demo", {"k": [16, 32], "model_name": "demo"}),
+        ("--k=16 --lr=0.001", {"k": 16, "lr": 0.001}),
         ("--l1-coefficient 1e-3, 3e-3 --architecture standard", {"l1_coefficient": [1e-3, 3e-3]}),
         ("--hook_point blocks.{layer}.hook_mlp_out --layers 0, 2", {"hook_point_layer": [0, 2]}),
         ("--hook_point blocks.{layer}.hook_mlp_out --layers All", {"hook_point_layer": "all"}),

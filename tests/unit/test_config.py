@@ -242,10 +242,7 @@ def test_int_is_accepted_for_a_float() -> None:
         ({"dataset_path": ["a", 1]}, "dataset_path: found 1 (int) in a list, expected text"),
         ({"lr": ["1e-3", 2e-3]}, "lr: found '1e-3' (str) in a list, expected a number"),
         ({"use_cached_activations": "live"}, "use_cached_activations: found 'live', expected one of True or False, th"),
-        (
-            {"hook_point": "blocks.1.hook_mlp_out", "hook_point_layer": 2},
-            "hook_point_layer: found 2 with hook_point 'blocks.1.hook_mlp_out', expected 1, or {layer} where",
-        ),
+        ({"k": [[8, 16]]}, "k: found [[8, 16]] (list), expected a whole number"),
         (
             {"dataset_path": ["a", "b"], "dataset_weights": (0.5, 0)},
             "dataset_weights: found 0, expected more than 0; change it",

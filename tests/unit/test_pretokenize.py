@@ -83,6 +83,10 @@ def test_ids_of_another_tokenizer_are_refused(
     cfg = small_config(dataset_path=str(folder), n_eval_batches=0)
     assert ActivationsStore(cfg, demo_model).get_batch_tokens().shape == (4, 16)
     info = json.loads((folder / "pretokenized.json").read_text())
-    (folder / "pretokenized.json").write_text(json.dumps(info | {"tokenizer": "gpt2", "vocabulary": "0" * 16}))
+    (folder / "pretokenized.json").write_text(json.dumps(info | {"tokenizer": "gpt2", "probe": "0" * 16}))
     with pytest.raises(ValueError, match=f"dataset_path: {folder} holds ids of the tokenizer of 'gpt2'"):
         ActivationsStore(cfg, demo_model)
+    earlier = {name: value for name, value in info.items() if name not in ("probe", "content")}
+    (folder / "pretokenized.json").write_text(json.dumps(earlier))  # as it was written before they were noted
+    ActivationsStore(cfg, demo_model)
+    assert pretokenize("demo", str(text), folder) == folder

@@ -433,3 +433,25 @@ def test_long_document_without_blanks_is_cut_all_the_same(
 ):
     monkeypatch.setattr(sae_training.documents, "MAX_CHUNK_LENGTH", 10)
     assert contents(open_documents(rows(text=[text]))) == expected
+
+
+def test_fingerprint_tells_a_text_from_another_version_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    words = [f"word{i}" for i in range(9000)]
+    found = set()
+    for changed in (
+        words,
+        [*words[:4000], *["new"] * 3000, *words[4000:]],
+        [*words[:-1], "end"],
+        ["Word0", *words[1:]],
+    ):
+        path.write_text(" ".join(changed))
+        found.add(open_documents(path).fingerprint)
+    assert len(found) == 4
+    assert open_documents(path).fingerprint in found
+    assert open_documents(path, streaming=True).fingerprint is None
+    position = open_documents(path).start()
+    assert position["content"] in found
+    open_documents(path).check_position({name: value for name, value in position.items() if name != "content"})
+    with pytest.raises(ValueError, match="the text itself has changed since"):
+        open_documents(path).check_position(position | {"content": "0" * 16})
