@@ -272,7 +272,6 @@ def test_a_reader_that_nobody_uses_is_closed_without_the_garbage_collector(tmp_p
         texts = ["Capital" if fails and i == 9 else story(60, i) for i in range(60)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     documents = open_mixture([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], streaming=True)
-    threads = threading.active_count()
 
     def use() -> None:
         letters: Any = Letters()
@@ -286,13 +285,17 @@ def test_a_reader_that_nobody_uses_is_closed_without_the_garbage_collector(tmp_p
             stream.load_state_dict(stream.state_dict())
             stream.next_contexts(3)
 
+    def of_datasets() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name}
+
     gc.collect()
+    before = of_datasets()  # what other tests have left
     gc.disable()
     try:
         use()
         deadline = time.monotonic() + 20
-        while threading.active_count() > threads and time.monotonic() < deadline:
+        while of_datasets() - before and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert [thread.name for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name] == []
+        assert of_datasets() - before == set()
     finally:
         gc.enable()
