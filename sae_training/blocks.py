@@ -105,7 +105,7 @@ class BlockSwitch:
             forward(*args, **kwargs)
         if self.instead is not None:
             return self.instead(*args, **kwargs)
-        run = self.compiled if self.compiled is not None and compiled_wanted.get() else self.twin
+        run = self.compiled_now() or self.twin
         if self.first is None or self.last is None:
             return run(*args, **kwargs)
         return self.last(run(self.first(args[0]), *args[1:], **kwargs))
@@ -121,9 +121,9 @@ class BlockSwitch:
         finally:
             self.beside, self.instead = (), None
 
-    def is_compiled(self) -> bool:
-        """Whether the twin would run compiled just now."""
-        return self.compiled is not None and compiled_wanted.get()
+    def compiled_now(self) -> Forward | None:
+        """The compiled twin, where it is what runs just now."""
+        return self.compiled if compiled_wanted.get() else None
 
     def is_touched(self) -> bool:
         # Of dicts that torch keeps: some 20 us a block, a sixth of what going through its modules takes.

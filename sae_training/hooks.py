@@ -104,7 +104,7 @@ def hooked_inside(
     if replaces and (untapped or in_one_place):  # in one place, nothing would tell which comes first
         tapped, untapped = [], looks
     runs = [switch.hooked] * bool(untapped) + [switch.tapped] * bool(tapped)
-    last_counts = is_last or replaces or (bool(tapped) and not switch.is_compiled())
+    last_counts = is_last or replaces or (bool(tapped) and switch.compiled_now() is None)
     with ExitStack() as stack:
         for tap, look in tapped:
             stack.enter_context(tap.open(look))

@@ -1,4 +1,4 @@
-"""Running the blocks of a language model as transformer_lens wrote them, and counting those that do."""
+"""Running the blocks of a language model as transformer_lens wrote them, and counting which run how."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ def as_written(model: Any, function: Callable[[], Any]) -> Any:
             vars(layer)["forward"] = switch
 
 
-def hooked_blocks(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Blocks that run with their hook points from here on, in the order in which they do."""
+def hooked_blocks(model: Any, monkeypatch: pytest.MonkeyPatch, forward: str = "hooked") -> list[int]:
+    """Blocks that run with their hook points from here on (or that other `forward` of theirs), in the order in which
+    they do.
+    """
     ran: list[int] = []
     for i, block in enumerate(model.blocks):
         switch = switch_in(block)
         assert switch is not None
+        original = getattr(switch, forward)
 
-        def hooked(*args: Any, i: int = i, forward: Any = switch.hooked, **kwargs: Any) -> Any:
+        def counted(*args: Any, i: int = i, run: Any = original, **kwargs: Any) -> Any:
             ran.append(i)
-            return forward(*args, **kwargs)
+            return run(*args, **kwargs)
 
-        monkeypatch.setattr(switch, "hooked", hooked)
+        monkeypatch.setattr(switch, forward, counted)
     return ran

@@ -150,7 +150,7 @@ def test_compiled_harvest_is_that_of_the_model(model: Any, small_config: Any, mo
     compile_blocks(model, True)
     try:
         ran = hooked_blocks(model, monkeypatch)
-        n_compiled = count_compiled(model, monkeypatch)
+        n_compiled = hooked_blocks(model, monkeypatch, "compiled")
         found = harvest_compiled(model, tokens, outside)
         assert (ran, n_compiled) == ([], [0, 1, 2, 3])
         assert all(map(torch.equal, found, harvest_compiled(model, tokens, outside)))
@@ -171,20 +171,6 @@ def test_compiled_harvest_is_that_of_the_model(model: Any, small_config: Any, mo
         compile_blocks(model, False)
 
 
-def count_compiled(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    ran: list[int] = []
-    for i, block in enumerate(model.blocks):
-        switch = switch_in(block)
-        assert switch is not None
-
-        def compiled(*args: Any, i: int = i, forward: Any = switch.compiled, **kwargs: Any) -> Any:
-            ran.append(i)
-            return forward(*args, **kwargs)
-
-        monkeypatch.setattr(switch, "compiled", compiled)
-    return ran
-
-
 def is_eager(block: Any) -> bool:
     switch = switch_in(block)
     return switch is not None and switch.compiled is None
@@ -203,7 +189,7 @@ def test_hooked_transformer_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         logits = model(ids())
     compile_blocks(model, True)
-    ran, n_compiled = hooked_blocks(model, monkeypatch), count_compiled(model, monkeypatch)
+    ran, n_compiled = hooked_blocks(model, monkeypatch), hooked_blocks(model, monkeypatch, "compiled")
     torch.testing.assert_close(harvest_compiled(model, ids(), sites), expected)
     assert (ran, n_compiled) == ([], [0, 1])
     torch.testing.assert_close(harvest_compiled(model, ids(), [head]), of_head)
