@@ -24,11 +24,10 @@ from tyro.conf import Positional, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
-from sae_training.config_checks import field_types, is_union, nearest, plain_value, reads_as_number, value_problems
-from sae_training.config_io import FIELD_NAMES, config_from_dict, read_config_values, read_yaml
-from sae_training.config_types import OneOrMany
-from sae_training.sweep import LABELS
-from sae_training.toy_model_config import SAEToyModelRunnerConfig
+from sae_training.config.checks import field_types, is_union, nearest, plain_value, reads_as_number, value_problems
+from sae_training.config.io import FIELD_NAMES, config_from_dict, read_config_values, read_yaml
+from sae_training.config.types import LABELS, OneOrMany
+from sae_training.toy_model_runner import SAEToyModelRunnerConfig
 
 # What `train` starts from without a config file; the class itself keeps the defaults of the mats
 # era.
@@ -219,11 +218,11 @@ def run_verb(verb: Verb) -> None:
 
             resume_run(verb.run)
         case Eval():
-            from sae_training.lm_runner import evaluate_run
+            from sae_training.run.evals import evaluate_run
 
             sys.stdout.write(table(evaluate_run(verb.run)))
         case Report():
-            from sae_training.lm_runner import report_run
+            from sae_training.run.finish import report_run
 
             sys.stdout.write(f"{report_run(verb.run)}\n")
         case Cache():

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sae_training.activations_store import ActivationsStore, find_sites, with_widths, without_cache
+from sae_training.activations_store import ActivationsStore
+from sae_training.activations_store.store import without_cache
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.language_model import LanguageModel, load_language_model
+from sae_training.language_model.load import LanguageModel, load_language_model
+from sae_training.language_model.sites import find_sites, with_widths
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 Session = tuple[LanguageModel, SparseAutoencoder, ActivationsStore]

@@ -54,14 +54,15 @@ from demo import DEMO, smollm2_config
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from sae_training.activations import harvest
 from sae_training.activations_store import ActivationsStore
-from sae_training.bundled import bundled_text
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.language_model import find_hook_site, load_language_model, quiet_loading
+from sae_training.demo_data import bundled_text
+from sae_training.language_model.harvest import harvest
+from sae_training.language_model.load import load_language_model, quiet_loading
+from sae_training.language_model.sites import find_hook_site
 from sae_training.lm_runner import language_model_sae_runner
 from sae_training.sparse_autoencoder import SparseAutoencoder
-from sae_training.trainer import SAETrainer
+from sae_training.training.trainer import SAETrainer
 
 PEER = "sae-lens"
 PEER_WORKER = Path(__file__).resolve().with_name("bench_runner_peer.py")

@@ -56,12 +56,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_training.activations import at_site, put_back
-from sae_training.activations_store import ActivationsStore, special_token_ids
+from sae_training.activations_store import ActivationsStore
+from sae_training.activations_store.store import special_token_ids
 from sae_training.cli import RECIPE
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.evals import prompts_of_a_pass, run
-from sae_training.language_model import LanguageModel, find_hook_site, load_language_model
+from sae_training.language_model.harvest import at_site, put_back
+from sae_training.language_model.load import LanguageModel, load_language_model
+from sae_training.language_model.sites import find_hook_site
+from sae_training.run.evals import prompts_of_a_pass, run
 
 CACHE = Path.home() / ".cache" / "sae-training"
 SYSTEMS = (

@@ -31,16 +31,17 @@ import torch
 from bench_loop import batches_in_memory, time_run, time_steps
 from demo import smollm2_config
 
-from sae_training import passes
-from sae_training.activations import harvest
-from sae_training.activations_store import ActivationsStore, find_sites, with_widths
-from sae_training.cache import DTYPES, CachedReader, CachedShards, read_manifest
+from sae_training.activations_store import ActivationsStore, passes
+from sae_training.activations_store.cache import DTYPES, read_manifest
+from sae_training.activations_store.cache_reader import CachedReader, CachedShards
 from sae_training.cache_activations_runner import cache_activations_runner
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
-from sae_training.language_model import load_language_model
+from sae_training.language_model.harvest import harvest
+from sae_training.language_model.load import load_language_model
+from sae_training.language_model.sites import find_sites, with_widths
 from sae_training.lm_runner import find_singles, run_config
-from sae_training.memory_plan import plan_memory
-from sae_training.trainer import SAETrainer
+from sae_training.run.memory_plan import plan_memory
+from sae_training.training.trainer import SAETrainer
 
 SEEDS = (42, 43, 44)  # of the autoencoders whose explained variance is compared
 QUIET: dict[str, Any] = {"log_to_wandb": False, "eval_every_steps": 0, "checkpoint_every_minutes": None}

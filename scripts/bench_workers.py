@@ -175,9 +175,9 @@ def cast_first(step: Callable[[Tensor], None], dtype: torch.dtype) -> Callable[[
 def ours(architecture: str, sizes: Sizes) -> System:
     import sae_training
     from sae_training.config import LanguageModelSAERunnerConfig
-    from sae_training.config_io import config_to_dict
+    from sae_training.config.io import config_to_dict
     from sae_training.sparse_autoencoder import SparseAutoencoder
-    from sae_training.trainer import SAETrainer
+    from sae_training.training.trainer import SAETrainer
 
     if sizes.d_sae % sizes.d_in:
         raise ValueError(f"d_sae: found {sizes.d_sae}, expected a multiple of d_in = {sizes.d_in}")

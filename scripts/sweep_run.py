@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from sae_training.cli import parse_train
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.interrupt import TrainingInterrupted
 from sae_training.lm_runner import language_model_sae_runner
+from sae_training.machine.interrupt import TrainingInterrupted
 
 
 def config(flags: Sequence[str]) -> LanguageModelSAERunnerConfig:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_training.blocks import switch_in
+from sae_training.language_model.twins import switch_in
 
 
 def ids(n_prompts: int = 3, n: int = 10) -> torch.Tensor:

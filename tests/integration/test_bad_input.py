@@ -19,10 +19,11 @@ import pytest
 from torch import Tensor
 
 import sae_training
-from sae_training import checkpoint, cli
-from sae_training.config_io import save_config
+from sae_training import cli
+from sae_training.config.io import save_config
+from sae_training.run import checkpoint
 from sae_training.sparse_autoencoder import SparseAutoencoder
-from sae_training.trainer import SAETrainer, StepResult
+from sae_training.training.trainer import SAETrainer, StepResult
 
 
 class Answer(NamedTuple):

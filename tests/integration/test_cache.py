@@ -18,17 +18,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN
+from small import SMALL_RUN
 from test_resume import one_thread_environment, start, step_of, wait_for
 from torch import Tensor
 
-from sae_training.activations import harvest
 from sae_training.activations_store import ActivationsStore
-from sae_training.cache import DTYPES, CachedReader, CachedShards, decode, encode, read_manifest
-from sae_training.cache_activations_runner import CacheWriter, cache_activations_runner, from_records, lock_beside
+from sae_training.activations_store.cache import DTYPES, decode, encode, read_manifest
+from sae_training.activations_store.cache_reader import CachedReader, CachedShards
+from sae_training.activations_store.cache_writer import CacheWriter, from_records
+from sae_training.cache_activations_runner import cache_activations_runner
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
-from sae_training.language_model import load_language_model
+from sae_training.language_model.harvest import harvest
+from sae_training.language_model.load import load_language_model
 from sae_training.lm_runner import language_model_sae_runner, run_config
+from sae_training.machine.files import lock_beside
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.utils import LMSparseAutoencoderSessionloader
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.sparse_autoencoder import SparseAutoencoder
-from sae_training.trainer import SAETrainer
+from sae_training.training.trainer import SAETrainer
 
 D_IN, D_SAE, ROWS, STEPS = 32, 256, 512, 600
 N_FEATURES, ACTIVE = 200, 4

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL_RUN
+from small import SMALL_RUN
 
-from sae_training.checkpoint import complete_checkpoints
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.config_io import save_config
+from sae_training.config.io import save_config
 from sae_training.lm_runner import resume_run, run_config
+from sae_training.run.checkpoint import complete_checkpoints
 
 N_KILLS = 10
 # 160 steps on a text of less than that: kills fall into refills, epochs, checkpoints and evaluations.

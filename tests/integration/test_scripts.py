@@ -20,17 +20,17 @@ import bench_workers
 import pytest
 import torch
 import yaml
-from conftest import SMALL_RUN
 from demo import DEMO
+from small import SMALL_RUN
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_file import history, the_run, wandb_files
 
-from sae_training.activations import harvest
+from sae_training.activations_store.shuffle_buffer import ShuffleBuffer
 from sae_training.cli import parse_train
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.config_io import FIELD_NAMES
-from sae_training.language_model import find_hook_site
-from sae_training.shuffle_buffer import ShuffleBuffer
+from sae_training.config.io import FIELD_NAMES
+from sae_training.language_model.harvest import harvest
+from sae_training.language_model.sites import find_hook_site
 
 ROOT = Path(__file__).parents[2]
 SWEEP: dict[str, Any] = yaml.safe_load((ROOT / "scripts" / "sweep.yaml").read_text(encoding="utf-8"))

@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL_RUN
+from small import SMALL_RUN
 from test_resume import start, step_of, wait_for
 
 from sae_training import lm_runner
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.lm_runner import evaluate_run, language_model_sae_runner, report_run, resume_run, run_config
-from sae_training.report import write_report
+from sae_training.lm_runner import language_model_sae_runner, resume_run, run_config
+from sae_training.report.curves import write_report
+from sae_training.run.evals import evaluate_run
+from sae_training.run.finish import report_run
 from sae_training.sparse_autoencoder import SparseAutoencoder
-from sae_training.trainer import NonFiniteLoss
+from sae_training.training.trainer import NonFiniteLoss
 from sae_training.utils import LMSparseAutoencoderSessionloader
 
 LAYERS = {"hook_point": "blocks.{layer}.hook_resid_post", "hook_point_layer": [0, 2]}

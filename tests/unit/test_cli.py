@@ -14,7 +14,7 @@ import torch
 from sae_training import cli
 from sae_training.cli import main, parse, parse_train, spell_switches, table
 from sae_training.config import LanguageModelSAERunnerConfig as Config
-from sae_training.config_io import FIELD_NAMES, save_config
+from sae_training.config.io import FIELD_NAMES, save_config
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,10 +12,10 @@ import torch
 
 from sae_training import cli
 from sae_training.activations_store import ActivationsStore
-from sae_training.documents import MAX_CHUNK_LENGTH
 from sae_training.pretokenize import pretokenize
-from sae_training.text_data import open_documents
-from sae_training.tokens import TokenStream
+from sae_training.text.documents import MAX_CHUNK_LENGTH
+from sae_training.text.open import open_documents
+from sae_training.text.stream import TokenStream
 
 
 @pytest.fixture

@@ -1,0 +1,75 @@
+"""Configs that describe several autoencoders, by lists in some fields, and the single configs that they stand for.
+
+A list in one field stands for one autoencoder per value, lists in several fields for each combination. What an
+architecture does not use (k, or the weight of a penalty) makes no further ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sae_training.config.types import FIXED_K, LABELS, OPTION_OF
+
+if TYPE_CHECKING:
+    from sae_training.config.run import LanguageModelSAERunnerConfig
+
+C = TypeVar("C", bound="LanguageModelSAERunnerConfig")
+
+MAX_COMBINATIONS = 4096
+
+
+def listed_fields(cfg: Any) -> list[str]:
+    """The fields that hold lists, in the order in which names have them."""
+    return [name for name in LABELS if isinstance(getattr(cfg, name), (list, tuple))]
+
+
+def is_several(cfg: Any) -> bool:
+    """Whether the config describes several autoencoders (or, in a list of one value, might have)."""
+    return bool(listed_fields(cfg)) or cfg.hook_point_layer == "all"
+
+
+def n_combinations(cfg: Any) -> int:
+    n = 1
+    for name in listed_fields(cfg):
+        n *= len(getattr(cfg, name))
+    return n
+
+
+def with_layers(cfg: C, n_layers: int) -> C:
+    """`cfg` with every `layer_stride`-th of a model's `n_layers` layers in place of hook_point_layer="all"."""
+    if cfg.hook_point_layer != "all":
+        return cfg
+    layers: Any = list(range(0, n_layers, cfg.layer_stride))
+    changed = copy.copy(cfg)
+    changed.hook_point_layer, changed.layer_stride = layers, 1
+    return changed
+
+
+def variants(cfg: C) -> dict[str, C]:
+    """The single configs, unchecked, by the names of their autoencoders: one named "" if nothing is listed."""
+    names = listed_fields(cfg)
+    found: dict[str, C] = {}
+    for values in itertools.product(*(getattr(cfg, name) for name in names)):
+        single = copy.copy(cfg)
+        for name, value in zip(names, values, strict=True):
+            setattr(single, name, value)
+        idle = {"l1_coefficient" if single.architecture in FIXED_K else "k"}
+        for name in idle & {*names}:
+            setattr(single, name, getattr(cfg, name)[0])
+        if "architecture" in names:  # options of one in the list are nothing to the others
+            for name, architectures in OPTION_OF.items():
+                if single.architecture not in architectures and set(architectures) & {*cfg.architecture}:
+                    setattr(single, name, getattr(type(cfg), name))
+        if "{layer}" in single.hook_point and {"hook_point", "hook_point_layer"} <= {*names}:
+            idle.add("hook_point_layer")  # the hook's name has it
+        labels = {name: LABELS[name] + shown(getattr(single, name)) for name in names}
+        labels |= {"hook_point": single.hook_point.replace("{layer}", str(single.hook_point_layer))}
+        parts = [labels[name] for name in names if name not in idle]
+        found.setdefault("-".join(parts), single)
+    return found
+
+
+def shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""An autoencoder on disk: our own files, and those of other programs."""

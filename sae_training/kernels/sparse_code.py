@@ -1,0 +1,287 @@
+"""Sparse latent codes: which latents are active on which rows, and the products that need nothing else.
+
+A dense autoencoder step is six products of 2 * rows * d_in * d_sae operations. Only the encoder's forward product must
+look at every latent; with n active entries the other five cost 2 * n * d_in each:
+
+    pre-activations   values[e] = x[row e] . W_enc[:, latent e] + b_enc[latent e]
+    decode            out[row]  = sum of values[e] * W_dec[latent e] over the row's entries
+    dL/dvalues[e]               = dL/dout[row e] . W_dec[latent e]
+    dL/dW_dec[latent]           = sum of values[e] * dL/dout[row e] over the latent's entries
+    dL/dW_enc[:, latent]        = sum of dL/dvalues[e] * x[row e] over the latent's entries
+
+Both weight gradients go through the entries latent by latent: one sort, shared. The gradient of b_dec through the
+encoder's input is a matrix-vector product, since every row's input holds the same -b_dec.
+
+`row_products` and `bags` are the two products that the device decides on: kernels of torch or `cpu_kernels` on the CPU,
+of `triton_kernels` on CUDA. Nothing here reads a number off the device to go on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from sae_training.kernels import cpu as cpu_kernels
+from sae_training.kernels import triton_products as triton_kernels
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # said once a process, to no one's use
+
+
+class ByLatent(NamedTuple):
+    """The entries in the order of their latents."""
+
+    order: Tensor
+    """(n,) int64: which entry comes where."""
+    latents: Tensor
+    rows: Tensor
+    offsets: Tensor
+    """(d_sae + 1,) int64: latent i has the entries offsets[i] to offsets[i + 1]."""
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The active (row, latent) pairs of a batch, row after row; their values live in tensors (n,) beside it."""
+
+    latents: Tensor
+    """(n,) int64: the latent of each entry."""
+    offsets: Tensor
+    """(n_rows + 1,) int64: row i has the entries offsets[i] to offsets[i + 1]."""
+    d_sae: int
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(n,) int64: the row of each entry."""
+        if self.offsets.device.type != "cpu":  # there repeat_interleave may wait for the device, to check the counts
+            return keys_of(self.offsets, len(self.latents))
+        positions = torch.arange(self.n_rows)
+        return positions.repeat_interleave(self.offsets.diff(), output_size=len(self.latents))
+
+    @cached_property
+    def by_latent(self) -> ByLatent:
+        if self.latents.device.type == "cpu" and cpu_kernels.available():
+            order, offsets = cpu_kernels.sort_by_latent(self.latents, self.d_sae)
+            return ByLatent(order, self.latents[order], self.rows[order], offsets)
+        latents, order = self.latents.sort(stable=True)
+        return ByLatent(order, latents, self.rows[order], offsets_of(latents, self.d_sae))
+
+    def counts(self, values: Tensor) -> Tensor:
+        """(d_sae,) int64: on how many rows each latent's value is above 0."""
+        return self.sum_by_latent((values > 0).to(torch.int64))
+
+    def dense(self, values: Tensor) -> Tensor:
+        """The codes as (n_rows, d_sae)."""
+        flat = torch.zeros(self.n_rows * self.d_sae, dtype=values.dtype, device=values.device)
+        return flat.index_add(0, self.rows * self.d_sae + self.latents, values).view(self.n_rows, self.d_sae)
+
+    def sum_by_latent(self, values: Tensor) -> Tensor:
+        """(d_sae,): the sum of each latent's values."""
+        if triton_kernels.supports(values):  # index_add_ adds in another order each time there
+            return sum_of_rows(values, values.new_ones(self.n_rows, 1), self).squeeze(1)
+        return torch.zeros(self.d_sae, dtype=values.dtype, device=values.device).index_add_(0, self.latents, values)
+
+
+def offsets_of(keys: Tensor, n: int) -> Tensor:
+    """(n + 1,) int64: key i has the positions out[i] to out[i + 1] of the ascending `keys`."""
+    return torch.searchsorted(keys, torch.arange(n + 1, device=keys.device))
+
+
+def keys_of(offsets: Tensor, n: int) -> Tensor:
+    """(n,) int64: the ascending keys that have these `offsets`."""
+    return torch.searchsorted(offsets, torch.arange(n, device=offsets.device), right=True) - 1
+
+
+def concatenate(parts: list[Entries]) -> Entries:
+    """The rows of all parts under each other."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = torch.cat([part.offsets[-1:] for part in parts]).cumsum(0)
+    offsets = [parts[0].offsets] + [part.offsets[1:] + end for part, end in zip(parts[1:], ends, strict=False)]
+    return Entries(torch.cat([part.latents for part in parts]), torch.cat(offsets), parts[0].d_sae)
+
+
+def fixed_size_entries(latents: Tensor, d_sae: int) -> Entries:
+    """Entries from `latents` (rows, k): k to a row."""
+    n_rows, k = latents.shape
+    offsets = torch.arange(0, n_rows * k + 1, k, device=latents.device)
+    return Entries(latents.flatten(), offsets, d_sae)
+
+
+# ---------------------------------------------------------------------------------------------------------- products
+
+
+def row_products(rows: Tensor, table: Tensor, entries: Entries) -> Tensor:
+    """(n,): rows[row e] . table[latent e] for each entry, `rows` (n_rows, d), `table` (d_sae, d)."""
+    if triton_kernels.supports(rows):
+        return triton_kernels.row_products(rows, table, entries.latents, entries.rows)
+    if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
+        if cpu_kernels.available():
+            return cpu_kernels.row_products(rows, table, entries.offsets, entries.latents)
+        size = (entries.n_rows, entries.d_sae)
+        zeros = torch.zeros(len(entries.latents), dtype=rows.dtype)
+        where = torch.sparse_csr_tensor(entries.offsets, entries.latents, zeros, size, check_invariants=False)
+        return torch.sparse.sampled_addmm(where, rows, table.T, beta=0.0).values()
+    # Elsewhere: gathered in pieces of at most 64 MB, so that (n, d) is never held at once.
+    n = max(1, 2**24 // rows.shape[1])
+    pieces = zip(entries.rows.split(n), entries.latents.split(n), strict=True)
+    return torch.cat([torch.linalg.vecdot(rows[r], table[latent]) for r, latent in pieces])
+
+
+def sum_of_latents(values: Tensor, table: Tensor, entries: Entries) -> Tensor:
+    """(n_rows, d): in each row, the sum of values[e] * table[latent e]."""
+    return bags(entries.latents, entries.offsets, values, table)
+
+
+def sum_of_rows(values: Tensor, rows: Tensor, entries: Entries) -> Tensor:
+    """(d_sae, d): for each latent, the sum of values[e] * rows[row e]."""
+    order, latents, row_of, offsets = entries.by_latent
+    return bags(row_of, offsets, values[order], rows, bag_of=latents)
+
+
+def bags(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor, bag_of: Tensor | None = None) -> Tensor:
+    """Weighted sums of rows of `table`, one for each stretch of `indices` between two `offsets`.
+
+    `bag_of` (n,) names the stretch of each index where some are very long.
+    """
+    if triton_kernels.supports(table):
+        return triton_kernels.bags(indices, offsets, weights, table, bag_of)
+    return F.embedding_bag(
+        indices, table, offsets, mode="sum", per_sample_weights=weights.to(table.dtype), include_last_offset=True
+    )
+
+
+class PreActivations(Function):
+    """`pre_activations_at`; gradients reach the four parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, sae_in: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor, entries: Entries) -> Any:
+        ctx.save_for_backward(sae_in, W_enc)
+        ctx.entries = entries
+        return row_products(sae_in, W_enc.T, entries).add_(b_enc[entries.latents])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        sae_in, W_enc = ctx.saved_tensors
+        b_enc_gradient = ctx.entries.sum_by_latent(gradient)
+        b_dec_gradient = -(W_enc @ b_enc_gradient) if ctx.needs_input_grad[1] else None
+        return None, b_dec_gradient, sum_of_rows(gradient, sae_in, ctx.entries).T, b_enc_gradient, None
+
+
+def pre_activations_at(entries: Entries, sae_in: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    """(n,) pre-activations at the entries. `sae_in` (n_rows, d_in) already is x - b_dec (x, if `b_dec` is None)."""
+    return PreActivations.apply(sae_in, b_dec, W_enc, b_enc, entries)  # pyright: ignore[reportReturnType]
+
+
+class Decode(Function):
+    """The rows' sums of values[e] * W_dec[latent e], (n_rows, d_in)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, entries: Entries) -> Any:
+        ctx.save_for_backward(values, W_dec)
+        ctx.entries = entries
+        return sum_of_latents(values, W_dec, entries)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        values, W_dec = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        W_dec_gradient = sum_of_rows(values, gradient, ctx.entries) if ctx.needs_input_grad[1] else None
+        return row_products(gradient, W_dec, ctx.entries), W_dec_gradient, None
+
+
+# ---------------------------------------------------------------------------------------------------- codes of a batch
+
+
+@dataclass(frozen=True)
+class Code:
+    """The latent activations of a batch: `values` (rows, d_sae), or (n,) at `entries`."""
+
+    values: Tensor
+    entries: Entries | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.values) if self.entries is None else self.entries.n_rows
+
+    @property
+    def at_entries(self) -> Entries:
+        """The entries of a code that has them."""
+        assert self.entries is not None
+        return self.entries
+
+    def at(self, parameter: Tensor) -> Tensor:
+        """A parameter (d_sae,), broadcast over the rows or picked for each entry."""
+        return parameter if self.entries is None else parameter.index_select(0, self.entries.latents)
+
+    def with_values(self, values: Tensor) -> Code:
+        return Code(values, self.entries)
+
+    def detach(self) -> Code:
+        return Code(self.values.detach(), self.entries)
+
+    def decode(self, W_dec: Tensor) -> Tensor:
+        """(rows, d_in): the codes times W_dec (d_sae, d_in)."""
+        if self.entries is None:
+            return self.values @ W_dec
+        return Decode.apply(self.values, W_dec, self.entries)  # pyright: ignore[reportReturnType]
+
+    def l1(self) -> Tensor:
+        """Mean over rows of the sum of |activations|, a scalar."""
+        return self.values.abs().sum() / self.n_rows
+
+    def l0(self) -> Tensor:
+        """Mean number of active latents per row, a scalar."""
+        return (self.values > 0).sum().float() / self.n_rows
+
+    def counts(self) -> Tensor:
+        """(d_sae,) int64: on how many rows each latent is active."""
+        return (self.values > 0).sum(dim=0) if self.entries is None else self.entries.counts(self.values)
+
+    def smallest_active(self) -> Tensor:
+        """The smallest activation above 0, a scalar; infinite if there is none."""
+        positive = torch.where(self.values > 0, self.values, torch.inf).flatten()
+        return torch.cat([positive, positive.new_full((1,), torch.inf)]).amin()
+
+    def dense(self) -> Tensor:
+        """(rows, d_sae)."""
+        return self.values if self.entries is None else self.entries.dense(self.values)
+
+
+class CodeFigures:
+    """What is asked of the code of a batch that went through in parts, none of which is kept."""
+
+    def __init__(self) -> None:
+        self.n_rows = 0
+        self.sums: list[Tensor] = []
+        self.smallest: list[Tensor] = []
+
+    def add(self, code: Code) -> None:
+        sums = [code.l1() * code.n_rows, code.l0() * code.n_rows, code.counts()]
+        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else sums
+        self.smallest.append(code.smallest_active())
+        self.n_rows += code.n_rows
+
+    def l1(self) -> Tensor:
+        return self.sums[0] / self.n_rows
+
+    def l0(self) -> Tensor:
+        return self.sums[1] / self.n_rows
+
+    def counts(self) -> Tensor:
+        return self.sums[2]
+
+    def smallest_active(self) -> Tensor:
+        """The mean of the parts' smallest, each of which was chosen by itself."""
+        return torch.stack(self.smallest).mean()

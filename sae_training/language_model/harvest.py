@@ -1,0 +1,46 @@
+"""One frozen pass of the language model, stopped as early as possible: tokens in, activations out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sae_training.language_model.hooks import read_hooks
+from sae_training.language_model.load import LanguageModel
+from sae_training.language_model.sites import HookSite
+
+
+@torch.inference_mode()
+def harvest(model: LanguageModel, tokens: Tensor, sites: Sequence[HookSite]) -> list[Tensor]:
+    """Activations (prompts, positions, width) at each site, in the model's precision, of ids (prompts, positions).
+
+    With a head axis: the one head the site names, or all heads side by side. Some hooks hold float32 in a narrower
+    model (normalised activations do), which is rounded.
+    """
+    layers = [site.stop_at_layer for site in sites]
+    stop_at_layer = None if None in layers else max(layer for layer in layers if layer is not None)
+    found = read_hooks(model, tokens, {site.read_name for site in sites}, stop_at_layer)
+    return [at_site(found[site.read_name], site).to(model.cfg.dtype) for site in sites]
+
+
+def at_site(activations: Tensor, site: HookSite) -> Tensor:
+    """The vectors an autoencoder reads from a hook's tensor: (prompts, positions, d_in)."""
+    if not site.head_axis:
+        return activations
+    if site.head_index is None:
+        return activations.flatten(start_dim=-2)
+    return activations[:, :, site.head_index]
+
+
+def put_back(activations: Tensor, replacement: Tensor, site: HookSite) -> Tensor:
+    """The hook's tensor with `replacement` (prompts, positions, d_in) in the place that `at_site` reads."""
+    replacement = replacement.to(activations.dtype)
+    if not site.head_axis:
+        return replacement
+    if site.head_index is None:
+        return replacement.unflatten(-1, activations.shape[-2:])
+    activations = activations.clone()
+    activations[:, :, site.head_index] = replacement
+    return activations

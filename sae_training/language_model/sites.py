@@ -1,0 +1,178 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.io import option
+from sae_training.language_model.hooks import block_number, read_hooks
+from sae_training.language_model.load import LanguageModel
+
+# ------------------------------------------------------------------------------------------------------------- hooks
+
+
+@dataclass(frozen=True)
+class HookSite:
+    """Where activations are read and written back.
+
+    `name` is the hook as the user wrote it. `read_name` and `stop_at_layer` are the cheapest way to read the same
+    tensor: the input of block L equals the output of block L - 1, so block L need not run. `head_axis` says whether
+    the tensor is (prompts, positions, heads, d_head).
+    """
+
+    name: str
+    read_name: str
+    stop_at_layer: int | None
+    head_index: int | None
+    head_axis: bool
+    d_in: int
+
+    @property
+    def layer(self) -> int | None:
+        return block_number(self.name)
+
+
+def find_hook_site(
+    model: LanguageModel, hook_point: str, head_index: int | None = None, d_in: int | None = None
+) -> HookSite:
+    """Check that `hook_point` exists, holds one vector a position, and has width `d_in` (None: any width)."""
+    if hook_point not in model.hook_dict:
+        raise ValueError(unknown_hook_message(model, hook_point))
+    read_name, stop_at_layer = cheapest_read(hook_point)
+    shape = probe_shape(model, read_name, stop_at_layer)
+    positions_first = shape[:2] == (1, PROBE_LENGTH)
+    if len(shape) not in (3, 4) or not positions_first:
+        raise ValueError(
+            f"hook_point: {hook_point} has shape {shape} for 1 prompt of {PROBE_LENGTH} tokens; expected "
+            "(prompts, positions, width) or (prompts, positions, heads, width). Choose a hook with one vector a "
+            "position."
+        )
+    head_axis = len(shape) == 4
+    width = find_width(hook_point, shape, head_index)
+    if d_in is not None and d_in != width:
+        raise ValueError(
+            f"d_in: got {d_in}, but {hook_point} of this model is {width} wide; use d_in={width}, or d_in=None to take "
+            "the width from the model."
+        )
+    return HookSite(hook_point, read_name, stop_at_layer, head_index, head_axis, width)
+
+
+def find_target_site(model: LanguageModel, target_hook_point: str, d_out: int | None = None) -> HookSite:
+    """`find_hook_site` for the hook that a transcoder predicts."""
+    try:
+        return find_hook_site(model, target_hook_point, None, d_out)
+    except ValueError as error:
+        named = str(error).replace("d_in", "d_out")
+        raise ValueError(re.sub(r"\bhook_point(_head_index)?:", r"target_hook_point:", named, count=1)) from error
+
+
+@torch.inference_mode()
+def check_order(model: LanguageModel, site: HookSite, target: HookSite) -> None:
+    """ValueError unless the forward pass comes to `site` before `target`, whose place a transcoder's output takes."""
+    seen: list[str] = []
+    tokens = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=model.cfg.device)
+    hooks = [(name, lambda activations, hook, name=name: seen.append(name)) for name in (site.name, target.name)]
+    model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None)
+    if seen != [site.name, target.name]:
+        raise ValueError(
+            f"target_hook_point: the model computes {target.name} before {site.name}, expected a hook that comes after "
+            "hook_point; swap them, or choose another."
+        )
+
+
+def find_width(hook_point: str, shape: tuple[int, ...], head_index: int | None) -> int:
+    if len(shape) == 3:
+        if head_index is not None:
+            raise ValueError(
+                f"hook_point_head_index: got {head_index}, but {hook_point} has no head axis (shape {shape}); use None."
+            )
+        return shape[-1]
+    n_heads, d_head = shape[-2:]
+    if head_index is None:
+        return n_heads * d_head
+    if not 0 <= head_index < n_heads:
+        raise ValueError(
+            f"hook_point_head_index: got {head_index}, but {hook_point} has {n_heads} heads; use 0 to {n_heads - 1}."
+        )
+    return d_head
+
+
+PROBE_LENGTH = 3
+
+
+@torch.inference_mode()
+def probe_shape(model: LanguageModel, name: str, stop_at_layer: int | None) -> tuple[int, ...]:
+    tokens = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=model.cfg.device)
+    found = read_hooks(model, tokens, {name}, stop_at_layer)
+    if name not in found:
+        raise ValueError(f"hook_point: {name} exists in this model but did not run; choose another hook.")
+    return tuple(found[name].shape)
+
+
+def cheapest_read(hook_point: str) -> tuple[str, int | None]:
+    """The hook to cache and the block to stop before, for the least work that yields `hook_point`."""
+    layer = block_number(hook_point)
+    if layer is None:
+        return hook_point, 0 if hook_point in ("hook_embed", "hook_pos_embed") else None
+    if layer > 0 and hook_point == f"blocks.{layer}.hook_resid_pre":
+        return f"blocks.{layer - 1}.hook_resid_post", layer
+    return hook_point, layer + 1
+
+
+def unknown_hook_message(model: LanguageModel, hook_point: str) -> str:
+    names = list(model.hook_dict)
+    n_blocks = model.cfg.n_layers
+    layer = block_number(hook_point)
+    if layer is not None and layer >= n_blocks:
+        return (
+            f"hook_point: {hook_point} names block {layer}, but this model has {n_blocks}; "
+            f"choose a layer from 0 to {n_blocks - 1}."
+        )
+    near = difflib.get_close_matches(hook_point, names, n=1)
+    # The bridge has a second name, of its own, for every hook: the input and output of each of its components.
+    familiar = [name for name in names if not name.endswith((".hook_in", ".hook_out", "hook_cos", "hook_sin"))]
+    in_block = [name.replace("blocks.0.", "blocks.{layer}.") for name in familiar if name.startswith("blocks.0.")]
+    outside = [name for name in familiar if block_number(name) is None]
+    suggestion = f" Did you mean {near[0]}?" if near else ""
+    return (
+        f"hook_point: this model has no hook {hook_point!r}.{suggestion}\n"
+        f"Its hooks, for layer 0 to {n_blocks - 1}: {', '.join(in_block + outside)}."
+    )
+
+
+Sites = tuple[HookSite, ...]
+
+"""Where an autoencoder's input is read and, for a transcoder, where its output belongs."""
+
+
+def find_sites(cfg: Any, model: LanguageModel) -> Sites:
+    """The hooks of `cfg` in `model`, checked: where the input is read and, for a transcoder, the target."""
+    hook_point = getattr(cfg, "resolved_hook_point", cfg.hook_point)
+    site = find_hook_site(model, hook_point, option(cfg, "hook_point_head_index"), cfg.d_in)
+    target_hook_point = getattr(cfg, "resolved_target_hook_point", option(cfg, "target_hook_point"))
+    if target_hook_point is None:
+        return (site,)
+    target_site = find_target_site(model, target_hook_point, option(cfg, "d_out"))
+    check_order(model, site, target_site)
+    return site, target_site
+
+
+def with_widths(cfg: LanguageModelSAERunnerConfig, sites: Sites) -> LanguageModelSAERunnerConfig:
+    """`cfg` with d_in and, for a transcoder, d_out as its `sites` have them."""
+    site, *target = sites
+    return dataclasses.replace(cfg, d_in=site.d_in, d_out=target[0].d_in if target else None)
+
+
+def check_context_size(context_size: int, model: LanguageModel) -> None:
+    if context_size > model.cfg.n_ctx:
+        raise ValueError(
+            f"context_size: got {context_size}, but the model reads at most {model.cfg.n_ctx} tokens; use "
+            f"{model.cfg.n_ctx} or less."
+        )

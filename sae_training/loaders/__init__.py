@@ -1,1 +1,0 @@
-"""Readers of other programs' autoencoder files, one file per format."""

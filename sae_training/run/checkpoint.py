@@ -1,0 +1,186 @@
+"""Resumable checkpoints: safetensors and JSON in a folder that is complete or does not count.
+
+    checkpoints/step_<n>/   one .safetensors per part of the state, state.json for the rest,
+                            manifest.json (written last): size and SHA-256 of every other file
+
+A checkpoint is written under another name and renamed when it is on the disk, so a kill at any moment leaves the
+previous one as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae_training.machine.files import check_free_disk, flush_to_disk, sha256, step_number
+
+MANIFEST = "manifest.json"
+
+STATE = "state.json"
+
+
+def save_checkpoint(
+    parent: Path, step: int, parts: dict[str, dict[str, Any]], state: dict[str, Any], extra_files: dict[str, str]
+) -> Path:
+    """Write parent/step_<step> and return it.
+
+    `parts` maps a file's name (without ending; a/b is b in the folder a) to a nested dict whose leaves are tensors or
+    JSON values; `state` is plain JSON; `extra_files` are texts to put beside them.
+    """
+    tensors, leaves = {}, {}
+    for part, content in parts.items():
+        tensors[part], leaves[part] = split(content)
+    n_bytes = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
+    check_free_disk(parent, n_bytes)
+
+    final, partial = parent / f"step_{step}", parent / f"step_{step}.tmp"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for part, content in tensors.items():
+            (partial / part).parent.mkdir(exist_ok=True)
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in content.items()}, partial / f"{part}.safetensors"
+            )
+        (partial / STATE).write_text(json.dumps({"step": step, "leaves": leaves, **state}), encoding="utf-8")
+        for name, text in extra_files.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        write_manifest(partial)
+        if final.exists():
+            remove(final)
+        os.replace(partial, final)
+        flush_to_disk(parent)
+    except SafetensorError as error:  # its word for any failure of the system to write
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{parent}: a checkpoint could not be written ({error}); free some space.") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The `parts` and `state` that `save_checkpoint` was given. ValueError if a file is not as it was written."""
+    verify(folder)
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    leaves = state.pop("leaves")
+    parts = {part: join(load_file(folder / f"{part}.safetensors"), leaves[part]) for part in leaves}
+    return parts, state
+
+
+def complete_checkpoints(parent: Path) -> list[Path]:
+    """Checkpoint folders that were written to the end, newest first."""
+    folders = [p for p in parent.glob("step_*") if step_number(p) >= 0 and (p / MANIFEST).is_file()]
+    return sorted(folders, key=step_number, reverse=True)
+
+
+def newest_valid(parent: Path, notify: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are as they were written.
+
+    Damaged ones are set aside as step_<n>.damaged, so that they never again count, and it says so.
+    """
+    folders = complete_checkpoints(parent)
+    for folder in folders:
+        try:
+            verify(folder)
+            return folder
+        except ValueError as error:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            rest = (
+                "Trying the one before it."
+                if folder != folders[-1]
+                else "There is none before it: the run begins from the beginning."
+            )
+            notify(f"{error} It was set aside as {aside.name}. {rest}")
+    return None
+
+
+def delete_old(parent: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what a killed run left half-written."""
+    for folder in complete_checkpoints(parent)[keep:]:
+        remove(folder)
+    for partial in parent.glob("step_*.tmp"):
+        shutil.rmtree(partial)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, first what makes it count: a kill in between leaves nothing that looks complete."""
+    (folder / MANIFEST).unlink()
+    shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------- manifest
+
+
+def write_manifest(folder: Path) -> None:
+    entries = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        flush_to_disk(path)
+        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    flush_to_disk(manifest)
+    flush_to_disk(folder)
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with the manifest: first the size, then the hash."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise ValueError(f"{folder}: no {MANIFEST}, so this checkpoint was never finished.")
+    try:
+        entries = json.loads(manifest.read_text(encoding="utf-8"))
+        expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        if folder / STATE not in expected:
+            raise KeyError(STATE)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{manifest}: not a readable manifest ({error!r}); this checkpoint is damaged.") from error
+    for path, (n_bytes, digest) in expected.items():
+        size = path.stat().st_size if path.is_file() else None
+        if size != n_bytes:
+            found = "no such file" if size is None else f"{size} bytes"
+            raise ValueError(f"{path}: found {found}, expected {n_bytes} bytes; this checkpoint is damaged.")
+        if sha256(path) != digest:
+            raise ValueError(
+                f"{path}: its content is not what was written (SHA-256 differs); this checkpoint is damaged."
+            )
+
+
+# --------------------------------------------------------------------------------------------- nested dicts <-> files
+
+
+def split(content: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A nested dict as its tensors, under "outer/inner" names, and a nested dict of the rest."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            tensors[prefix + name] = value
+        elif isinstance(value, dict):
+            inner, rest[name] = split(value, f"{prefix}{name}/")
+            tensors |= inner
+        else:
+            rest[name] = value
+    return tensors, rest
+
+
+def join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `split`."""
+    content = json.loads(json.dumps(rest))
+    for name, tensor in tensors.items():
+        *outer, last = name.split("/")
+        place = content
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[last] = tensor
+    return content

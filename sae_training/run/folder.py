@@ -1,0 +1,185 @@
+"""A run's folder: which one a command continues or begins, who holds it, and how far it is.
+
+runs/<run name>/   config.json, metrics.jsonl, status.json, report.html, checkpoints/, snapshots/, final/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.io import WATCHING_FIELDS, config_differences, config_from_dict, config_to_dict
+from sae_training.config.sweep import is_several
+from sae_training.machine.files import write_text
+
+CONFIG_FILE = "config.json"
+
+STATUS_FILE = "status.json"
+
+LOCK_FILE = ".lock"
+
+HOLDER_FILE = ".holder.json"
+
+PACKAGES = ("sae-training", "torch", "transformer-lens", "transformers", "datasets")
+
+
+class RunFolderInUse(OSError):
+    """Another process is training in the folder."""
+
+
+class RunFolder:
+    """A locked run folder. The lock is the operating system's, so it ends with the process, however that ends."""
+
+    def __init__(self, path: Path, cfg: Any) -> None:
+        self.path = path
+        self.is_new = not path.exists()
+        self.made_parent = not path.parent.exists()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(path / LOCK_FILE)
+            self.lock.acquire(timeout=0)
+            write_text(path / HOLDER_FILE, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        except Timeout as error:
+            raise RunFolderInUse(
+                f"{path}: {current_holder(path)} is training in this folder. Wait for it, or give this run another "
+                'run_name, or resume="never" for a new folder.'
+            ) from error
+        except OSError as error:
+            raise type(error)(
+                f"run_dir: cannot write to {path} ({error.strerror}); set run_dir to a folder you may write to."
+            ) from error
+        write_config(path, cfg)
+        self.started = time.time()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def write_status(self, state: str, **figures: Any) -> None:
+        """Rewrite status.json atomically. `state`: training, interrupted, failed or finished."""
+        content = {
+            "state": state,
+            **figures,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": timestamp(self.started),
+            "updated": timestamp(time.time()),
+        }
+        write_text(self.path / STATUS_FILE, json.dumps(content, indent=2) + "\n")
+
+    def release(self) -> None:
+        self.lock.release()
+
+    def discard_if_new(self) -> None:
+        """Remove the folder if this process made it: a run that could not start leaves nothing to be resumed."""
+        if self.is_new:
+            shutil.rmtree(self.path)
+            if self.made_parent:
+                self.path.parent.rmdir()
+
+
+def write_config(folder: Path, cfg: Any) -> None:
+    """config.json in `folder`, which is made if it is not there."""
+    folder.mkdir(exist_ok=True)
+    content = {"config": config_to_dict(cfg), "versions": package_versions()}
+    write_text(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def choose_run_folder(cfg: LanguageModelSAERunnerConfig) -> Path:
+    """The folder this config trains in: its unfinished run's, or the first free one of <name>, <name>-2, <name>-3, ...
+
+    With resume="auto" an unfinished run of the name is continued; if its config is another one, ValueError says
+    where they differ, and nothing is touched. "never" always begins anew; "must" raises FileNotFoundError if nothing is
+    unfinished.
+    """
+    base = Path(cfg.resolved_run_dir) / cfg.resolved_run_name.replace("/", "_")
+    existing = list(existing_folders(base))
+    unfinished = [folder for folder in existing if not is_finished(folder)]
+    if cfg.resume != "never" and unfinished:
+        folder = unfinished[-1]
+        check_same_config(folder, cfg)
+        return folder
+    if cfg.resume == "must":
+        found = f"finished runs: {', '.join(p.name for p in existing)}" if existing else "no folder of that name"
+        raise FileNotFoundError(f'resume: "must", but {base.parent} has no unfinished run {base.name!r} ({found}).')
+    return free_folder(base)
+
+
+def free_folder(base: Path) -> Path:
+    """`base`, or the first of <name>-2, <name>-3, ... that holds no run."""
+    existing = list(existing_folders(base))
+    return base if not existing else base.with_name(f"{base.name}-{len(existing) + 1}")
+
+
+def existing_folders(base: Path) -> Iterator[Path]:
+    folder, number = base, 1
+    while (folder / CONFIG_FILE).is_file():
+        yield folder
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+
+
+def is_member_folder(path: Path) -> bool:
+    """Whether the folder is that of one of several autoencoders of a run, which is the folder above."""
+    parent = path.resolve().parent
+    return (parent / CONFIG_FILE).is_file() and is_several(read_run_config(parent))
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "final").is_dir()
+
+
+def check_same_config(folder: Path, cfg: LanguageModelSAERunnerConfig) -> None:
+    """ValueError if the run in `folder` was started with other values of fields that change the weights."""
+    differences = config_differences(read_run_config(folder), cfg, ignore=WATCHING_FIELDS)
+    if differences:
+        lines = [f"  {name}: {old!r} -> {new!r}" for name, (old, new) in differences.items()]
+        raise ValueError(
+            f"{folder} holds an unfinished run with another config:\n"
+            + "\n".join(lines)
+            + '\nGive the old values to continue it, or another run_name, or resume="never", to begin a new run.'
+        )
+
+
+def read_run_config(folder: Path) -> LanguageModelSAERunnerConfig:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: not a run folder, it has no {CONFIG_FILE}; expected runs/<run name>.")
+    return config_from_dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+
+
+def current_holder(folder: Path) -> str:
+    try:
+        holder = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+def package_versions() -> dict[str, str]:
+    return {name: installed_version(name) for name in PACKAGES}
+
+
+def installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def timestamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -1,0 +1,77 @@
+"""What a person sees of a run while it trains: the progress bar and status.json."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.run.folder import RunFolder
+
+SHOWN = (
+    ("loss", "losses/overall_loss", ".3g"),
+    ("L0", "metrics/l0", ".1f"),
+    ("EV", "metrics/explained_variance", ".3f"),
+    ("dead", "sparsity/dead_features", ".0f"),
+)
+
+
+class Progress:
+    """A bar in tokens (rate and remaining time come from tqdm), with loss, L0, explained variance and dead latents."""
+
+    def __init__(self, cfg: LanguageModelSAERunnerConfig, folder: RunFolder, first_step: int) -> None:
+        self.tokens_per_step = cfg.tokens_per_step
+        self.total_steps = cfg.total_training_steps
+        self.folder = folder
+        self.first_step = first_step
+        self.started = time.monotonic()
+        self.bar = tqdm(
+            total=cfg.total_training_steps * cfg.tokens_per_step,
+            initial=first_step * cfg.tokens_per_step,
+            desc="training",
+            unit="tok",
+            unit_scale=True,
+            smoothing=0.05,  # an average over the last ~20 steps, so that a refill of the buffer does not jerk the ETA
+        )
+
+    def advance(self) -> None:
+        self.bar.update(self.tokens_per_step)
+
+    def show(self, metrics: Sequence[Mapping[str, float]]) -> None:
+        """Figures of the last step, of several autoencoders from the smallest to the largest."""
+        if not metrics:
+            return
+        ranges = [f"{name} {spread([row[key] for row in metrics], form)}" for name, key, form in SHOWN]
+        of_several = [f"{len(metrics)} SAEs"] if len(metrics) > 1 else []
+        self.bar.set_postfix_str(", ".join(of_several + ranges), refresh=False)
+
+    def tokens_per_s(self, step: int) -> float:
+        """Training tokens per second since this process began, at `step`."""
+        return (step - self.first_step) * self.tokens_per_step / max(time.monotonic() - self.started, 1e-9)
+
+    def write_status(self, state: str, step: int, last_checkpoint: Path | None, **figures: Any) -> None:
+        rate = self.tokens_per_s(step)
+        remaining = (self.total_steps - step) * self.tokens_per_step
+        self.folder.write_status(
+            state,
+            step=step,
+            total_steps=self.total_steps,
+            n_training_tokens=step * self.tokens_per_step,
+            tokens_per_s=round(rate, 1),
+            eta_s=round(remaining / rate) if rate else None,
+            last_checkpoint=str(last_checkpoint) if last_checkpoint else None,
+            **figures,
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """The value, or the smallest and the largest."""
+    ends = dict.fromkeys(format(value, form) for value in (min(values), max(values)))
+    return "-".join(ends)

@@ -1,0 +1,182 @@
+"""How a run begins, or goes on: its autoencoders with their starting weights, or as the newest checkpoint has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_training.activations_store import ActivationsStore
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.io import config_to_dict
+from sae_training.config.types import FIXED_K
+from sae_training.formats.native import load_weights
+from sae_training.language_model.load import LanguageModel, fingerprint
+from sae_training.language_model.sites import Sites
+from sae_training.run import checkpoint
+from sae_training.run.folder import RunFolder, write_config
+from sae_training.run.logger import RunLogger
+from sae_training.run.progress import Progress
+from sae_training.run.run import Member, Run
+from sae_training.sparse_autoencoder import SparseAutoencoder
+from sae_training.sparse_autoencoder.conversions import fold_decoder_norms, fold_input_scale
+from sae_training.sparse_autoencoder.normalization import BY_ROW
+from sae_training.training.trainer import SAETrainer
+
+SAMPLE_ROWS = 32_768  # of the buffer, from which b_dec starts and scales are measured; as many as Gao et al. 2024 use
+
+Singles = dict[str, tuple[LanguageModelSAERunnerConfig, Sites]]
+"""What is to be trained: by name, the config of each autoencoder, and its sites."""
+
+
+def open_run(
+    cfg: LanguageModelSAERunnerConfig, singles: Singles, folder: RunFolder, store: ActivationsStore, held_out: Tensor
+) -> Run:
+    """A new run, or the one in `folder` as its newest undamaged checkpoint has it."""
+    trainers = {name: SAETrainer(SparseAutoencoder(single), single) for name, (single, _) in singles.items()}
+    latest = checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write)
+    if latest:
+        parts, state = checkpoint.load_checkpoint(latest)
+        if not isinstance(state["metrics_bytes"], dict):
+            raise ValueError(
+                f"{latest}: was written by an earlier version, which this one cannot continue; begin a new run with "
+                'resume="never".'
+            )
+        check_same_language_model(state["language_model"], store.model, latest)
+        store.load_state_dict(parts["store"])
+        tqdm.write(f"Continuing {folder.path} after step {state['step']}.")
+    else:
+        parts, state = {}, {"step": 0, "metrics_bytes": dict.fromkeys(singles, 0), "failures": {}}
+        check_room_for_checkpoints(cfg, folder, trainers, store)
+    members: list[Member] = []
+    try:
+        for name, (single, sites) in singles.items():
+            path = folder.path / name.replace("/", "_")
+            if name:
+                write_config(path, single)
+            first = members[0].logger if members else None
+            logger = open_logger(single, path, folder if name else None, state["metrics_bytes"][name], first)
+            members.append(
+                Member(name, single, path, sites, store, trainers[name], logger, state["failures"].get(name))
+            )
+        for member in members:
+            if latest:
+                trainer_state = parts[member.part("trainer")]
+                member.trainer.load_state_dict({"weights": parts[member.part("sae")], **trainer_state})
+            else:
+                start_weights(member)
+    except BaseException:
+        for member in members:
+            member.logger.close(exit_code=1)
+        raise
+    progress = Progress(cfg, folder, first_step=state["step"])
+    run = Run(cfg, folder, store, members, progress, held_out, state["step"], latest)
+    run.write_status("training")
+    return run
+
+
+def open_logger(
+    cfg: LanguageModelSAERunnerConfig, path: Path, group: RunFolder | None, resume_at: int, first: RunLogger | None
+) -> RunLogger:
+    """The logger of an autoencoder whose folder is `path`; of several, in the wandb group of the run's folder."""
+    return RunLogger(
+        path,
+        config=config_to_dict(cfg),
+        log_to_wandb=cfg.log_to_wandb,
+        wandb_project=cfg.wandb_project,
+        wandb_entity=cfg.wandb_entity,
+        wandb_group=None if group is None else group.path.name,
+        run_name=path.name if group is None else f"{group.path.name}/{path.name}",
+        wandb_mode=cfg.wandb_mode,
+        resume_at=resume_at,
+        notify=tqdm.write,
+        beside=first,
+    )
+
+
+def check_same_language_model(expected: str, model: LanguageModel, latest: Path) -> None:
+    found = fingerprint(model)
+    if found != expected:
+        raise ValueError(
+            f"model_name: the language model's weights (fingerprint {found}) are not those that {latest} was trained "
+            f"on ({expected}; earlier versions of this package counted otherwise); give the same model or precision, "
+            'or begin a new run with resume="never".'
+        )
+
+
+def check_room_for_checkpoints(
+    cfg: LanguageModelSAERunnerConfig, folder: RunFolder, trainers: dict[str, SAETrainer], store: ActivationsStore
+) -> None:
+    """NotEnoughDisk if the checkpoints of this run, at their largest, cannot fit."""
+    if cfg.checkpoint_every_minutes is None and cfg.checkpoint_every_steps is None:
+        return
+    weights = sum(p.numel() * p.element_size() for trainer in trainers.values() for p in trainer.sae.parameters())
+    width = sum(site.d_in for site in store.sites)
+    buffers = store.n_rows * (width * store.model.cfg.dtype.itemsize + 8) if store.needs_buffer else 0
+    # One is written before the oldest is deleted; weights, and Adam's two moments, are in each, and where batches are
+    # scaled the weights for raw activations too.
+    copies = 4 if cfg.normalize_activations == "expected_average_only_in" else 3
+    checkpoint.check_free_disk(
+        folder.path,
+        (cfg.keep_checkpoints + 1) * (copies * weights + buffers) + weights,
+        f"{cfg.keep_checkpoints + 1} checkpoints (keep_checkpoints, and one being written) need",
+    )
+
+
+# -------------------------------------------------------------------------------------------------- starting weights
+
+
+def start_weights(member: Member) -> None:
+    """From the pretrained file if the config names one, else with b_dec set from a sample of the activations."""
+    sae, cfg, store = member.trainer.sae, member.cfg, member.store
+    if cfg.normalize_activations == "expected_average_only_in":  # a second time for a site: the same again
+        store.measure_scales(SAMPLE_ROWS, member.sites)
+    if cfg.from_pretrained_path is not None:
+        start_from_pretrained(member)
+        return
+    x, target = store.sample(SAMPLE_ROWS, member.sites)
+    if sae.is_transcoder:
+        sae.initialize_transcoder(x, target, cfg.b_dec_init_method)
+    else:
+        sae.initialize_b_dec(x, cfg.b_dec_init_method)
+
+
+def start_from_pretrained(member: Member) -> None:
+    sae, cfg = member.trainer.sae, member.cfg
+    assert cfg.from_pretrained_path is not None
+    try:
+        saved, tensors = load_weights(Path(cfg.from_pretrained_path))
+    except (OSError, ValueError) as error:
+        raise type(error)(f"from_pretrained_path: {error}") from error
+    if (saved.target_hook_point is None) != (cfg.target_hook_point is None):
+        kinds = ["an autoencoder" if c.target_hook_point is None else "a transcoder" for c in (saved, cfg)]
+        raise ValueError(
+            f"from_pretrained_path: it holds {kinds[0]}, expected {kinds[1]}, as target_hook_point has it; change one."
+        )
+    modes = [c.normalize_activations if c.normalize_activations in BY_ROW else "none" for c in (saved, cfg)]
+    if modes[0] != modes[1]:
+        raise ValueError(
+            f"from_pretrained_path: it was trained with normalize_activations {modes[0]}, this config has {modes[1]}; "
+            "set normalize_activations to match."
+        )
+    for name, sizes in (("W_enc", "(d_in, d_sae)"), ("W_dec", "(d_sae, d_out)")):
+        found, expected = tuple(tensors[name].shape), tuple(sae.state_dict()[name].shape)
+        if found != expected:
+            raise ValueError(
+                f"from_pretrained_path: its {name} is {found}, this config's {expected} {sizes}; set expansion_factor "
+                "and hooks to match."
+            )
+    if tensors.keys() != sae.state_dict().keys():
+        raise ValueError(
+            f"from_pretrained_path: its tensors are {', '.join(tensors)}, those of architecture {sae.architecture} are "
+            f"{', '.join(sae.state_dict())}; set architecture (and skip_connection) to that of the file."
+        )
+    sae.load_state_dict(tensors)
+    scale, target_scale = member.scales
+    in_training = fold_input_scale(sae, 1 / scale, 1 / target_scale)
+    if sae.has_unit_norm_decoder and sae.architecture in FIXED_K:
+        in_training.set_decoder_norm_to_unit_norm()
+    elif sae.has_unit_norm_decoder:
+        in_training = fold_decoder_norms(in_training)
+    sae.load_state_dict(in_training.state_dict())

@@ -1,0 +1,129 @@
+"""Train an autoencoder on synthetic data whose dictionary is known, and score what it found.
+
+toy_model_sae_runner(cfg) -> toy_model (the dictionary) -> train (SAETrainer, as for language models) -> score -> files
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm, trange
+
+from sae_training.config.io import config_to_dict
+from sae_training.config.toy import SAEToyModelRunnerConfig, autoencoder_config
+from sae_training.machine.files import write_text
+from sae_training.run.folder import RunFolder, free_folder
+from sae_training.run.logger import RunLogger
+from sae_training.sparse_autoencoder import SparseAutoencoder
+from sae_training.toy_model_runner.data import (
+    ToyModel,
+    ToyModelGenerator,
+    random_directions,
+    scaled_to_sum,
+    zipf_weights,
+)
+from sae_training.toy_model_runner.picture import write_picture
+from sae_training.toy_model_runner.scores import score
+from sae_training.training.metrics import training_metrics
+from sae_training.training.trainer import SAETrainer
+
+SCORES_FILE = "scores.json"
+
+PICTURE_FILE = "picture.html"
+
+ROWS_FOR_B_DEC = 8192
+
+
+class ToyModelResult(NamedTuple):
+    """What `toy_model_sae_runner` returns."""
+
+    sparse_autoencoder: SparseAutoencoder
+    scores: dict[str, float]
+    folder: Path
+
+
+def toy_model_sae_runner(cfg: SAEToyModelRunnerConfig) -> ToyModelResult:
+    """Draw a dictionary, train an autoencoder on rows made from it, and compare the two.
+
+    The folder (runs/<name>, with a number where that is taken) holds config.json, metrics.jsonl, scores.json,
+    picture.html and the weights, which `SparseAutoencoder.load_from_pretrained(folder)` reads.
+    """
+    model = toy_model(cfg)
+    folder = RunFolder(free_folder(Path(cfg.run_dir) / cfg.resolved_run_name.replace("/", "_")), cfg)
+    try:
+        sae = train(cfg, model, folder.path)
+        scores = score(sae, model, ToyModelGenerator(model, cfg.seed + 2, cfg.device), cfg.n_eval_rows)
+        write_text(folder.path / SCORES_FILE, json.dumps(scores.figures, indent=2) + "\n")
+        write_picture(
+            folder.path / PICTURE_FILE, folder.path.name, scores.cosines, scores.matched, scores.f1, scores.frequencies
+        )
+        folder.write_status("finished")
+    except BaseException as error:
+        folder.write_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+    finally:
+        folder.release()
+    return ToyModelResult(sae, scores.figures, folder.path)
+
+
+def toy_model(cfg: SAEToyModelRunnerConfig) -> ToyModel:
+    """The dictionary that `cfg` describes; its features in order: parents, children, groups, pairs, all others."""
+    n = cfg.n_features
+    n_children = cfg.n_parents * cfg.children_per_parent
+    first = cfg.n_parents + n_children
+    parents = torch.full((n,), -1)
+    parents[cfg.n_parents : first] = torch.arange(n_children) % max(1, cfg.n_parents)
+    size, n_groups = cfg.correlated_group_size, cfg.n_correlated_groups
+    groups = [range(start, start + size) for start in range(first, first + n_groups * size, size)]
+    first += n_groups * size
+    pairs = [(first + 2 * i, first + 2 * i + 1) for i in range(cfg.n_anticorrelated_pairs)]
+
+    weights = zipf_weights(n, cfg.zipf_exponent if cfg.frequencies == "zipf" else 0.0)
+    weights = torch.where(parents >= 0, cfg.child_probability * weights[parents.clamp_min(0)], weights)
+    bias = cfg.bias_norm * random_directions(1, cfg.n_hidden, cfg.seed + 3)[0]
+    return ToyModel(
+        directions=random_directions(n, cfg.n_hidden, cfg.seed, cfg.max_cosine),
+        probabilities=scaled_to_sum(weights, cfg.mean_active_features),
+        groups=groups,
+        correlation=cfg.correlation,
+        exclusive_pairs=pairs,
+        parents=parents,
+        magnitudes=cfg.magnitudes,
+        bias=bias if cfg.bias_norm > 0 else None,
+        noise_std=cfg.noise_std,
+    )
+
+
+def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> SparseAutoencoder:
+    """Train on fresh rows at every step; metrics and weights go to `folder`."""
+    sae_cfg = autoencoder_config(cfg)
+    data = ToyModelGenerator(model, cfg.seed + 1, cfg.device)
+    sae = SparseAutoencoder(sae_cfg)
+    sae.initialize_b_dec(data.next_batch(ROWS_FOR_B_DEC).rows, cfg.b_dec_init_method)
+    trainer = SAETrainer(sae, sae_cfg)
+    logger = RunLogger(
+        folder,
+        config=config_to_dict(cfg),
+        log_to_wandb=cfg.log_to_wandb,
+        wandb_project=cfg.wandb_project,
+        wandb_entity=cfg.wandb_entity,
+        run_name=folder.name,
+        wandb_mode=cfg.wandb_mode,
+        notify=tqdm.write,
+    )
+    with logger:
+        for step in trange(1, cfg.total_training_steps + 1, desc=folder.name, mininterval=1):
+            result = trainer.step(data.next_batch(cfg.train_batch_size).rows, step - 1)
+            if step % cfg.wandb_log_frequency == 0 or step == cfg.total_training_steps:
+                trainer.check_finite()
+                rows = step * cfg.train_batch_size
+                logger.log(training_metrics(result, trainer.tracker, rows), step, rows)
+            if step % cfg.feature_sampling_window == 0:
+                trainer.tracker.start_new_window()
+    trainer.check_weights()
+    sae.eval()
+    sae.save_model(folder)
+    return sae

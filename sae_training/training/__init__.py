@@ -1,0 +1,1 @@
+"""The training step: losses the fast way, gradients, optimizer, dead latents."""

@@ -1,0 +1,58 @@
+"""What a training step reports: figures of one batch, under the names that dashboards of the mats era use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_training.training.dead_latents import FiringTracker
+from sae_training.training.trainer import StepResult
+
+
+def explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
+    """1 - sum of squared errors / sum of squares around the mean row, over all rows and elements (rows, d) at once.
+
+    The global form: rows of large norm count by their share of the variance. A mean over rows of each row's own ratio
+    would let near-constant rows dominate.
+    """
+    x, x_hat = x.float(), x_hat.float()
+    return 1 - (x_hat - x).pow(2).sum() / (x - x.mean(dim=0)).pow(2).sum()
+
+
+def row_explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
+    """The same for each row alone, (rows,): 1 - the row's squared error / its squared distance from the mean row."""
+    x, x_hat = x.float(), x_hat.float()
+    return 1 - (x_hat - x).pow(2).sum(dim=-1) / (x - x.mean(dim=0)).pow(2).sum(dim=-1)
+
+
+@torch.no_grad()
+def training_metrics(result: StepResult, tracker: FiringTracker, n_training_tokens: int) -> dict[str, float]:
+    """The figures of a step, read off the device. `losses/l1_loss` is the L1 norm, without its coefficient."""
+    out = result.out
+    figures = {
+        "losses/mse_loss": out.mse_loss,
+        "losses/l1_loss": out.code.l1(),
+        "losses/ghost_grad_loss": out.ghost_grad_loss,
+        "losses/overall_loss": out.loss,
+        "metrics/explained_variance": explained_variance(result.target, out.sae_out),
+        "metrics/explained_variance_std": row_explained_variance(result.target, out.sae_out).std(),
+        "metrics/l0": out.code.l0(),
+        "sparsity/mean_passes_since_fired": tracker.steps_since_fired.float().mean(),
+        "sparsity/dead_features": tracker.dead().sum(),
+        "sparsity/revived_features": tracker.revived,
+        "details/n_training_tokens": n_training_tokens,
+        "details/current_learning_rate": result.lr,
+        "details/current_l1_coefficient": result.l1_coefficient,
+    }
+    return {name: value.item() if isinstance(value, Tensor) else value for name, value in figures.items()}
+
+
+def sparsity_metrics(log_frequency: Tensor, dead_feature_threshold: float) -> dict[str, float]:
+    """Summary of log10 firing frequencies (d_sae,): their mean, and how many latents fire more rarely than a limit."""
+    frequency = 10 ** log_frequency.double() - 1e-10
+    return {
+        "sparsity/below_dead_feature_threshold": int((frequency < dead_feature_threshold).sum()),
+        "metrics/mean_log10_feature_sparsity": log_frequency.mean().item(),
+        "sparsity/below_1e-5": int((log_frequency < -5).sum()),
+        "sparsity/below_1e-6": int((log_frequency < -6).sum()),
+    }

@@ -1,0 +1,183 @@
+"""What a training step minimises: reconstruction, sparsity penalty, and the remedy for dead latents.
+
+There is one definition and two ways to the latent codes in it: dense, where every pre-activation is at hand (what
+`SparseAutoencoder.forward` shows and what any architecture falls back to), and sparse, where only the active entries
+are ever computed in full (`selection`, `sparse_code`). Both give the same losses and gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_training.kernels import triton_products as triton_kernels
+from sae_training.kernels.selection import Encoder, above_threshold, top_k_of_batch, top_k_of_rows
+from sae_training.kernels.sparse_code import (
+    Code,
+    Entries,
+    concatenate,
+    fixed_size_entries,
+    offsets_of,
+    pre_activations_at,
+)
+from sae_training.sparse_autoencoder import SparseAutoencoder, architectures
+from sae_training.sparse_autoencoder.losses import (
+    MULTI_TOPK_FACTOR,
+    Coefficients,
+    Losses,
+    Reconstruction,
+    add_up,
+    n_auxk_rows,
+)
+
+
+def objective(
+    sae: SparseAutoencoder,
+    x: Tensor,
+    target: Tensor,
+    coefficients: Coefficients,
+    dead: Tensor | None = None,
+    norm: Tensor | None = None,
+) -> Losses:
+    """`sae.losses`, by the sparse way where the machine and the batch allow it."""
+    dead = dead if sae.has_work(dead) else None
+    sae_in = sae.sae_input(x)
+    entries = choose(sae, sae_in.detach(), coefficients.k)
+    if entries is None:
+        made = sae.dense_parts(sae_in, coefficients.k, dead)
+    else:
+        made = sparse_parts(sae, sae_in, entries, coefficients.k, dead)
+    penalty = sae.sparsity_penalty(made.pre, made.acts, coefficients.l1_coefficient)
+    return add_up(made, target, norm, penalty, sae.remedy_loss(sae_in, target, made, dead))
+
+
+def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
+    """The active latents of a batch `sae_in` (rows, d_in); None if the machine or the batch asks for the dense way."""
+    n = min(MULTI_TOPK_FACTOR * k if sae.multi_topk else k, sae.d_sae)
+    if not has_sparse_way(sae, n):
+        return None
+    encoder = encoder_of(sae, sae_in, sae.W_enc.detach(), sae.b_enc.detach())
+    match sae.choice:
+        case "topk":
+            return top_k_of_rows(encoder, n)
+        case "batchtopk":
+            return top_k_of_batch(encoder, k)
+        case "jumprelu":  # just below the threshold there is no activation, but a gradient to the threshold
+            limit = (sae.threshold - sae.jumprelu_bandwidth / 2).detach()
+            # Rounding the product, compared with limit - b_enc, must not hide an entry; one too many does no harm.
+            margin = 2 * torch.finfo(sae.encoder_dtype).eps * (limit.abs() + sae.b_enc.detach().abs())
+            return above_threshold(encoder, limit - margin)
+        case _:
+            return above_threshold(encoder, 0.0)
+
+
+def encoder_of(sae: SparseAutoencoder, sae_in: Tensor, W_enc: Tensor, b_enc: Tensor) -> Encoder:
+    """The encoder's product for `sae_in` (rows, d_in) with these weights, which may be those of some latents only.
+
+    A transcoder's input is not centred: in a low precision its mean, and b_enc against it, would cost the digits of
+    what differs from row to row. So rows come without their mean, whose product goes into the bias.
+    """
+    if sae.is_transcoder:
+        mean = sae_in.mean(dim=0)
+        sae_in, b_enc = sae_in - mean, b_enc + mean @ W_enc
+    return Encoder(sae_in, W_enc, b_enc, sae.encoder_dtype)
+
+
+def has_sparse_way(sae: SparseAutoencoder, n_active: int) -> bool:
+    """Whether the sparse way works on the device, and pays with `n_active` latents a row.
+
+    On a GPU only for a fixed number on each row: how many others there are, only the device knows, and asking waits.
+    """
+    if sae.device.type == "cpu":
+        return sae.dtype in (torch.float32, torch.float64)
+    return sae.choice == "topk" and triton_kernels.use_triton(sae.device, sae.dtype, sae.d_sae, n_active)
+
+
+def sparse_parts(
+    sae: SparseAutoencoder, sae_in: Tensor, entries: Entries, k: int, dead: Tensor | None
+) -> Reconstruction:
+    # AuxK's entries ride along as more rows of the same code, so that all weight gradients come from one pass.
+    aux = None
+    if dead is not None and sae.auxk_coefficient > 0:
+        choose_dead = dead_entries if dead.device.type == "cpu" else dead_entries_of_all
+        aux = choose_dead(sae, sae_in.detach(), dead)
+    encoded, encoder_rows = [entries], [sae_in.detach()]
+    if aux is not None:
+        encoded.append(aux)
+        encoder_rows.append(sae_in.detach()[: aux.n_rows])
+    all_pre = pre_activations_at(
+        concatenate(encoded),
+        encoder_rows[0] if aux is None else torch.cat(encoder_rows),
+        None if sae.is_transcoder else sae.b_dec,
+        sae.W_enc,
+        sae.b_enc,
+    )
+    pre, aux_pre = Code(all_pre[: len(entries.latents)], entries), all_pre[len(entries.latents) :]
+
+    multi = None
+    if sae.multi_topk:
+        multi, pre = pre, top_k_of_entries(pre, k)
+    acts = pre.with_values(sae.activation(pre))
+    to_decode = [by_prefix(acts, sae.matryoshka_widths)]
+    if multi is not None:
+        to_decode.append(multi.with_values(multi.values.relu()))
+    if aux is not None and dead is not None:
+        # Live latents, which `dead_entries_of_all` may hold, take no part.
+        to_decode.append(Code(aux_pre.relu() * dead[aux.latents], aux))
+    outs = decode_together(to_decode, sae.W_dec)
+
+    baseline = sae.baseline(sae_in)
+    sae_outs = architectures.prefix_sums(outs.pop(0).view(-1, len(sae_in), sae.W_dec.shape[1]), baseline)
+    multi_out = outs.pop(0) + baseline if multi is not None else None
+    error_hat = outs.pop(0) if aux is not None else None
+    gate_out = None
+    if sae.architecture == "gated":
+        gate_out = pre.with_values(pre.values.relu()).decode(sae.W_dec.detach()) + baseline.detach()
+    return Reconstruction(pre, acts, sae_outs, multi_out, gate_out, error_hat)
+
+
+def dead_entries(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) -> Entries:
+    """The k_aux dead latents with the largest pre-activations on each of AuxK's rows."""
+    numbers = dead.nonzero().flatten()
+    few = sae_in[: n_auxk_rows(len(sae_in))]
+    encoder = encoder_of(sae, few, sae.W_enc.detach()[:, numbers], sae.b_enc.detach()[numbers])
+    among_dead = top_k_of_rows(encoder, sae.auxk_k)
+    return Entries(numbers[among_dead.latents], among_dead.offsets, sae.d_sae)
+
+
+def dead_entries_of_all(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) -> Entries:
+    """`dead_entries` without asking which latents are dead: the live ones' bias is -inf.
+
+    Always k_aux to a row; where fewer latents are dead, live ones fill the rest.
+    """
+    bias = sae.b_enc.detach().masked_fill(~dead, -torch.inf)
+    encoder = encoder_of(sae, sae_in[: n_auxk_rows(len(sae_in))], sae.W_enc.detach(), bias)
+    return top_k_of_rows(encoder, sae.auxk_k)
+
+
+def top_k_of_entries(code: Code, k: int) -> Code:
+    """The k largest of the entries of each row, of which there is the same number on every row."""
+    entries = code.at_entries
+    per_row = code.values.view(entries.n_rows, -1)
+    values, places = per_row.topk(k, dim=1, sorted=False)
+    latents = entries.latents.view_as(per_row).gather(1, places)
+    return Code(values.flatten(), fixed_size_entries(latents, entries.d_sae))
+
+
+def by_prefix(code: Code, widths: tuple[int, ...]) -> Code:
+    """The entries of latents below widths[0] on all rows, then on as many new rows those below widths[1], and so on."""
+    entries = code.entries
+    if entries is None or len(widths) < 2:
+        return code
+    new_rows = entries.rows
+    for width in widths[:-1]:
+        new_rows = new_rows + entries.n_rows * (entries.latents >= width)
+    new_rows, order = new_rows.sort(stable=True)
+    offsets = offsets_of(new_rows, len(widths) * entries.n_rows)
+    return Code(code.values.index_select(0, order), Entries(entries.latents[order], offsets, entries.d_sae))
+
+
+def decode_together(codes: list[Code], W_dec: Tensor) -> list[Tensor]:
+    """The reconstructions (rows, d_out), without baseline, of several codes, from one product."""
+    together = Code(torch.cat([code.values for code in codes]), concatenate([code.at_entries for code in codes]))
+    return list(together.decode(W_dec).split([code.n_rows for code in codes]))

@@ -1,0 +1,91 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.types import SchedulerName
+
+SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
+
+WITH_WARM_UP = ("constantwithwarmup", "linearwarmupdecay", "cosineannealingwarmup")
+
+
+def warm_up_factor(step: int, warm_up_steps: int) -> float:
+    """1/W at step 0, 2/W at step 1, ... 1 from step W - 1 on; always 1 without warm-up."""
+    return min(1.0, (step + 1) / warm_up_steps) if warm_up_steps > 0 else 1.0
+
+
+def annealed_k(step: int, k: int, d_sae: int, anneal_steps: int) -> int:
+    """Active latents per row in a step: in a line from min(d_sae / 2, 8k) at step 0 to k from `anneal_steps` on."""
+    if step >= anneal_steps:
+        return k
+    start = max(k, min(d_sae // 2, 8 * k))
+    return round(start + (k - start) * step / anneal_steps)
+
+
+def lr_factor(
+    step: int,
+    scheduler_name: str,
+    total_steps: int,
+    warm_up_steps: int = 0,
+    decay_steps: int = 0,
+    end_factor: float = 0.1,
+    n_restart_cycles: int = 1,
+) -> float:
+    """What the learning rate is multiplied by in optimizer step `step` (0 is the first, total_steps - 1 the last).
+
+    | name                        | after the warm-up, over the steps left                                    |
+    |-----------------------------|---------------------------------------------------------------------------|
+    | constant                    | 1 (no warm-up)                                                            |
+    | constantwithwarmup          | 1                                                                         |
+    | linearwarmupdecay           | a line from 1 to 0, reached one step after the last                       |
+    | cosineannealing             | half a cosine from 1 to `end_factor` (no warm-up)                         |
+    | cosineannealingwarmup       | half a cosine from 1 to `end_factor`                                      |
+    | cosineannealingwarmrestarts | `n_restart_cycles` such half cosines, each from 1 again (no warm-up)      |
+
+    The warm-up rises from 1 / warm_up_steps to 1. Whatever the schedule, the last `decay_steps` steps also fall in a
+    line to 0. Beyond the last step the factor stays where the schedule ended. None is the old name of "constant".
+    """
+    name = scheduler_name or "constant"
+    if name not in SCHEDULERS:
+        raise ValueError(f"lr_scheduler_name: found {name!r}, expected one of {', '.join(SCHEDULERS)}.")
+    warm_up_steps = warm_up_steps if name in WITH_WARM_UP else 0
+    main_steps = total_steps - decay_steps
+    decay = min(1.0, max(0.0, (total_steps - step) / decay_steps)) if decay_steps > 0 else 1.0
+    if step < warm_up_steps:
+        return warm_up_factor(step, warm_up_steps) * decay
+    position = min(step, main_steps) - warm_up_steps
+    length = max(main_steps - warm_up_steps, 1)
+    return main_factor(name, position, length, end_factor, n_restart_cycles) * decay
+
+
+def main_factor(name: str, position: int, length: int, end_factor: float, n_cycles: int) -> float:
+    """The factor `position` steps into a main part of `length` steps."""
+    progress = min(1.0, max(0.0, position / length))
+    match name:
+        case "linearwarmupdecay":
+            return 1.0 - progress
+        case "cosineannealing" | "cosineannealingwarmup":
+            return cosine(progress, end_factor)
+        case "cosineannealingwarmrestarts":
+            if progress == 1.0:  # beyond the end: the last cycle's end, not the start of one more
+                return end_factor
+            return cosine(progress * n_cycles % 1.0, end_factor)
+        case _:
+            return 1.0
+
+
+def cosine(progress: float, end_factor: float) -> float:
+    return end_factor + (1 - end_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def due(step: int, every: int | None) -> bool:
+    return every is not None and every > 0 and step % every == 0
+
+
+def snapshot_steps(cfg: LanguageModelSAERunnerConfig) -> set[int]:
+    """`n_checkpoints` steps that cut the run into equal parts; the end of the last part is the final save."""
+    return {cfg.total_training_steps * i // (cfg.n_checkpoints + 1) for i in range(1, cfg.n_checkpoints + 1)} - {0}

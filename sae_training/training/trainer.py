@@ -1,0 +1,226 @@
+"""One autoencoder in training: its optimizer, its counters, and the step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.kernels.sparse_code import Code, CodeFigures
+from sae_training.machine.memory import keep_freed_memory
+from sae_training.sparse_autoencoder import SparseAutoencoder
+from sae_training.sparse_autoencoder.architectures import PENALISED
+from sae_training.sparse_autoencoder.losses import Coefficients, Losses, centred_norm, wide
+from sae_training.training.dead_latents import FiringTracker
+from sae_training.training.objective import objective
+from sae_training.training.optim import make_optimizer, moments
+from sae_training.training.resampling import NOT_BY_LATENT, resample
+from sae_training.training.schedules import annealed_k, lr_factor, warm_up_factor
+
+
+class StepResult(NamedTuple):
+    """What a step leaves for logging; the tensors are detached and nothing has been read off the device yet."""
+
+    target: Tensor
+    """What was to be reconstructed, (rows, d_out), normalised as the autoencoder does."""
+    out: Losses
+    lr: float
+    l1_coefficient: float
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss, or a weight, became NaN or infinite."""
+
+
+class SAETrainer:
+    """Trains `sae` on batches; everything but the counters and the optimizer's moments follows from the step."""
+
+    def __init__(self, sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig) -> None:
+        self.sae = sae
+        self.cfg = cfg
+        self.masters = {name: in_memory_order(p) for name, p in sae.named_parameters()}
+        """The parameters as the optimizer sees them: the same numbers, W_enc as (d_sae, d_in)."""
+        betas = (cfg.adam_beta1, cfg.adam_beta2)
+        self.optimizer = make_optimizer(cfg.optimizer, self.masters.values(), cfg.resolved_lr, betas)
+        self.tracker = FiringTracker(
+            sae.d_sae,
+            cfg.dead_feature_window,
+            cfg.dead_feature_window_tokens,
+            sae.device,
+        )
+        self.average = {} if cfg.ema_decay is None else {name: p.detach().clone() for name, p in sae.named_parameters()}
+        self.non_finite = torch.zeros((), device=sae.device)
+        keep_freed_memory()
+
+    @torch.enable_grad()  # notebooks often switch gradients off for all that follows
+    def step(self, x: Tensor, step: int, target: Tensor | None = None) -> StepResult:
+        """One optimizer step (the `step`-th, from 0) on a batch of activations (rows, d_in).
+
+        A transcoder learns to predict `target` (rows, d_out); for an autoencoder it is x itself.
+        """
+        if self.sae.is_transcoder and target is None:
+            raise ValueError("target: a transcoder's step needs the activations it predicts: step(x, step, target).")
+        lr, coefficients = self.lr(step), Coefficients(self.l1_coefficient(step), self.k(step))
+        self.sae.train()
+        raw, x = x, self.sae.normalize(x)
+        target = x if target is None or target is raw else self.sae.normalize(target)
+        out = self.backward(x, target, coefficients)
+
+        if self.sae.has_unit_norm_decoder:
+            self.sae.remove_gradient_parallel_to_decoder_directions()
+        if self.cfg.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.cfg.clip_grad_norm)
+
+        not_finite = ~torch.isfinite(out.loss.detach() + self.gradient_sum())
+        self.update(lr, not_finite)
+        if self.sae.has_unit_norm_decoder:
+            self.sae.set_decoder_norm_to_unit_norm(unless=not_finite)
+        self.update_average(step)
+        self.sae.track_inference_threshold(out.code, step)
+        self.tracker.update(out.code)
+        return StepResult(target, out, lr, coefficients.l1_coefficient)
+
+    def backward(self, x: Tensor, target: Tensor, coefficients: Coefficients) -> Losses:
+        """The losses of a batch, whose gradients are then in the parameters: whole, or in parts of micro_batch_size
+        (with grad_acc_steps, of train_batch_size).
+
+        Parts have the gradient of the whole batch, their row norms being those of the batch, except that batchtopk then
+        chooses k a row in each part, and that remedies for dead latents look at each part by itself.
+        """
+        dead = self.tracker.dead()
+        size = self.cfg.micro_batch_size or (self.cfg.train_batch_size if self.cfg.grad_acc_steps > 1 else len(x))
+        if size >= len(x):
+            out = objective(self.sae, x, target, coefficients, dead)
+            out.loss.backward()
+            return out.detach()
+        outs, scalars, code = [], [], CodeFigures()
+        for rows, wanted, norm in zip(*(t.split(size) for t in (x, target, centred_norm(wide(target)))), strict=True):
+            part = objective(self.sae, rows, wanted, coefficients, dead, norm=norm)
+            share = len(rows) / len(x)
+            (part.loss * share).backward()
+            part = part.detach()
+            outs.append(part.sae_out)
+            scalars.append(torch.stack(part.scalars()) * share)
+            code.add(cast("Code", part.code))
+        return Losses(torch.cat(outs), code, *torch.stack(scalars).sum(dim=0))
+
+    def resample(self, x: Tensor, target: Tensor, step: int) -> int:
+        """Give dead latents new directions from rows `x` (n, d_in) and what they are to become, `target` (n, d_out),
+        after `step` finished steps; returns how many.
+        """
+        method = self.cfg.feature_sampling_method
+        assert method is not None
+        generator = torch.Generator().manual_seed(self.cfg.seed + step)
+        numbers = resample(self.sae, self.by_latent(), self.tracker.dead(), x, target, method, generator)
+        self.tracker.restart(numbers)
+        return len(numbers)
+
+    def by_latent(self) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """What each latent has beside its weights: the optimizer's moments (d_sae, ...), and averaged weights."""
+        masters = {name: master for name, master in self.masters.items() if name not in NOT_BY_LATENT}
+        found = [value for master in masters.values() for value in moments(self.optimizer, master).values()]
+        return [moment for moment in found if moment.ndim], self.average
+
+    def gradient_sum(self) -> Tensor:
+        """A number that is not finite if any gradient is not.
+
+        A matrix' gradient is made of the same numbers as those of the biases, times activations that the loss has
+        seen: only in float16 can it overflow alone, so elsewhere its 16 MB and more need not be read.
+        """
+        narrow = self.sae.dtype == torch.float16
+        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None and (p.ndim == 1 or narrow)]
+        return torch.stack([gradient.sum(dtype=torch.float32) * 0 for gradient in gradients]).sum()
+
+    def update(self, lr: float, not_finite: Tensor) -> None:
+        """The optimizer step, skipped on the device itself where the loss is not finite: no wait for the host."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # The optimizer reads this attribute, and leaves parameters and moments as they are where it is 1.
+        setattr(self.optimizer, "found_inf", not_finite.float())  # noqa: B010 - not declared, so pyright wants it so
+        for name, parameter in self.sae.named_parameters():
+            gradient, master = parameter.grad, self.masters[name]
+            master.grad = gradient if gradient is None or master is parameter else gradient.T
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # their memory serves the next autoencoder of the run
+        self.sae.zero_grad(set_to_none=True)
+        self.non_finite += not_finite
+
+    @torch.no_grad()
+    def update_average(self, step: int) -> None:
+        """Exponential moving average of the weights; young averages forget faster: decay is at most (n + 1) / (n + 10)
+        after n steps, so that none is left of the random start."""
+        for name, parameter in self.sae.named_parameters() if self.average else ():
+            decay = min(float(self.cfg.ema_decay or 0), (step + 1) / (step + 10))
+            self.average[name].lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Put the averaged weights, if there are any, in place of the last step's; training ends with this."""
+        for name, parameter in self.sae.named_parameters() if self.average else ():
+            parameter.copy_(self.average[name])
+        if self.average and self.sae.has_unit_norm_decoder:
+            self.sae.set_decoder_norm_to_unit_norm()
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteLoss if any step so far had a loss that was not finite. Reads one number off the device."""
+        if self.non_finite.item():
+            raise NonFiniteLoss(
+                "the loss is not finite, or a gradient (NaN or infinite); the weights were not updated with it"
+            )
+
+    def check_weights(self) -> None:
+        """Raise NonFiniteLoss if a weight is not finite: an update can overflow before any loss shows it."""
+        for name, weight in self.sae.weights():
+            if not weight.isfinite().all():
+                raise NonFiniteLoss(f"{name} holds values that are not finite (NaN or infinite)")
+
+    def lr(self, step: int) -> float:
+        cfg = self.cfg
+        factor = lr_factor(
+            step,
+            cfg.lr_scheduler_name,
+            cfg.total_training_steps,
+            warm_up_steps=cfg.resolved_lr_warm_up_steps,
+            decay_steps=cfg.lr_decay_steps,
+            end_factor=cfg.lr_end_value / cfg.resolved_lr,
+            n_restart_cycles=cfg.n_restart_cycles,
+        )
+        return cfg.resolved_lr * factor
+
+    def l1_coefficient(self, step: int) -> float:
+        if self.cfg.architecture not in PENALISED:
+            return 0.0
+        return self.cfg.l1_coefficient * warm_up_factor(step, self.cfg.l1_warm_up_steps)
+
+    def k(self, step: int) -> int:
+        return annealed_k(step, self.cfg.k, self.sae.d_sae, self.cfg.k_anneal_steps)
+
+    # ------------------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            "weights": dict(self.sae.weights()),
+            "optimizer": {
+                f"{key}.{name}": value
+                for name, master in self.masters.items()
+                for key, value in moments(self.optimizer, master).items()
+            },
+            "tracker": self.tracker.state_dict(),
+            "average": self.average,
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        self.sae.load_state_dict(state["weights"])
+        for full_name, value in state["optimizer"].items():
+            key, name = full_name.split(".", 1)
+            self.optimizer.state[self.masters[name]][key] = value.to(self.sae.device)
+        self.tracker.load_state_dict(state["tracker"])
+        for name, average in self.average.items():
+            average.copy_(state["average"][name])
+
+
+def in_memory_order(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """A parameter over the same memory whose rows lie one after the other: fused Adam copies others in every step."""
+    return parameter if parameter.is_contiguous() else torch.nn.Parameter(parameter.detach().T)

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from sae_training.activations_store import ActivationsStore
+from sae_training.activations_store.cache import origin
+from sae_training.language_model.harvest import harvest
+from sae_training.language_model.load import load_language_model
+
+Make = Callable[..., ActivationsStore]
+
+
+@pytest.fixture
+def make_store(small_config: Callable, demo_model: Any) -> Make:
+    def make(dataset: Any = None, **changes: Any) -> ActivationsStore:
+        return ActivationsStore(small_config(**changes), demo_model, dataset)
+
+    return make
+
+
+def test_float32_hooks_of_a_narrow_model_are_served(small_config: Callable) -> None:
+    """A bfloat16 model normalises in float32."""
+    store = ActivationsStore(
+        small_config(hook_point="blocks.1.ln2.hook_normalized"), load_language_model("demo", lm_dtype="bfloat16")
+    )
+    assert store.next_batch().dtype == torch.float32
+    assert store.buffer.buffers[0].dtype == torch.bfloat16
+
+
+def test_shapes_are_those_of_the_contract(make_store: Make) -> None:
+    store = make_store()
+    tokens = store.get_batch_tokens()
+    assert tokens.shape == (4, 16)
+    assert store.get_activations(tokens).shape == (4, 16, 256)
+    batch = store.next_batch()
+    assert batch.shape == (64, 256)
+    assert batch.dtype == torch.float32
+
+
+def test_several_datasets_are_mixed(make_store: Make, tmp_path: Path) -> None:
+    paths = []
+    for name, word in (("a", " cat"), ("b", " dog")):
+        paths.append(str(tmp_path / f"{name}.jsonl"))
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": word * 15}) + "\n") * 300)
+    store = make_store(dataset_path=paths, dataset_weights=(3.0, 1.0))
+    # A document is a context, or two where the words are two tokens: 3 in 4 are cats.
+    texts = [store.model.tokenizer.decode(row) for _ in range(50) for row in store.get_batch_tokens()]
+    n_cats = sum("cat" in text for text in texts)
+    assert 120 < n_cats < 180 and n_cats + sum("dog" in text for text in texts) == len(texts)
+    about = origin(store.cfg, store)
+    assert (about["dataset_path"], about["dataset_weights"]) == (paths, [0.75, 0.25])
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 1), (0, 0), (3, 3)])
+def test_tokenizer_processes_are_those_asked_for(make_store: Make, given: int | None, expected: int) -> None:
+    assert make_store(tokenizer_processes=given).n_tokenizer_processes == expected
+
+
+def test_activations_may_be_trained_on(make_store: Make) -> None:
+    store = make_store()
+    weight = torch.ones(256, requires_grad=True)
+    (store.get_activations(store.get_batch_tokens()) * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def all_rows(store: ActivationsStore, n_batches: int) -> torch.Tensor:
+    """The rows of the first `n_batches` token batches, in text order."""
+    stream = store.token_stream(store.documents, store.n_held_out)
+    ids = torch.cat([stream.next_contexts(store.store_batch_size) for _ in range(n_batches)])
+    return harvest(store.model, ids, [store.sites[0]])[0].flatten(end_dim=1)
+
+
+def positions(rows: torch.Tensor, among: torch.Tensor) -> list[list[int]]:
+    """For each row, where it stands in `among`."""
+    return [(among == row).all(dim=1).nonzero().flatten().tolist() for row in rows]
+
+
+def test_batches_hold_activations_of_the_training_text(make_store: Make) -> None:
+    store = make_store()
+    text_rows = all_rows(store, 4)
+    found = positions(store.next_batch(), text_rows)
+    assert all(found)
+
+
+def test_a_batch_mixes_prompts(make_store: Make) -> None:
+    store = make_store()
+    text_rows = all_rows(store, 4)
+    prompts = {where[0] // 16 for where in positions(store.next_batch(), text_rows)}
+    assert len(prompts) > 10  # of 16 in the buffer
+
+
+def test_refill_happens_in_place_when_half_is_served(make_store: Make) -> None:
+    store = make_store(exclude_special_tokens=True)  # all BOS rows are alike
+    store.next_batch()
+    (buffer,) = store.buffer.buffers
+    address, before = buffer.data_ptr(), buffer.clone()
+    store.next_batch()
+    assert torch.equal(buffer, before)
+    served = store.buffer.order[: store.buffer.served].clone()
+    store.next_batch()
+    (buffer,) = store.buffer.buffers
+    assert buffer.data_ptr() == address
+    kept = torch.ones(256, dtype=torch.bool)
+    kept[served] = False
+    assert torch.equal(buffer[kept], before[kept])
+    assert (buffer[served] != before[served]).any(dim=1).all()
+
+
+def test_buffer_keeps_the_models_precision(make_store: Make, small_config: Callable) -> None:
+    store = make_store()
+    store.next_batch()
+    assert store.buffer.buffers[0].dtype == store.model.cfg.dtype
+
+
+@pytest.mark.parametrize("n_before", [0, 1, 2, 5])
+def test_restored_store_serves_the_same_batches(make_store: Make, n_before: int) -> None:
+    one = make_store()
+    for _ in range(n_before):
+        one.next_batch()
+    state = {
+        name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in one.state_dict().items()
+    }
+    other = make_store()
+    other.load_state_dict(state)
+    for _ in range(7):
+        assert torch.equal(one.next_batch(), other.next_batch())
+
+
+def test_the_order_is_the_same_for_all_seeds(make_store: Make) -> None:
+    assert torch.equal(make_store(seed=1).next_batch(), make_store(seed=2).next_batch())
+
+
+def test_sites_that_are_served_together_have_the_batches_they_have_alone(make_store: Make) -> None:
+    alone = {hook: make_store(hook_point=hook) for hook in (f"blocks.{layer}.hook_resid_post" for layer in (0, 2))}
+    sites = {hook: store.sites for hook, store in alone.items()}
+    together = ActivationsStore(
+        alone["blocks.0.hook_resid_post"].cfg,
+        alone["blocks.0.hook_resid_post"].model,
+        sites=[s for (s,) in sites.values()],
+    )
+    for _ in range(5):
+        together.advance()
+        for hook, store in alone.items():
+            assert torch.equal(together.batch(sites[hook]).x, store.next_batch())
+
+
+def test_a_batch_is_gathered_once_for_all_that_ask(make_store: Make) -> None:
+    store = make_store()
+    store.advance()
+    assert store.batch(store.sites).x is store.batch(store.sites).x
+
+
+def test_excluded_special_tokens_never_reach_a_batch(make_store: Make) -> None:
+    store = make_store(exclude_special_tokens=True)
+    bos = store.model.tokenizer.bos_token_id
+    first = store.get_activations(torch.tensor([[bos, 5, 6, 7]]))[0, 0]
+    batches = torch.cat([store.next_batch() for _ in range(5)])
+    assert not (batches == first).all(dim=1).any()
+    kept = make_store().next_batch()
+    assert (kept == first).all(dim=1).any()
+
+
+def test_only_the_positions_asked_for_reach_a_batch(make_store: Make) -> None:
+    store = make_store(seqpos_slice=(2, 16, 3))
+    assert store.keeps(torch.zeros(2, 16, dtype=torch.long))[1].nonzero().flatten().tolist() == [2, 5, 8, 11, 14]
+    tokens = store.token_stream(store.documents, store.n_held_out).next_contexts(60)
+    wanted = harvest(store.model, tokens, store.sites)[0][:, 2:16:3].flatten(end_dim=1)
+    assert all(positions(store.next_batch(), wanted))
+
+
+def test_outliers_by_norm_never_reach_a_batch(make_store: Make) -> None:
+    """The demo model's BOS position is many times longer than the rest; no token id says so here."""
+    everything, store = make_store(), make_store(max_activation_norm_multiple=3.0)
+    first = everything.token_stream(everything.documents, 0).next_contexts(8192 // 16)
+    norms = harvest(store.model, first, store.sites)[0].norm(dim=-1)
+    limit = 3 * norms.flatten().sort().values[8192 // 2 - 1]  # the lower of the two in the middle
+    tokens = everything.token_stream(everything.documents, everything.n_held_out).next_contexts(4)
+    rows = harvest(store.model, tokens, store.sites)[0]
+    inside = rows.norm(dim=-1) <= limit
+    assert not inside[:, 0].any()
+    assert inside[:, 1:].float().mean() > 0.9
+    assert torch.equal(store.keeps(tokens, rows), inside)
+    assert torch.equal(store.passes.next_rows()[0], rows[inside])
+    served = torch.cat([store.next_batch() for _ in range(6)]).norm(dim=1)
+    assert served.max() <= limit * 1.001 < everything.next_batch().norm(dim=1).max()
+
+
+def test_a_rule_about_norms_needs_activations(make_store: Make) -> None:
+    store = make_store(max_activation_norm_multiple=3.0)
+    with pytest.raises(ValueError, match="activations: max_activation_norm_multiple is about their norms"):
+        store.keeps(store.get_batch_tokens())
+
+
+def test_rules_that_leave_nothing_end_with_a_sentence(make_store: Make) -> None:
+    store = make_store(exclude_special_tokens=True, seqpos_slice=(0, 1))  # the BOS position alone
+    with pytest.raises(ValueError, match="of 20 passes of the language model they leave no activation to train on"):
+        store.next_batch()
+
+
+def test_a_rule_about_norms_is_for_one_hook(small_config: Callable) -> None:
+    hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    with pytest.raises(ValueError, match="max_activation_norm_multiple: found 3.0 with several hooks, expected one"):
+        small_config(hook_point=hooks, max_activation_norm_multiple=3.0)
+    small_config(hook_point=hooks[:1], max_activation_norm_multiple=3.0)
+    with pytest.raises(ValueError, match="max_activation_norm_multiple: found 0.5, expected at least 1"):
+        small_config(max_activation_norm_multiple=0.5)
+
+
+def test_odd_row_counts_lose_nothing(make_store: Make) -> None:
+    # Without the BOS a prompt gives 15 rows, so refills end in the middle of a harvest; the rest is used next.
+    store = make_store(exclude_special_tokens=True)
+    for _ in range(6):
+        store.next_batch()
+    n_harvested = store.tokens.context_index * 15
+    held_out = store.tokens.context_index // 20
+    n_used = 256 + 2 * 128 + len(store.buffer.spill[0])
+    assert n_harvested - min(held_out, store.n_held_out) * 15 == n_used
+
+
+def test_head_hook_gives_one_heads_width(make_store: Make) -> None:
+    d_head = 256 // 4 if make_store().model.cfg.n_heads == 4 else 256 // make_store().model.cfg.n_heads
+    store = make_store(hook_point="blocks.1.attn.hook_z", hook_point_head_index=0, d_in=d_head)
+    assert store.next_batch().shape == (64, d_head)
+
+
+def test_hook_z_without_head_index_concatenates_the_heads(make_store: Make) -> None:
+    assert make_store(hook_point="blocks.1.attn.hook_z", d_in=256).next_batch().shape == (64, 256)
+
+
+def test_held_out_tokens_are_never_trained_on(make_store: Make) -> None:
+    store = make_store()
+    held_out = {tuple(row) for row in store.held_out_tokens().tolist()}
+    assert len(held_out) == 4
+    trained = {tuple(row) for _ in range(60) for row in store.get_batch_tokens().tolist()}
+    assert not held_out & trained
+
+
+def test_eval_dataset_is_used_for_evaluation_only(make_store: Make) -> None:
+    store = make_store(eval_dataset_path="demo-held-out")
+    assert store.n_held_out == 0
+    text = store.model.tokenizer.decode(store.held_out_tokens()[0][1:])
+    from sae_training.demo_data import DEMO_HELD_OUT_TEXT
+
+    assert text[:30].strip() in DEMO_HELD_OUT_TEXT.read_text(encoding="utf-8").replace("\\n", "\n")
+
+
+def test_dataset_object_stands_in_for_the_path(make_store: Make) -> None:
+    dataset = Dataset.from_dict({"tokens": [[5] * 400, [6] * 400]})
+    tokens = make_store(dataset, n_eval_batches=1).get_batch_tokens()
+    assert set(tokens.flatten().tolist()) <= {0, 5, 6}
+
+
+def test_duck_typed_config_of_the_mats_era_is_enough(demo_model: Any) -> None:
+    cfg = SimpleNamespace(
+        model_name="demo", hook_point="blocks.0.hook_resid_post", hook_point_layer=1, hook_point_head_index=None,
+        dataset_path="demo", is_dataset_tokenized=False, context_size=16, d_in=256, n_batches_in_buffer=4,
+        store_batch_size=4, train_batch_size=32, device=torch.device("cpu"), dtype=torch.float32, seed=0,
+    )  # fmt: skip
+    store = ActivationsStore(cfg, demo_model)
+    assert store.cfg is cfg
+    assert store.model is demo_model
+    assert store.next_batch().shape == (32, 256)
+
+
+def test_context_longer_than_the_models_names_both(make_store: Make) -> None:
+    with pytest.raises(ValueError, match="context_size: got 512, but the model reads at most 256"):
+        make_store(context_size=512)
+
+
+def test_batch_larger_than_half_the_buffer_names_both(demo_model: Any, small_config: Callable) -> None:
+    cfg = SimpleNamespace(**{**vars(small_config()), "train_batch_size": 200, "d_sae": 512})
+    store = ActivationsStore(cfg, demo_model)
+    with pytest.raises(ValueError, match="200 rows a step, but half the buffer holds 128"):
+        store.next_batch()

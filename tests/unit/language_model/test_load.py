@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from sae_training.demo_data import DEMO_MODEL
+from sae_training.language_model.harvest import at_site, harvest, put_back
+from sae_training.language_model.load import language_model_dtype, load_language_model
+from sae_training.language_model.sites import find_hook_site
+
+
+@pytest.fixture(scope="module")
+def hooked_model() -> HookedTransformer:
+    """A random HookedTransformer, as a user would pass one in."""
+    cfg = HookedTransformerConfig(
+        n_layers=2, d_model=16, n_heads=2, d_head=8, n_ctx=32, d_vocab=50, act_fn="gelu", seed=0, d_mlp=20
+    )
+    return HookedTransformer(cfg)
+
+
+def tokens(n: int, vocab: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, vocab, (2, n), generator=torch.Generator().manual_seed(seed))
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+def test_demo_model_gives_the_logits_of_the_plain_transformers_model(demo_model: Any) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    ids = tokens(20, demo_model.cfg.d_vocab)
+    with torch.inference_mode():
+        ours, theirs = demo_model(ids).log_softmax(-1), plain(ids).logits.log_softmax(-1)
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+
+
+def test_bfloat16_model_stays_close_to_float32(demo_model: Any) -> None:
+    half = load_language_model("demo", lm_dtype="bfloat16")
+    site, ids = find_hook_site(half, "blocks.2.hook_resid_post"), tokens(20, half.cfg.d_vocab)
+    (narrow,), (full,) = harvest(half, ids, [site]), harvest(demo_model, ids, [site])
+    assert narrow.dtype == torch.bfloat16
+    assert (narrow.float() - full).norm() / full.norm() < 0.02
+
+
+@pytest.fixture(scope="module")
+def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face cache in which "gpt2" is a tiny random GPT-2, as if it had been downloaded."""
+    cache = tmp_path_factory.mktemp("hub")
+    snapshot = cache / "hub" / "models--gpt2" / "snapshots" / "abc"
+    torch.manual_seed(0)
+    # n_ctx as in the published config.json, where HookedTransformer looks for it.
+    config = GPT2Config(
+        n_layer=2, n_embd=16, n_head=2, n_positions=32, n_ctx=32, vocab_size=2560, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(snapshot)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(snapshot)
+    refs = cache / "hub" / "models--gpt2" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("abc")
+    return cache
+
+
+LOAD_BY_NAME = """
+import json, sys, torch
+from sae_training.language_model import find_hook_site, load_language_model
+from sae_training.activations import harvest
+ids = torch.arange(1, 11).unsqueeze(0)
+named = load_language_model("gpt2", lm_dtype="float32")
+folder = load_language_model(sys.argv[1], lm_dtype="float32")
+site = find_hook_site(named, "blocks.1.hook_resid_pre")
+(a,), (b,) = harvest(named, ids, [site]), harvest(folder, ids, [find_hook_site(folder, site.name)])
+same = (a - b).abs().max().item()
+print(json.dumps([type(named).__name__, type(folder).__name__, same]))
+"""
+
+
+def test_known_name_is_a_hooked_transformer_and_a_folder_a_bridge_with_equal_activations(hub_cache: Path) -> None:
+    snapshot = hub_cache / "hub" / "models--gpt2" / "snapshots" / "abc"
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_BY_NAME, str(snapshot)],
+        env=os.environ | {"HF_HOME": str(hub_cache), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    named, folder, difference = json.loads(done.stdout.splitlines()[-1])
+    assert (named, folder) == ("HookedTransformer", "TransformerBridge")
+    assert difference < 1e-5
+
+
+@pytest.mark.parametrize("name", ["no-such/model-anywhere", "gpt2-medium"])
+def test_unreachable_model_says_what_can_be_given(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"model_name: could not load '{name}'.*local folder"):
+        load_language_model(name)
+
+
+def test_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        load_language_model(str(tmp_path))
+
+
+def test_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=32, vocab_size=100, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="2559, but the model knows only 100 tokens"):
+        load_language_model(str(tmp_path))
+
+
+def test_named_precision_is_taken_as_it_is() -> None:
+    assert language_model_dtype("float32", "cpu") == torch.float32
+    assert language_model_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------------------------- hooks
+
+
+@pytest.mark.parametrize(
+    ("hook", "head", "width"),
+    [
+        ("blocks.1.hook_resid_post", None, 16),
+        ("blocks.1.hook_resid_pre", None, 16),
+        ("blocks.0.hook_resid_pre", None, 16),
+        ("blocks.0.mlp.hook_post", None, 20),
+        ("blocks.1.attn.hook_z", None, 16),
+        ("blocks.1.attn.hook_z", 0, 8),
+        ("blocks.1.attn.hook_q", 1, 8),
+        ("hook_embed", None, 16),
+        ("ln_final.hook_normalized", None, 16),
+    ],
+)
+def test_harvest_equals_the_cached_activations(hooked_model: Any, hook: str, head: int | None, width: int) -> None:
+    site = find_hook_site(hooked_model, hook, head)
+    ids = tokens(7, 50)
+    (rows,) = harvest(hooked_model, ids, [site])
+    assert rows.shape == (2, 7, width) == (2, 7, site.d_in)
+    _, cache = hooked_model.run_with_cache(ids)
+    whole = cache[hook]
+    expected = whole if whole.ndim == 3 else whole[:, :, head] if head is not None else whole.flatten(2)
+    torch.testing.assert_close(rows, expected)
+
+
+def test_residual_before_a_block_is_read_without_running_the_block(hooked_model: Any) -> None:
+    site = find_hook_site(hooked_model, "blocks.1.hook_resid_pre")
+    assert (site.read_name, site.stop_at_layer) == ("blocks.0.hook_resid_post", 1)
+
+
+def test_put_back_changes_only_what_at_site_reads(hooked_model: Any) -> None:
+    site = find_hook_site(hooked_model, "blocks.0.attn.hook_z", 1)
+    whole = torch.randn(2, 3, 2, 8)
+    changed = put_back(whole, torch.zeros(2, 3, 8), site)
+    assert not at_site(changed, site).any()
+    assert torch.equal(changed[:, :, 0], whole[:, :, 0])
+    assert whole[:, :, 1].any()
+
+
+def test_unknown_hook_lists_the_models_hooks_and_the_nearest(hooked_model: Any) -> None:
+    listed = (
+        r"Did you mean blocks\.1\.hook_resid_post\?\nIts hooks, for layer 0 to 1: .*blocks\.\{layer\}\.hook_resid_pre"
+    )
+    with pytest.raises(ValueError, match=listed):
+        find_hook_site(hooked_model, "blocks.1.hook_resid_pots")
+
+
+def test_block_beyond_the_last_gives_their_number(hooked_model: Any) -> None:
+    with pytest.raises(ValueError, match=r"names block 5, but this model has 2; choose a layer from 0 to 1"):
+        find_hook_site(hooked_model, "blocks.5.hook_resid_pre")
+
+
+def test_hook_without_one_vector_a_position_is_refused(hooked_model: Any) -> None:
+    with pytest.raises(ValueError, match="expected \\(prompts, positions, width\\)"):
+        find_hook_site(hooked_model, "blocks.0.attn.hook_pattern")
+
+
+@pytest.mark.parametrize(
+    ("hook", "head", "d_in", "message"),
+    [
+        ("blocks.0.hook_resid_pre", None, 99, "got 99, but blocks.0.hook_resid_pre of this model is 16 wide"),
+        ("blocks.0.attn.hook_z", 2, None, "has 2 heads; use 0 to 1"),
+        ("blocks.0.hook_resid_pre", 0, None, "has no head axis"),
+    ],
+)
+def test_wrong_width_or_head_names_both_values(
+    hooked_model: Any, hook: str, head: Any, d_in: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_hook_site(hooked_model, hook, head, d_in)
+
+
+def test_no_weight_of_a_narrow_model_is_held_twice() -> None:
+    model = load_language_model("demo", lm_dtype="bfloat16")
+    held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    others = [
+        (name, key)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in held
+    ]
+    assert others == []
+    W_in: Any = model.blocks[1].mlp.W_in
+    assert W_in.dtype == torch.bfloat16

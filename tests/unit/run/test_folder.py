@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sae_training
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.io import config_to_dict
+from sae_training.machine.paths import with_absolute_paths
+from sae_training.run.folder import RunFolder, RunFolderInUse, choose_run_folder, read_run_config
+
+Make = Callable[..., LanguageModelSAERunnerConfig]
+
+
+def start_run(cfg: LanguageModelSAERunnerConfig, finished: bool = False) -> Path:
+    """A run folder as a process leaves it that was killed, or that has finished."""
+    folder = RunFolder(choose_run_folder(cfg), cfg)
+    folder.release()
+    if finished:
+        folder.final.mkdir()
+    return folder.path
+
+
+# ---------------------------------------------------------------------------------------------------- which folder
+# it is
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_first_run_of_a_name_takes_the_folder_of_that_name(small_config: Make, tmp_path: Path, resume: str) -> None:
+    assert choose_run_folder(small_config(resume=resume)) == tmp_path / "runs" / "run"
+
+
+def test_choosing_touches_nothing(small_config: Make, tmp_path: Path) -> None:
+    choose_run_folder(small_config())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_must_without_any_run_is_an_error(small_config: Make) -> None:
+    with pytest.raises(FileNotFoundError, match="no unfinished run 'run' .no folder of that name"):
+        choose_run_folder(small_config(resume="must"))
+
+
+@pytest.mark.parametrize("resume", ["auto", "must"])
+def test_unfinished_run_is_continued(small_config: Make, resume: str) -> None:
+    folder = start_run(small_config())
+    assert choose_run_folder(small_config(resume=resume)) == folder
+
+
+def test_never_leaves_an_unfinished_run_alone(small_config: Make, tmp_path: Path) -> None:
+    start_run(small_config())
+    assert choose_run_folder(small_config(resume="never")) == tmp_path / "runs" / "run-2"
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_after_a_finished_run_the_next_number_is_new(small_config: Make, tmp_path: Path, resume: str) -> None:
+    start_run(small_config(), finished=True)
+    assert choose_run_folder(small_config(resume=resume)) == tmp_path / "runs" / "run-2"
+
+
+def test_must_after_finished_runs_alone_lists_them(small_config: Make) -> None:
+    start_run(small_config(), finished=True)
+    start_run(small_config(), finished=True)
+    with pytest.raises(FileNotFoundError, match="finished runs: run, run-2"):
+        choose_run_folder(small_config(resume="must"))
+
+
+def test_unfinished_run_after_a_finished_one_is_continued(small_config: Make) -> None:
+    start_run(small_config(), finished=True)
+    folder = start_run(small_config())
+    assert folder.name == "run-2"
+    assert choose_run_folder(small_config()) == folder
+
+
+def test_of_two_unfinished_runs_the_newer_is_continued(small_config: Make) -> None:
+    start_run(small_config())
+    newer = start_run(small_config(resume="never"))
+    assert choose_run_folder(small_config()) == newer
+
+
+def test_folder_killed_before_its_config_was_written_is_used_again(small_config: Make, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / ".lock").touch()
+    assert choose_run_folder(small_config(resume="auto")) == tmp_path / "runs" / "run"
+
+
+def test_slash_in_a_name_makes_no_folder_of_its_own(small_config: Make, tmp_path: Path) -> None:
+    assert choose_run_folder(small_config(run_name="mine/1")) == tmp_path / "runs" / "mine_1"
+
+
+def test_old_name_of_run_dir_is_followed(small_config: Make, tmp_path: Path) -> None:
+    cfg = small_config(run_dir="runs", checkpoint_path=str(tmp_path / "old"))
+    assert choose_run_folder(cfg) == tmp_path / "old" / "run"
+
+
+# -------------------------------------------------------------------------------------------------------- same config
+
+
+def test_changed_config_names_each_field_with_both_values(small_config: Make) -> None:
+    folder = start_run(small_config())
+    with pytest.raises(ValueError) as caught:
+        choose_run_folder(small_config(seed=7, lr=1e-5))
+    message = str(caught.value)
+    assert message.startswith(f"{folder} holds an unfinished run")
+    assert "  seed: 42 -> 7\n" in message
+    assert "  lr: 0.0003 -> 1e-05\n" in message
+    assert message.count("->") == 2
+
+
+def test_changed_config_may_begin_anew(small_config: Make, tmp_path: Path) -> None:
+    start_run(small_config())
+    assert choose_run_folder(small_config(seed=7, resume="never")) == tmp_path / "runs" / "run-2"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"wandb_log_frequency": 1},
+        {"eval_every_steps": 99},
+        {"log_to_wandb": True, "wandb_project": "other", "wandb_mode": "offline"},
+        {"checkpoint_every_steps": 3, "checkpoint_every_minutes": None, "keep_checkpoints": 5},
+        {"n_checkpoints": 4},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_fields_that_only_watch_may_change(small_config: Make, change: dict[str, Any]) -> None:
+    folder = start_run(small_config())
+    assert choose_run_folder(small_config(**change)) == folder
+
+
+def test_held_out_part_may_not_change(small_config: Make) -> None:
+    start_run(small_config())
+    with pytest.raises(ValueError, match="n_eval_batches: 1 -> 2"):
+        choose_run_folder(small_config(n_eval_batches=2))
+
+
+def test_config_of_a_folder_is_read_back(small_config: Make) -> None:
+    cfg = small_config(architecture="topk", k=5)
+    assert read_run_config(start_run(cfg)) == cfg
+
+
+def test_config_file_says_the_versions(small_config: Make) -> None:
+    content = json.loads((start_run(small_config()) / "config.json").read_text())
+    assert content["config"] == config_to_dict(small_config())
+    assert set(content["versions"]) >= {"sae-training", "torch", "transformer-lens"}
+
+
+def test_folder_without_config_is_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="not a run folder, it has no config.json"):
+        read_run_config(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------------- lock
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from sae_training.config_io import config_from_dict
+from sae_training.run_folder import RunFolder
+import json
+
+folder = RunFolder(Path(sys.argv[1]), config_from_dict(json.loads(sys.argv[2])))
+if sys.argv[3] == "status":
+    folder.write_status("training", step=1)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def hold(small_config: Make, tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Starts a process that holds the run folder until it dies; "status": it has written its status.json."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(sae_training.__file__).parent.parent)}
+    started: list[subprocess.Popen[str]] = []
+
+    def start(status: str) -> subprocess.Popen[str]:
+        arguments = [str(tmp_path / "runs" / "run"), json.dumps(config_to_dict(small_config())), status]
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, *arguments],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_second_process_is_refused_by_pid_and_host_until_the_first_is_killed(
+    small_config: Make, tmp_path: Path, hold: Callable
+) -> None:
+    holder = hold("status")
+    with pytest.raises(RunFolderInUse, match=f"process {holder.pid} on {socket.gethostname()} is training"):
+        RunFolder(tmp_path / "runs" / "run", small_config())
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    RunFolder(tmp_path / "runs" / "run", small_config()).release()
+
+
+def test_refusal_changes_nothing_in_the_folder(small_config: Make, tmp_path: Path, hold: Callable) -> None:
+    hold("status")
+    before = {p: p.read_bytes() for p in (tmp_path / "runs" / "run").iterdir()}
+    with pytest.raises(RunFolderInUse):
+        RunFolder(tmp_path / "runs" / "run", small_config(wandb_log_frequency=1))
+    assert {p: p.read_bytes() for p in (tmp_path / "runs" / "run").iterdir()} == before
+
+
+def test_holder_that_continues_a_run_is_named_and_not_the_one_that_died(
+    small_config: Make, tmp_path: Path, hold: Callable
+) -> None:
+    # Between taking the folder and its first status, a process fills its buffer, which can take minutes.
+    old = RunFolder(tmp_path / "runs" / "run", small_config())
+    old.write_status("training", step=1)
+    old.release()
+    holder = hold("no status yet")
+    with pytest.raises(RunFolderInUse) as caught:
+        RunFolder(tmp_path / "runs" / "run", small_config())
+    assert f"process {os.getpid()} " not in str(caught.value)
+    assert f"process {holder.pid} " in str(caught.value)
+
+
+def test_released_folder_can_be_taken_again_in_the_same_process(small_config: Make, tmp_path: Path) -> None:
+    for _ in range(2):
+        RunFolder(tmp_path / "runs" / "run", small_config()).release()
+
+
+def test_status_says_who_and_when(small_config: Make, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "run", small_config())
+    folder.write_status("training", step=3, eta_s=None)
+    folder.release()
+    status = json.loads((folder.path / "status.json").read_text())
+    assert (status["state"], status["step"], status["eta_s"]) == ("training", 3, None)
+    assert (status["pid"], status["host"]) == (os.getpid(), socket.gethostname())
+    assert status["started"] <= status["updated"]
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("kind", ["under a file", "/proc"])
+def test_folder_that_cannot_be_made_is_named(small_config: Make, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "run" if kind == "under a file" else Path("/proc/runs/run")
+    with pytest.raises(OSError, match=f"run_dir: cannot write to {path} .*; set run_dir to a folder you may write to"):
+        RunFolder(path, small_config())
+
+
+def test_choosing_under_a_file_is_no_error_of_its_own(small_config: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cfg = small_config(run_dir=str(tmp_path / "file"))
+    assert choose_run_folder(cfg) == tmp_path / "file" / "run"
+
+
+# ---------------------------------------------------------------------------------------------------------------- paths
+
+
+def test_local_paths_become_absolute(small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "text.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    cfg = with_absolute_paths(small_config(dataset_path="data/text.txt", model_name="./data"))
+    assert cfg.dataset_path == str(tmp_path / "data" / "text.txt")
+    assert cfg.model_name == str(tmp_path / "data")
+
+
+def test_local_file_named_without_a_folder_becomes_absolute(
+    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The store reads ./text.txt for this name, so a resume from elsewhere must find the same file.
+    (tmp_path / "text.txt").write_text("a")
+    (tmp_path / "sae.safetensors").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    cfg = with_absolute_paths(small_config(dataset_path="text.txt", from_pretrained_path="sae.safetensors"))
+    assert cfg.dataset_path == str(tmp_path / "text.txt")
+    assert cfg.from_pretrained_path == str(tmp_path / "sae.safetensors")
+
+
+def test_local_paths_of_a_mixture_become_absolute(
+    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    cfg = with_absolute_paths(small_config(dataset_path=["text.txt", "owner/name", "demo"], dataset_weights=(1, 2, 3)))
+    assert cfg.dataset_path == [str(tmp_path / "text.txt"), "owner/name", "demo"]
+
+
+def test_home_is_filled_in(small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.txt").write_text("a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert with_absolute_paths(small_config(dataset_path="~/text.txt")).dataset_path == str(tmp_path / "text.txt")
+
+
+def test_names_stay_names(small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A folder called like a bundled text or a known model does not stand in for it.
+    for name in ("demo", "gpt2"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    cfg = small_config(dataset_path="demo", model_name="gpt2", eval_dataset_path="owner/not-here")
+    assert with_absolute_paths(cfg) == cfg
+
+
+def test_start_that_fails_in_a_folder_that_was_there_deletes_nothing(small_config: Make, tmp_path: Path) -> None:
+    path = tmp_path / "proj" / "results"
+    path.mkdir(parents=True)
+    (path / "notes.txt").write_text("mine")
+    folder = RunFolder(path, small_config())
+    folder.discard_if_new()
+    folder.release()
+    assert (path / "notes.txt").read_text() == "mine"
+
+
+def test_start_that_fails_in_a_new_folder_leaves_none(small_config: Make, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "run", small_config())
+    folder.discard_if_new()
+    folder.release()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bare_folder_names_that_hold_data_become_absolute(
+    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_model").mkdir()
+    (tmp_path / "my_model" / "config.json").write_text("{}")
+    (tmp_path / "my_text").mkdir()
+    (tmp_path / "my_text" / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    cfg = with_absolute_paths(small_config(model_name="my_model", dataset_path="my_text"))
+    assert (cfg.model_name, cfg.dataset_path) == (str(tmp_path / "my_model"), str(tmp_path / "my_text"))

@@ -1,0 +1,381 @@
+from __future__ import annotations
+
+import gzip
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.kernels.sparse_code import Code
+from sae_training.sparse_autoencoder import SparseAutoencoder
+
+Config = LanguageModelSAERunnerConfig
+
+
+def small(**changes) -> SparseAutoencoder:
+    return SparseAutoencoder(Config(**{"d_in": 4, "expansion_factor": 3, "k": 2, "train_batch_size": 64, **changes}))
+
+
+def rows(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, 4, generator=torch.Generator().manual_seed(0))
+
+
+ARCHITECTURES = pytest.mark.parametrize("architecture", ["standard", "topk"])
+
+
+def test_parameters_have_the_shapes_of_the_contract() -> None:
+    shapes = {name: tuple(p.shape) for name, p in small().named_parameters()}
+    assert shapes == {"W_enc": (4, 12), "b_enc": (12,), "W_dec": (12, 4), "b_dec": (4,)}
+
+
+@ARCHITECTURES
+def test_new_decoder_rows_have_unit_norm_and_biases_are_zero(architecture: str) -> None:
+    sae = small(architecture=architecture)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(12))
+    assert not sae.b_enc.any()
+    assert not sae.b_dec.any()
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "gated", "matryoshka"])
+def test_encoder_starts_as_the_decoder_transposed_in_memory_of_its_own(architecture: str) -> None:
+    sae = small(architecture=architecture)
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    with torch.no_grad():
+        sae.W_enc.zero_()
+    assert sae.W_dec.all()
+
+
+def test_seed_decides_the_initial_weights() -> None:
+    assert torch.equal(small(seed=1).W_enc, small(seed=1).W_enc)
+    assert not torch.equal(small(seed=1).W_enc, small(seed=2).W_enc)
+
+
+def test_standard_forward_by_hand() -> None:
+    sae = SparseAutoencoder(Config(d_in=2, expansion_factor=1, l1_coefficient=0.5, k=1))
+    sae.load_state_dict(
+        {
+            "W_enc": torch.tensor([[1.0, -1.0], [0.0, 2.0]]),
+            "b_enc": torch.tensor([0.5, 0.0]),
+            "W_dec": torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
+            "b_dec": torch.tensor([1.0, 0.0]),
+        }
+    )
+    # x - b_dec: (1, 1) and (-1, 0). Pre-activations: (1.5, 1) and (-0.5, 1). Outputs: (2.5, 1) and (1, 1).
+    x = torch.tensor([[2.0, 1.0], [0.0, 0.0]])
+    out = sae(x)
+    torch.testing.assert_close(out.feature_acts, torch.tensor([[1.5, 1.0], [0.0, 1.0]]))
+    torch.testing.assert_close(out.sae_out, torch.tensor([[2.5, 1.0], [1.0, 1.0]]))
+    # Mean row (1, 0.5); both rows are sqrt(1.25) from it. Squared errors 0.25, 0, 1, 1.
+    assert out.mse_loss.item() == pytest.approx(2.25 / 4 / math.sqrt(1.25))
+    assert out.l1_loss.item() == pytest.approx(0.5 * (2.5 + 1.0) / 2)
+    assert out.ghost_grad_loss.item() == 0
+    assert out.loss.item() == pytest.approx(out.mse_loss.item() + out.l1_loss.item())
+
+
+def test_forward_unpacks_into_six_in_the_order_of_old_notebooks() -> None:
+    sae_out, feature_acts, loss, mse_loss, l1_loss, ghost_grad_loss = small()(rows(5))
+    assert sae_out.shape == (5, 4)
+    assert feature_acts.shape == (5, 12)
+    assert loss.shape == mse_loss.shape == l1_loss.shape == ghost_grad_loss.shape == ()
+
+
+def test_topk_keeps_the_k_largest_positive_pre_activations() -> None:
+    sae = small(architecture="topk", k=3)
+    x = rows(50)
+    acts, pre = sae.encode(x), (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    for row_acts, row_pre in zip(acts, pre, strict=True):
+        largest = sorted(row_pre.tolist(), reverse=True)[:3]
+        assert sorted(row_acts[row_acts > 0].tolist()) == sorted(v for v in largest if v > 0)
+
+
+def test_topk_never_passes_a_negative_pre_activation() -> None:
+    sae = small(architecture="topk", k=12)
+    assert (sae.encode(rows(50)) >= 0).all()
+
+
+@ARCHITECTURES
+def test_three_dimensions_equal_the_same_rows_flat(architecture: str) -> None:
+    sae, x = small(architecture=architecture), rows(3, 5)
+    deep, flat = sae(x), sae(x.flatten(end_dim=1))
+    assert deep.sae_out.shape == (3, 5, 4)
+    torch.testing.assert_close(deep.sae_out.flatten(end_dim=1), flat.sae_out)
+    for one, other in zip(deep[2:], flat[2:], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@ARCHITECTURES
+def test_one_dimension_equals_a_batch_of_one_and_is_finite(architecture: str) -> None:
+    sae, x = small(architecture=architecture), rows()
+    single, batch = sae(x), sae(x.unsqueeze(0))
+    assert single.sae_out.shape == (4,)
+    torch.testing.assert_close(single.sae_out, batch.sae_out[0])
+    torch.testing.assert_close(single.loss, batch.loss)
+    assert single.loss.isfinite()
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_forward_runs_in_the_dtype_of_the_config(architecture: str, dtype: torch.dtype) -> None:
+    out = small(architecture=architecture, dtype=dtype)(rows(5))
+    assert out.sae_out.dtype == out.loss.dtype == dtype
+
+
+@pytest.mark.parametrize("remedy", [{"use_ghost_grads": True}, {"auxk_coefficient": 1 / 32, "auxk_k": 2}])
+@ARCHITECTURES
+def test_remedy_gives_dead_encoder_columns_a_gradient_and_live_ones_none(remedy: dict, architecture: str) -> None:
+    sae, x = small(architecture=architecture, **remedy), rows(40)
+    dead = torch.zeros(12, dtype=torch.bool)
+    dead[[1, 7]] = True
+    sae(x, dead).ghost_grad_loss.backward()
+    reached = sae.W_enc.grad.abs().sum(dim=0) > 0
+    assert reached.tolist() == dead.tolist()
+    assert (sae.b_enc.grad != 0).tolist() == dead.tolist()
+    assert (sae.W_dec.grad.abs().sum(dim=1) > 0).tolist() == dead.tolist()
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(12, dtype=torch.bool)], ids=["no mask", "none dead"])
+def test_remedy_loss_is_zero_with_nothing_dead(mask: torch.Tensor | None) -> None:
+    assert small(use_ghost_grads=True)(rows(5), mask).ghost_grad_loss.item() == 0
+
+
+def test_remedy_loss_is_zero_outside_training() -> None:
+    sae = small(use_ghost_grads=True).eval()
+    assert sae(rows(5), torch.ones(12, dtype=torch.bool)).ghost_grad_loss.item() == 0
+
+
+def test_wrong_width_names_both() -> None:
+    with pytest.raises(ValueError, match=r"is 3, expected d_in = 4"):
+        small()(torch.zeros(2, 3))
+
+
+def test_hook_points_see_and_change_the_pass() -> None:
+    sae, x = small(), rows(5)
+    _, cache = sae.run_with_cache(x)
+    assert set(cache) == {"hook_sae_in", "hook_hidden_pre", "hook_hidden_post", "hook_sae_out"}
+    silenced = sae.run_with_hooks(x, fwd_hooks=[("hook_hidden_post", lambda acts, hook: acts * 0)])
+    torch.testing.assert_close(silenced.sae_out, sae.b_dec.expand(5, 4))
+
+
+def test_removed_gradient_is_the_part_parallel_to_the_row() -> None:
+    sae = small()
+    sae(rows(20)).loss.backward()
+    before, weights = sae.W_dec.grad.clone(), sae.W_dec.detach().clone()
+    sae.remove_gradient_parallel_to_decoder_directions()
+    torch.testing.assert_close((sae.W_dec.grad * weights).sum(dim=1), torch.zeros(12), atol=1e-6, rtol=0)
+    removed = before - sae.W_dec.grad
+    torch.testing.assert_close(removed, (removed * weights).sum(dim=1, keepdim=True) * weights)
+    assert torch.equal(sae.W_dec.detach(), weights)
+
+
+def test_unit_norm_leaves_a_row_of_zeros_at_zero() -> None:
+    sae = small()
+    with torch.no_grad():
+        sae.W_dec *= 3
+        sae.W_dec[0] = 0
+    sae.set_decoder_norm_to_unit_norm()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.tensor([0.0] + [1.0] * 11))
+
+
+def test_b_dec_initialisation_by_mean_and_zeros_and_an_unknown_name() -> None:
+    sae, x = small(), rows(9)
+    sae.initialize_b_dec(x, "mean")
+    torch.testing.assert_close(sae.b_dec.detach(), x.mean(dim=0))
+    sae.initialize_b_dec(x, "zeros")
+    assert not sae.b_dec.any()
+    with pytest.raises(ValueError, match="geometric_median"):
+        sae.initialize_b_dec(x, "median")
+
+
+def test_name_holds_model_hook_and_width_and_the_head_if_one() -> None:
+    assert small().get_name() == "sparse_autoencoder_gelu-2l_blocks.0.hook_mlp_out_12"
+    head = small(hook_point="blocks.0.attn.hook_z", hook_point_head_index=0)
+    assert head.get_name() == "sparse_autoencoder_gelu-2l_blocks.0.attn.hook_z_head0_12"
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("name", ["folder", "one.safetensors"])
+def test_save_and_load_keep_config_and_weights(name: str, tmp_path: Path) -> None:
+    sae = small(architecture="topk", lr=1e-4, dtype=torch.float64)
+    sae.save_model(tmp_path / "new" / name)
+    again = SparseAutoencoder.load_from_pretrained(tmp_path / "new" / name)
+    assert again.cfg == sae.cfg
+    assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["sae.pt", "sae.pkl.gz", "sae.pkl"])
+def test_save_refuses_to_write_a_pickle(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\.safetensors"):
+        small().save_model(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+MATS_CONFIG = {
+    "model_name": "gpt2-small",
+    "hook_point": "blocks.8.hook_resid_pre",
+    "hook_point_layer": 8,
+    "d_in": 4,
+    "expansion_factor": 3,
+    "d_sae": 12,
+    "store_batch_size": (32,),
+    "device": torch.device("cpu"),
+    "dtype": torch.float32,
+    "use_ghost_grads": True,
+    "tokens_per_buffer": 10,
+    "checkpoint_path": "checkpoints/abc",
+    "lr_scheduler_name": None,
+    "train_batch_size": 10**9,
+}
+
+
+def mats_content(cfg: object) -> dict:
+    return {"cfg": cfg, "state_dict": {name: p.detach() for name, p in small().named_parameters()}}
+
+
+class RunnerConfig:
+    """Pickled under a name that no longer exists, like configs of mats files today."""
+
+
+RunnerConfig.__module__, RunnerConfig.__qualname__ = "sae_training.old_config", "RunnerConfig"
+
+
+@pytest.fixture
+def old_config(monkeypatch: pytest.MonkeyPatch) -> RunnerConfig:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "sae_training.old_config", SimpleNamespace(RunnerConfig=RunnerConfig))
+    cfg = RunnerConfig()
+    vars(cfg).update(MATS_CONFIG)
+    return cfg
+
+
+def save_pt(content: object, path: Path) -> None:
+    torch.save(content, path)
+
+
+def save_pkl_gz(content: object, path: Path) -> None:
+    with gzip.open(path, "wb") as file:
+        pickle.dump(content, file)
+
+
+OLD_FORMATS = pytest.mark.parametrize(("save", "name"), [(save_pt, "old.pt"), (save_pkl_gz, "old.pkl.gz")])
+
+
+@OLD_FORMATS
+def test_old_file_loads_without_its_config_class(
+    save: Callable, name: str, tmp_path: Path, old_config: RunnerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    save(mats_content(old_config), tmp_path / name)
+    monkeypatch.delitem(sys.modules, "sae_training.old_config")
+    sae = SparseAutoencoder.load_from_pretrained(tmp_path / name)
+    assert torch.equal(sae.W_enc, small().W_enc)
+    assert (sae.cfg.model_name, sae.cfg.hook_point, sae.cfg.d_sae) == ("gpt2-small", "blocks.8.hook_resid_pre", 12)
+
+
+def test_name_takes_the_layer_into_the_hook_and_of_a_local_model_its_folder() -> None:
+    sae = small(hook_point="blocks.{layer}.hook_resid_pre", hook_point_layer=3, model_name="/models/tiny")
+    assert sae.get_name() == "sparse_autoencoder_tiny_blocks.3.hook_resid_pre_12"
+
+
+class Bomb:
+    """Unpickling it would create the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@OLD_FORMATS
+def test_old_file_cannot_run_code(save: Callable, name: str, tmp_path: Path) -> None:
+    save(mats_content(SimpleNamespace(bomb=Bomb(tmp_path / "exploded"))), tmp_path / name)
+    with pytest.raises(ValueError, match=name):
+        SparseAutoencoder.load_from_pretrained(tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_duck_typed_config_of_the_mats_era_is_enough(tmp_path: Path) -> None:
+    cfg = SimpleNamespace(
+        model_name="m", hook_point="h", d_in=4, d_sae=12, l1_coefficient=1e-3, dtype=torch.float32, device="cpu", seed=1
+    )
+    sae = SparseAutoencoder(cfg)
+    assert sae(rows(3)).loss.isfinite()
+    sae.cfg.expansion_factor = 3
+    sae.save_model(tmp_path / "sae")
+    assert torch.equal(SparseAutoencoder.load_from_pretrained(tmp_path / "sae").W_enc, sae.W_enc)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such file"),
+        (lambda path: path.mkdir(), "holds no weights"),
+        (lambda path: path.write_bytes(b"x"), "unknown kind of file"),
+    ],
+    ids=["missing", "empty folder", "unknown ending"],
+)
+def test_loading_what_is_not_there_says_what_was_expected(make: Callable, message: str, tmp_path: Path) -> None:
+    make(tmp_path / "thing")
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        SparseAutoencoder.load_from_pretrained(tmp_path / "thing")
+
+
+def test_truncated_weights_are_called_damaged(tmp_path: Path) -> None:
+    small().save_model(tmp_path / "sae")
+    weights = tmp_path / "sae" / "sae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        SparseAutoencoder.load_from_pretrained(tmp_path / "sae")
+
+
+def test_saved_device_that_this_machine_lacks_falls_back_to_the_cpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    sae = small()
+    sae.cfg = Config(d_in=4, expansion_factor=3, k=2, device="cuda")
+    sae.save_model(tmp_path / "sae")
+    assert SparseAutoencoder.load_from_pretrained(tmp_path / "sae").W_enc.device.type == "cpu"
+
+
+# ------------------------------------------------------------------------------------------------------------ batchtopk
+
+
+def test_batchtopk_outside_training_codes_a_row_by_its_threshold_alone() -> None:
+    sae = small(architecture="batchtopk").eval()
+    sae.inference_threshold.fill_(0.3)
+    x = rows(50)
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    torch.testing.assert_close(sae.encode(x), torch.where(pre > 0.3, pre, 0.0))
+    torch.testing.assert_close(sae.encode(x)[7], sae.encode(x[7]))
+
+
+def test_batchtopk_follows_the_smallest_activation_of_training_batches() -> None:
+    sae = small(architecture="batchtopk")
+    acts = [torch.tensor([[0.0, 2.0], [3.0, 0.0]]), torch.tensor([[1.0, 5.0], [0.0, 0.0]]), torch.zeros(2, 2)]
+    for step, values in enumerate(acts):
+        sae.track_inference_threshold(Code(values), step)
+    # The first batch sets it to 2, the second weighs 1/2; a batch without any activation leaves it.
+    assert sae.inference_threshold.item() == pytest.approx(1.5)
+
+
+def test_batchtopk_comes_back_with_its_threshold_ready_for_inference(tmp_path: Path) -> None:
+    sae = small(architecture="batchtopk")
+    sae.inference_threshold.fill_(0.3)
+    sae.save_model(tmp_path)
+    loaded = SparseAutoencoder.load_from_pretrained(tmp_path)
+    assert not loaded.training
+    torch.testing.assert_close(loaded.encode(rows(9)), sae.eval().encode(rows(9)))
+
+
+def test_matryoshka_without_widths_halves_the_dictionary_four_times() -> None:
+    sae = SparseAutoencoder(Config(d_in=16, expansion_factor=4, architecture="matryoshka"))
+    assert sae.matryoshka_widths == (4, 8, 16, 32, 64)
