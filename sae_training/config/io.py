@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -139,6 +140,20 @@ def option(cfg: object, name: str) -> Any:
         guess = nearest(name, FIELD_NAMES)
         raise AttributeError(f"{name}: not a config field; did you mean {guess!r}?")
     return getattr(cfg, name) if hasattr(cfg, name) else getattr(_defaults(), name)
+
+
+def with_defaults(cfg: Any) -> LanguageModelSAERunnerConfig:
+    """`cfg` itself if it is a run config; else its attributes as one, unchecked, and the defaults for all it lacks.
+
+    For configs of the mats era and of notebooks, which are any object with some of the fields.
+    """
+    if isinstance(cfg, LanguageModelSAERunnerConfig):
+        return cfg
+    filled = copy.copy(_defaults())
+    for name in FIELD_NAMES:
+        if hasattr(cfg, name):
+            setattr(filled, name, getattr(cfg, name))
+    return filled
 
 
 @functools.cache
