@@ -72,7 +72,7 @@ def plan_memory(
     singles = list(singles)
     weights = [weight_bytes(single) for single in singles]
     lm_bytes = store.model.cfg.dtype.itemsize
-    width = sum(site.d_in for site in store.sites)
+    width = sum(site.d_in for site in store.hooks)
     several = len(singles) > 1
     held = {
         f"weights of {len(singles)} autoencoders, {each_of(weights)}" if several else "weights": sum(weights),
