@@ -268,7 +268,7 @@ def harvest_rows(arguments: argparse.Namespace) -> None:
     )
     store = ActivationsStore(cfg, model, notify=lambda text: show([text]))
     places = torch.randperm(arguments.rows, generator=torch.Generator().manual_seed(0))
-    rows = torch.empty(arguments.rows, store.sites[0].d_in, dtype=model.cfg.dtype)
+    rows = torch.empty(arguments.rows, store.sites.input.d_in, dtype=model.cfg.dtype)
     done, norm_sum = 0, 0.0
     while done < len(rows):
         new = store.passes.next_rows()[0][: len(rows) - done].cpu()
@@ -276,7 +276,7 @@ def harvest_rows(arguments: argparse.Namespace) -> None:
         norm_sum += new.float().norm(dim=1).double().sum().item()
         done += len(new)
     held_out = store.held_out_tokens()[: arguments.held_out]
-    about = source_of(arguments) | {"rows": done, "d_in": store.sites[0].d_in, "mean_norm": norm_sum / done}
+    about = source_of(arguments) | {"rows": done, "d_in": store.sites.input.d_in, "mean_norm": norm_sum / done}
     path = arguments.rows_file
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")

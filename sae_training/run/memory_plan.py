@@ -128,7 +128,7 @@ def plan_memory(
     """Return the plan of a run of `singles` whose process has loaded the language model and nothing else."""
     singles = list(singles)
     weights = [weight_bytes(single) for single in singles]
-    width = sum(site.d_in for site in store.sites)
+    width = sum(site.d_in for site in store.hooks)
     # Where training scales its batches, what is evaluated and saved are copies with the scales folded in.
     folded = sum(weights) if cfg.normalize_activations == "expected_average_only_in" else 0
     parts = [

@@ -50,7 +50,7 @@ class Member:
     @property
     def scales(self) -> tuple[float, float]:
         """The factors of rows of its input, and of its target, before it is trained on them."""
-        return self.store.scales[self.sites[0]], self.store.scales[self.sites[-1]]
+        return self.store.scales[self.sites.input], self.store.scales[self.sites.target]
 
     @property
     def is_scaled(self) -> bool:

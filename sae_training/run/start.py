@@ -102,7 +102,7 @@ def check_room_for_checkpoints(
     if cfg.checkpoint_every_minutes is None and cfg.checkpoint_every_steps is None:
         return
     weights = sum(p.numel() * p.element_size() for trainer in trainers.values() for p in trainer.sae.parameters())
-    width = sum(site.d_in for site in store.sites)
+    width = sum(site.d_in for site in store.hooks)
     buffers = store.n_rows * (width * store.model.cfg.dtype.itemsize + 8) if store.needs_buffer else 0
     # One is written before the oldest is deleted; weights, and Adam's two moments, are in each, and where batches are
     # scaled the weights for raw activations too.
@@ -125,11 +125,11 @@ def start_weights(member: Member) -> None:
     if cfg.from_pretrained_path is not None:
         start_from_pretrained(member)
         return
-    x, target = store.sample(SAMPLE_ROWS, member.sites)
+    sample = store.sample(SAMPLE_ROWS, member.sites)
     if sae.is_transcoder:
-        sae.initialize_transcoder(x, target, cfg.b_dec_init_method)
+        sae.initialize_transcoder(sample.x, sample.target, cfg.b_dec_init_method)
     else:
-        sae.initialize_b_dec(x, cfg.b_dec_init_method)
+        sae.initialize_b_dec(sample.x, cfg.b_dec_init_method)
 
 
 def start_from_pretrained(member: Member) -> None:
