@@ -16,16 +16,19 @@ from tqdm import tqdm
 from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.sweep import is_several, variants, with_layers
+from sae_training.formats.run_files import SNAPSHOTS
 from sae_training.language_model.compile import compile_blocks
 from sae_training.language_model.load import LanguageModel, language_model_dtype, load_language_model
 from sae_training.language_model.sites import find_sites, merged, with_widths
 from sae_training.machine.interrupt import StopRequest, TrainingInterrupted
 from sae_training.machine.paths import with_absolute_paths
-from sae_training.run.finish import evaluate_now, finish, log_norms, log_sparsity, save, save_weights_folder
+from sae_training.run.finish import finish
 from sae_training.run.folder import RunFolder, choose_run_folder, is_member_folder, read_run_config
 from sae_training.run.memory_plan import check_memory, plan_memory
 from sae_training.run.run import Member, Run, check_finite
+from sae_training.run.save import save, save_weights_folder
 from sae_training.run.start import Singles, open_run
+from sae_training.run.watch import evaluate_now, log_norms, log_sparsity
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.definition import encoder_dtype
 from sae_training.training.metrics import training_metrics
@@ -162,7 +165,7 @@ def train(run: Run, stop: StopRequest) -> None:
                 member.logger.log(figures, run.step, run.n_training_tokens)
         if run.step in snapshots:
             for member in run.trained:
-                save_weights_folder(member, member.folder / "snapshots" / f"step_{run.step}", aliases=())
+                save_weights_folder(member, member.folder / SNAPSHOTS / f"step_{run.step}")
         if stop.signal is not None:
             stop_here(run, stop)
         if checkpoint_is_due(run):
