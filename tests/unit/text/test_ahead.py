@@ -49,7 +49,7 @@ def test_tokenizer_without_rust_gives_its_own_ids() -> None:
     assert contexts[:, 1:].flatten().tolist() == ids[:150]
 
 
-def test_error_in_the_thread_surfaces_and_leaves_the_stream_usable(tokenizer: PreTrainedTokenizerFast):
+def test_error_in_the_thread_reaches_the_caller_and_leaves_the_stream_usable(tokenizer: PreTrainedTokenizerFast):
     broken = True
 
     def rows() -> Iterator[dict[str, str]]:
@@ -68,7 +68,7 @@ def test_error_in_the_thread_surfaces_and_leaves_the_stream_usable(tokenizer: Pr
     assert torch.equal(stream.next_contexts(10), expected)
 
 
-def test_errors_of_reading_come_after_what_was_read_before(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_error_while_reading_comes_after_all_that_was_read_before(tokenizer: PreTrainedTokenizerFast) -> None:
     def rows() -> Iterator[dict[str, str]]:
         for number in range(60):
             if number == 40:
@@ -87,7 +87,7 @@ def test_errors_of_reading_come_after_what_was_read_before(tokenizer: PreTrained
     assert len(contexts) == stream.context_index > 100 and stream.state_dict()["source"]["row"] >= 38
 
 
-def test_errors_of_encoding_are_those_of_the_tokenizer() -> None:
+def test_error_of_the_tokenizer_reaches_the_caller_unchanged() -> None:
     texts = [story(60, i) for i in range(60)]
     texts[30] = "Capital"
     stream = TokenStream(documents_of(texts), Letters(), 16, batch_characters=200)
@@ -145,7 +145,7 @@ print(time.time(), flush=True)
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_reader_that_nobody_uses_is_closed_without_the_garbage_collector(tmp_path: Path, fails: bool) -> None:
+def test_unused_reader_is_closed_without_the_garbage_collector(tmp_path: Path, fails: bool) -> None:
     """The collector may run in a thread of the data set, for which the reader then waits: the program never ends."""
     for name in "ab":
         texts = ["Capital" if fails and i == 9 else story(60, i) for i in range(60)]

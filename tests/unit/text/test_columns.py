@@ -52,6 +52,6 @@ def test_column_is_found(columns: dict[str, Any], text_column: str | None, expec
     ],
     ids=["no_text", "several_strings", "unknown_column", "column_of_numbers"],
 )
-def test_unusable_columns_are_an_error(columns: Any, text_column: str | None, message: str):
+def test_data_without_a_usable_column_is_an_error(columns: Any, text_column: str | None, message: str):
     with pytest.raises(ValueError, match=message):
         open_documents(datasets.Dataset.from_dict(columns), text_column=text_column)

@@ -21,7 +21,7 @@ def test_readers_of_one_stream_are_independent():
     assert [chunk.content for chunk in resumed] == texts[5:]
 
 
-def test_long_document_comes_in_pieces_cut_between_words():
+def test_long_document_is_cut_between_words():
     documents = documents_of(["one two three four", "five"])
     documents.max_chunk_length = 10
     chunks = list(documents.read())
@@ -38,7 +38,7 @@ def test_long_document_comes_in_pieces_cut_between_words():
     ],
     ids=["no_blank", "newline", "just_fits"],
 )
-def test_long_document_without_blanks_is_cut_all_the_same(text: str, expected: list[str]):
+def test_long_document_without_blanks_is_cut_anyway(text: str, expected: list[str]):
     documents = documents_of([text])
     documents.max_chunk_length = 10
     assert [chunk.content for chunk in documents.read()] == expected

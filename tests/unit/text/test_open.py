@@ -215,7 +215,7 @@ def test_mixture_is_streamed_if_a_part_is(tmp_path: Path):
     ],
     ids=["text", "tokens"],
 )
-def test_parts_may_have_columns_and_types_of_their_own(one: Any, other: Any, column: str, streaming: bool | None):
+def test_parts_of_a_mixture_may_differ_in_columns_and_types(one: Any, other: Any, column: str, streaming: bool | None):
     wide, narrow = rows(**one), rows(**other)
     (name,) = one
     kind = datasets.Value("large_string") if name == "text" else datasets.List(datasets.Value("int32"))
@@ -225,7 +225,7 @@ def test_parts_may_have_columns_and_types_of_their_own(one: Any, other: Any, col
     assert found == {str(value[0]) for value in (one[name], other["body" if name == "text" else "input_ids"])}
 
 
-def test_mixture_of_one_is_it(tmp_path: Path):
+def test_mixture_of_one_data_set_is_that_data_set(tmp_path: Path):
     assert contents(open_mixture([write_jsonl(tmp_path / "a.jsonl", TEXTS)], (2.0,))) == TEXTS
 
 
@@ -237,7 +237,7 @@ def test_mixture_of_text_and_tokens_is_an_error_with_both_names(tmp_path: Path):
 
 
 @pytest.mark.parametrize("text_column", [None, "text"])
-def test_errors_of_a_part_name_it(tmp_path: Path, text_column: str | None):
+def test_error_in_a_part_of_a_mixture_names_the_part(tmp_path: Path, text_column: str | None):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     rows(number=[1]).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet' has no (text column|column 'text')"):
@@ -269,7 +269,7 @@ def test_missing_parent_folder_is_named(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("without_hub")
-def test_unreachable_hub_is_told_with_its_cause():
+def test_unreachable_hub_is_an_error_with_its_cause():
     with pytest.raises(FileNotFoundError, match="neither a local path.*nor reachable.*'demo'") as e:
         open_documents("some-owner/some-corpus")
     assert isinstance(e.value.__cause__, OSError)
@@ -282,7 +282,7 @@ def test_name_with_a_config_is_a_hub_name():
 
 
 @pytest.mark.parametrize("name", ["", "./corpus", "../owner/corpus", "/corpus", "a/b/c", "corpus.txt"])
-def test_path_that_is_no_hub_name_is_not_looked_for_on_the_hub(name: str):
+def test_path_that_cannot_be_a_hub_name_is_not_looked_up_on_the_hub(name: str):
     with pytest.raises(FileNotFoundError, match=f"{name!r} is neither a local path .* nor a name"):
         open_documents(name)
 

@@ -29,7 +29,7 @@ def test_packing_keeps_the_bos_that_documents_bring():
     assert epoch_of(stream) == [[0, 1, 2, 3], [0, 4, 5, 6], [0, 7, 8, 9]]
 
 
-def test_packing_makes_runs_of_bos_one():
+def test_packing_shortens_runs_of_bos_to_one():
     # As where <|endoftext|> closes a document and is the BOS of the next.
     stream = stream_of_ids([[0, 0, 1, 2, 0], [0, 3, 4, 0], [5, 6]], context_size=5)
     # Stream: 0 1 2 0 3 4 0 5 6
@@ -54,7 +54,7 @@ def test_packing_skips_empty_documents():
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 100])
-def test_pack_returns_what_it_used(limit: int):
+def test_pack_returns_how_many_ids_it_used(limit: int):
     tokens = torch.tensor([0, 1, 2, 3, 4, 5, 0, 6]).numpy()
     rows, n_used = pack(tokens, 4, BOS, limit)
     expected = [[0, 1, 2, 3], [0, 4, 5, 0]][:limit]
@@ -62,7 +62,7 @@ def test_pack_returns_what_it_used(limit: int):
     assert n_used == (4 if limit == 1 else 7)
 
 
-def test_bos_is_the_eos_where_there_is_no_bos():
+def test_eos_serves_as_bos_where_there_is_no_bos():
     documents = open_documents(datasets.Dataset.from_dict({"tokens": [[1, 2, 3]]}))
     stream = TokenStream(documents, make_tokenizer(eos_token="<s>"), 4)
     assert stream.next_contexts(1).tolist() == [[0, 1, 2, 3]]
@@ -87,12 +87,12 @@ def test_separator_stands_between_documents_and_not_before_the_first():
     assert stream.next_contexts(4).tolist() == [[1, 2, 3, 9], [4, 5, 9, 6]] * 2
 
 
-def test_with_a_separator_bos_starts_contexts_alone():
+def test_with_a_separator_bos_starts_only_contexts():
     stream = stream_of_ids([[1, 2, 3], [4, 5], [6, 7, 8]], context_size=4, separator=SEPARATOR)
     assert epoch_of(stream) == [[0, 1, 2, 3], [0, 9, 4, 5], [0, 9, 6, 7]]
 
 
-def test_separators_that_documents_bring_are_not_doubled():
+def test_separator_that_a_document_brings_is_not_doubled():
     # Between 1 and 2 both bring it, before 3 none does, 3 and 4 have a document between them that is nothing else.
     documents = [[1, 9], [9, 2], [3], [9], [9, 4]]
     assert epoch_of(stream_of_ids(documents, 7, bos=False, separator=SEPARATOR)) == [[1, 9, 2, 9, 3, 9, 4]]
@@ -116,7 +116,7 @@ def test_no_separator_leaves_bos_at_context_starts():
 
 
 @pytest.mark.parametrize("name", ["eos", "sep"])
-def test_separator_by_name_is_the_tokenizers(name: str):
+def test_separator_named_eos_or_sep_is_that_token_of_the_tokenizer(name: str):
     tokenizer = make_tokenizer(**{f"{name}_token": "<extra>"})
     documents = open_documents(datasets.Dataset.from_dict({"tokens": [[1], [2]]}))
     stream = TokenStream(documents, tokenizer, 3, prepend_bos=False, separator=name)

@@ -74,7 +74,7 @@ def test_epochs_repeat_the_same_contexts_and_say_so_once():
     assert len(said) == 1 and f"after {n} contexts of 5 tokens" in said[0]
 
 
-def test_end_of_a_mixture_is_that_of_its_first_to_end(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+def test_mixture_ends_where_its_first_part_ends(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
     said: list[str] = []
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(story(40, 1))
@@ -92,7 +92,7 @@ def test_held_out_contexts_are_those_of_the_formula():
 
 
 @pytest.mark.parametrize("n_held_out", [0, 1, 3, 100])
-def test_train_and_held_out_contexts_share_nothing_and_are_all(n_held_out: int):
+def test_train_and_held_out_contexts_are_disjoint_and_complete(n_held_out: int):
     ids = [[100 * i + j for j in range(1, i % 9 + 2)] for i in range(1, 40)]
     all_rows = epoch_of(stream_of_ids(ids, context_size=5))
     stream = stream_of_ids(ids, context_size=5, n_held_out=n_held_out, held_out_every=4)
@@ -254,7 +254,7 @@ def test_resume_at_every_position_goes_on_exactly(tmp_path: Path, tokenizer: Pre
         assert (resumed.epoch, resumed.context_index) == places[at + len(expected)]
 
 
-def test_state_taken_before_the_first_call_is_the_beginning(tokenizer: PreTrainedTokenizerFast):
+def test_state_saved_before_the_first_call_is_the_beginning(tokenizer: PreTrainedTokenizerFast):
     documents = documents_of(stories())
     stream = TokenStream(documents, tokenizer, 16)
     state = stream.state_dict()
