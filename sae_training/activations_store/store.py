@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,25 +117,19 @@ class ActivationsStore:
 
     # ----------------------------------------------------------------------------------------------------- tokens
 
-    def open(self, dataset: Any) -> Documents:
+    def open(self, dataset: Any, field: str = "dataset_path") -> Documents:
         how = {
+            "field": field,
             "split": option(self.cfg, "dataset_split"),
             "text_column": option(self.cfg, "dataset_text_column"),
             "streaming": option(self.cfg, "streaming"),
         }
         paths = dataset if isinstance(dataset, list) else [dataset]
         for path in paths:
-            check_tokenizer(path, self.model.tokenizer)
+            check_tokenizer(path, self.model.tokenizer, field)
         if isinstance(dataset, list) and dataset is self.cfg.dataset_path:
             return open_mixture(dataset, option(self.cfg, "dataset_weights"), **how)
         return open_documents(dataset, **how)
-
-    @property
-    def n_tokenizer_processes(self) -> int:
-        given: int | None = option(self.cfg, "tokenizer_processes")
-        if given is None:  # a GPU takes tokens faster than one process makes them
-            return 1 if self.device.type == "cpu" else min(4, os.cpu_count() or 1)
-        return given
 
     def token_stream(self, documents: Documents, n_held_out: int) -> TokenStream:
         return TokenStream(
@@ -148,7 +141,6 @@ class ActivationsStore:
             vocab_size=self.model.cfg.d_vocab,
             notify=self.notify,
             separator=option(self.cfg, "sequence_separator_token"),
-            n_processes=self.n_tokenizer_processes,
         )
 
     def get_batch_tokens(self) -> Tensor:
@@ -163,10 +155,7 @@ class ActivationsStore:
         if eval_dataset is None:
             return self.tokens.held_out_contexts()
         n_contexts = option(self.cfg, "n_eval_batches") * self.store_batch_size
-        try:
-            return self.token_stream(self.open(eval_dataset), 0).first_contexts(n_contexts)
-        except (OSError, ValueError) as error:
-            raise type(error)(str(error).replace("dataset_path", "eval_dataset_path", 1)) from error
+        return self.token_stream(self.open(eval_dataset, "eval_dataset_path"), 0).first_contexts(n_contexts)
 
     def open_cache(self) -> CachedReader | None:
         """What activations come from instead of the language model, if the config says so."""

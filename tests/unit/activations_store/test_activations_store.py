@@ -60,11 +60,6 @@ def test_several_datasets_are_mixed(make_store: Make, tmp_path: Path) -> None:
     assert (about["dataset_path"], about["dataset_weights"]) == (paths, [0.75, 0.25])
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, 1), (0, 0), (3, 3)])
-def test_tokenizer_processes_are_those_asked_for(make_store: Make, given: int | None, expected: int) -> None:
-    assert make_store(tokenizer_processes=given).n_tokenizer_processes == expected
-
-
 def test_activations_may_be_trained_on(make_store: Make) -> None:
     store = make_store()
     weight = torch.ones(256, requires_grad=True)
