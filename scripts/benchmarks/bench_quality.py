@@ -1,9 +1,10 @@
 """Trains ours and other packages on the same rows in the same order, and evaluates all with one function of ours.
 
-    python scripts/bench_quality.py                               every system of SYSTEMS, one seed
-    python scripts/bench_quality.py --seeds 0 1 2 --continue      three seeds; what is in --results is not run again
-    python scripts/bench_quality.py --systems ours:topk 'ours:topk:{"optimizer": "signum", "lr": 0.009}' --save saes
-    python scripts/bench_quality.py --systems sae-lens:topk 'dictionary-learning:standard:{"l1_penalty": 0.1}'
+    cd scripts/benchmarks
+    python bench_quality.py                               every system of SYSTEMS, one seed
+    python bench_quality.py --seeds 0 1 2 --continue      three seeds; what is in --results is not run again
+    python bench_quality.py --systems ours:topk 'ours:topk:{"optimizer": "signum", "lr": 0.009}' --save saes
+    python bench_quality.py --systems sae-lens:topk 'dictionary-learning:standard:{"l1_penalty": 0.1}'
 
 A system is PACKAGE:ARCHITECTURE, or PACKAGE:ARCHITECTURE:{JSON} with settings under the package's own names: for ours
 config fields, for dictionary-learning arguments of its trainer, for sae-lens and eai-sparsify fields of their two
@@ -38,20 +39,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import (
-    PEERS,
-    Entry,
-    Failed,
-    Worker,
-    check_peer_pythons,
-    longest,
-    machine,
-    peer_pythons,
-    show,
-    shown,
-)
-from bench_workers import RELU_TYPE, Plain
-from demo import smollm2_model, state_of_the_union
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -64,6 +51,20 @@ from sae_training.language_model.harvest import at_site, put_back
 from sae_training.language_model.load import LanguageModel, load_language_model
 from sae_training.language_model.sites import find_hook_site
 from sae_training.run.evals import prompts_of_a_pass, run
+from scripts.benchmarks.bench_step import (
+    PEERS,
+    Entry,
+    Failed,
+    Worker,
+    check_peer_pythons,
+    longest,
+    machine,
+    peer_pythons,
+    show,
+    shown,
+)
+from scripts.benchmarks.bench_workers import RELU_TYPE, Plain
+from scripts.demo import smollm2_model, state_of_the_union
 
 CACHE = Path.home() / ".cache" / "sae-training"
 SYSTEMS = (

@@ -1,9 +1,9 @@
 """What it costs to train many autoencoders from one pass of the language model, and to train from a cache.
 
-    python scripts/bench_scale.py layers      all layers of SmolLM2-135M at once, d_sae 4 x d_in, TopK
-    python scripts/bench_scale.py layers --hook hook_mlp_out                    inside each block
-    python scripts/bench_scale.py sweep       four l1_coefficient x two lr in one run, against eight runs
-    python scripts/bench_scale.py cache       write and read rates, bytes and explained variance of each precision
+    python scripts/benchmarks/bench_scale.py layers      all layers of SmolLM2-135M at once, d_sae 4 x d_in, TopK
+    python scripts/benchmarks/bench_scale.py layers --hook hook_mlp_out                    inside each block
+    python scripts/benchmarks/bench_scale.py sweep       four l1_coefficient x two lr in one run, against eight runs
+    python scripts/benchmarks/bench_scale.py cache       rates, bytes and explained variance of each precision
 
 `layers` divides the time of the whole run by what of it the language model's bare forward and the steps take, timed
 inside the run, and its peak memory by the plan. `sweep` times one run of eight and runs of one, two of the eight, in
@@ -28,8 +28,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from bench_loop import batches_in_memory, time_run, time_steps
-from demo import smollm2_config
 
 from sae_training.activations_store import ActivationsStore, passes
 from sae_training.activations_store.cache import DTYPES, read_manifest
@@ -42,6 +40,8 @@ from sae_training.language_model.sites import find_sites, merged, with_widths
 from sae_training.lm_runner import find_singles, run_config
 from sae_training.run.memory_plan import plan_memory
 from sae_training.training.trainer import SAETrainer
+from scripts.benchmarks.bench_loop import batches_in_memory, time_run, time_steps
+from scripts.demo import smollm2_config
 
 SEEDS = (42, 43, 44)  # of the autoencoders whose explained variance is compared
 QUIET: dict[str, Any] = {"log_to_wandb": False, "eval_every_steps": 0, "checkpoint_every_minutes": None}
