@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +14,7 @@ from sae_training.config.io import (
     config_differences,
     config_from_dict,
     config_to_dict,
-    load_config,
     option,
-    save_config,
     unknown_keys,
 )
 
@@ -53,30 +50,6 @@ def test_dict_round_trip() -> None:
     assert config_from_dict(config_to_dict(UNUSUAL)) == UNUSUAL
 
 
-@pytest.mark.parametrize("ending", ["json", "yaml", "yml"])
-def test_file_round_trip(ending: str, tmp_path: Path) -> None:
-    path = tmp_path / f"cfg.{ending}"
-    save_config(UNUSUAL, path)
-    assert load_config(path) == UNUSUAL
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("1e-4", 1e-4), ("1E-4", 1e-4), ("1.e-4", 1e-4), ("+4e-05", 4e-5), ("0.0001", 1e-4)],
-)
-def test_yaml_reads_every_spelling_of_a_number(text: str, value: float, tmp_path: Path) -> None:
-    path = tmp_path / "cfg.yaml"
-    path.write_text(f"lr: {text}\ntotal_training_tokens: 2e6\n")
-    cfg = load_config(path)
-    assert (cfg.lr, cfg.total_training_tokens) == (value, 2_000_000)
-
-
-def test_empty_yaml_is_the_defaults(tmp_path: Path) -> None:
-    path = tmp_path / "cfg.yaml"
-    path.write_text("# nothing yet\n")
-    assert load_config(path) == Config()
-
-
 def test_unknown_keys_are_named_all_at_once() -> None:
     with pytest.raises(ValueError) as caught:
         config_from_dict({"k": 4, "l1_coef": 1, "expansion_facto": 2})
@@ -95,41 +68,6 @@ def test_unknown_keys_of_a_foreign_file_are_dropped_and_listed() -> None:
 def test_known_keys_of_a_foreign_file_are_still_checked() -> None:
     with pytest.raises(ValueError, match="k: found 0, expected more than 0"):
         config_from_dict({"k": 0, "other": 1}, strict=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "error"),
-    [
-        ("cfg.yaml", "k: 0\n", "k: found 0, expected more than 0"),
-        ("cfg.yaml", "kk: 1\n", "kk: not a field of the config"),
-        ("cfg.yaml", "k: [1\n", "correct the file"),
-        ("cfg.json", "{", "correct the file"),
-        ("cfg.json", "[1]", "found a list, expected lines of `field: value`"),
-        ("cfg.toml", "k = 1", "found the ending '.toml', expected .yaml, .yml or .json"),
-    ],
-    ids=["value", "field", "yaml", "json", "list", "ending"],
-)
-def test_wrong_file_is_named_in_the_error(name: str, text: str, error: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_text(text)
-    with pytest.raises(ValueError) as caught:
-        load_config(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert str(caught.value).count(str(path)) <= 2  # yaml names the stream itself
-    assert error in str(caught.value)
-
-
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="none.yaml: no such config file"):
-        load_config(tmp_path / "none.yaml")
-
-
-def test_yaml_runs_no_code(tmp_path: Path) -> None:
-    path = tmp_path / "cfg.yaml"
-    path.write_text(f"k: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
-    with pytest.raises(ValueError, match="could not determine a constructor"):
-        load_config(path)
-    assert not (tmp_path / "made").exists()
 
 
 def test_differences_give_both_values() -> None:
