@@ -27,7 +27,7 @@ from sae_training.config.files import read_config_values
 from sae_training.config.io import FIELD_NAMES, config_from_dict
 from sae_training.config.toy import SAEToyModelRunnerConfig
 from sae_training.config.types import OneOrMany
-from sae_training.config.values import in_one_word, is_readable, metavar, read_value, written
+from sae_training.config.values import in_one_word, is_readable, metavar, read_value, without_retired_flags, written
 
 # What `train` starts from without a config file; the class itself keeps the defaults of the mats era.
 RECIPE: dict[str, Any] = {
@@ -253,7 +253,8 @@ VERBS: dict[str, type[Any]] = {
 def parse(argv: Sequence[str]) -> Verb:
     """Return the command that the words say; wrong words leave through SystemExit(2)."""
     name, *words = argv or ["--help"]
-    words = in_one_word(words, field_types(VERBS[name])) if name in VERBS else words
+    if cls := VERBS.get(name):
+        words = in_one_word(without_retired_flags(words, cls), field_types(cls))
     defaults: dict[str, Mapping[str, Any]] = {
         "train": train_defaults(words) if name == "train" else RECIPE,
         "cache": {"exclude_special_tokens": True, "device": "auto"},

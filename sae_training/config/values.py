@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any, Literal
 
-from sae_training.config.checks import described, list_types, not_a_choice, options, reads_as_number, single_types
+from sae_training.config.checks import (
+    described,
+    list_types,
+    not_a_choice,
+    options,
+    reads_as_number,
+    retired,
+    single_types,
+    without_retired,
+)
 
 SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -97,6 +106,28 @@ def in_one_word(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:
             taken.append(left.pop(0))
         made.append(f"--{name}={','.join(word.rstrip(',') for word in taken)}" if taken else flag)
     return made
+
+
+def without_retired_flags(words: Sequence[str], cls: type[Any]) -> list[str]:
+    """Return the words without the flags of retired fields, and their values, which one warning names.
+
+    Words NAME=VALUE after such a flag are flags of their own: --sae lr_end=0 becomes --lr_end=0.
+    """
+    left, kept, found = list(words), [], {}
+    while left:
+        flag, equals, value = left.pop(0).partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in retired(cls):
+            kept.append(flag + equals + value)
+            continue
+        found[name], taken = None, [value] * bool(equals)
+        while left and not left[0].startswith("--") and "=" in left[0]:
+            taken.append(left.pop(0))
+        kept += [f"--{pair}" for pair in taken if "=" in pair]
+        if not taken and left and reads_as(left[0], bool | float | None):
+            left.pop(0)
+    without_retired(cls, found)
+    return kept
 
 
 def written(value: Any) -> str:

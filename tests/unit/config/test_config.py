@@ -562,3 +562,20 @@ def test_weights_of_a_cache_are_checked_too() -> None:
         CacheActivationsRunnerConfig(dataset_path=["a", "b"], dataset_weights=(1.0,))
     cfg = CacheActivationsRunnerConfig(dataset_path=("a", "b"), dataset_weights=[1, 2])  # pyright: ignore
     assert (cfg.dataset_path, cfg.dataset_weights) == (["a", "b"], (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (
+            {"hook_point_layer": [0, 1]},
+            r"hook_point: found 'blocks.0.hook_mlp_out' with layers \[0, 1\], expected {layer}",
+        ),
+        ({"seqpos_slice": (5, 5)}, r"seqpos_slice: found \[5, 5\] with context_size 128"),
+        ({"shard_size_mb": 0}, "shard_size_mb: found 0, expected more than 0"),
+        ({"context_size": 1}, "context_size: found 1, expected at least 2"),
+    ],
+)
+def test_config_of_a_cache_is_checked_as_a_run_is(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=f"^CacheActivationsRunnerConfig: 1 problem\n{line}"):
+        CacheActivationsRunnerConfig(**values)
