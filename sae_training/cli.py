@@ -52,7 +52,7 @@ RunFolder = Annotated[Path, Positional, arg(metavar="RUN")]
 
 @dataclass(kw_only=True)
 class Common:
-    """What every verb takes."""
+    """The flags of every verb."""
 
     debug: bool = False
     """Show the traceback of an error."""
@@ -60,7 +60,7 @@ class Common:
 
 @dataclass(kw_only=True)
 class ModelAndText:
-    """What activations are made of, as words of their own."""
+    """A language model, a text and layers, as words of their own."""
 
     model: Annotated[str | None, Positional, arg(metavar="MODEL")] = None
     """Language model; the same as --model-name, over which it wins."""
@@ -74,7 +74,7 @@ class ModelAndText:
 
 @dataclass(kw_only=True)
 class ConfigFile:
-    """Where the defaults of `train` may stand."""
+    """The flag for other defaults of `train`."""
 
     config: Annotated[str | None, arg(metavar="FILE")] = None
     """File of config fields (.yaml or .json). Its values are the defaults; flags win over them."""
@@ -84,16 +84,15 @@ class ConfigFile:
 class Train(LanguageModelSAERunnerConfig, ModelAndText, Common, ConfigFile):
     """Train a sparse autoencoder on the activations of a language model.
 
-    The defaults are the recommended recipe: TopK with AuxK, d_in from the model, learning rate and
-    warm-up by measured rules, then a line to 0, no training on special tokens (BOS), a GPU if there
-    is one, no Weights & Biases; for a transcoder also batches at a mean norm of sqrt(d). With --config FILE the
-    file's values are the defaults, and fields that the file leaves out have the defaults of
-    LanguageModelSAERunnerConfig; flags win over both. A switch is written --flag, --no-flag or --flag False; a list
-    is written 4,8,12 or 4 8 12.
+    The defaults are the recommended recipe: TopK with AuxK, d_in from the model, learning rate and warm-up by measured
+    rules, then a line to 0, no training on special tokens (BOS), a GPU if there is one, no Weights & Biases; for a
+    transcoder also batches at a mean norm of sqrt(d). With --config FILE the file's values are the defaults, and
+    fields that the file leaves out have the defaults of LanguageModelSAERunnerConfig; flags win over both. A switch is
+    written --flag, --no-flag or --flag False; a list is written 4,8,12 or 4 8 12.
     """
 
     def __post_init__(self) -> None:
-        """Checks nothing: these are raw flags, and the config made from them checks itself."""
+        """Check nothing: these are raw flags, and the config made from them checks itself."""
 
 
 @dataclass(kw_only=True)
@@ -128,7 +127,7 @@ class Cache(CacheActivationsRunnerConfig, ModelAndText, Common):
     """
 
     def __post_init__(self) -> None:
-        """Checks nothing, as in Train."""
+        """Check nothing, as in Train."""
 
 
 @dataclass(kw_only=True)
@@ -165,26 +164,24 @@ class Toy(SAEToyModelRunnerConfig, Common):
     """
 
     def __post_init__(self) -> None:
-        """Checks nothing, as in Train."""
+        """Check nothing, as in Train."""
 
 
 Verb = Train | Resume | Eval | Report | Cache | Pretokenize | Toy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code; wrong flags leave through SystemExit(2)."""
+    """Run one command and return the exit code; wrong flags leave through SystemExit(2)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in argv or os.environ.get("SAE_TRAINING_DEBUG") == "1"
     try:
         run_verb(parse(argv))
     except KeyboardInterrupt as stop:
-        # the runner's own interruption carries what was saved, and the exit code that goes with the
-        # signal
+        # the runner's own interruption says what was saved, and has the exit code that goes with the signal
         sys.stderr.write(f"{stop or 'stopped'}\n")
         return getattr(stop, "exit_code", 130)
     except BrokenPipeError:
-        # the reader of a pipe (`| head`) has left; the interpreter would complain once more at its
-        # last flush
+        # the reader of a pipe (`| head`) has left; at its last flush the interpreter would complain once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
@@ -199,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_verb(verb: Verb) -> None:
-    """Does what was asked."""
+    """Carry out a command."""
     match verb:
         case Train():
             from sae_training.lm_runner import language_model_sae_runner
@@ -239,15 +236,7 @@ def run_verb(verb: Verb) -> None:
             assert_never(verb)
 
 
-VERBS: dict[str, type[Any]] = {
-    "train": Train,
-    "resume": Resume,
-    "eval": Eval,
-    "report": Report,
-    "cache": Cache,
-    "pretokenize": Pretokenize,
-    "toy": Toy,
-}
+VERBS: dict[str, type[Any]] = {cls.__name__.lower(): cls for cls in typing.get_args(Verb)}
 
 
 def parse(argv: Sequence[str]) -> Verb:
@@ -276,7 +265,7 @@ def parse(argv: Sequence[str]) -> Verb:
 
 
 def parse_train(argv: Sequence[str]) -> LanguageModelSAERunnerConfig:
-    """The checked config for the words after `train`."""
+    """Return the checked config for the words after `train`."""
     verb = parse(["train", *argv])
     assert isinstance(verb, Train)
     return config_of(verb)
@@ -296,12 +285,12 @@ def train_defaults(words: Sequence[str]) -> Mapping[str, Any]:
 
 
 def config_of(train: Train) -> LanguageModelSAERunnerConfig:
-    """The config that the flags describe, checked, with a device chosen if none was named."""
+    """Return the config that the flags describe, checked, with a device chosen if none was named."""
     return config_from_dict(with_words({name: getattr(train, name) for name in FIELD_NAMES}, train))
 
 
 def with_words(values: dict[str, Any], verb: Train | Cache) -> dict[str, Any]:
-    """The values of a config with what the command line says in its own words: MODEL, DATASET, layers, device auto."""
+    """Return the values of a config with those of the command line's own words: MODEL, DATASET, layers, device auto."""
     if verb.layers is not None:
         hooks = [values["hook_point"], values.get("target_hook_point")]
         if isinstance(verb.layers, int) and "{layer}" not in str(hooks):
@@ -324,7 +313,7 @@ def with_words(values: dict[str, Any], verb: Train | Cache) -> dict[str, Any]:
 
 
 def table(values: Mapping[str, object]) -> str:
-    """Names and values in two columns; floats with four digits."""
+    """Return names and values in two columns; floats have four digits."""
     width = max(map(len, values), default=0)
     shown = {n: f"{v:.4g}" if isinstance(v, float) else str(v) for n, v in values.items()}
     return "".join(f"{name:<{width}}  {text}\n" for name, text in shown.items())

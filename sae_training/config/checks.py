@@ -58,6 +58,7 @@ def fields_marked(cls: type[Any], mark: Any) -> tuple[str, ...]:
     return tuple(name for name, hint in field_types(cls).items() if mark in marks(hint))
 
 
+@functools.cache
 def options(hint: Any) -> tuple[Any, ...]:
     """Return the types that an annotation offers, without marks."""
     if typing.get_origin(hint) is Annotated:
@@ -67,6 +68,7 @@ def options(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
+@functools.cache
 def list_types(hint: Any) -> list[Any]:
     """Return the lists and tuples that an annotation offers."""
     return [option for option in options(hint) if typing.get_origin(option) in (list, tuple)]
@@ -203,11 +205,18 @@ def _problem_of_list(values: list[Any], hint: Any) -> str | None:
 
 def _broken_limit(value: Any, hint: Any) -> Limit | None:
     """Return the first limit in an annotation that the single `value` breaks, on a type that it has."""
-    for mark in marks(hint):
-        if isinstance(mark, Limit) and _fits(value, hint) and not mark.holds(value):
-            return mark
+    for option, limit in _limits(hint):
+        if _fits(value, option) and not limit.holds(value):
+            return limit
+    return None
+
+
+@functools.cache
+def _limits(hint: Any) -> list[tuple[Any, Limit]]:
+    """Return the types inside an annotation that have limits, with these."""
+    found = [(hint, mark) for mark in marks(hint) if isinstance(mark, Limit)]
     parts = (hint.__origin__,) if marks(hint) else typing.get_args(hint)
-    return next(filter(None, (_broken_limit(value, part) for part in parts)), None)
+    return found + [pair for part in parts for pair in _limits(part)]
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -49,13 +49,20 @@ def problems(cfg: Any, own_rules: Iterable[Rule] = ()) -> list[str]:
             found[name] = f"{name}: {values[name]!r} is not trained by this version; available: {available}; {advice}"
     if is_several(cfg):
         return list(found.values()) or problems_of_several(cfg, values)
+    return list(broken_together(cfg, values, found, own_rules).values())
+
+
+def broken_together(
+    cfg: Any, values: dict[str, Any], found: dict[str, str], own_rules: Iterable[Rule] = ()
+) -> dict[str, str]:
+    """Return `found`, the problems of values by themselves, with those of the values of a single config together."""
     if "d_sae" not in values and not {"d_in", "expansion_factor"} & found.keys():
         values["d_sae"] = getattr(cfg, "d_sae", None)
     found = broken((*OF_SINGLE, *own_rules), values, found)
     for name in OPTION_OF:
         if name in values and not {name, "architecture"} & found.keys():
             found |= option_of_another(name, values, type(cfg))
-    return list(found.values())
+    return found
 
 
 def problems_of_several(cfg: Any, values: Mapping[str, Any]) -> list[str]:
@@ -65,7 +72,8 @@ def problems_of_several(cfg: Any, values: Mapping[str, Any]) -> list[str]:
     cfg = with_layers(cfg, n_layers=1)  # how many there are, the model says
     if (n := n_combinations(cfg)) > MAX_COMBINATIONS:
         return [f"{listed_fields(cfg)[0]}: the lists stand for {n} autoencoders, expected at most {MAX_COMBINATIONS}"]
-    return list(dict.fromkeys(line for single in variants(cfg).values() for line in problems(single)))
+    singles = variants(cfg).values()  # whose values have been checked one by one, as elements of the lists
+    return list(dict.fromkeys(line for s in singles for line in broken_together(s, plain_values(s), {}).values()))
 
 
 def broken(rules: Iterable[Rule], values: Mapping[str, Any], found: dict[str, str]) -> dict[str, str]:
@@ -134,32 +142,23 @@ def stride_without_all(layer_stride: int, hook_point_layer: Any) -> str | None:
     return f"layer_stride: found {layer_stride} with hook_point_layer {hook_point_layer}, expected 'all'; leave one out"
 
 
-def _list_that_nothing_uses(name: str, asked: Any, architecture: Any, users: tuple[str, ...]) -> str | None:
+def lists_that_nothing_uses(k: Any, l1_coefficient: Any, architecture: Any) -> str | None:
+    """Refuse several values of what no architecture of the config has."""
     architectures = architecture if isinstance(architecture, list) else [architecture]
-    if not isinstance(asked, list) or {*architectures} & {*users}:
-        return None
-    return (
-        f"{name}: found {asked} with architecture {', '.join(architectures)}, which does not have it, expected "
-        f"one value; leave it out, or set architecture to one of {', '.join(users)}"
-    )
-
-
-def ks_that_nothing_uses(k: Any, architecture: Any) -> str | None:
-    """Refuse several k if no architecture has a fixed k."""
-    return _list_that_nothing_uses("k", k, architecture, FIXED_K)
-
-
-def penalties_that_nothing_uses(l1_coefficient: Any, architecture: Any) -> str | None:
-    """Refuse several weights of the penalty if no architecture has one."""
-    return _list_that_nothing_uses("l1_coefficient", l1_coefficient, architecture, WITH_PENALTY)
+    for name, asked, users in (("k", k, FIXED_K), ("l1_coefficient", l1_coefficient, WITH_PENALTY)):
+        if isinstance(asked, list) and not {*architectures} & {*users}:
+            return (
+                f"{name}: found {asked} with architecture {', '.join(architectures)}, which does not have it, expected "
+                f"one value; leave it out, or set architecture to one of {', '.join(users)}"
+            )
+    return None
 
 
 OF_LISTS: tuple[Rule, ...] = (
     layers_without_a_place,
     one_norm_for_several_hooks,
     stride_without_all,
-    ks_that_nothing_uses,
-    penalties_that_nothing_uses,
+    lists_that_nothing_uses,
 )
 
 # -------------------------------------------------------------------------------------------------- one configuration
@@ -221,21 +220,17 @@ def norms_in_a_count(
     )
 
 
-def width_without_target(d_out: int | None, target_hook_point: str | None, d_in: int | None) -> str | None:
-    """Refuse a width of the output that is not the input's, but for transcoders."""
-    return None if target_hook_point or d_out in (None, d_in) else _without_target("d_out", d_out)
-
-
-def skip_without_target(skip_connection: bool, target_hook_point: str | None) -> str | None:
-    """Refuse a skip connection, but for transcoders."""
-    return None if target_hook_point or not skip_connection else _without_target("skip_connection", skip_connection)
-
-
-def _without_target(name: str, value: Any) -> str:
-    return (
-        f"{name}: found {value} without target_hook_point, expected a hook whose activations to predict; "
-        f"name one, or leave {name} out"
-    )
+def option_without_target(
+    d_out: int | None, skip_connection: bool, target_hook_point: str | None, d_in: int | None
+) -> str | None:
+    """Refuse what only transcoders have: an output of another width, a skip connection."""
+    for name, value, allowed in (("d_out", d_out, (None, d_in)), ("skip_connection", skip_connection, (False,))):
+        if target_hook_point is None and value not in allowed:
+            return (
+                f"{name}: found {value} without target_hook_point, expected a hook whose activations to predict; "
+                f"name one, or leave {name} out"
+            )
+    return None
 
 
 def head_of_a_transcoder(hook_point_head_index: int | None, target_hook_point: str | None) -> str | None:
@@ -376,8 +371,7 @@ OF_SINGLE: tuple[Rule, ...] = (
     norms_in_a_count,
     normalised_target,
     not_in_8_bits,
-    width_without_target,
-    skip_without_target,
+    option_without_target,
     head_of_a_transcoder,
     batch_too_large,
     no_positions,
