@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm, trange
 
-from sae_training.config.io import config_to_dict
-from sae_training.config.toy import SAEToyModelRunnerConfig, autoencoder_config
+from sae_training.config.io import config_to_dict, with_defaults
+from sae_training.config.toy import SAEToyModelRunnerConfig
 from sae_training.machine.files import write_text
 from sae_training.run.folder import RunFolder, free_folder
 from sae_training.run.logger import RunLogger
@@ -100,11 +100,11 @@ def toy_model(cfg: SAEToyModelRunnerConfig) -> ToyModel:
 
 def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> SparseAutoencoder:
     """Train on fresh rows at every step; metrics and weights go to `folder`."""
-    sae_cfg = autoencoder_config(cfg)
+    run_cfg = with_defaults(cfg)
     data = ToyModelGenerator(model, cfg.seed + 1, cfg.device)
-    sae = SparseAutoencoder(sae_cfg)
+    sae = SparseAutoencoder(run_cfg)
     sae.initialize_b_dec(data.next_batch(ROWS_FOR_B_DEC).rows, cfg.b_dec_init_method)
-    trainer = SAETrainer(sae, sae_cfg)
+    trainer = SAETrainer(sae, run_cfg)
     logger = RunLogger(
         folder,
         config=config_to_dict(cfg),
@@ -120,6 +120,7 @@ def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> Sparse
                 logger.log(training_metrics(result, trainer.tracker, rows), step, rows)
             if step % cfg.feature_sampling_window == 0:
                 trainer.tracker.start_new_window()
+    trainer.take_average()
     trainer.check_weights()
     sae.eval()
     sae.save_model(folder)
