@@ -50,7 +50,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.harvest import at_site, put_back
 from sae_training.language_model.load import LanguageModel, load_language_model
 from sae_training.language_model.sites import find_hook_site
-from sae_training.run.evals import prompts_of_a_pass, run
+from sae_training.run.evals import forward_pass, prompts_of_a_pass
 from scripts.benchmarks.bench_step import (
     PEERS,
     Entry,
@@ -468,7 +468,7 @@ class HeldOut:
         for prompts in self.tokens.split(prompts_of_a_pass(self.tokens.shape[1], self.model)):
             keep = ~torch.isin(prompts, self.special)
             splice = partial(self.splice, keep=keep, change=change)
-            logits = run(self.model, prompts, (self.site,), (), [(self.site.name, splice)]).logits
+            logits = forward_pass(self.model, prompts, (self.site,), replacements=[(self.site.name, splice)]).logits
             for tokens, predicted in zip(prompts, logits, strict=True):  # one prompt at a time: float32 is large
                 total += torch.nn.functional.cross_entropy(predicted[:-1].float(), tokens[1:], reduction="sum").item()
         return total / self.tokens[:, 1:].numel()
