@@ -17,8 +17,8 @@ from sae_training.config.sweep import variants, with_layers
 from sae_training.language_model.compile import compile_blocks
 from sae_training.language_model.load import LanguageModel, load_language_model
 from sae_training.language_model.sites import find_sites
-from sae_training.machine.files import lock_beside
 from sae_training.machine.interrupt import StopRequest
+from sae_training.machine.lock import lock_beside
 from sae_training.machine.paths import with_absolute_paths
 
 
@@ -37,7 +37,7 @@ def cache_activations_runner(
     sites = [site for single in singles for site in find_sites(single, lm)]
     store = ActivationsStore(singles[0], lm, dataset, sites=sites, notify=tqdm.write)
     folder = Path(cfg.cached_activations_path).expanduser()
-    with lock_beside(folder), StopRequest(tqdm.write) as stop:
+    with lock_beside(folder, "cached_activations_path"), StopRequest(tqdm.write) as stop:
         CacheWriter(cfg, folder, store, origin(run_cfg, lm, store.n_held_out)).write(stop)
     return folder
 
