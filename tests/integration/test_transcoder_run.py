@@ -71,7 +71,7 @@ def test_normalised_training_leaves_weights_for_raw_activations(
     scales = member.scales
     assert all(scale != 1 for scale in scales)
     served = run.store.sample(256)
-    for rows, site in zip(served, member.sites, strict=False):
+    for rows, site in ((served.x, member.sites.input), (served.target, member.sites.target)):
         assert rows.norm(dim=1).mean().item() == pytest.approx(site.d_in**0.5, rel=0.2)
     expected = member.trainer.sae.reconstruct(served.x) / scales[-1]
     loaded = SparseAutoencoder.load_from_pretrained(run.folder.path)
