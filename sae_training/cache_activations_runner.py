@@ -15,7 +15,7 @@ from sae_training.config.io import with_defaults
 from sae_training.config.sweep import variants, with_layers
 from sae_training.language_model.compile import compile_blocks
 from sae_training.language_model.load import LanguageModel, load_language_model
-from sae_training.language_model.sites import find_sites
+from sae_training.language_model.sites import find_sites, merged
 from sae_training.machine.files import lock_beside
 from sae_training.machine.interrupt import StopRequest
 from sae_training.machine.paths import with_absolute_paths
@@ -32,7 +32,7 @@ def cache_activations_runner(
     compile_blocks(lm, cfg.compile_lm)
     source = with_defaults(with_layers(with_absolute_paths(cfg), lm.cfg.n_layers))
     singles = list(variants(source).values())
-    sites = [site for single in singles for site in find_sites(single, lm)]
+    sites = merged(find_sites(single, lm) for single in singles)
     store = ActivationsStore(singles[0], lm, dataset, sites=sites, notify=tqdm.write)
     folder = Path(cfg.cached_activations_path).expanduser()
     with lock_beside(folder), StopRequest(tqdm.write) as stop:

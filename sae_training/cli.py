@@ -211,7 +211,7 @@ def run_verb(verb: Verb) -> None:
 
             sys.stdout.write(table(evaluate_run(verb.run)))
         case Report():
-            from sae_training.run.finish import report_run
+            from sae_training.report.run_page import report_run
 
             sys.stdout.write(f"{report_run(verb.run)}\n")
         case Cache():

@@ -16,16 +16,19 @@ from tqdm import tqdm
 from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.sweep import is_several, variants, with_layers
+from sae_training.formats.run_files import SNAPSHOTS
 from sae_training.language_model.compile import compile_blocks
 from sae_training.language_model.load import LanguageModel, language_model_dtype, load_language_model
-from sae_training.language_model.sites import find_sites, with_widths
+from sae_training.language_model.sites import find_sites, merged, with_widths
 from sae_training.machine.interrupt import StopRequest, TrainingInterrupted
 from sae_training.machine.paths import with_absolute_paths
-from sae_training.run.finish import evaluate_now, finish, log_norms, log_sparsity, save, save_weights_folder
+from sae_training.run.finish import finish
 from sae_training.run.folder import RunFolder, choose_run_folder, is_member_folder, read_run_config
 from sae_training.run.memory_plan import check_memory, plan_memory
 from sae_training.run.run import Member, Run, check_finite
+from sae_training.run.save import save, save_weights_folder
 from sae_training.run.start import Singles, open_run
+from sae_training.run.watch import evaluate_now, log_norms, log_sparsity
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.definition import encoder_dtype
 from sae_training.training.metrics import training_metrics
@@ -96,7 +99,7 @@ def run_in_folder(
 ) -> Run:
     compile_blocks(model, cfg.compile_lm)
     some_config = next(iter(singles.values()))[0]  # they differ in nothing that the store asks for
-    sites = [site for _, sites in singles.values() for site in sites]
+    sites = merged(sites for _, sites in singles.values())
     store = ActivationsStore(some_config, model, dataset, sites=sites)  # before the folder: bad data leaves nothing
     store.check_buffer_size()
     plan = plan_memory(cfg, [single for single, _ in singles.values()], store)
@@ -140,8 +143,8 @@ def train(run: Run, stop: StopRequest) -> None:
         logs = due(run.step, cfg.wandb_log_frequency)
         shown = []
         for member in run.trained:
-            x, target = store.batch(member.sites)
-            result = member.trainer.step(x, run.step - 1, target)
+            batch = store.batch(member.sites)
+            result = member.trainer.step(batch.x, run.step - 1, batch.target)
             if logs or store.device.type == "cpu":  # elsewhere it would make the device wait at every step
                 check_finite(run, member)
             if logs and member.failure is None:
@@ -162,7 +165,7 @@ def train(run: Run, stop: StopRequest) -> None:
                 member.logger.log(figures, run.step, run.n_training_tokens)
         if run.step in snapshots:
             for member in run.trained:
-                save_weights_folder(member, member.folder / "snapshots" / f"step_{run.step}", aliases=())
+                save_weights_folder(member, member.folder / SNAPSHOTS / f"step_{run.step}")
         if stop.signal is not None:
             stop_here(run, stop)
         if checkpoint_is_due(run):
@@ -191,5 +194,6 @@ def resample_dead_latents(run: Run, member: Member) -> None:
     """Resampling, if the config asks for it; not in the second half of the run, which newcomers could not learn in."""
     if member.cfg.feature_sampling_method is None or run.step > run.cfg.total_training_steps // 2:
         return
-    n = member.trainer.resample(*run.store.sample(RESAMPLE_ROWS, member.sites), run.step)
+    sample = run.store.sample(RESAMPLE_ROWS, member.sites)
+    n = member.trainer.resample(sample.x, sample.target, run.step)
     member.logger.log({"metrics/n_resampled_neurons": n}, run.step, run.n_training_tokens)

@@ -15,13 +15,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from demo_text import fetch_package, read_documents, write_atomically
-
 from sae_analysis.top_contexts import contexts_of, find_top_contexts, specific_latents
 from sae_training.cli import RECIPE
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.lm_runner import run_config
 from sae_training.utils import LMSparseAutoencoderSessionloader
+from scripts.demo_data.demo_text import fetch_package, read_documents, write_atomically
 
 CACHE = Path.home() / ".cache" / "sae-training"
 # What the command line starts from too, with sizes for a quick run.

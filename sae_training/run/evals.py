@@ -92,29 +92,29 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
     def look_at(site: HookSite) -> NamedLook:
         return site.name, lambda activations: seen.update({site: at_site(activations, site)})
 
-    sites = dict.fromkeys(site for each in evaluated for site in each.sites)
+    sites = dict.fromkeys(site for each in evaluated for site in each.sites.all)
     clean = run(store.model, prompts, tuple(sites), map(look_at, sites))
-    keep = store.keeps(prompts, seen[evaluated[0].sites[0]])  # a rule about norms is for runs with one input site
-    for target_site in dict.fromkeys(each.sites[-1] for each in evaluated):
-        of_site = [each for each in evaluated if each.sites[-1] == target_site]
+    keep = store.keeps(prompts, seen[evaluated[0].sites.input])  # a rule about norms is for runs with one input site
+    for target_site in dict.fromkeys(each.sites.target for each in evaluated):
+        of_site = [each for each in evaluated if each.sites.target == target_site]
         zeros = torch.zeros_like(seen[target_site])
-        heads = tuple(dict.fromkeys(each.sites[0] for each in of_site))
+        heads = tuple(dict.fromkeys(each.sites.input for each in of_site))
         without = compare(clean, run(store.model, prompts, heads, (), [replacing(target_site, zeros, keep)]), prompts)
         for each in of_site:
-            x = seen[each.sites[0]]
+            x = seen[each.sites.input]
             feature_acts = each.sae.encode(x)
             sae_out = each.sae.decode(feature_acts, x)
             each.moments.add(feature_acts[keep], sae_out[keep], seen[target_site].to(each.sae.dtype)[keep])
             del feature_acts
-            changed = run(store.model, prompts, each.sites[:1], (), [replacing(target_site, sae_out, keep)])
+            changed = run(store.model, prompts, each.sites.inputs, (), [replacing(target_site, sae_out, keep)])
             with_sae = compare(clean, changed, prompts)
             each.sums["tokens"] += prompts[:, 1:].numel()
             each.sums["ce_clean"] += with_sae["ce_clean"]
             for name, found in (("sae", with_sae), ("ablation", without)):
                 each.sums[f"ce_{name}"] += found["ce"]
                 each.sums[f"kl_{name}"] += found["kl"]
-                each.sums[f"pattern_kl_{name}"] += found.get(each.sites[0], 0.0)
-            if each.sites[0] in clean.patterns:
+                each.sums[f"pattern_kl_{name}"] += found.get(each.sites.input, 0.0)
+            if each.sites.input in clean.patterns:
                 each.sums["queries"] += prompts.numel()
 
 
@@ -139,7 +139,7 @@ class Pass:
 def run(
     model: LanguageModel,
     prompts: Tensor,
-    sites: Sites,
+    sites: Iterable[HookSite],
     reads: Iterable[NamedLook],
     replacements: Iterable[NamedLook] = (),
 ) -> Pass:

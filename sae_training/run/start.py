@@ -10,6 +10,7 @@ from tqdm import tqdm
 from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_to_dict
+from sae_training.config.sweep import is_several
 from sae_training.config.types import FIXED_K
 from sae_training.formats.native import load_weights
 from sae_training.language_model.load import LanguageModel, fingerprint
@@ -19,6 +20,7 @@ from sae_training.run.folder import RunFolder, write_config
 from sae_training.run.logger import RunLogger
 from sae_training.run.progress import Progress
 from sae_training.run.run import Member, Run
+from sae_training.run.wandb_mirror import WandbOptions
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.conversions import fold_decoder_norms, fold_input_scale
 from sae_training.sparse_autoencoder.normalization import BY_ROW
@@ -52,14 +54,21 @@ def open_run(
     members: list[Member] = []
     try:
         for name, (single, sites) in singles.items():
-            path = folder.path / name.replace("/", "_")
-            if name:
+            path = folder.path / name.replace("/", "_")  # of the only one, "", the run's folder itself
+            wandb = WandbOptions.of(single, path.name)
+            if is_several(cfg):
                 write_config(path, single)
-            first = members[0].logger if members else None
-            logger = open_logger(single, path, folder if name else None, state["metrics_bytes"][name], first)
-            members.append(
-                Member(name, single, path, sites, store, trainers[name], logger, state["failures"].get(name))
+                wandb = WandbOptions.of(single, f"{folder.path.name}/{path.name}", group=folder.path.name)
+            logger = RunLogger(
+                path,
+                config=config_to_dict(single),
+                wandb=wandb,
+                resume_at=state["metrics_bytes"][name],
+                beside=members[0].logger if members else None,
+                notify=tqdm.write,
             )
+            failure = state["failures"].get(name)
+            members.append(Member(name, single, path, sites, store, trainers[name], logger, failure))
         for member in members:
             if latest:
                 trainer_state = parts[member.part("trainer")]
@@ -74,25 +83,6 @@ def open_run(
     run = Run(cfg, folder, store, members, progress, held_out, state["step"], latest)
     run.write_status("training")
     return run
-
-
-def open_logger(
-    cfg: LanguageModelSAERunnerConfig, path: Path, group: RunFolder | None, resume_at: int, first: RunLogger | None
-) -> RunLogger:
-    """The logger of an autoencoder whose folder is `path`; of several, in the wandb group of the run's folder."""
-    return RunLogger(
-        path,
-        config=config_to_dict(cfg),
-        log_to_wandb=cfg.log_to_wandb,
-        wandb_project=cfg.wandb_project,
-        wandb_entity=cfg.wandb_entity,
-        wandb_group=None if group is None else group.path.name,
-        run_name=path.name if group is None else f"{group.path.name}/{path.name}",
-        wandb_mode=cfg.wandb_mode,
-        resume_at=resume_at,
-        notify=tqdm.write,
-        beside=first,
-    )
 
 
 def check_same_language_model(expected: str, model: LanguageModel, latest: Path) -> None:
@@ -112,7 +102,7 @@ def check_room_for_checkpoints(
     if cfg.checkpoint_every_minutes is None and cfg.checkpoint_every_steps is None:
         return
     weights = sum(p.numel() * p.element_size() for trainer in trainers.values() for p in trainer.sae.parameters())
-    width = sum(site.d_in for site in store.sites)
+    width = sum(site.d_in for site in store.hooks)
     buffers = store.n_rows * (width * store.model.cfg.dtype.itemsize + 8) if store.needs_buffer else 0
     # One is written before the oldest is deleted; weights, and Adam's two moments, are in each, and where batches are
     # scaled the weights for raw activations too.
@@ -135,11 +125,11 @@ def start_weights(member: Member) -> None:
     if cfg.from_pretrained_path is not None:
         start_from_pretrained(member)
         return
-    x, target = store.sample(SAMPLE_ROWS, member.sites)
+    sample = store.sample(SAMPLE_ROWS, member.sites)
     if sae.is_transcoder:
-        sae.initialize_transcoder(x, target, cfg.b_dec_init_method)
+        sae.initialize_transcoder(sample.x, sample.target, cfg.b_dec_init_method)
     else:
-        sae.initialize_b_dec(x, cfg.b_dec_init_method)
+        sae.initialize_b_dec(sample.x, cfg.b_dec_init_method)
 
 
 def start_from_pretrained(member: Member) -> None:

@@ -17,6 +17,7 @@ from sae_training.config.toy import SAEToyModelRunnerConfig
 from sae_training.machine.files import write_text
 from sae_training.run.folder import RunFolder, free_folder
 from sae_training.run.logger import RunLogger
+from sae_training.run.wandb_mirror import WandbOptions
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.toy_model_runner.data import (
     ToyModel,
@@ -107,11 +108,7 @@ def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> Sparse
     logger = RunLogger(
         folder,
         config=config_to_dict(cfg),
-        log_to_wandb=cfg.log_to_wandb,
-        wandb_project=cfg.wandb_project,
-        wandb_entity=cfg.wandb_entity,
-        run_name=folder.name,
-        wandb_mode=cfg.wandb_mode,
+        wandb=WandbOptions.of(cfg, folder.name),
         notify=tqdm.write,
     )
     with logger:

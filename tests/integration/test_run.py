@@ -15,7 +15,7 @@ from wandb_file import artifacts, history, wandb_files
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.lm_runner import language_model_sae_runner, run_config
-from sae_training.report.curves import read_metrics
+from sae_training.report.metrics_file import read_metrics
 from sae_training.run.evals import evaluate_run
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training.trainer import NonFiniteLoss

@@ -13,14 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import bench_loop
-import bench_quality
-import bench_step
-import bench_workers
 import pytest
 import torch
 import yaml
-from demo import DEMO
 from small import SMALL_RUN
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_file import history, the_run, wandb_files
@@ -31,6 +26,8 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import FIELD_NAMES
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.sites import find_hook_site
+from scripts.benchmarks import bench_loop, bench_quality, bench_step, bench_workers
+from scripts.demo import DEMO
 
 ROOT = Path(__file__).parents[2]
 SWEEP: dict[str, Any] = yaml.safe_load((ROOT / "scripts" / "sweep.yaml").read_text(encoding="utf-8"))
@@ -207,7 +204,7 @@ def test_agent_run_logs_the_metric_of_the_sweep(agent_run: Path) -> None:
 def bench(*words: str) -> tuple[dict[str, Any], str]:
     """The JSON and the table that the script printed for tiny sizes."""
     sizes = ["--d-in=16", "--batch=64", "--k=4", "--l0=6", "--rounds=2", "--threads=1"]
-    command = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), *sizes, *words]
+    command = [sys.executable, str(ROOT / "scripts" / "benchmarks" / "bench_step.py"), *sizes, *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr

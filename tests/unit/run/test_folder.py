@@ -30,8 +30,7 @@ def start_run(cfg: LanguageModelSAERunnerConfig, finished: bool = False) -> Path
     return folder.path
 
 
-# ---------------------------------------------------------------------------------------------------- which folder
-# it is
+# ------------------------------------------------------------------------------------------------------ which folder
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
@@ -164,8 +163,8 @@ def test_folder_without_config_is_not_a_run(tmp_path: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from sae_training.config_io import config_from_dict
-from sae_training.run_folder import RunFolder
+from sae_training.config.io import config_from_dict
+from sae_training.run.folder import RunFolder
 import json
 
 folder = RunFolder(Path(sys.argv[1]), config_from_dict(json.loads(sys.argv[2])))
@@ -233,8 +232,13 @@ def test_holder_that_continues_a_run_is_named_and_not_the_one_that_died(
 
 
 def test_released_folder_can_be_taken_again_in_the_same_process(small_config: Make, tmp_path: Path) -> None:
-    for _ in range(2):
-        RunFolder(tmp_path / "runs" / "run", small_config()).release()
+    path = tmp_path / "runs" / "run"
+    RunFolder(path, small_config()).release()
+    again = RunFolder(path, small_config(seed=7))
+    assert again.lock.is_locked
+    assert read_run_config(path).seed == 7
+    again.release()
+    assert not again.lock.is_locked
 
 
 def test_status_says_who_and_when(small_config: Make, tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """How fast the whole live training loop is, against its floor and against sae-lens' own runner.
 
-    python scripts/bench_loop.py                        SmolLM2-135M, TopK, as `make demo-smollm2`
-    python scripts/bench_loop.py --peer --tokens 240000                    and sae-lens, as it is by default
-    python scripts/bench_loop.py --peer default bfloat16 huggingface       and in other precisions
-    python scripts/bench_loop.py --model demo --dataset demo --hook blocks.2.hook_resid_post
+    python scripts/benchmarks/bench_loop.py                        SmolLM2-135M, TopK, as `make demo-smollm2`
+    python scripts/benchmarks/bench_loop.py --peer --tokens 240000                    and sae-lens, as it is by default
+    python scripts/benchmarks/bench_loop.py --peer default bfloat16 huggingface       and in other precisions
+    python scripts/benchmarks/bench_loop.py --model demo --dataset demo --hook blocks.2.hook_resid_post
 
 A whole run (`language_model_sae_runner`, without the loading of the model) is timed against parts of it, for as many
 rows and steps. All take turns, --rounds times; the figures are medians, printed as JSON:
@@ -48,9 +48,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from bench_runner_peer import VARIANTS
-from bench_step import Failed, check_peer_pythons, cpu_name, last_lines, peer_pythons, show
-from demo import DEMO, smollm2_config
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
@@ -63,6 +60,9 @@ from sae_training.language_model.sites import find_hook_site
 from sae_training.lm_runner import language_model_sae_runner
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training.trainer import SAETrainer
+from scripts.benchmarks.bench_runner_peer import VARIANTS
+from scripts.benchmarks.bench_step import Failed, check_peer_pythons, cpu_name, last_lines, peer_pythons, show
+from scripts.demo import DEMO, smollm2_config
 
 PEER = "sae-lens"
 PEER_WORKER = Path(__file__).resolve().with_name("bench_runner_peer.py")
@@ -203,10 +203,10 @@ def time_harvest_by(cfg: LanguageModelSAERunnerConfig, model: Any, forward: Call
     tokens = store.get_batch_tokens()
     rows_per_batch = int(store.keeps(tokens).sum())
     n_batches = -(-rows_harvested(cfg) // rows_per_batch)
-    forward(tokens, store.sites)
+    forward(tokens, store.hooks)
     start = now(cfg)
     for _ in range(n_batches):
-        forward(tokens, store.sites)
+        forward(tokens, store.hooks)
     return now(cfg) - start
 
 

