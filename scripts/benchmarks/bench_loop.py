@@ -61,7 +61,8 @@ from sae_training.lm_runner import language_model_sae_runner
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training.trainer import SAETrainer
 from scripts.benchmarks.bench_runner_peer import VARIANTS
-from scripts.benchmarks.bench_step import Failed, check_peer_pythons, cpu_name, last_lines, peer_pythons, show
+from scripts.benchmarks.bench_step import Failed, check_peer_pythons, last_lines, peer_pythons, show
+from scripts.benchmarks.machine import machine_facts
 from scripts.demo import DEMO, smollm2_config
 
 PEER = "sae-lens"
@@ -330,8 +331,7 @@ def result(
         seconds[f"{PEER}/{variant}"] = statistics.median(one["seconds"] for one in runs)
         after_fill[f"{PEER}/{variant}"] = statistics.median(one["seconds"] - one["first_step_after_s"] for one in runs)
     return {
-        "cpu": cpu_name(),
-        "load_average": [round(load, 2) for load in os.getloadavg()],
+        **machine_facts(),
         "threads": torch.get_num_threads(),
         "device": cfg.device,
         "model": cfg.model_name,

@@ -41,6 +41,7 @@ from sae_training.lm_runner import find_singles, run_config
 from sae_training.run.memory_plan import plan_memory
 from sae_training.training.trainer import SAETrainer
 from scripts.benchmarks.bench_loop import batches_in_memory, time_run, time_steps
+from scripts.benchmarks.machine import machine_facts
 from scripts.demo import smollm2_config
 
 SEEDS = (42, 43, 44)  # of the autoencoders whose explained variance is compared
@@ -65,7 +66,8 @@ def main() -> None:
                 measured = sweep(cfg, model, arguments.rounds)
             case _:
                 measured = cache(cfg, model, arguments.rounds, arguments.dtypes)
-    print(json.dumps({"threads": torch.get_num_threads(), "tokens": arguments.tokens, **measured}, indent=2))
+    facts = machine_facts() | {"threads": torch.get_num_threads(), "tokens": arguments.tokens}
+    print(json.dumps(facts | measured, indent=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
