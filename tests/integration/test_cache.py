@@ -448,7 +448,8 @@ def test_a_folder_of_something_else_is_left_alone(write: Write, tmp_path: Path) 
 
 def test_how_text_is_tokenised_is_no_other_config(write: Write) -> None:
     folder = write()
-    assert write(tokenizer_processes=0) == folder
+    with pytest.warns(FutureWarning, match="tokenizer_processes: no longer a field"):
+        assert write(tokenizer_processes=0) == folder
 
 
 def test_another_config_does_not_go_on_with_a_cache(write: Write) -> None:
