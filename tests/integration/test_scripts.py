@@ -441,6 +441,7 @@ def test_gpu_check_does_every_part_that_a_cpu_can(dry_run: tuple[Path, dict[str,
     states = {name: part["state"] for name, part in parts.items()}
     assert states.pop("kernels") == ("done" if HAS_TRITON else "skipped")
     assert states.pop("tests") == "skipped"  # all of them need a GPU
+    assert states.pop("sparsify") == ("done" if HAS_SPARSIFY else "partly skipped")
     assert set(states.values()) == {"done"}
 
 
