@@ -49,7 +49,7 @@ class CacheWriter:
         self.cfg, self.folder, self.store = cfg, folder, store
         lm_dtype = str(store.model.cfg.dtype).removeprefix("torch.")
         self.dtype = lm_dtype if cfg.dtype == "auto" else cfg.dtype
-        self.sites = {site.name: site.d_in for site in store.sites}
+        self.sites = {site.name: site.d_in for site in store.hooks}
         self.n_passes = math.ceil(cfg.total_training_tokens / (cfg.store_batch_size * cfg.context_size))
         self.per_pass = cfg.store_batch_size * cfg.context_size
         self.fields = record_fields(self.sites, self.dtype)
@@ -141,7 +141,7 @@ class CacheWriter:
             for i in range(progress["passes"], self.n_passes):
                 tokens = self.store.get_batch_tokens()
                 with compiled_blocks():
-                    found = harvest(self.store.model, tokens, self.store.sites)
+                    found = harvest(self.store.model, tokens, self.store.hooks)
                 commits = (i + 1) % self.passes_per_commit == 0 or i + 1 == self.n_passes or stop.signal is not None
                 waiting.append(thread.submit(self.write_pass, i, tokens, found))
                 while len(waiting) > (0 if commits else PASSES_AHEAD):

@@ -17,6 +17,7 @@ from torch import Tensor
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_from_dict, config_to_dict
 from sae_training.formats.mats import PICKLE_ENDINGS, load_mats_file
+from sae_training.formats.run_files import CHECKPOINTS, FINAL
 from sae_training.machine.files import read_safetensors, step_number, write_safetensors, write_text
 
 CONFIG_FILE = "cfg.json"
@@ -89,13 +90,13 @@ def weights_folder(path: Path) -> Path:
     """The folder with the weights, for a run folder (its final/, else its newest checkpoint) or such a folder
     itself.
     """
-    steps = sorted((path / "checkpoints").glob("step_*"), key=step_number, reverse=True)
+    steps = sorted((path / CHECKPOINTS).glob("step_*"), key=step_number, reverse=True)
     # Of several autoencoders that are still in training, the run's checkpoints hold a folder each.
-    together = sorted((path.resolve().parent / "checkpoints").glob("step_*"), key=step_number, reverse=True)
-    for folder in (path, path / "final", *steps, *(step / path.resolve().name for step in together)):
+    together = sorted((path.resolve().parent / CHECKPOINTS).glob("step_*"), key=step_number, reverse=True)
+    for folder in (path, path / FINAL, *steps, *(step / path.resolve().name for step in together)):
         if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
             return folder
-    several = sorted(folder.parent.name for folder in path.glob("*/final") if (folder / WEIGHTS_FILE).is_file())
+    several = sorted(folder.parent.name for folder in path.glob(f"*/{FINAL}") if (folder / WEIGHTS_FILE).is_file())
     if several:
         raise FileNotFoundError(
             f"{path}: holds the folders of {len(several)} autoencoders, expected that of one; give one of "

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm, trange
 
-from sae_training.config.io import config_to_dict
-from sae_training.config.toy import SAEToyModelRunnerConfig, autoencoder_config
+from sae_training.config.io import config_to_dict, with_defaults
+from sae_training.config.toy import SAEToyModelRunnerConfig
 from sae_training.machine.files import write_text
 from sae_training.run.folder import RunFolder, free_folder
 from sae_training.run.logger import RunLogger
+from sae_training.run.wandb_mirror import WandbOptions
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.toy_model_runner.data import (
     ToyModel,
@@ -96,19 +97,15 @@ def toy_model(cfg: SAEToyModelRunnerConfig) -> ToyModel:
 
 def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> SparseAutoencoder:
     """Train on fresh rows at every step, and write metrics and weights to `folder`."""
-    sae_cfg = autoencoder_config(cfg)
+    run_cfg = with_defaults(cfg)
     data = ToyModelGenerator(model, cfg.seed + 1, cfg.device)
-    sae = SparseAutoencoder(sae_cfg)
+    sae = SparseAutoencoder(run_cfg)
     sae.initialize_b_dec(data.next_batch(ROWS_FOR_B_DEC).rows, cfg.b_dec_init_method)
-    trainer = SAETrainer(sae, sae_cfg)
+    trainer = SAETrainer(sae, run_cfg)
     logger = RunLogger(
         folder,
         config=config_to_dict(cfg),
-        log_to_wandb=cfg.log_to_wandb,
-        wandb_project=cfg.wandb_project,
-        wandb_entity=cfg.wandb_entity,
-        run_name=folder.name,
-        wandb_mode=cfg.wandb_mode,
+        wandb=WandbOptions.of(cfg, folder.name),
         notify=tqdm.write,
     )
     with logger:
@@ -120,6 +117,7 @@ def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> Sparse
                 logger.log(training_metrics(result, trainer.tracker, rows), step, rows)
             if step % cfg.feature_sampling_window == 0:
                 trainer.tracker.start_new_window()
+    trainer.take_average()
     trainer.check_weights()
     sae.eval()
     sae.save_model(folder)

@@ -49,7 +49,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.harvest import at_site, put_back
 from sae_training.language_model.load import LanguageModel, language_model_dtype, load_language_model
 from sae_training.language_model.sites import find_hook_site
-from sae_training.run.evals import prompts_of_a_pass, run
+from sae_training.run.evals import forward_pass, prompts_of_a_pass
 from scripts.benchmarks.bench_step import (
     PEERS,
     Entry,
@@ -269,7 +269,7 @@ def harvest_rows(arguments: argparse.Namespace) -> None:
     )
     store = ActivationsStore(cfg, model, notify=lambda text: show([text]))
     places = torch.randperm(arguments.rows, generator=torch.Generator().manual_seed(0))
-    rows = torch.empty(arguments.rows, store.sites[0].d_in, dtype=model.cfg.dtype)
+    rows = torch.empty(arguments.rows, store.sites.input.d_in, dtype=model.cfg.dtype)
     done, norm_sum = 0, 0.0
     while done < len(rows):
         new = store.passes.next_rows()[0][: len(rows) - done].cpu()
@@ -277,7 +277,7 @@ def harvest_rows(arguments: argparse.Namespace) -> None:
         norm_sum += new.float().norm(dim=1).double().sum().item()
         done += len(new)
     held_out = store.held_out_tokens()[: arguments.held_out]
-    about = source_of(arguments) | {"rows": done, "d_in": store.sites[0].d_in, "mean_norm": norm_sum / done}
+    about = source_of(arguments) | {"rows": done, "d_in": store.sites.input.d_in, "mean_norm": norm_sum / done}
     path = arguments.rows_file
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
@@ -468,7 +468,7 @@ class HeldOut:
         for prompts in self.tokens.split(prompts_of_a_pass(self.tokens.shape[1], self.model)):
             keep = ~torch.isin(prompts, self.special)
             splice = partial(self.splice, keep=keep, change=change)
-            logits = run(self.model, prompts, (self.site,), (), [(self.site.name, splice)]).logits
+            logits = forward_pass(self.model, prompts, (self.site,), replacements=[(self.site.name, splice)]).logits
             for tokens, predicted in zip(prompts, logits, strict=True):  # one prompt at a time: float32 is large
                 total += torch.nn.functional.cross_entropy(predicted[:-1].float(), tokens[1:], reduction="sum").item()
         return total / self.tokens[:, 1:].numel()

@@ -36,7 +36,7 @@ from sae_training.cache_activations_runner import cache_activations_runner
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import load_language_model
-from sae_training.language_model.sites import find_sites, with_widths
+from sae_training.language_model.sites import find_sites, merged, with_widths
 from sae_training.lm_runner import find_singles, run_config
 from sae_training.run.memory_plan import plan_memory
 from sae_training.training.trainer import SAETrainer
@@ -83,7 +83,7 @@ def layers(cfg: LanguageModelSAERunnerConfig, model: Any, hook: str, rounds: int
         n_batches_in_buffer=16,
     )
     singles = find_singles(several, model)
-    sites = [site for _, sites in singles.values() for site in sites]
+    sites = merged(sites for _, sites in singles.values())
     single = next(iter(singles.values()))[0]
     store = ActivationsStore(single, model, sites=sites)
     plan = plan_memory(several, [one for one, _ in singles.values()], store)
@@ -138,7 +138,7 @@ def forward_over_harvest(store: ActivationsStore, rounds: int) -> float:
     for _ in range(2 * rounds):
         for name, function in (
             ("forward", lambda: store.model(tokens, stop_at_layer=store.model.cfg.n_layers)),
-            ("harvest", lambda: harvest(store.model, tokens, store.sites)),
+            ("harvest", lambda: harvest(store.model, tokens, store.hooks)),
         ):
             start = time.perf_counter()
             function()
@@ -229,7 +229,7 @@ def time_harvest(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
     tokens = store.get_batch_tokens()
     start = time.perf_counter()
     for _ in range(-(-cfg.total_training_tokens // tokens.numel())):
-        harvest(model, tokens, store.sites)
+        harvest(model, tokens, store.hooks)
     return time.perf_counter() - start
 
 

@@ -63,7 +63,7 @@ def everything(folder: Path, form: str, hooks: tuple[str, ...] = (HOOK,)) -> dic
 def live(demo_model: Any, small_config: Callable, n_passes: int, *hooks: str) -> tuple[Tensor, list[Tensor], Tensor]:
     """Tokens, activations at each hook, and the mask of what training keeps, of the first passes."""
     store = ActivationsStore(small_config(exclude_special_tokens=True), demo_model)
-    sites = [ActivationsStore(small_config(hook_point=hook), demo_model).sites[0] for hook in hooks]
+    sites = [ActivationsStore(small_config(hook_point=hook), demo_model).sites.input for hook in hooks]
     tokens = torch.cat([store.get_batch_tokens() for _ in range(n_passes)])
     parts = [harvest(demo_model, some, sites) for some in tokens.split(4)]
     return tokens, [torch.cat(of_hook) for of_hook in zip(*parts, strict=True)], store.keeps(tokens)

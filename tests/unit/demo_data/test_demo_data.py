@@ -1,4 +1,4 @@
-"""The embedded language model and text: size, loading offline, and the unseen held-out part."""
+"""The bundled language model and text: size, loading offline, and held-out text that training never saw."""
 
 from __future__ import annotations
 
