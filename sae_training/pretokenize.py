@@ -1,8 +1,9 @@
-"""Tokenising a data set once, into a local copy that runs read in its place.
+"""The job that tokenises a data set once, into a local copy that runs read in its place.
 
-Runs tokenise ahead of need; of a large text that is trained on often, or with few processors, the copy
-saves that work. Contexts are packed in the run, so one copy serves every context size, with or without BOS, and gives
-the contexts that the text itself would give.
+    text --tokenizer of a model--> folder of token ids --dataset_path of later runs--> the contexts of the text itself
+
+Runs tokenise ahead of need anyway. A copy saves that work where a large text is trained on often, or processors are
+few. One copy serves every context size, with or without BOS, because contexts are packed in the run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sae_training.machine.files import write_text
 from sae_training.machine.paths import absolute
 from sae_training.text.open import open_documents, save_tokenized
 from sae_training.text.pretokenized import INFO_FILE, check_same, probe
-from sae_training.text.tokenize import encoder_of
+from sae_training.text.tokenize import tokenizer_function
 
 
 def pretokenize(
@@ -33,10 +34,10 @@ def pretokenize(
     streaming: bool | None = None,
     n_processes: int | None = None,
 ) -> Path:
-    """Write the token ids of `dataset_path` under the tokenizer of `model_name` to `folder`, and return it.
+    """Write the token ids of `dataset_path` under the tokenizer of `model_name` to `folder`, and return `folder`.
 
-    A folder that holds them already is left as it is; ValueError if it holds something else, or if the text has changed
-    since. `n_processes` None is one for each processor.
+    A folder that already holds these ids is left as it is. Raises ValueError if the folder holds something else, or if
+    the text has changed since. `n_processes`: None starts one for each processor.
     """
     info: dict[str, Any] = {
         "dataset_path": absolute("dataset_path", dataset_path),
@@ -45,7 +46,7 @@ def pretokenize(
         "tokenizer": model_name,
     }
     if folder.exists():
-        with suppress(FileNotFoundError):  # neither need be there any more
+        with suppress(FileNotFoundError):  # the model or the text may be gone, and the copy is still good
             info["probe"] = probe(load_tokenizer(model_name))
             info["content"] = open_documents(dataset_path, dataset_split, dataset_text_column, streaming).fingerprint
         check_same(folder, info)
@@ -55,10 +56,10 @@ def pretokenize(
     tokenizer = load_tokenizer(model_name)
     info |= {"probe": probe(tokenizer), "content": documents.fingerprint}
     if documents.is_tokenized:
-        raise ValueError(f"dataset_path: {documents.name} holds token ids already; train on it as it is.")
+        raise ValueError(f"dataset_path: {documents.given.name} holds token ids already; train on it as it is.")
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    n = save_tokenized(documents, encoder_of(tokenizer), partial, n_processes or os.cpu_count() or 1)
+    n = save_tokenized(documents, tokenizer_function(tokenizer), partial, n_processes or os.cpu_count() or 1)
     write_text(partial / INFO_FILE, json.dumps(info | {"n_documents": n}, indent=1) + "\n")
     os.replace(partial, folder)
     return folder

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +37,27 @@ from sae_training.text.pretokenized import check_tokenizer
 from sae_training.text.stream import TokenStream
 
 
-class Batch(NamedTuple):
-    """What an autoencoder reads, (rows, d_in), and what it is to make of it, (rows, d_out): `x`, or another hook's."""
+@dataclass(frozen=True)
+class Batch:
+    """The rows of an autoencoder's `Sites`: one (rows, width) for each input and for each target.
 
-    x: Tensor
-    target: Tensor
+    Where a target is an input too, it is the same tensor.
+    """
+
+    inputs: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
+
+    @property
+    def x(self) -> Tensor:
+        """The rows of the one input, (rows, d_in)."""
+        (x,) = self.inputs
+        return x
+
+    @property
+    def target(self) -> Tensor:
+        """The rows of the one target, (rows, d_out)."""
+        (target,) = self.targets
+        return target
 
 
 NORM_TOKENS = 8_192  # whose median norm tells what an outlier is
@@ -50,7 +66,7 @@ NORM_TOKENS = 8_192  # whose median norm tells what an outlier is
 class ActivationsStore:
     """Serves shuffled activations of `model` on the text that `cfg` names (or on `dataset`, if given).
 
-    `sites` are those of all autoencoders that are trained together; None stands for those of `cfg`.
+    `sites`: those of all autoencoders that are trained together (`merged`); None stands for those of `cfg`.
     """
 
     def __init__(
@@ -59,7 +75,7 @@ class ActivationsStore:
         model: LanguageModel,
         dataset: Any = None,
         notify: Callable[[str], None] = tqdm.write,
-        sites: Iterable[HookSite] | None = None,
+        sites: Sites | None = None,
     ) -> None:
         self.cfg = cfg
         self.model = model
@@ -69,8 +85,9 @@ class ActivationsStore:
         self.store_batch_size: int = cfg.store_batch_size
         self.train_batch_size: int = cfg.train_batch_size
         self.n_rows = cfg.n_batches_in_buffer * cfg.store_batch_size * cfg.context_size
-        self.sites = tuple(dict.fromkeys(find_sites(cfg, model) if sites is None else sites))
-        self.scales = {site: 1.0 for site in self.sites}
+        self.sites = find_sites(cfg, model) if sites is None else sites
+        self.hooks = self.sites.all
+        self.scales = {site: 1.0 for site in self.hooks}
         """What rows of each site are multiplied by before they are served."""
         check_context_size(cfg.context_size, model)
 
@@ -91,7 +108,7 @@ class ActivationsStore:
         self.tokens = self.token_stream(self.documents, self.n_held_out)
         contexts = None if self.cached_rows else cached
         self.passes = Passes(
-            model, self.sites, self.tokens, self.store_batch_size, self.rule, self.device, contexts, then_live
+            model, self.hooks, self.tokens, self.store_batch_size, self.rule, self.device, contexts, then_live
         )
         self.buffer = ShuffleBuffer(self.passes, self.n_rows)
         self.needs_buffer = self.cached_rows is None or then_live
@@ -100,25 +117,19 @@ class ActivationsStore:
 
     # ----------------------------------------------------------------------------------------------------- tokens
 
-    def open(self, dataset: Any) -> Documents:
+    def open(self, dataset: Any, field: str = "dataset_path") -> Documents:
         how = {
+            "field": field,
             "split": option(self.cfg, "dataset_split"),
             "text_column": option(self.cfg, "dataset_text_column"),
             "streaming": option(self.cfg, "streaming"),
         }
         paths = dataset if isinstance(dataset, list) else [dataset]
         for path in paths:
-            check_tokenizer(path, self.model.tokenizer)
+            check_tokenizer(path, self.model.tokenizer, field)
         if isinstance(dataset, list) and dataset is self.cfg.dataset_path:
             return open_mixture(dataset, option(self.cfg, "dataset_weights"), **how)
         return open_documents(dataset, **how)
-
-    @property
-    def n_tokenizer_processes(self) -> int:
-        given: int | None = option(self.cfg, "tokenizer_processes")
-        if given is None:  # a GPU takes tokens faster than one process makes them
-            return 1 if self.device.type == "cpu" else min(4, os.cpu_count() or 1)
-        return given
 
     def token_stream(self, documents: Documents, n_held_out: int) -> TokenStream:
         return TokenStream(
@@ -130,7 +141,6 @@ class ActivationsStore:
             vocab_size=self.model.cfg.d_vocab,
             notify=self.notify,
             separator=option(self.cfg, "sequence_separator_token"),
-            n_processes=self.n_tokenizer_processes,
         )
 
     def get_batch_tokens(self) -> Tensor:
@@ -145,16 +155,13 @@ class ActivationsStore:
         if eval_dataset is None:
             return self.tokens.held_out_contexts()
         n_contexts = option(self.cfg, "n_eval_batches") * self.store_batch_size
-        try:
-            return self.token_stream(self.open(eval_dataset), 0).first_contexts(n_contexts)
-        except (OSError, ValueError) as error:
-            raise type(error)(str(error).replace("dataset_path", "eval_dataset_path", 1)) from error
+        return self.token_stream(self.open(eval_dataset, "eval_dataset_path"), 0).first_contexts(n_contexts)
 
     def open_cache(self) -> CachedReader | None:
         """What activations come from instead of the language model, if the config says so."""
         if option(self.cfg, "use_cached_activations") is False:
             return None
-        widths = {site.name: site.d_in for site in self.sites}
+        widths = {site.name: site.d_in for site in self.hooks}
         shards = open_cache(
             Path(self.cfg.cached_activations_path), origin(self.cfg, self.model, self.n_held_out), widths
         )
@@ -171,7 +178,7 @@ class ActivationsStore:
 
     def get_activations(self, tokens: Tensor) -> Tensor:
         """Activations of token ids (prompts, context), as (prompts, context, d_in) in the config's dtype."""
-        (activations,) = harvest(self.model, tokens, [self.sites[0]])
+        (activations,) = harvest(self.model, tokens, self.sites.inputs[:1])
         return activations.to(self.dtype).clone()
 
     def keeps(self, tokens: Tensor, activations: Tensor | None = None) -> Tensor:
@@ -190,7 +197,7 @@ class ActivationsStore:
             return None
         contexts = self.token_stream(self.documents, 0).first_contexts(-(-NORM_TOKENS // self.context_size))
         passes = contexts.to(self.device).split(self.store_batch_size)
-        norms = [harvest(self.model, prompts, self.sites[:1])[0].float().norm(dim=-1) for prompts in passes]
+        norms = [harvest(self.model, prompts, self.sites.inputs[:1])[0].float().norm(dim=-1) for prompts in passes]
         return multiple * torch.cat(norms).median().item()
 
     def next_batch(self) -> Tensor:
@@ -225,14 +232,14 @@ class ActivationsStore:
 
     def raw_batch(self, site: HookSite) -> Tensor:
         if self.cached_rows is None:
-            return self.buffer.rows(self.sites.index(site))
+            return self.buffer.rows(self.hooks.index(site))
         return to_device(self.cached_batch[site.name], self.device)
 
     def measure_scales(self, n_rows: int, sites: Sites) -> None:
         """From now on, scale what is served of the sites to a mean norm of sqrt(width) over up to `n_rows` rows."""
-        for site in sites:
+        for site in sites.all:
             self.scales[site] = 1.0
-            norm = self.sample(n_rows, (site,), torch.float32).x.norm(dim=1).mean().item()
+            norm = self.sample(n_rows, Sites((site,), (site,)), torch.float32).x.norm(dim=1).mean().item()
             if not 0 < norm < math.inf:
                 raise ValueError(
                     f"normalize_activations: the mean norm of {site.name} is {norm}, expected a number above 0; choose "
@@ -248,15 +255,17 @@ class ActivationsStore:
             return self.as_served(lambda site: to_device(read[site.name], self.device), sites, dtype)
         self.buffer.fill()
         places = self.buffer.order[:n_rows]
-        return self.as_served(lambda site: self.buffer.rows_at(places, self.sites.index(site)), sites, dtype)
+        return self.as_served(lambda site: self.buffer.rows_at(places, self.hooks.index(site)), sites, dtype)
 
     def as_served(self, raw: Callable[[HookSite], Tensor], sites: Sites, dtype: torch.dtype | None = None) -> Batch:
         """The raw activations of an autoencoder's sites, scaled, in `dtype` (None: the config's)."""
         dtype = dtype or self.dtype
         wide = torch.promote_types(dtype, torch.float32)  # raw activations can be too large for float16
-        scaled = [raw(site) if self.scales[site] == 1 else raw(site).to(wide) * self.scales[site] for site in sites]
-        found = [rows.to(dtype) for rows in scaled]
-        return Batch(found[0], found[-1])
+        rows: dict[HookSite, Tensor] = {}
+        for site in sites.all:
+            scaled = raw(site) if self.scales[site] == 1 else raw(site).to(wide) * self.scales[site]
+            rows[site] = scaled.to(dtype)
+        return Batch(tuple(rows[site] for site in sites.inputs), tuple(rows[site] for site in sites.targets))
 
     def check_buffer_size(self) -> None:
         """ValueError unless half of the buffer, if the store needs one, holds the batches of a step, and a cache that
@@ -278,7 +287,7 @@ class ActivationsStore:
         return state if self.cached_rows is None else state | {"cached": self.cached_rows.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scales = {site: state["scales"][site.name] for site in self.sites}
+        self.scales = {site: state["scales"][site.name] for site in self.hooks}
         if self.cached_rows is not None and state["cached"] is not None:
             self.cached_rows.load_state_dict(state["cached"])
         else:

@@ -1,4 +1,4 @@
-"""Paths of the small language model and text that the package carries, and the names they go by."""
+"""Paths of the small language model and the texts that come with the package, and their names."""
 
 from __future__ import annotations
 
@@ -10,25 +10,22 @@ DEMO_MODEL = _DEMO_DATA / "model"
 DEMO_TEXT = _DEMO_DATA / "text" / "train.jsonl"
 DEMO_HELD_OUT_TEXT = _DEMO_DATA / "text" / "held_out.jsonl"
 
-_MODELS = {"demo": DEMO_MODEL}
-_TEXTS = {"demo": DEMO_TEXT, "demo-held-out": DEMO_HELD_OUT_TEXT}
-
 
 def bundled_model(name: str) -> str:
-    """Folder of the model that comes with this package for "demo", any other name as it is.
+    """The folder of the bundled model for "demo"; any other name unchanged. A folder called demo is given as "./demo".
 
-    The user's own folder of that name is reached as "./demo"; the same holds for texts.
+    Raises FileNotFoundError if the package was installed without the model.
     """
-    return _bundled_path(name, _MODELS)
+    return _bundled(name, {"demo": DEMO_MODEL})
 
 
 def bundled_text(name: str) -> str:
-    """File of the text that comes with it for "demo" and "demo-held-out", else the name as it is."""
-    return _bundled_path(name, _TEXTS)
+    """The file of a bundled text for "demo" and "demo-held-out"; otherwise as `bundled_model`."""
+    return _bundled(name, {"demo": DEMO_TEXT, "demo-held-out": DEMO_HELD_OUT_TEXT})
 
 
-def _bundled_path(name: str, bundled: dict[str, Path]) -> str:
-    path = bundled.get(name)
+def _bundled(name: str, paths: dict[str, Path]) -> str:
+    path = paths.get(name)
     if path is None:
         return name
     if not path.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,27 +148,59 @@ def unknown_hook_message(model: LanguageModel, hook_point: str) -> str:
     )
 
 
-Sites = tuple[HookSite, ...]
+@dataclass(frozen=True)
+class Sites:
+    """What an autoencoder reads (`inputs`) and what it reconstructs (`targets`), in the model.
 
-"""Where an autoencoder's input is read and, for a transcoder, where its output belongs."""
+    An ordinary autoencoder reconstructs its input, so both are the same one hook. A transcoder has another hook as its
+    target. The sites of a store are those of all autoencoders that it serves, each hook once.
+    """
+
+    inputs: tuple[HookSite, ...]
+    targets: tuple[HookSite, ...]
+
+    @property
+    def all(self) -> tuple[HookSite, ...]:
+        """Every hook once, inputs first."""
+        return tuple(dict.fromkeys(self.inputs + self.targets))
+
+    @property
+    def input(self) -> HookSite:
+        """The one input; ValueError if there are several."""
+        (site,) = self.inputs
+        return site
+
+    @property
+    def target(self) -> HookSite:
+        """The one target; ValueError if there are several."""
+        (site,) = self.targets
+        return site
+
+
+def merged(parts: Iterable[Sites]) -> Sites:
+    """The sites of several autoencoders as one, each hook once."""
+    parts = list(parts)
+    inputs = dict.fromkeys(site for sites in parts for site in sites.inputs)
+    targets = dict.fromkeys(site for sites in parts for site in sites.targets)
+    return Sites(tuple(inputs), tuple(targets))
 
 
 def find_sites(cfg: Any, model: LanguageModel) -> Sites:
-    """The hooks of `cfg` in `model`, checked: where the input is read and, for a transcoder, the target."""
+    """Find the hooks of `cfg` in `model`, and check them."""
     hook_point = getattr(cfg, "resolved_hook_point", cfg.hook_point)
     site = find_hook_site(model, hook_point, option(cfg, "hook_point_head_index"), cfg.d_in)
     target_hook_point = getattr(cfg, "resolved_target_hook_point", option(cfg, "target_hook_point"))
     if target_hook_point is None:
-        return (site,)
+        return Sites((site,), (site,))
     target_site = find_target_site(model, target_hook_point, option(cfg, "d_out"))
     check_order(model, site, target_site)
-    return site, target_site
+    return Sites((site,), (target_site,))
 
 
 def with_widths(cfg: LanguageModelSAERunnerConfig, sites: Sites) -> LanguageModelSAERunnerConfig:
     """`cfg` with d_in and, for a transcoder, d_out as its `sites` have them."""
-    site, *target = sites
-    return dataclasses.replace(cfg, d_in=site.d_in, d_out=target[0].d_in if target else None)
+    d_out = None if cfg.target_hook_point is None else sites.target.d_in
+    return dataclasses.replace(cfg, d_in=sites.input.d_in, d_out=d_out)
 
 
 def check_context_size(context_size: int, model: LanguageModel) -> None:

@@ -1,1 +1,1 @@
-"""What a person sees of a run: pages and tables made from its folder."""
+"""What a person sees of a run: pages and tables, made from its folder alone."""

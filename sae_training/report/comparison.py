@@ -1,4 +1,4 @@
-"""What a run of several autoencoders leaves for comparing them: a table on the screen, and a page with a plot."""
+"""What a run of several autoencoders leaves for comparing them: a table on the screen, and a page with plots."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 
 import plotly.graph_objects as go
 
+from sae_training.formats.run_files import REPORT_FILE
 from sae_training.machine.files import write_text
-from sae_training.report.curves import REPORT_FILE
-from sae_training.report.page import document, plot, shown, style
+from sae_training.report.page import Table, render, shown, style
+from sae_training.report.summary import how_to_load
 
 Evaluations = Mapping[str, Mapping[str, float]]
-"""By autoencoder, the keys of `evals.evaluate`."""
+"""The figures of `run.evals.evaluate` for each autoencoder, by its name."""
 
-MOST_COLOURS = 10
+MOST_COLOURS = 10  # because the legend of more points cannot be read
+
 COLUMNS = {
     "metrics/eval_explained_variance": ("explained variance", ".4f"),
     "metrics/eval_l0": ("L0", ".1f"),
@@ -27,32 +28,36 @@ COLUMNS = {
     "metrics/eval_dead_fraction": ("silent", ".1%"),
 }
 
+PLOTTED = {"metrics/eval_explained_variance": "Explained variance", "metrics/CE_loss_score": "CE score"}
 
-def columns_of(evaluations: Evaluations) -> dict[str, tuple[str, str]]:
-    """Those that there are figures for: few with evaluation off."""
-    return {key: column for key, column in COLUMNS.items() if any(key in found for found in evaluations.values())}
+
+def table_of(evaluations: Evaluations) -> Table:
+    """Return a row for each autoencoder, with the columns that any of them has: few where evaluation is off."""
+    present = {key: column for key, column in COLUMNS.items() if any(key in found for found in evaluations.values())}
+    rows = [
+        (name, [format(evaluation.get(key, math.nan), form) for key, (_, form) in present.items()])
+        for name, evaluation in evaluations.items()
+    ]
+    return Table("Autoencoder", [title for title, _ in present.values()], rows)
 
 
 def comparison_table(folder: Path, evaluations: Evaluations) -> str:
-    """One line for each autoencoder, and where to find them."""
+    """Return one line for each autoencoder, and where to find them, for the screen."""
+    table = table_of(evaluations)
     width = max(map(len, evaluations), default=0)
-    columns = columns_of(evaluations)
-    lines = [" " * width + "".join(f"{title:>20}" for title, _ in columns.values())]
-    for name, evaluation in evaluations.items():
-        figures = [format(evaluation.get(key, math.nan), form) for key, (_, form) in columns.items()]
-        lines.append(f"{name:<{width}}" + "".join(f"{figure:>20}" for figure in figures))
+    lines = [f"{name:<{width}}" + "".join(f"{cell:>20}" for cell in cells) for name, cells in table.rows]
+    one = folder / next(iter(evaluations), "")
     return "\n".join(
         [
             "",
+            " " * width + "".join(f"{title:>20}" for title in table.columns),
             *lines,
             "",
             f"Run folder: {folder}, with a folder for each",
             f"Comparison: {folder / REPORT_FILE}",
-            f"Curves:     python -m sae_training report {folder / next(iter(evaluations), '')}",
+            f"Curves:     python -m sae_training report {one}",
             "Load one in Python:",
-            "  from sae_training.utils import LMSparseAutoencoderSessionloader",
-            "  model, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained("
-            f"{str(folder / next(iter(evaluations), ''))!r})",
+            *how_to_load(one),
             "",
         ]
     )
@@ -60,33 +65,27 @@ def comparison_table(folder: Path, evaluations: Evaluations) -> str:
 
 def write_comparison(folder: Path, evaluations: Evaluations) -> Path:
     """Write report.html of a run of several: EV and CE score by L0 and, if they are of several layers, by layer."""
-    columns = columns_of(evaluations)
-    head = "".join(f"<th>{escape(title)}</th>" for title, _ in columns.values())
-    rows = []
-    for name, evaluation in evaluations.items():
-        cells = "".join(f"<td>{evaluation.get(key, math.nan):{form}}</td>" for key, (_, form) in columns.items())
-        rows.append(f"<tr><th scope='row'>{escape(name)}</th>{cells}</tr>")
-    table = f"<table><thead><tr><th>Autoencoder</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    shown_figures = {"metrics/eval_explained_variance": "Explained variance", "metrics/CE_loss_score": "CE score"}
-    shown_figures = {key: title for key, title in shown_figures.items() if key in columns}
-    figures = [frontier(evaluations, key, f"{title} by L0") for key, title in shown_figures.items()]
+    titles = {key: title for key, title in PLOTTED.items() if any(key in found for found in evaluations.values())}
+    figures = [by_l0(evaluations, key, f"{title} by L0") for key, title in titles.items()]
     if len({layer for _, layer in filter(None, map(of_layer, evaluations))}) > 1:
-        figures = [*(by_layer(evaluations, key, f"{title} by layer") for key, title in shown_figures.items()), *figures]
-    plots = "".join(plot(figure, f"plot-{n}") for n, figure in enumerate(figures))
-    body = (
-        f"<p class='note'>{shown(len(evaluations))} autoencoders, on held-out text. The training curves of one: "
-        f"sae-training report {escape(str(folder))}/&lt;name&gt;</p>"
-        f"<section class='plots'>{plots}</section><div class='table'>{table}</div>"
+        figures = [*(by_layer(evaluations, key, f"{title} by layer") for key, title in titles.items()), *figures]
+    page = render(
+        "comparison.html.j2",
+        folder.resolve().name,
+        figures,
+        evaluation=table_of(evaluations),
+        note=f"{shown(len(evaluations))} autoencoders, on held-out text. The training curves of one: "
+        f"sae-training report {folder}/<name>",
     )
     path = folder / REPORT_FILE
-    write_text(path, document(folder.resolve().name, body, has_plots=True))
+    write_text(path, page)
     return path
 
 
-def frontier(evaluations: Evaluations, key: str, title: str) -> go.Figure:
-    """A point for each autoencoder, its L0 across and the figure `key` upwards."""
+def by_l0(evaluations: Evaluations, key: str, title: str) -> go.Figure:
+    """Return a plot with a point for each autoencoder, its L0 across and the figure `key` upwards."""
     names = [name for name, evaluation in evaluations.items() if key in evaluation]
-    # A colour each where a legend can still be read; the names are in any case where the pointer is.
+    # With one colour for all, the names are still where the pointer is.
     groups = [[name] for name in names] if len(names) <= MOST_COLOURS else [names]
     figure = go.Figure(
         [
@@ -109,13 +108,13 @@ def frontier(evaluations: Evaluations, key: str, title: str) -> go.Figure:
 
 
 def of_layer(name: str) -> tuple[str, int] | None:
-    """An autoencoder's name without its layer, and the layer; None if the name has none."""
+    """Return an autoencoder's name without its layer, and the layer; None if the name has none."""
     match = re.fullmatch(r"(?:layer|blocks\.)(\d+)[-.]?(.*)", name)
     return (match.group(2), int(match.group(1))) if match else None
 
 
 def by_layer(evaluations: Evaluations, key: str, title: str) -> go.Figure:
-    """A line for each kind of autoencoder, the layer across and the figure `key` upwards."""
+    """Return a plot with a line for each kind of autoencoder, the layer across and the figure `key` upwards."""
     lines: dict[str, dict[int, float]] = defaultdict(dict)
     for name, evaluation in evaluations.items():
         found = of_layer(name)

@@ -1,4 +1,4 @@
-"""metrics.jsonl, and what its figures are called."""
+"""Reading metrics.jsonl, and what people call its figures."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-METRICS_FILE = "metrics.jsonl"
+from sae_training.formats.run_files import METRICS_FILE, RUN_CONFIG_FILE
+
 TOKENS_KEY = "details/n_training_tokens"
-_LABELS = {
+
+# In the order in which tables show them.
+LABELS = {
     "CE_loss_score": "CE score",
     "eval_explained_variance": "Explained variance, held out",
     "explained_variance": "Explained variance",
@@ -36,12 +39,12 @@ _LABELS = {
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in order; a last line that a kill cut short is left out.
+    """Return the rows of metrics.jsonl in order, without a last line that a kill cut short.
 
-    A run folder without the file has no rows. FileNotFoundError if it is not a run folder, ValueError
-    for a line in the middle that is not JSON.
+    A run folder without the file has no rows. Raises FileNotFoundError if the folder is not that of a run, and
+    ValueError for a line in the middle that is not JSON.
     """
-    _check_run_folder(run_folder)
+    check_run_folder(run_folder)
     path = run_folder / METRICS_FILE
     if not path.exists():
         return []
@@ -51,26 +54,26 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except ValueError as error:
             if number == len(lines):
                 break
             raise ValueError(
                 f"{path}, line {number}: found text that is not JSON, expected one row a line; remove the line"
             ) from error
-        rows.append(row)
     return rows
 
 
-def _label(key: str) -> str:
-    last = key.rsplit("/", 1)[-1]
-    return _LABELS.get(last) or last.replace("_", " ")
-
-
-def _check_run_folder(folder: Path) -> None:
-    if not (folder / METRICS_FILE).exists() and not (folder / "config.json").exists():
+def check_run_folder(folder: Path) -> None:
+    if not (folder / METRICS_FILE).exists() and not (folder / RUN_CONFIG_FILE).exists():
         found = "no such folder" if not folder.is_dir() else "neither file is in it"
         raise FileNotFoundError(
-            f"{folder}: {found}, expected a run folder with {METRICS_FILE} or config.json; "
+            f"{folder}: {found}, expected a run folder with {METRICS_FILE} or {RUN_CONFIG_FILE}; "
             "give the folder that training printed (runs/<run name>)"
         )
+
+
+def label(key: str) -> str:
+    """Return what a metric is called on a page, by the last part of its key."""
+    last = key.rsplit("/", 1)[-1]
+    return LABELS.get(last) or last.replace("_", " ")

@@ -1,4 +1,4 @@
-"""What a finished run says on the screen: the figures that matter, and how to get the autoencoder back."""
+"""What a finished run says on the screen: the figures that matter, and how to load the autoencoder."""
 
 from __future__ import annotations
 
@@ -6,44 +6,45 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from sae_training.formats.run_files import REPORT_FILE
+
+FIGURES = (
+    ("explained variance", "metrics/eval_explained_variance", ".4f", "1 is perfect; all held-out rows at once"),
+    ("L0", "metrics/eval_l0", ".1f", "active latents per token, of {d_sae:,}"),
+    ("dead latents", "sparsity/dead_features", ",.0f", "silent for longer than the dead window, in training"),
+    ("silent in evaluation", "silent", ",.0f", "latents that fire on no held-out token"),
+    ("CE loss, clean", "metrics/ce_loss_without_sae", ".4f", "the language model as it is, nats per token"),
+    ("CE loss, with SAE", "metrics/ce_loss_with_sae", ".4f", "reconstructions in place of activations"),
+    ("CE loss, ablated", "metrics/ce_loss_with_ablation", ".4f", "zeros in place of activations"),
+    ("CE score", "metrics/CE_loss_score", ".4f", "(ablated - with SAE) / (ablated - clean); 1 is perfect"),
+)
+
 
 def summary(folder: Path, evaluation: Mapping[str, float], d_sae: int) -> str:
-    """The table of `evaluation` (the keys of `evals.evaluate`) and the two lines of Python that reload the run."""
-
-    def get(key: str) -> float:
-        return evaluation.get(key, math.nan)
-
-    never_fired = get("metrics/eval_dead_fraction") * d_sae
-    rows = [
-        (
-            "explained variance",
-            f"{get('metrics/eval_explained_variance'):.4f}",
-            "1 is perfect; all held-out rows at once",
-        ),
-        ("L0", f"{get('metrics/eval_l0'):.1f}", f"active latents per token, of {d_sae:,}"),
-        (
-            "dead latents",
-            f"{get('sparsity/dead_features'):,.0f}",
-            "silent for longer than the dead window, in training",
-        ),
-        ("silent in evaluation", f"{never_fired:,.0f}", "latents that fire on no held-out token"),
-        ("CE loss, clean", f"{get('metrics/ce_loss_without_sae'):.4f}", "the language model as it is, nats per token"),
-        ("CE loss, with SAE", f"{get('metrics/ce_loss_with_sae'):.4f}", "reconstructions in place of activations"),
-        ("CE loss, ablated", f"{get('metrics/ce_loss_with_ablation'):.4f}", "zeros in place of activations"),
-        ("CE score", f"{get('metrics/CE_loss_score'):.4f}", "(ablated - with SAE) / (ablated - clean); 1 is perfect"),
+    """Return a table of `evaluation` (the keys of `run.evals.evaluate`), and how to load the run."""
+    values = {**evaluation, "silent": evaluation.get("metrics/eval_dead_fraction", math.nan) * d_sae}
+    lines = [
+        f"  {name:<22}{format(values[key], form):>10}   {meaning.format(d_sae=d_sae)}"
+        for name, key, form, meaning in FIGURES
+        if not math.isnan(values.get(key, math.nan))  # a run that holds out no text has few of the figures
     ]
-    # A run that holds out no text has no evaluation.
-    lines = [f"  {name:<22}{value:>10}   {meaning}" for name, value, meaning in rows if value != "nan"]
     return "\n".join(
         [
             "",
             *lines,
             "",
             f"Run folder: {folder}",
-            f"Curves:     {folder / 'report.html'}",
+            f"Curves:     {folder / REPORT_FILE}",
             "Load it in Python:",
-            "  from sae_training.utils import LMSparseAutoencoderSessionloader",
-            f"  model, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained({str(folder)!r})",
+            *how_to_load(folder),
             "",
         ]
     )
+
+
+def how_to_load(folder: Path) -> list[str]:
+    """Return the two lines of Python that load an autoencoder with its language model and its text."""
+    return [
+        "  from sae_training.utils import LMSparseAutoencoderSessionloader",
+        f"  model, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained({str(folder)!r})",
+    ]

@@ -3,7 +3,7 @@
     checkpoints/step_<n>/   one .safetensors per part of the state, state.json for the rest,
                             manifest.json (written last): size and SHA-256 of every other file
 
-A checkpoint is written under another name and renamed when it is on the disk, so a kill at any moment leaves the
+A checkpoint is written under another name and renamed once it is on the disk, so that a kill at any moment leaves the
 previous one as it was.
 """
 
@@ -32,8 +32,9 @@ def save_checkpoint(
 ) -> Path:
     """Write parent/step_<step> and return it.
 
-    `parts` maps a file's name (without ending; a/b is b in the folder a) to a nested dict whose leaves are tensors or
-    JSON values; `state` is plain JSON; `extra_files` are texts to put beside them.
+    `parts` maps the name of a file (without its ending; a/b is b in the folder a) to a nested dict whose leaves are
+    tensors or JSON values. `state` is plain JSON, `extra_files` are texts to put beside the rest. Raises OSError if the
+    disk is full; then nothing is left of it.
     """
     tensors, leaves = {}, {}
     for part, content in parts.items():
@@ -58,7 +59,7 @@ def save_checkpoint(
             remove(final)
         os.replace(partial, final)
         flush_to_disk(parent)
-    except SafetensorError as error:  # its word for any failure of the system to write
+    except SafetensorError as error:  # raised by safetensors for any failure of the system to write
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{parent}: a checkpoint could not be written ({error}); free some space.") from error
     except BaseException:
@@ -68,7 +69,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The `parts` and `state` that `save_checkpoint` was given. ValueError if a file is not as it was written."""
+    """Return the `parts` and `state` that `save_checkpoint` was given; ValueError if a file has changed since."""
     verify(folder)
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     leaves = state.pop("leaves")
@@ -77,15 +78,15 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, 
 
 
 def complete_checkpoints(parent: Path) -> list[Path]:
-    """Checkpoint folders that were written to the end, newest first."""
+    """Return the checkpoint folders that were written to the end, newest first."""
     folders = [p for p in parent.glob("step_*") if step_number(p) >= 0 and (p / MANIFEST).is_file()]
     return sorted(folders, key=step_number, reverse=True)
 
 
 def newest_valid(parent: Path, notify: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are as they were written.
+    """Return the newest checkpoint whose files are as they were written; None if there is none.
 
-    Damaged ones are set aside as step_<n>.damaged, so that they never again count, and it says so.
+    A damaged one is renamed step_<n>.damaged, so that it never counts again, and `notify` is told.
     """
     folders = complete_checkpoints(parent)
     for folder in folders:
@@ -106,7 +107,7 @@ def newest_valid(parent: Path, notify: Callable[[str], None]) -> Path | None:
 
 
 def delete_old(parent: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what a killed run left half-written."""
+    """Delete all but the newest `keep` checkpoints, and those that a killed run left half-written."""
     for folder in complete_checkpoints(parent)[keep:]:
         remove(folder)
     for partial in parent.glob("step_*.tmp"):
@@ -134,7 +135,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Compare every file with the manifest: first the size, then the hash."""
+    """Raise ValueError if a file differs from the manifest: first in size, then in its hash."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise ValueError(f"{folder}: no {MANIFEST}, so this checkpoint was never finished.")
@@ -160,7 +161,7 @@ def verify(folder: Path) -> None:
 
 
 def split(content: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A nested dict as its tensors, under "outer/inner" names, and a nested dict of the rest."""
+    """Return the tensors of a nested dict by "outer/inner" names, and a nested dict of all else."""
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {}
     for name, value in content.items():
@@ -175,7 +176,7 @@ def split(content: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor],
 
 
 def join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `split`."""
+    """Return the nested dict of which `split` made these."""
     content = json.loads(json.dumps(rest))
     for name, tensor in tensors.items():
         *outer, last = name.split("/")

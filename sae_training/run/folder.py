@@ -1,6 +1,6 @@
-"""A run's folder: which one a command continues or begins, who holds it, and how far it is.
+"""A run's folder: which one a command begins or continues, which process holds it, and how far the run is.
 
-runs/<run name>/   config.json, metrics.jsonl, status.json, report.html, checkpoints/, snapshots/, final/
+What is in it: `formats.run_files`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -20,11 +21,8 @@ from filelock import FileLock, Timeout
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import WATCHING_FIELDS, config_differences, config_from_dict, config_to_dict
 from sae_training.config.sweep import is_several
+from sae_training.formats.run_files import CHECKPOINTS, FINAL, RUN_CONFIG_FILE, STATUS_FILE
 from sae_training.machine.files import write_text
-
-CONFIG_FILE = "config.json"
-
-STATUS_FILE = "status.json"
 
 LOCK_FILE = ".lock"
 
@@ -38,7 +36,7 @@ class RunFolderInUse(OSError):
 
 
 class RunFolder:
-    """A locked run folder. The lock is the operating system's, so it ends with the process, however that ends."""
+    """A run folder that this process holds. The lock is the operating system's: it ends with the process."""
 
     def __init__(self, path: Path, cfg: Any) -> None:
         self.path = path
@@ -63,14 +61,14 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def final(self) -> Path:
-        return self.path / "final"
+        return self.path / FINAL
 
     def write_status(self, state: str, **figures: Any) -> None:
-        """Rewrite status.json atomically. `state`: training, interrupted, failed or finished."""
+        """Rewrite status.json, whole or not at all. `state`: training, interrupted, failed or finished."""
         content = {
             "state": state,
             **figures,
@@ -84,6 +82,14 @@ class RunFolder:
     def release(self) -> None:
         self.lock.release()
 
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
     def discard_if_new(self) -> None:
         """Remove the folder if this process made it: a run that could not start leaves nothing to be resumed."""
         if self.is_new:
@@ -92,19 +98,15 @@ class RunFolder:
                 self.path.parent.rmdir()
 
 
-def write_config(folder: Path, cfg: Any) -> None:
-    """config.json in `folder`, which is made if it is not there."""
-    folder.mkdir(exist_ok=True)
-    content = {"config": config_to_dict(cfg), "versions": package_versions()}
-    write_text(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+# ------------------------------------------------------------------------------------------------------ which folder
 
 
 def choose_run_folder(cfg: LanguageModelSAERunnerConfig) -> Path:
-    """The folder this config trains in: its unfinished run's, or the first free one of <name>, <name>-2, <name>-3, ...
+    """Return the folder in which this config trains, without touching any.
 
-    With resume="auto" an unfinished run of the name is continued; if its config is another one, ValueError says
-    where they differ, and nothing is touched. "never" always begins anew; "must" raises FileNotFoundError if nothing is
-    unfinished.
+    resume="auto" continues the unfinished run of the config's name, or begins in the first free folder of <name>,
+    <name>-2, <name>-3, ...; "never" always begins anew. Raises ValueError, saying where they differ, if the unfinished
+    run has another config, and FileNotFoundError with resume="must" if there is no unfinished run.
     """
     base = Path(cfg.resolved_run_dir) / cfg.resolved_run_name.replace("/", "_")
     existing = list(existing_folders(base))
@@ -120,31 +122,31 @@ def choose_run_folder(cfg: LanguageModelSAERunnerConfig) -> Path:
 
 
 def free_folder(base: Path) -> Path:
-    """`base`, or the first of <name>-2, <name>-3, ... that holds no run."""
+    """Return `base`, or the first of <name>-2, <name>-3, ... that holds no run."""
     existing = list(existing_folders(base))
     return base if not existing else base.with_name(f"{base.name}-{len(existing) + 1}")
 
 
 def existing_folders(base: Path) -> Iterator[Path]:
     folder, number = base, 1
-    while (folder / CONFIG_FILE).is_file():
+    while (folder / RUN_CONFIG_FILE).is_file():
         yield folder
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
 
 
-def is_member_folder(path: Path) -> bool:
-    """Whether the folder is that of one of several autoencoders of a run, which is the folder above."""
-    parent = path.resolve().parent
-    return (parent / CONFIG_FILE).is_file() and is_several(read_run_config(parent))
-
-
 def is_finished(folder: Path) -> bool:
-    return (folder / "final").is_dir()
+    return (folder / FINAL).is_dir()
+
+
+def is_member_folder(path: Path) -> bool:
+    """Return whether the folder is that of one autoencoder in a run of several, whose folder is the one above."""
+    parent = path.resolve().parent
+    return (parent / RUN_CONFIG_FILE).is_file() and is_several(read_run_config(parent))
 
 
 def check_same_config(folder: Path, cfg: LanguageModelSAERunnerConfig) -> None:
-    """ValueError if the run in `folder` was started with other values of fields that change the weights."""
+    """Raise ValueError if the run in `folder` was started with other values of fields that change the weights."""
     differences = config_differences(read_run_config(folder), cfg, ignore=WATCHING_FIELDS)
     if differences:
         lines = [f"  {name}: {old!r} -> {new!r}" for name, (old, new) in differences.items()]
@@ -155,10 +157,20 @@ def check_same_config(folder: Path, cfg: LanguageModelSAERunnerConfig) -> None:
         )
 
 
+# ---------------------------------------------------------------------------------------------------- what is in it
+
+
+def write_config(folder: Path, cfg: Any) -> None:
+    """Write config.json into `folder`, which is made if it is not there."""
+    folder.mkdir(exist_ok=True)
+    content = {"config": config_to_dict(cfg), "versions": {name: installed_version(name) for name in PACKAGES}}
+    write_text(folder / RUN_CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+
+
 def read_run_config(folder: Path) -> LanguageModelSAERunnerConfig:
-    path = folder / CONFIG_FILE
+    path = folder / RUN_CONFIG_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: not a run folder, it has no {CONFIG_FILE}; expected runs/<run name>.")
+        raise FileNotFoundError(f"{folder}: not a run folder, it has no {RUN_CONFIG_FILE}; expected runs/<run name>.")
     return config_from_dict(json.loads(path.read_text(encoding="utf-8"))["config"])
 
 
@@ -168,10 +180,6 @@ def current_holder(folder: Path) -> str:
         return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError):
         return "another process"
-
-
-def package_versions() -> dict[str, str]:
-    return {name: installed_version(name) for name in PACKAGES}
 
 
 def installed_version(package: str) -> str:

@@ -1,9 +1,7 @@
-"""What a run logs: every row to metrics.jsonl, and the same rows to wandb when wandb is there.
+"""The log of an autoencoder's training: every row to metrics.jsonl, and the same rows to wandb where that is wanted.
 
-metrics.jsonl is the record of the run and wandb a mirror of it, so nothing that goes wrong with wandb
-ever reaches training. The file holds no wall-clock values: a run that was stopped and resumed leaves
-the same bytes as one that was not. This is the only module that imports wandb, and it does so only
-when a run wants it.
+metrics.jsonl is the record, wandb its mirror: nothing that goes wrong with wandb reaches training. The file holds no
+wall-clock values, so that a run that was stopped and resumed leaves the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -14,17 +12,13 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from sae_training.report.metrics_file import METRICS_FILE
-from sae_training.run.wandb_mirror import Notify, _WandbMirror
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
+from sae_training.formats.run_files import METRICS_FILE
+from sae_training.run.wandb_mirror import Notify, WandbMirror, WandbOptions
 
 HISTOGRAM_BINS = 64
 
@@ -32,14 +26,11 @@ HISTOGRAM_BINS = 64
 class RunLogger:
     """Appends rows to `folder/metrics.jsonl` and mirrors them to wandb.
 
-    `resume_at` is the `position()` a checkpoint kept: whatever the file holds after that byte is
-    dropped, so 0 starts it anew. `wandb_mode` is "online", "offline" or "disabled"; None takes
-    WANDB_MODE, and without that online if wandb finds an API key, else offline. A wandb run that the
-    caller has already opened (as the function of a sweep does) is used and left open. `notify` is
-    told, once each, what keeps wandb from working.
-
-    Loggers of a `wandb_group` have a wandb run each, at the same time, or where the caller has opened one share it,
-    with the name of the folder before their keys. `beside` is the group's first.
+    `resume_at` is a `position()` that a checkpoint kept: rows after that byte are dropped, so 0 begins the file anew.
+    `wandb` None means no wandb, and `config` is what wandb shows of the run. A wandb run that the caller has already
+    opened (as the function of a sweep does) is used and left open; the loggers of a group then share it, each with the
+    name of its folder before its keys. `beside` is the first logger of the group: if that is offline, so is this one.
+    `notify` is told, once each, what keeps wandb from working.
     """
 
     def __init__(
@@ -47,37 +38,18 @@ class RunLogger:
         folder: Path,
         *,
         config: Mapping[str, Any],
-        log_to_wandb: bool,
-        wandb_project: str | None = None,
-        wandb_entity: str | None = None,
-        wandb_group: str | None = None,
-        run_name: str | None = None,
-        wandb_mode: str | None = None,
+        wandb: WandbOptions | None = None,
         resume_at: int = 0,
         beside: RunLogger | None = None,
         notify: Notify = print,
-        init_timeout_s: float = 30.0,
-        finish_timeout_s: float = 60.0,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
-        _cut_back(self.path, resume_at, notify)
+        cut_back(self.path, resume_at, notify)
         self._file = self.path.open("ab")
-        self._wandb = _WandbMirror(folder, notify)
-        mode = wandb_mode or os.environ.get("WANDB_MODE") or None
-        if beside is not None and beside._wandb.is_offline:
-            mode = "offline"
-        if log_to_wandb and mode != "disabled":
-            self._wandb.start(
-                mode,
-                config=dict(config),
-                project=wandb_project,
-                entity=wandb_entity,
-                group=wandb_group,
-                name=run_name,
-                init_timeout_s=init_timeout_s,
-                finish_timeout_s=finish_timeout_s,
-            )
+        self._wandb = WandbMirror(folder, notify)
+        if wandb is not None:
+            self._wandb.start(wandb, dict(config), offline=beside is not None and beside._wandb.is_offline)
 
     @property
     def wandb_url(self) -> str | None:
@@ -87,12 +59,12 @@ class RunLogger:
     def log(self, row: Mapping[str, float | int], step: int, tokens: int) -> None:
         """Write one row: to wandb as it is, to the file with null for NaN and infinities (strict JSON).
 
-        In wandb the steps must not decrease: rows for an earlier step than the last are dropped there.
+        Steps must not decrease: wandb drops rows of an earlier step than the last.
         """
         numbers = {"details/n_training_tokens": tokens} | {
             key: value if isinstance(value, int) else float(value) for key, value in row.items()
         }
-        self._write({"step": step} | {key: _finite(value) for key, value in numbers.items()})
+        self._write({"step": step} | {key: value if math.isfinite(value) else None for key, value in numbers.items()})
         self._wandb.log(numbers, step)
 
     def log_timing(self, row: Mapping[str, float | int], step: int) -> None:
@@ -115,17 +87,17 @@ class RunLogger:
         metadata: Mapping[str, Any] | None = None,
         aliases: Sequence[str] = (),
     ) -> None:
-        """Hand files to wandb; they are not copied, so they must stay until the run is closed."""
+        """Hand files to wandb. They are not copied, so they must stay until the logger is closed."""
         self._wandb.log_artifact(name, artifact_type, paths, dict(metadata or {}), list(aliases))
 
     def position(self) -> int:
-        """Length of metrics.jsonl in bytes, everything up to there being safely on the disk."""
+        """Return the length of metrics.jsonl in bytes, after making sure that they are all on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self, exit_code: int = 0) -> None:
-        """End both records, waiting at most about `finish_timeout_s` for wandb; twice does no harm."""
+        """End both records, waiting at most about `finish_timeout_s` for wandb. Closing twice does no harm."""
         self._file.close()
         self._wandb.finish(exit_code)
 
@@ -133,10 +105,7 @@ class RunLogger:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(exit_code=0 if kind is None else 1)
 
@@ -145,20 +114,14 @@ class RunLogger:
         self._file.flush()
 
 
-"""Those with a wandb run of their own: several autoencoders have one each."""
-
-
-def _cut_back(path: Path, length: int, notify: Notify) -> None:
+def cut_back(path: Path, length: int, notify: Notify) -> None:
     """Shorten the file to `length` bytes, or to the last whole line before that."""
     present = path.read_bytes()[:length] if path.exists() else b""
     kept = present[: present.rfind(b"\n") + 1]
     if len(kept) != length:
         notify(
-            f"{path}: found {len(kept)} bytes of whole rows where the checkpoint expects {length}; going on with those"
+            f"{path}: found {len(kept)} bytes of whole rows, expected the {length} that the checkpoint names; "
+            "going on with those that are there"
         )
     if path.exists():
         os.truncate(path, len(kept))
-
-
-def _finite(value: float | int) -> float | int | None:
-    return value if math.isfinite(value) else None

@@ -1,14 +1,15 @@
-"""What a run will hold in memory, worked out before it starts, and the refusal of one that cannot fit.
+"""What a run will hold in memory, worked out before it starts, and the refusal of a run that cannot fit.
 
-A table of what is held throughout (language model, buffers, each autoencoder's weights and optimizer) and of what
-comes and goes (a pass of the language model, a step, an evaluation, a checkpoint), of which only the largest counts.
-What the process holds already is measured; all else follows from sizes, within a tenth of what runs were seen to hold.
+The plan adds what is held throughout (buffer, weights, optimizer) to the largest of what comes and goes (a pass of the
+language model, a step, an evaluation, a checkpoint). What the process holds already is measured; all else follows from
+sizes. test_memory_of_a_run.py holds the plan against the peak memory of real runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from sae_training.activations_store import ActivationsStore
@@ -17,49 +18,105 @@ from sae_training.config.types import FIXED_K
 from sae_training.machine.memory import gigabytes, memory_of
 from sae_training.run.evals import prompts_of_a_pass
 
+# Optimizer state in units of the weights (float32). 8-bit moments have a scale for each 256 of them.
 MOMENTS = {"adam": 2.0, "adam8bit": 0.52, "signum": 1.0}
 
-"""Optimizer state, in units of the weights (float32); 8-bit moments have a scale for each 256 of them."""
+FLOAT = 4  # bytes of a float32, in which training and evaluation compute
+PLACE = 8  # bytes a row of the buffer, for its place in the random order (int64)
 
-GIVEN_UP_SHARE = 0.97  # of what is free: the last few per cent are the system's
+MATRYOSHKA_PREFIXES = 5
+GRADIENTS_AND_ENCODER = 1.25  # of the weights: their gradients, and W_enc once more in 16 bits
+ROWS_OF_A_STEP = (
+    8  # tensors of (rows, d_in) at the peak of a sparse step: batch, target, reconstruction, gradients, ...
+)
+ROWS_OF_A_PREFIX = 4  # and for each further prefix of a matryoshka autoencoder
+BYTES_OF_AN_ENTRY = 80  # of a sparse code: value, index, gradients, and their sorted copies for the product by latent
+ROWS_OF_A_DENSE_STEP = 9
+CODES_OF_A_DENSE_STEP = 4  # tensors of (rows, d_sae): pre-activations, activations, and the gradient of each
+
+USABLE_SHARE = 0.97  # of what is free; the system needs the rest
 
 
 class NotEnoughMemory(ValueError):
     """A run would need more memory than the machine has; nothing was started."""
 
 
+class Kind(Enum):
+    """What memory is needed for."""
+
+    BUFFER = "buffer"
+    WEIGHTS = "weights"
+    OPTIMIZER = "optimizer state"
+    AVERAGES = "averages of weights"
+    PASS = "a pass of the language model"
+    STEP = "a training step"
+    EVALUATION = "an evaluation"
+    CHECKPOINT = "a checkpoint"
+
+
+HELD = (Kind.BUFFER, Kind.WEIGHTS, Kind.OPTIMIZER, Kind.AVERAGES)  # from the start of a run to its end
+OF_THE_LANGUAGE_MODEL = (Kind.BUFFER, Kind.PASS)  # all others grow with the dictionary
+
+
+@dataclass(frozen=True)
+class Part:
+    """So many bytes for one kind of thing; `detail` says in a table how many or how large."""
+
+    kind: Kind
+    bytes: int
+    detail: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.kind.value + self.detail
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by what needs them."""
+    """What a run needs, in bytes, and what there is."""
 
-    held: dict[str, int]
-    """From the start of the run to its end."""
-    passing: dict[str, int]
-    """One after the other."""
+    parts: tuple[Part, ...]
     in_use: int
-    """By the process now."""
+    """What the process holds now."""
     available: int
-    """To the process, beyond what it has."""
+    """What it can still get."""
     lm: int = 0
-    """Of what is in use, the language model's weights."""
+    """The language model's weights, which are part of what is in use."""
+
+    @property
+    def held(self) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.kind in HELD)
+
+    @property
+    def passing(self) -> tuple[Part, ...]:
+        """The parts that come one after the other, of which only the largest counts."""
+        return tuple(part for part in self.parts if part.kind not in HELD)
+
+    @property
+    def largest_passing(self) -> Part:
+        return max(self.passing, key=lambda part: part.bytes)
 
     @property
     def needed(self) -> int:
-        """Beyond what is in use now."""
-        return sum(self.held.values()) + max(self.passing.values())
+        """What the run needs beyond what the process holds now."""
+        return sum(part.bytes for part in self.held) + self.largest_passing.bytes
 
     @property
     def peak(self) -> int:
         return self.in_use + self.needed
 
+    @property
+    def usable(self) -> float:
+        return USABLE_SHARE * self.available
+
     def line(self) -> str:
         return f"Memory: {gigabytes(self.peak)} at most, of {gigabytes(self.in_use + self.available)}."
 
     def table(self) -> str:
-        largest = max(self.passing, key=lambda name: self.passing[name])
         rows = [("now, with the language model", self.in_use, f"({gigabytes(self.lm)} of it its weights)")]
-        rows += [(name, n, "") for name, n in self.held.items()]
-        rows += [(name, n, "" if name == largest else "(not at the same time)") for name, n in self.passing.items()]
+        for part in (*self.held, *self.passing):
+            counts = part.kind in HELD or part is self.largest_passing
+            rows.append((part.name, part.bytes, "" if counts else "(not at the same time)"))
         rows += [("peak", self.peak, ""), ("the machine has", self.in_use + self.available, "")]
         width = max(len(name) for name, _, _ in rows)
         return "\n".join(f"  {name:<{width}}  {gigabytes(n):>10}  {note}".rstrip() for name, n, note in rows)
@@ -68,79 +125,87 @@ class MemoryPlan:
 def plan_memory(
     cfg: LanguageModelSAERunnerConfig, singles: Iterable[LanguageModelSAERunnerConfig], store: ActivationsStore
 ) -> MemoryPlan:
-    """The plan of a run of `singles` that has loaded its language model and nothing else."""
+    """Return the plan of a run of `singles` whose process has loaded the language model and nothing else."""
     singles = list(singles)
     weights = [weight_bytes(single) for single in singles]
-    lm_bytes = store.model.cfg.dtype.itemsize
-    width = sum(site.d_in for site in store.sites)
-    several = len(singles) > 1
-    held = {
-        f"weights of {len(singles)} autoencoders, {each_of(weights)}" if several else "weights": sum(weights),
-        "their optimizers" if several else "optimizer": int(MOMENTS[cfg.optimizer] * sum(weights)),
-    }
-    if cfg.ema_decay is not None:
-        held["averages of weights"] = sum(weights)
-    if store.needs_buffer:
-        ahead = 0.5 if store.device.type == "cuda" else 0  # what is computed while the buffer's first half is served
-        row_bytes = width * lm_bytes + 8
-        held = {f"buffer, {store.n_rows:,} rows x {width:,}": int((1 + ahead) * store.n_rows * row_bytes), **held}
+    width = sum(site.d_in for site in store.hooks)
     # Where training scales its batches, what is evaluated and saved are copies with the scales folded in.
     folded = sum(weights) if cfg.normalize_activations == "expected_average_only_in" else 0
-    passing = {
-        "a pass of the language model": pass_bytes(cfg, store, width) if store.needs_buffer else 0,
-        "a training step": max(step_bytes(single, n) for single, n in zip(singles, weights, strict=True)),
-        "an evaluation": 0 if cfg.eval_every == 0 else evaluation_bytes(cfg, singles, store, width) + folded,
-        "a checkpoint": max(weights) // 2 + folded,  # one tensor at a time is laid out in order
-    }
+    parts = [
+        Part(Kind.WEIGHTS, sum(weights), f" of {len(singles)} autoencoders, {each_of(weights)}" * (len(singles) > 1)),
+        Part(Kind.OPTIMIZER, int(MOMENTS[cfg.optimizer] * sum(weights))),
+        Part(Kind.STEP, max(step_bytes(single, n) for single, n in zip(singles, weights, strict=True))),
+        Part(Kind.EVALUATION, 0 if cfg.eval_every == 0 else evaluation_bytes(cfg, singles, store, width) + folded),
+        Part(Kind.CHECKPOINT, max(weights) // 2 + folded),  # one tensor at a time is copied into order
+    ]
+    if cfg.ema_decay is not None:
+        parts.append(Part(Kind.AVERAGES, sum(weights)))
+    if store.needs_buffer:
+        buffer = Part(Kind.BUFFER, buffer_bytes(store, width), f", {store.n_rows:,} rows x {width:,}")
+        parts = [buffer, Part(Kind.PASS, pass_bytes(cfg, store, width)), *parts]
     in_use, available = memory_of(store.device)
     lm = sum(parameter.numel() * parameter.element_size() for parameter in store.model.parameters())
-    return MemoryPlan(held, passing, in_use, available, lm)
+    return MemoryPlan(tuple(parts), in_use, available, lm)
+
+
+# ------------------------------------------------------------------------------------------------- refusal and advice
 
 
 def check_memory(plan: MemoryPlan, cfg: LanguageModelSAERunnerConfig, n_saes: int) -> None:
-    """NotEnoughMemory, with the table and the most useful things to change, if the plan does not fit."""
-    if plan.needed <= GIVEN_UP_SHARE * plan.available:
+    """Raise NotEnoughMemory, with the table and the most useful things to change, if the plan does not fit."""
+    if plan.needed <= plan.usable:
         return
-    everything = plan.held | plan.passing
-    largest = max(everything, key=lambda name: everything[name])
+    largest = max(plan.parts, key=lambda part: part.bytes)
     raise NotEnoughMemory(
         f"memory: this run needs {gigabytes(plan.needed)} more, but {gigabytes(plan.available)} are free:\n"
-        f"{plan.table()}\nThe largest part is {largest}: {advice(plan, cfg, largest, n_saes)}."
+        f"{plan.table()}\nThe largest part is {largest.name}: {advice(plan, cfg, largest, n_saes)}."
     )
 
 
-def advice(plan: MemoryPlan, cfg: LanguageModelSAERunnerConfig, largest: str, n_saes: int) -> str:
-    """What to change, with about the value that would fit if nothing else is changed, where that can be told."""
-    if largest.startswith("buffer"):
-        return f"lower n_batches_in_buffer {lowered(plan, plan.held[largest], cfg.n_batches_in_buffer)}"
-    if largest == "a pass of the language model":
-        return f"lower store_batch_size (now {cfg.store_batch_size})"
-    by_size = {name: n for name, n in plan.held.items() if not name.startswith("buffer")}
-    passing = max((n for name, n in plan.passing.items() if name != "a pass of the language model"), default=0)
-    found = ["train fewer autoencoders at once"] if n_saes > 1 else []
-    found.append(f"lower expansion_factor {lowered(plan, sum(by_size.values()) + passing, cfg.expansion_factor)}")
-    if largest == "a training step":
-        found.append(f"set micro_batch_size lower (now {cfg.micro_batch_size or cfg.train_batch_size})")
-    if largest == "an evaluation":
-        found.append("set eval_every_steps=0")
-    if largest in by_size and cfg.optimizer == "adam" and cfg.feature_sampling_method is None:
-        saved = sum(n for name, n in by_size.items() if "optimizer" in name) * (
-            1 - MOMENTS["adam8bit"] / MOMENTS["adam"]
-        )
-        fits = plan.needed - saved <= GIVEN_UP_SHARE * plan.available
-        enough = "" if fits else ", which by itself is not enough"
-        found.append(f'set optimizer="adam8bit" (a quarter of the optimizer\'s memory{enough})')
-    return ", or ".join(found)
+def advice(plan: MemoryPlan, cfg: LanguageModelSAERunnerConfig, largest: Part, n_saes: int) -> str:
+    """Return what to change, with about the value that would fit if nothing else is changed, where that can be told."""
+    match largest.kind:
+        case Kind.BUFFER:
+            return f"lower n_batches_in_buffer {lowered(plan, [largest], cfg.n_batches_in_buffer)}"
+        case Kind.PASS:
+            return f"lower store_batch_size (now {cfg.store_batch_size})"
+        case Kind.STEP:
+            also = f", or set micro_batch_size lower (now {cfg.micro_batch_size or cfg.train_batch_size})"
+        case Kind.EVALUATION:
+            also = ", or set eval_every_steps=0"
+        case Kind.CHECKPOINT:
+            also = ""
+        case Kind.WEIGHTS | Kind.OPTIMIZER | Kind.AVERAGES:
+            also = in_8_bits(plan, cfg)
+    grows = [part for part in (*plan.held, plan.largest_passing) if part.kind not in OF_THE_LANGUAGE_MODEL]
+    fewer = "train fewer autoencoders at once, or " if n_saes > 1 else ""
+    return f"{fewer}lower expansion_factor {lowered(plan, grows, cfg.expansion_factor)}{also}"
 
 
-def lowered(plan: MemoryPlan, part: int, value: Any) -> str:
-    """(now ...) to what leaves room for a `part` of memory that grows with the value."""
-    room = GIVEN_UP_SHARE * plan.available - (plan.needed - part)
-    fits = [int(number * room / part) for number in (value if isinstance(value, list) else [value])]
+def in_8_bits(plan: MemoryPlan, cfg: LanguageModelSAERunnerConfig) -> str:
+    """Return the advice to keep Adam's moments in 8 bits; "" where they are, or where resampling rules it out."""
+    if cfg.optimizer != "adam" or cfg.feature_sampling_method is not None:
+        return ""
+    state = sum(part.bytes for part in plan.parts if part.kind is Kind.OPTIMIZER)
+    fits = plan.needed - state * (1 - MOMENTS["adam8bit"] / MOMENTS["adam"]) <= plan.usable
+    enough = "" if fits else ", which by itself is not enough"
+    return f', or set optimizer="adam8bit" (a quarter of the optimizer\'s memory{enough})'
+
+
+def lowered(plan: MemoryPlan, parts: Iterable[Part], value: Any) -> str:
+    """Return (now ...) to the value that leaves room for `parts`, which grow with it."""
+    size = sum(part.bytes for part in parts)
+    room = plan.usable - (plan.needed - size)
+    fits = [int(number * room / size) for number in (value if isinstance(value, list) else [value])]
     return f"(now {value}) to about {max(fits)}" if max(fits) > 0 else f"(now {value}; the rest does not fit either)"
 
 
 # --------------------------------------------------------------------------------------------------------- the parts
+
+
+def sizes(cfg: LanguageModelSAERunnerConfig) -> tuple[int, int]:
+    assert cfg.d_in is not None and cfg.d_sae is not None
+    return cfg.d_in, cfg.d_sae
 
 
 def weight_bytes(cfg: LanguageModelSAERunnerConfig) -> int:
@@ -155,24 +220,25 @@ def each_of(weights: list[int]) -> str:
     return f"{gigabytes(low)} each" if low == high else f"{gigabytes(low)} to {gigabytes(high)}"
 
 
-def sizes(cfg: LanguageModelSAERunnerConfig) -> tuple[int, int]:
-    assert cfg.d_in is not None and cfg.d_sae is not None
-    return cfg.d_in, cfg.d_sae
+def buffer_bytes(store: ActivationsStore, width: int) -> int:
+    """Rows in the language model's precision; on a GPU half of them once more, because they are computed ahead."""
+    row_bytes = width * store.model.cfg.dtype.itemsize + PLACE
+    return int((1.5 if store.device.type == "cuda" else 1) * store.n_rows * row_bytes)
 
 
 def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int) -> int:
-    """Gradients, the encoder in the precision of its product, about nine tensors of rows, the entries of the code."""
+    """Gradients, tensors of rows, and the code: sparse where k latents are chosen, else dense."""
     d_in, d_sae = sizes(cfg)
     rows = min(cfg.micro_batch_size or cfg.train_batch_size, cfg.tokens_per_step)
-    active = cfg.k if cfg.architecture in FIXED_K else d_sae // 5  # before it is sparse, the code is dense
     if cfg.architecture not in FIXED_K:
-        return weights + 9 * rows * d_in * 4 + 4 * rows * d_sae * 4
-    prefixes = 5 if cfg.architecture == "matryoshka" else 1
-    return int(1.25 * weights) + (8 + 4 * (prefixes - 1)) * rows * d_in * 4 + 80 * rows * active * prefixes
+        return weights + (ROWS_OF_A_DENSE_STEP * d_in + CODES_OF_A_DENSE_STEP * d_sae) * rows * FLOAT
+    prefixes = MATRYOSHKA_PREFIXES if cfg.architecture == "matryoshka" else 1
+    tensors = (ROWS_OF_A_STEP + ROWS_OF_A_PREFIX * (prefixes - 1)) * d_in * FLOAT
+    return int(GRADIENTS_AND_ENCODER * weights) + rows * (tensors + BYTES_OF_AN_ENTRY * cfg.k * prefixes)
 
 
 def pass_bytes(cfg: LanguageModelSAERunnerConfig, store: ActivationsStore, width: int) -> int:
-    """What a pass harvests, twice while it is put into the buffer, and what one block computes with."""
+    """What a pass harvests, twice while it is copied into the buffer, and what one block computes with."""
     lm = store.model.cfg
     tokens = cfg.store_batch_size * cfg.context_size
     block = tokens * (3 * lm.d_mlp + 8 * lm.d_model + 3 * lm.n_heads * cfg.context_size)
@@ -180,29 +246,22 @@ def pass_bytes(cfg: LanguageModelSAERunnerConfig, store: ActivationsStore, width
 
 
 def evaluation_bytes(
-    cfg: LanguageModelSAERunnerConfig,
-    singles: list[LanguageModelSAERunnerConfig],
-    store: ActivationsStore,
-    width: int,
+    cfg: LanguageModelSAERunnerConfig, singles: list[LanguageModelSAERunnerConfig], store: ActivationsStore, width: int
 ) -> int:
-    """Clean and changed logits, the distributions of one prompt, all activations, and the largest dense codes."""
+    """Clean and changed logits, five tensors of one prompt's distributions, all activations, and the largest codes."""
     lm = store.model.cfg
     widest = max(sizes(single)[1] for single in singles)
-    n_prompts = min(prompts_of_a_pass(cfg.context_size, store.model, widest), len_of_evaluation(cfg))
-    tokens = n_prompts * cfg.context_size
+    n_held_out = max(1, cfg.n_eval_batches * cfg.store_batch_size)
+    tokens = min(prompts_of_a_pass(cfg.context_size, store.model, widest), n_held_out) * cfg.context_size
+    logits = 2 * tokens * lm.d_vocab * lm.dtype.itemsize
+    distributions = 5 * cfg.context_size * lm.d_vocab * FLOAT
     codes = max(code_bytes(single, tokens) for single in singles)
-    return (
-        2 * tokens * lm.d_vocab * lm.dtype.itemsize + 5 * cfg.context_size * lm.d_vocab * 4 + codes + tokens * width * 4
-    )
+    return logits + distributions + codes + tokens * width * FLOAT
 
 
 def code_bytes(cfg: LanguageModelSAERunnerConfig, tokens: int) -> int:
-    """Dense codes, encoded and counted; where the largest are chosen, once more, and the encoder in 16 bits."""
+    """Dense codes, encoded and counted; where the largest are chosen, once more, and W_enc in 16 bits."""
     d_in, d_sae = sizes(cfg)
     if cfg.architecture not in FIXED_K:
-        return 3 * tokens * d_sae * 4
-    return 4 * tokens * d_sae * 4 + 2 * d_in * d_sae
-
-
-def len_of_evaluation(cfg: LanguageModelSAERunnerConfig) -> int:
-    return max(1, cfg.n_eval_batches * cfg.store_batch_size)
+        return 3 * tokens * d_sae * FLOAT
+    return 4 * tokens * d_sae * FLOAT + 2 * d_in * d_sae

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it trains: the progress bar and status.json."""
+"""What a person sees of a run while it trains: the progress bar, and status.json."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN = (
 
 
 class Progress:
-    """A bar in tokens (rate and remaining time come from tqdm), with loss, L0, explained variance and dead latents."""
+    """A bar in tokens with loss, L0, explained variance and dead latents; rate and remaining time come from tqdm."""
 
     def __init__(self, cfg: LanguageModelSAERunnerConfig, folder: RunFolder, first_step: int) -> None:
         self.tokens_per_step = cfg.tokens_per_step
@@ -35,14 +35,14 @@ class Progress:
             desc="training",
             unit="tok",
             unit_scale=True,
-            smoothing=0.05,  # an average over the last ~20 steps, so that a refill of the buffer does not jerk the ETA
+            smoothing=0.05,  # averages about 20 steps, so that a refill of the buffer does not move the ETA
         )
 
     def advance(self) -> None:
         self.bar.update(self.tokens_per_step)
 
     def show(self, metrics: Sequence[Mapping[str, float]]) -> None:
-        """Figures of the last step, of several autoencoders from the smallest to the largest."""
+        """Show the figures of the last step; of several autoencoders, the smallest and the largest of each figure."""
         if not metrics:
             return
         ranges = [f"{name} {spread([row[key] for row in metrics], form)}" for name, key, form in SHOWN]
@@ -50,7 +50,7 @@ class Progress:
         self.bar.set_postfix_str(", ".join(of_several + ranges), refresh=False)
 
     def tokens_per_s(self, step: int) -> float:
-        """Training tokens per second since this process began, at `step`."""
+        """Return the training tokens per second of this process, from its first step to `step`."""
         return (step - self.first_step) * self.tokens_per_step / max(time.monotonic() - self.started, 1e-9)
 
     def write_status(self, state: str, step: int, last_checkpoint: Path | None, **figures: Any) -> None:
@@ -72,6 +72,6 @@ class Progress:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """The value, or the smallest and the largest."""
+    """Return the smallest and the largest value; one number if they look the same."""
     ends = dict.fromkeys(format(value, form) for value in (min(values), max(values)))
     return "-".join(ends)

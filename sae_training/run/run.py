@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import TracebackType
 
 from torch import Tensor
 from tqdm import tqdm
@@ -23,12 +24,10 @@ from sae_training.training.trainer import NonFiniteLoss, SAETrainer
 
 @dataclass
 class Member:
-    """One autoencoder of a run, with its own config, folder and metrics.
-
-    `name` says in what it differs from the others ("" if it is the only one, whose folder is the run's).
-    """
+    """One autoencoder of a run, with its own config, folder and metrics."""
 
     name: str
+    """What distinguishes it from the others, and its folder within the run's; "" for the only one of a run."""
     cfg: LanguageModelSAERunnerConfig
     folder: Path
     sites: Sites
@@ -38,10 +37,10 @@ class Member:
     failure: str | None = None
     """Why its training was given up, while that of others goes on."""
 
-    @property
-    def sae(self) -> SparseAutoencoder:
-        """The autoencoder for activations as the model has them: what is in training, or where training scales its
-        batches, a copy with the scales folded in.
+    def folded(self) -> SparseAutoencoder:
+        """Return the autoencoder for activations in the model's own units.
+
+        It is the one in training or, where training scales its batches, a copy with the scales folded in.
         """
         if not self.is_scaled:
             return self.trainer.sae
@@ -51,8 +50,8 @@ class Member:
 
     @property
     def scales(self) -> tuple[float, float]:
-        """What rows of its input and of its target are multiplied by before it is trained on them."""
-        return self.store.scales[self.sites[0]], self.store.scales[self.sites[-1]]
+        """The factors of rows of its input, and of its target, before it is trained on them."""
+        return self.store.scales[self.sites.input], self.store.scales[self.sites.target]
 
     @property
     def is_scaled(self) -> bool:
@@ -60,13 +59,13 @@ class Member:
         return self.scales != (1.0, 1.0)
 
     def part(self, name: str) -> str:
-        """The name of one of its files in a checkpoint."""
-        return f"{self.name}/{name}" if self.name else name
+        """Return the name that one of its files has in a checkpoint."""
+        return (PurePosixPath(self.name) / name).as_posix()
 
 
 @dataclass
 class Run:
-    """Everything with state in a training run; `step` counts finished optimizer steps."""
+    """Everything with state in a training run."""
 
     cfg: LanguageModelSAERunnerConfig
     """As it was given: with lists, if it describes several autoencoders."""
@@ -76,19 +75,20 @@ class Run:
     progress: Progress
     held_out: Tensor
     step: int = 0
+    """How many optimizer steps are finished."""
     last_checkpoint: Path | None = None
     last_checkpoint_time: float = field(default_factory=time.monotonic)
 
     @property
     def saes(self) -> dict[str, SparseAutoencoder]:
         """The autoencoders by name, without those whose training was given up."""
-        return {member.name: member.sae for member in self.trained}
+        return {member.name: member.folded() for member in self.trained}
 
     @property
     def sae(self) -> SparseAutoencoder:
         """The autoencoder of a run that has only one."""
         (member,) = self.members
-        return member.sae
+        return member.folded()
 
     @property
     def trained(self) -> list[Member]:
@@ -98,15 +98,31 @@ class Run:
     def n_training_tokens(self) -> int:
         return self.step * self.cfg.tokens_per_step
 
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close what is open; if the run did not come to its end, status.json says so."""
+        try:
+            if error is not None:
+                self.write_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        finally:
+            self.progress.close()
+            for member in self.members:
+                member.logger.close()
+
     def write_status(self, state: str) -> None:
-        failed = {member.name: member.failure for member in self.members if member.failure}
-        self.progress.write_status(state, self.step, self.last_checkpoint, **({"failed": failed} if failed else {}))
+        failures = {member.name: member.failure for member in self.members if member.failure}
+        figures = {"failed": failures} if failures else {}
+        self.progress.write_status(state, self.step, self.last_checkpoint, **figures)
 
 
 def check_finite(run: Run, member: Member, weights: bool = False) -> None:
-    """NonFiniteLoss, with what to do, if the loss of any step (or, if asked, a weight now) is not finite.
+    """Raise NonFiniteLoss, saying what to do, if the loss of any step (or, with `weights`, a weight now) is not finite.
 
-    Where other autoencoders are still in training, this one's is given up with a message, and theirs goes on.
+    While other autoencoders are in training, this one is given up with a message instead, and the run goes on.
     """
     try:
         member.trainer.check_finite()

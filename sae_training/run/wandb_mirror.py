@@ -1,4 +1,4 @@
-"""TODO."""
+"""A mirror of a run's log in wandb. This is the only file that imports wandb, and only when a run wants it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,22 +16,45 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from sae_training.report.metrics_file import METRICS_FILE
+from sae_training.formats.run_files import METRICS_FILE
 
 WANDB_RUN_ID_FILE = "wandb_run_id.txt"
 
-_LONGEST_ARTIFACT_NAME = 128  # wandb refuses longer ones
-
-_MOST_METADATA_KEYS = 100  # likewise, counted at the top level only
+LONGEST_ARTIFACT_NAME = 128  # because wandb refuses longer ones
+MOST_METADATA_KEYS = 100  # likewise, counted at the top level only
 
 Notify = Callable[[str], None]
 
 
-class _WandbMirror:
-    """A wandb run that can fail at any point: the first failure is told and switches it off."""
+@dataclass(frozen=True)
+class WandbOptions:
+    """How a run appears in wandb, and how long it may be waited for.
+
+    `mode` is "online", "offline" or "disabled"; None takes WANDB_MODE and, without that, online if wandb finds an API
+    key, else offline. Runs of one `group` are open at the same time.
+    """
+
+    mode: str | None = None
+    project: str | None = None
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    init_timeout_s: float = 30.0
+    finish_timeout_s: float = 60.0
+
+    @classmethod
+    def of(cls, cfg: Any, name: str, group: str | None = None) -> WandbOptions | None:
+        """Return the options in a run config, or in one of toy models; None if it does not want wandb."""
+        if not cfg.log_to_wandb:
+            return None
+        return cls(cfg.wandb_mode, cfg.wandb_project, cfg.wandb_entity, name, group)
+
+
+class WandbMirror:
+    """A wandb run that may fail at any point: its user is told of the first failure, which switches the mirror off."""
 
     def __init__(self, folder: Path, notify: Notify) -> None:
-        self._folder = folder.resolve()  # wandb takes a relative path as relative to wherever it starts
+        self._folder = folder.resolve()  # because wandb takes a relative path as relative to wherever it starts
         self._notify = notify
         self._wandb: ModuleType | None = None
         self._run: Any = None
@@ -47,7 +71,11 @@ class _WandbMirror:
     def is_offline(self) -> bool:
         return self._run is not None and self._run.offline
 
-    def start(self, mode: str | None, *, config: dict[str, Any], group: str | None, **options: Any) -> None:
+    def start(self, options: WandbOptions, config: dict[str, Any], offline: bool = False) -> None:
+        """Open the wandb run, or join the one that the caller has opened; a mode of "disabled" opens none."""
+        mode = options.mode or os.environ.get("WANDB_MODE") or None
+        if mode == "disabled":
+            return
         try:
             import wandb
         except ImportError as error:
@@ -57,56 +85,44 @@ class _WandbMirror:
         try:
             if wandb.run is not None:
                 self._run = wandb.run
-                self._prefix = "" if group is None else f"{self._folder.name}/"
-                own = config if group is None else {self._folder.name: config}
+                self._prefix = "" if options.group is None else f"{self._folder.name}/"
+                own = config if options.group is None else {self._folder.name: config}
                 self._run.config.update(own, allow_val_change=True)
             else:
                 self._owns_run = True
-                self._run = self._open(wandb, mode, config, group=group, **options)
-                _open_mirrors.add(self)
+                self._run = self._open(wandb, "offline" if offline else mode, options, config)
+                open_mirrors.add(self)
         except Exception as error:
             self._switch_off("could not be started", error)
 
-    def _open(
-        self,
-        wandb: ModuleType,
-        mode: str | None,
-        config: dict[str, Any],
-        *,
-        project: str | None,
-        entity: str | None,
-        group: str | None,
-        name: str | None,
-        init_timeout_s: float,
-        finish_timeout_s: float,
-    ) -> Any:
+    def _open(self, wandb: ModuleType, mode: str | None, options: WandbOptions, config: dict[str, Any]) -> Any:
         online = mode not in ("offline", "dryrun")
-        if online and not _has_api_key(wandb):
-            # Going on would make wandb ask for a key at the terminal and wait for the answer.
+        if online and not has_api_key(wandb):
+            # Without this wandb would ask for a key at the terminal, and wait for the answer.
             self._notify(f"wandb: no API key found, so this run is kept offline; {self._how_to_sync()}")
             online = False
-        in_sweep = "WANDB_SWEEP_ID" in os.environ  # the agent has then settled project, entity and id
+        in_sweep = "WANDB_SWEEP_ID" in os.environ  # then the agent has settled project, entity and id
         arguments: dict[str, Any] = {
             "dir": str(self._folder),
             "config": config,
-            "name": name,
-            "project": None if in_sweep else project,
-            "entity": None if in_sweep else entity,
-            "id": None if in_sweep and group is None else self._run_id(is_only_one=group is None),
-            "settings": _quiet_settings(wandb, init_timeout_s, finish_timeout_s),
+            "name": options.name,
+            "project": None if in_sweep else options.project,
+            "entity": None if in_sweep else options.entity,
+            "id": None if in_sweep and options.group is None else self._run_id(is_only_one=options.group is None),
+            "settings": quiet_settings(wandb, options),
         }
-        if group is not None:  # the others of the group go on
-            arguments |= {"group": group, "reinit": "create_new"}
+        if options.group is not None:  # the runs of the others stay open
+            arguments |= {"group": options.group, "reinit": "create_new"}
         run = None
         if online:
             try:
                 run = wandb.init(mode=mode or "online", resume=None if in_sweep else "allow", **arguments)
             except Exception as error:
                 self._notify(
-                    f"wandb: no connection ({_first_line(error)}), so this run is kept offline; {self._how_to_sync()}"
+                    f"wandb: no connection ({described(error)}), so this run is kept offline; {self._how_to_sync()}"
                 )
-                if not _open_mirrors:
-                    wandb.teardown()  # or the service goes on holding the run id
+                if not open_mirrors:
+                    wandb.teardown()  # because the service would go on holding the run id
         if run is None:
             run = wandb.init(mode="offline", **arguments)
         self._keep_run_id(run.id)
@@ -114,7 +130,7 @@ class _WandbMirror:
 
     def log(self, row: dict[str, Any], step: int) -> None:
         row = {self._prefix + key: value for key, value in row.items()}
-        self._attempt("lost its connection", lambda: self._run.log(row, step=step))
+        self._attempt(lambda: self._run.log(row, step=step))
 
     def log_histogram(self, key: str, counts: np.ndarray, edges: np.ndarray, step: int) -> None:
         def send() -> None:
@@ -122,72 +138,61 @@ class _WandbMirror:
             histogram = self._wandb.Histogram(np_histogram=(counts, edges))
             self._run.log({self._prefix + key: histogram}, step=step)
 
-        self._attempt("lost its connection", send)
+        self._attempt(send)
 
     def log_artifact(
-        self,
-        name: str,
-        artifact_type: str,
-        paths: Sequence[Path],
-        metadata: dict[str, Any],
-        aliases: list[str],
+        self, name: str, artifact_type: str, paths: Sequence[Path], metadata: dict[str, Any], aliases: list[str]
     ) -> None:
-        def send() -> None:
+        if self._run is None:
+            return
+        try:
             assert self._wandb is not None
-            fits = len(metadata) <= _MOST_METADATA_KEYS
-            artifact = self._wandb.Artifact(
-                _artifact_name(name),
-                artifact_type,
-                metadata=metadata if fits else {"cfg": metadata},
-            )
+            shown = metadata if len(metadata) <= MOST_METADATA_KEYS else {"cfg": metadata}
+            artifact = self._wandb.Artifact(artifact_name(name), artifact_type, metadata=shown)
             for path in paths:
                 # The default policy and cache would each copy the weights into the home directory.
                 artifact.add_file(str(path), name=path.name, policy="immutable", skip_cache=True)
             self._run.log_artifact(artifact, aliases=aliases or None)
-
-        if self._run is None:
-            return
-        try:
-            send()
         except Exception as error:
-            # A file or a name may be at fault; the metrics can still flow.
-            self._notify(f"wandb: artifact {name} was not logged ({_first_line(error)})")
+            # The mirror stays on: a file or a name may be at fault, and metrics can still flow.
+            self._notify(f"wandb: artifact {name} was not logged ({described(error)})")
 
     def finish(self, exit_code: int) -> None:
+        """End the wandb run if this mirror opened it, waiting a bounded time for what is still to be uploaded."""
         run, self._run = self._run, None
-        _open_mirrors.discard(self)
+        open_mirrors.discard(self)
         if run is None or not self._owns_run:
             return
         try:
             run.finish(exit_code=exit_code)
         except Exception as error:
-            self._notify(f"wandb: not everything was uploaded ({_first_line(error)}); {self._how_to_sync()}")
+            self._notify(f"wandb: not everything was uploaded ({described(error)}); {self._how_to_sync()}")
             self._end_session()
 
-    def _attempt(self, failure: str, action: Callable[[], None]) -> None:
+    def _attempt(self, send: Callable[[], None]) -> None:
         if self._run is None:
             return
         try:
-            action()
+            send()
         except Exception as error:
-            self._switch_off(failure, error)
+            self._switch_off("lost its connection", error)
 
     def _switch_off(self, failure: str, error: Exception) -> None:
         self._notify(
-            f"wandb: {failure} ({_first_line(error)}); it is off from here on, and metrics go to {METRICS_FILE} alone"
+            f"wandb: {failure} ({described(error)}); it is off from here on, and metrics go to {METRICS_FILE} alone"
         )
         self._run = None
         if self._owns_run:
             self._end_session()
 
     def _end_session(self) -> None:
-        _open_mirrors.discard(self)
-        if self._wandb is not None and not _open_mirrors:  # it would end the runs of the others too
-            with suppress(Exception):  # its own exit hook would print a traceback
+        open_mirrors.discard(self)
+        if self._wandb is not None and not open_mirrors:  # because it would end the runs of the others too
+            with suppress(Exception):  # because wandb's own exit hook would print a traceback
                 self._wandb.teardown()
 
     def _run_id(self, is_only_one: bool) -> str:
-        """One id for the life of the run folder: a resumed run continues the same wandb run."""
+        """Return the one id that the run folder has for life: a resumed run continues the same wandb run."""
         if is_only_one and (given := os.environ.get("WANDB_RUN_ID")):
             return given
         with suppress(FileNotFoundError):
@@ -206,8 +211,12 @@ class _WandbMirror:
         return f"'wandb sync {self._folder / 'wandb'}/*run-*' uploads it later"
 
 
-def _quiet_settings(wandb: ModuleType, init_timeout_s: float, finish_timeout_s: float) -> Any:
-    """Settings under which wandb leaves console, code and git alone and waits a bounded time."""
+open_mirrors: set[WandbMirror] = set()
+"""The mirrors that have opened a wandb run and not ended it: one for each autoencoder of a run of several."""
+
+
+def quiet_settings(wandb: ModuleType, options: WandbOptions) -> Any:
+    """Return settings under which wandb leaves console, code and git alone and waits a bounded time."""
     wanted = {
         "console": "off",
         "silent": True,
@@ -216,16 +225,16 @@ def _quiet_settings(wandb: ModuleType, init_timeout_s: float, finish_timeout_s: 
         "disable_code": True,
         "disable_git": True,
         "disable_job_creation": True,
-        "init_timeout": init_timeout_s,
-        "finish_timeout": finish_timeout_s,
+        "init_timeout": options.init_timeout_s,
+        "finish_timeout": options.finish_timeout_s,
         "finish_timeout_raises": True,
     }
-    known = wandb.Settings.model_fields  # older releases lack the finish timeout
+    known = wandb.Settings.model_fields  # because older releases lack the finish timeout
     return wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
 
 
-def _has_api_key(wandb: ModuleType) -> bool:
-    """Whether wandb can log in without asking: by environment, earlier login or netrc file."""
+def has_api_key(wandb: ModuleType) -> bool:
+    """Return whether wandb can log in without asking: by environment, earlier login or netrc file."""
     settings = wandb.setup().settings
     if settings.api_key or os.environ.get("WANDB_API_KEY") or getattr(settings, "identity_token_file", None):
         return True
@@ -236,14 +245,12 @@ def _has_api_key(wandb: ModuleType) -> bool:
     return entries.authenticators(urlsplit(settings.base_url).netloc) is not None
 
 
-def _artifact_name(name: str) -> str:
-    """The name with what wandb forbids replaced; a long one keeps its end, where runs differ."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)[-_LONGEST_ARTIFACT_NAME:]
+def artifact_name(name: str) -> str:
+    """Return the name without what wandb forbids; a long one keeps its end, where runs differ."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)[-LONGEST_ARTIFACT_NAME:]
 
 
-def _first_line(error: Exception) -> str:
+def described(error: Exception) -> str:
+    """Return the kind of the error and the first line of its message: wandb's messages run to pages."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-_open_mirrors: set[_WandbMirror] = set()

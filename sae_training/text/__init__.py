@@ -1,1 +1,1 @@
-"""From documents to contexts of token ids."""
+"""Turn documents into contexts of token ids."""

@@ -1,4 +1,4 @@
-"""Documents read in order from any saved position, whatever data set they come from.
+"""Read the documents of a data set in order, from any saved position.
 
 open_documents --> Documents --read(position)--> Chunk, Chunk, ... --> TokenStream
 """
@@ -10,59 +10,79 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+from sae_training.machine.paths import first_line
 
-# JSON-safe place in a document source; what the keys mean is the source's own business.
+# A JSON-safe place in a data set. Only Documents knows what the keys mean.
 Position = dict[str, Any]
 
-# Longer documents are handed out in pieces, so that memory and saved states stay small.
+# Characters or token ids. Longer documents are read in pieces, so that memory and saved states stay small.
 MAX_CHUNK_LENGTH = 1_000_000
-SAMPLE_ROWS, SAMPLE_PARTS = 64, 16  # of which a fingerprint is made: documents, and places in each
+
+# A fingerprint reads this many rows, and characters or ids at this many places of each row.
+_SAMPLE_ROWS, _SAMPLE_PLACES = 64, 16
 
 
 class Chunk(NamedTuple):
-    """A document or, of one longer than MAX_CHUNK_LENGTH, a piece of it."""
+    """A document, or a piece of a document that is longer than MAX_CHUNK_LENGTH."""
 
     content: str | Sequence[int]
     starts_document: bool
     next_position: Position
 
 
+class Given(NamedTuple):
+    """A data set as messages name it: the config field, and the value of that field."""
+
+    field: str
+    name: str
+
+    def empty(self) -> ValueError:
+        return ValueError(f"{self.field}: {self.name} is empty (0 rows), expected text; give another")
+
+    def unreadable(self, error: Exception) -> ValueError:
+        cause = error.__cause__ or error
+        return ValueError(
+            f"{self.field}: {self.name} could not be read ({type(cause).__name__}: {first_line(cause)}); "
+            "check the data, or open it with datasets.load_dataset and pass the object"
+        )
+
+
 class Documents:
     """The documents of one data set in a fixed order, readable from any saved position.
 
-    A map-style data set is positioned by its row index, a streamed one by the state that `datasets`
-    gives. That state lacks the content of a shuffle buffer: behind one, the rows before the
-    position are read again, which is exact if the shuffle has a seed.
+    A map-style data set is positioned by its row index, a streamed one by the state that `datasets` gives. That state
+    lacks the content of a shuffle buffer. Rows behind a shuffle buffer are therefore read again from the start, which
+    is exact if the shuffle has a seed.
 
-    `ends_with` says what has run out where the documents end, if that is not the whole of `name`.
+    ends_with: what has run out where the documents end, if that is not all of `given`.
     """
 
     def __init__(
         self,
-        dataset: Dataset | IterableDataset,
+        dataset: Any,
         column: str,
         is_tokenized: bool,
-        name: str,
+        given: Given,
         ends_with: str | None = None,
+        max_chunk_length: int = MAX_CHUNK_LENGTH,
     ) -> None:
-        self.name = name
-        self.ends_with = ends_with or name
+        self.dataset = dataset
         self.column = column
         self.is_tokenized = is_tokenized
+        self.given = given
+        self.ends_with = ends_with or given.name
+        self.max_chunk_length = max_chunk_length
         # Only a map-style data set has a length.
-        self.n_rows = len(dataset) if hasattr(dataset, "__len__") else None  # pyright: ignore[reportArgumentType]
-        self.dataset: Any = dataset
+        self.n_rows: int | None = len(dataset) if hasattr(dataset, "__len__") else None
         if self.n_rows is not None:
             self._kind = "rows"
         else:
             self._kind = "replayed stream" if _has_shuffle_buffer(dataset) else "stream"
 
     def start(self) -> Position:
-        """Position of the first document."""
+        """The position of the first document."""
         position: Position = {
             "kind": self._kind,
             "column": self.column,
@@ -76,36 +96,34 @@ class Documents:
 
     @functools.cached_property
     def fingerprint(self) -> str | None:
-        """A hash of SAMPLE_ROWS evenly spaced documents, which tells a text from another version of it; None where
-        only a stream could be read.
-        """
+        """A hash of 64 evenly spaced documents, which tells a text from another version of it; None for a stream."""
         if self.n_rows is None:
             return None
         digest = hashlib.sha256()
-        for row in dict.fromkeys(i * (self.n_rows - 1) // (SAMPLE_ROWS - 1) for i in range(SAMPLE_ROWS)):
+        for row in dict.fromkeys(i * (self.n_rows - 1) // (_SAMPLE_ROWS - 1) for i in range(_SAMPLE_ROWS)):
             content = self.dataset[row][self.column]
             content = () if content is None else content
-            parts = [content[i * len(content) // SAMPLE_PARTS :][:100] for i in range(SAMPLE_PARTS)]
+            parts = [content[i * len(content) // _SAMPLE_PLACES :][:100] for i in range(_SAMPLE_PLACES)]
             digest.update(repr((len(content), parts, content[-100:])).encode())
         return digest.hexdigest()[:16]
 
     def check_position(self, position: Position) -> None:
-        """Raise ValueError for a position that was taken from another source."""
+        """Raise ValueError for a position that was taken from another data set."""
         start = self.start()
         for key in ("kind", "column", "is_tokenized", "n_rows", "content"):
             found, expected = start[key], position.get(key)
-            if found == expected or key == "content" and expected is None:  # as earlier versions have it
+            if found == expected or key == "content" and expected is None:  # earlier versions saved no "content"
                 continue
-            advice = "the text itself has changed since; give that of then"
-            if key != "content":
-                advice = "give the data set, streaming and dataset_text_column of then"
+            advice = "use the same dataset_path, streaming and dataset_text_column as when the position was saved"
+            if key == "content":
+                advice = "the text itself has changed since; use the text as it was"
             raise ValueError(
-                f"the saved position is of a source with {key} {expected!r}, but {self.name} has {key} {found!r}; "
-                f"{advice}"
+                f"the saved position is of a source with {key} {expected!r}, but {self.given.name} has {key} "
+                f"{found!r}; {advice}"
             )
 
     def read(self, position: Position | None = None) -> Iterator[Chunk]:
-        """Chunks from a position on, to the end of the data; empty documents are left out.
+        """Chunks from a position (None: the start) to the end of the data, without empty documents.
 
         Readers are independent of each other.
         """
@@ -114,18 +132,13 @@ class Documents:
         offset = position["offset"]
         for content, here, after in rows:
             content = () if content is None else content
-            length = len(content)
-            while offset < length:
-                end = _chunk_end(content, offset)
-                if end < length:
-                    yield Chunk(content[offset:end], offset == 0, here | {"offset": end})
-                else:
-                    yield Chunk(content[offset:], offset == 0, after)
-                offset = end
+            for start, end in pieces(content, self.max_chunk_length, offset):
+                next_position = after if end == len(content) else here | {"offset": end}
+                yield Chunk(content[start:end], start == 0, next_position)
             offset = 0
 
     def _rows(self, position: Position) -> Iterator[tuple[Any, Position, Position]]:
-        """(content, position of this row, position of the next) of a map-style data set."""
+        """(content, position of the row, position of the next row) for each row of a map-style data set."""
         here = position | {"offset": 0}
         for row in range(position["row"], self.n_rows or 0):
             after = here | {"row": row + 1}
@@ -133,7 +146,7 @@ class Documents:
             here = after
 
     def _stream(self, position: Position) -> Iterator[tuple[Any, Position, Position]]:
-        """The same of a streamed data set."""
+        """(content, position of the row, position of the next row) for each row of a streamed data set."""
         stream = independent_copy(self.dataset)
         if self._kind == "stream":
             if position["stream"] is not None:
@@ -147,7 +160,7 @@ class Documents:
                 example = next(examples, None)
             except (KeyError, IndexError) as error:
                 if row == position["row"] and row > 0:
-                    error.add_note(f"the saved position does not fit {self.name}: has it changed?")
+                    error.add_note(f"the saved position does not fit {self.given.name}: has it changed?")
                 raise
             if example is None:
                 return
@@ -159,18 +172,18 @@ class Documents:
 
 
 def independent_copy(dataset: Any) -> Any:
-    """A data set to read or to set to a position, leaving every other reader of it alone.
+    """A copy of a data set, which can be read or set to a position without disturbing other readers.
 
-    A streaming data set keeps where its one reader stands inside itself, even in what its own
-    methods (`take`, `with_format`, ...) return.
+    A streaming data set holds the place of its one reader inside itself. Data sets that its methods (`take`,
+    `with_format`, ...) return share this place.
     """
-    # Its hub file systems belong to the whole process, which may open one at any moment.
+    # The hub file systems are shared by the whole process, which may open one of them at any moment.
     shared = getattr(dataset, "_IterableDataset__hffs_cache", None)
     return copy.deepcopy(dataset, {id(shared): shared})
 
 
 def _has_shuffle_buffer(dataset: object) -> bool:
-    # No public attribute tells; the state of a shuffled stream looks like any other.
+    # No public attribute tells: the state of a shuffled stream looks like any other.
     parts = [getattr(dataset, "_ex_iterable", None)]
     while parts:
         part = parts.pop()
@@ -181,27 +194,26 @@ def _has_shuffle_buffer(dataset: object) -> bool:
     return False
 
 
-def pieces(content: str) -> Iterator[str]:
-    """The pieces in which a text is handed out."""
-    start = 0
+def pieces(content: str | Sequence[int], max_length: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Where each chunk of a document begins and ends, for the chunks from `start` on."""
     while start < len(content):
-        end = _chunk_end(content, start)
-        yield content[start:end]
+        end = _end_of_chunk(content, start, max_length)
+        yield start, end
         start = end
 
 
-def _chunk_end(content: str | Sequence[int], start: int) -> int:
+def _end_of_chunk(content: str | Sequence[int], start: int, max_length: int) -> int:
     """Where the chunk that begins at `start` ends.
 
-    Text is cut before a blank between two words, where pre-tokenizers cut too, so that the pieces
-    give the tokens of the whole; failing that after a newline, failing that anywhere.
+    Text is cut before a blank between two words. Pre-tokenizers cut there too, so the chunks give the tokens of the
+    whole document. Text without such a blank is cut after a newline, and text without a newline anywhere.
     """
-    end = start + MAX_CHUNK_LENGTH
+    end = start + max_length
     if end >= len(content):
         return len(content)
     if not isinstance(content, str):
         return end
-    lowest = start + MAX_CHUNK_LENGTH // 2
+    lowest = start + max_length // 2
     blank = content.rfind(" ", lowest, end)
     while blank > lowest:
         if content[blank - 1].isalnum() and content[blank + 1].isalnum():

@@ -1,19 +1,18 @@
-"""Documents laid out as one stream of ids, and the stream cut into contexts.
+"""Put the ids of documents into one stream, and cut the stream into contexts.
 
-Batches of documents are laid out and joined one after the other; which they are must not show in the contexts, so all
-that crosses their borders (the id before, a run of BOS) is looked after here.
+    ids of each document --lay_out--> one batch --append--> the ids not packed yet --pack--> contexts
+
+Contexts must not depend on where batches begin, so `lay_out` is told the id before the batch, and `append` shortens
+runs of BOS that cross the border.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Separator = Literal["auto", "bos", "eos", "sep", "none"] | int
 
@@ -25,14 +24,16 @@ def lay_out(
     separator_id: int | None,
     last_id: int | None,
 ) -> np.ndarray:
-    """The ids of documents (or pieces of them) as one run, after a stream that ended with `last_id` (None: not begun).
+    """The ids of a batch of chunks, one after the other, (n,) int64.
 
-    bos_id stands before every document, separator_id between two. A document that begins with the separator after one
-    that ends with it loses its own.
+    bos_id: put before every document.
+    separator_id: put between two documents, unless one of them brings it. Where the first ends and the second begins
+        with it, the second loses its own.
+    last_id: the id before this batch; None at the start of the stream.
     """
     parts = [np.empty(0, dtype=np.int64)]
-    for found, starts in zip(ids_of_chunk, starts_document, strict=True):
-        ids = np.asarray(found, dtype=np.int64)
+    for chunk_ids, starts in zip(ids_of_chunk, starts_document, strict=True):
+        ids = np.asarray(chunk_ids, dtype=np.int64)
         if len(ids) == 0:
             continue
         if starts and bos_id is not None:
@@ -47,55 +48,55 @@ def lay_out(
     return np.concatenate(parts)
 
 
-def join(pending: np.ndarray, tokens: np.ndarray, bos_id: int | None) -> np.ndarray:
-    """One after the other, runs of BOS made one: documents may bring their own, or end with it."""
-    joined = np.concatenate([pending, tokens])
+def append(pending: np.ndarray, ids: np.ndarray, bos_id: int | None) -> np.ndarray:
+    """`ids` after `pending`, with every run of BOS shortened to one, because documents may begin or end with BOS."""
+    joined = np.concatenate([pending, ids])
     if bos_id is None or len(joined) == 0:
         return joined
     is_bos = joined == bos_id
     return joined[np.concatenate([[True], ~(is_bos[1:] & is_bos[:-1])])]
 
 
-def pack(tokens: np.ndarray, context_size: int, bos_id: int | None, limit: int) -> tuple[np.ndarray, int]:
-    """(at most `limit` full contexts from the front of a run of ids, how many ids they used up).
+def pack(ids: np.ndarray, context_size: int, bos_id: int | None, limit: int) -> tuple[np.ndarray, int]:
+    """(contexts (n, context_size), number of ids they used), with at most `limit` contexts, all of them full.
 
-    With a BOS, a context whose first id is not one gets one put in front and takes one id less.
+    With `bos_id`, every context begins with it: a context whose first id is another gets it in front, and takes one id
+    less.
     """
     shortest = context_size if bos_id is None else context_size - 1
-    rows = np.empty((min(limit, len(tokens) // shortest), context_size), dtype=np.int64)
+    rows = np.empty((min(limit, len(ids) // shortest), context_size), dtype=np.int64)
     n_rows = used = 0
     while n_rows < len(rows):
         n_put = 0
-        if bos_id is not None and used < len(tokens) and tokens[used] != bos_id:
+        if bos_id is not None and used < len(ids) and ids[used] != bos_id:
             n_put, rows[n_rows, 0] = 1, bos_id
         end = used + context_size - n_put
-        if end > len(tokens):
+        if end > len(ids):
             break
-        rows[n_rows, n_put:] = tokens[used:end]
+        rows[n_rows, n_put:] = ids[used:end]
         n_rows, used = n_rows + 1, end
     return rows[:n_rows], used
 
 
-def bos_id_of(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
-    """The id that starts contexts; None, with a warning, where the tokenizer has neither BOS nor EOS."""
-    for token_id in (
-        getattr(tokenizer, "bos_token_id", None),
-        getattr(tokenizer, "eos_token_id", None),
-    ):
+def bos_id_of(tokenizer: Any) -> int | None:
+    """The id that starts contexts: BOS, else EOS; None, with a warning, where the tokenizer has neither."""
+    for name in ("bos_token_id", "eos_token_id"):
+        token_id = getattr(tokenizer, name, None)
         if token_id is not None:
             return int(token_id)
     warnings.warn(
-        "prepend_bos: the tokenizer has neither a BOS nor an EOS token, so documents and contexts "
-        "are packed without one (prepend_bos=False says the same without this warning)",
+        "prepend_bos: the tokenizer has neither a BOS nor an EOS token, so documents and contexts are packed without "
+        "one (prepend_bos=False does the same without this warning)",
         stacklevel=3,
     )
     return None
 
 
-def separator_id_of(
-    tokenizer: PreTrainedTokenizerBase | None, separator: Separator, vocab_size: int | None
-) -> int | None:
-    """The id that a separator other than "auto" stands for."""
+def separator_id_of(tokenizer: Any, separator: Separator, vocab_size: int | None) -> int | None:
+    """The id of a separator other than "auto"; None for "none".
+
+    Raises ValueError if the tokenizer has no such token, or the model (with `vocab_size` ids) no such id.
+    """
     if separator == "none":
         return None
     token_id: Any = separator
@@ -111,10 +112,3 @@ def separator_id_of(
         expected = "0 or more" if vocab_size is None else f"an id of the model's vocabulary, 0 to {vocab_size - 1}"
         raise ValueError(f"sequence_separator_token: found {named}, expected {expected}; choose another")
     return int(token_id)
-
-
-def too_large_id(token_id: int, vocab_size: int, found: str) -> ValueError:
-    return ValueError(
-        f"dataset_path: {found} token id {token_id}, but the model's vocabulary has {vocab_size} "
-        f"ids (0 to {vocab_size - 1}); use the model's own tokenizer, and text or ids made for it"
-    )

@@ -18,7 +18,7 @@ import pytest
 from small import SMALL_RUN
 
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.config.io import save_config
+from sae_training.config.io import config_to_dict
 from sae_training.lm_runner import resume_run, run_config
 from sae_training.run.checkpoint import complete_checkpoints
 
@@ -58,7 +58,7 @@ def config(text: Path, run_dir: Path, **changes: Any) -> LanguageModelSAERunnerC
 def start(cfg: LanguageModelSAERunnerConfig, folder: Path) -> subprocess.Popen[str]:
     """The run in a process of its own, by the command line."""
     file = folder / "config.json"
-    save_config(cfg, file)
+    file.write_text(json.dumps(config_to_dict(cfg)))
     return subprocess.Popen(
         [sys.executable, "-m", "sae_training", "train", "--config", str(file)],
         stdout=subprocess.PIPE,

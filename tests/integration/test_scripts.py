@@ -13,14 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import bench_loop
-import bench_quality
-import bench_step
-import bench_workers
 import pytest
 import torch
 import yaml
-from demo import DEMO
 from small import SMALL_RUN
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_file import history, the_run, wandb_files
@@ -31,6 +26,9 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import FIELD_NAMES
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.sites import find_hook_site
+from scripts.benchmarks import bench_loop, bench_quality, bench_step, bench_workers
+from scripts.benchmarks.machine import VECTOR_FLAGS
+from scripts.demo import DEMO
 
 ROOT = Path(__file__).parents[2]
 SWEEP: dict[str, Any] = yaml.safe_load((ROOT / "scripts" / "sweep.yaml").read_text(encoding="utf-8"))
@@ -207,7 +205,7 @@ def test_agent_run_logs_the_metric_of_the_sweep(agent_run: Path) -> None:
 def bench(*words: str) -> tuple[dict[str, Any], str]:
     """The JSON and the table that the script printed for tiny sizes."""
     sizes = ["--d-in=16", "--batch=64", "--k=4", "--l0=6", "--rounds=2", "--threads=1"]
-    command = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), *sizes, *words]
+    command = [sys.executable, str(ROOT / "scripts" / "benchmarks" / "bench_step.py"), *sizes, *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
@@ -220,7 +218,8 @@ def benched() -> tuple[dict[str, Any], str]:
 
 def test_bench_step_times_ours_and_the_floors(benched: tuple[dict[str, Any], str]) -> None:
     systems = benched[0]["systems"]
-    assert list(systems) == [f"floor/{name}" for name in bench_step.FLOORS] + ["ours/topk", "ours/standard"]
+    floors = [f"floor/{name}" for name in bench_step.FLOORS if bench_step.floor_problem(name, "cpu") is None]
+    assert list(systems) == [*floors, "ours/topk", "ours/standard"]
     for row in systems.values():
         assert len(row["times_ms"]) == 2 * 2
         assert min(row["times_ms"]) <= row["median_ms"] <= max(row["times_ms"])
@@ -234,9 +233,24 @@ def test_bench_step_has_the_sparsity_that_was_asked_for(benched: tuple[dict[str,
 
 def test_bench_step_goes_on_without_a_peer_that_is_not_there(benched: tuple[dict[str, Any], str]) -> None:
     result, table = benched
-    assert set(result["left_out"]) == {"sae-lens/topk", "sae-lens/standard"}
+    peers = {name for name in result["left_out"] if not name.startswith("floor/")}
+    assert peers == {"sae-lens/topk", "sae-lens/standard"}
     assert "No such file" in result["left_out"]["sae-lens/topk"]
     assert "left out: sae-lens/topk" in table
+
+
+def test_bench_step_says_what_it_left_out_and_on_which_processor(
+    monkeypatch: pytest.MonkeyPatch, benched: tuple[dict[str, Any], str]
+) -> None:
+    machine = benched[0]["machine"]
+    assert machine["cpu"]
+    assert set(machine["vector_flags"]) <= set(VECTOR_FLAGS)
+    monkeypatch.setattr(bench_step, "bfloat16_is_fast", lambda device: False)
+    labels = [entry.label for entry in bench_step.entries(bench_step.parse(["--ours", "topk"]), [])]
+    assert labels == ["floor/encoder-float32", "floor/six-float32", "ours/topk"]
+    assert "bfloat16" in (bench_step.floor_problem("six-bfloat16", "cpu") or "")
+    monkeypatch.setattr(bench_step, "bfloat16_is_fast", lambda device: True)
+    assert bench_step.floor_problem("six-bfloat16", "cpu") is None
 
 
 def test_bench_step_sweeps_and_holds_latents_dead() -> None:

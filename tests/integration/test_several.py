@@ -18,9 +18,8 @@ from test_resume import start, step_of, wait_for
 from sae_training import lm_runner
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.lm_runner import language_model_sae_runner, resume_run, run_config
-from sae_training.report.curves import write_report
+from sae_training.report.run_page import report_run, write_report
 from sae_training.run.evals import evaluate_run
-from sae_training.run.finish import report_run
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training.trainer import NonFiniteLoss
 from sae_training.utils import LMSparseAutoencoderSessionloader

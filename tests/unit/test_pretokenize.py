@@ -1,4 +1,4 @@
-"""A tokenised copy of a data set: the same contexts, made once."""
+"""A tokenised copy of a data set gives the same contexts, is made once, and is checked against the tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sae_training.text.stream import TokenStream
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """Documents of all sizes: empty, short, and one that is handed out in pieces."""
+    """A file of documents of all sizes: empty, short, and one that is read in chunks."""
     path = tmp_path / "text.jsonl"
     long = "the whale and the ship " * (MAX_CHUNK_LENGTH // 20)
     documents = ["call me", "", long, *(f"chapter {i} of the book" for i in range(300))]
@@ -34,14 +34,14 @@ def contexts(path: Path, tokenizer: Any, n: int = 200) -> torch.Tensor:
 
 @pytest.mark.parametrize("n_processes", [1, 2])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_copy_gives_the_contexts_of_the_text(
+def test_copy_gives_the_same_contexts_as_the_text(
     streaming: bool, n_processes: int, text: Path, tmp_path: Path, demo_model: Any
 ) -> None:
     folder = pretokenize("demo", str(text), tmp_path / "ids", streaming=streaming, n_processes=n_processes)
     assert torch.equal(contexts(folder, demo_model.tokenizer, 9000), contexts(text, demo_model.tokenizer, 9000))
 
 
-def test_a_copy_is_made_once(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_copy_is_made_once(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["pretokenize", "demo", str(text), str(tmp_path / "ids")]
     assert cli.main(words) == 0
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "ids").iterdir()}
@@ -51,7 +51,7 @@ def test_a_copy_is_made_once(text: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "was made with None, but this asks for 'text'" in capsys.readouterr().err
 
 
-def test_what_is_not_text_or_not_a_copy_is_refused(text: Path, tmp_path: Path) -> None:
+def test_token_ids_foreign_folders_and_unknown_models_are_refused(text: Path, tmp_path: Path) -> None:
     folder = pretokenize("demo", str(text), tmp_path / "ids")
     with pytest.raises(ValueError, match="holds token ids already"):
         pretokenize("demo", str(folder), tmp_path / "again")
@@ -62,7 +62,7 @@ def test_what_is_not_text_or_not_a_copy_is_refused(text: Path, tmp_path: Path) -
     assert not (tmp_path / "other").exists()
 
 
-def test_a_copy_of_a_text_that_has_changed_since_is_refused(
+def test_copy_of_a_text_that_has_changed_is_refused(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = pretokenize("demo", str(text), tmp_path / "ids")

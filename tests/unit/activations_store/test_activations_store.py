@@ -14,6 +14,7 @@ from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.cache import origin
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import load_language_model
+from sae_training.language_model.sites import merged
 
 Make = Callable[..., ActivationsStore]
 
@@ -59,11 +60,6 @@ def test_several_datasets_are_mixed(make_store: Make, tmp_path: Path) -> None:
     assert (about["dataset_path"], about["dataset_weights"]) == (paths, [0.75, 0.25])
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, 1), (0, 0), (3, 3)])
-def test_tokenizer_processes_are_those_asked_for(make_store: Make, given: int | None, expected: int) -> None:
-    assert make_store(tokenizer_processes=given).n_tokenizer_processes == expected
-
-
 def test_activations_may_be_trained_on(make_store: Make) -> None:
     store = make_store()
     weight = torch.ones(256, requires_grad=True)
@@ -75,7 +71,7 @@ def all_rows(store: ActivationsStore, n_batches: int) -> torch.Tensor:
     """The rows of the first `n_batches` token batches, in text order."""
     stream = store.token_stream(store.documents, store.n_held_out)
     ids = torch.cat([stream.next_contexts(store.store_batch_size) for _ in range(n_batches)])
-    return harvest(store.model, ids, [store.sites[0]])[0].flatten(end_dim=1)
+    return harvest(store.model, ids, [store.sites.input])[0].flatten(end_dim=1)
 
 
 def positions(rows: torch.Tensor, among: torch.Tensor) -> list[list[int]]:
@@ -144,7 +140,7 @@ def test_sites_that_are_served_together_have_the_batches_they_have_alone(make_st
     together = ActivationsStore(
         alone["blocks.0.hook_resid_post"].cfg,
         alone["blocks.0.hook_resid_post"].model,
-        sites=[s for (s,) in sites.values()],
+        sites=merged(sites.values()),
     )
     for _ in range(5):
         together.advance()
@@ -172,7 +168,7 @@ def test_only_the_positions_asked_for_reach_a_batch(make_store: Make) -> None:
     store = make_store(seqpos_slice=(2, 16, 3))
     assert store.keeps(torch.zeros(2, 16, dtype=torch.long))[1].nonzero().flatten().tolist() == [2, 5, 8, 11, 14]
     tokens = store.token_stream(store.documents, store.n_held_out).next_contexts(60)
-    wanted = harvest(store.model, tokens, store.sites)[0][:, 2:16:3].flatten(end_dim=1)
+    wanted = harvest(store.model, tokens, store.hooks)[0][:, 2:16:3].flatten(end_dim=1)
     assert all(positions(store.next_batch(), wanted))
 
 
@@ -180,10 +176,10 @@ def test_outliers_by_norm_never_reach_a_batch(make_store: Make) -> None:
     """The demo model's BOS position is many times longer than the rest; no token id says so here."""
     everything, store = make_store(), make_store(max_activation_norm_multiple=3.0)
     first = everything.token_stream(everything.documents, 0).next_contexts(8192 // 16)
-    norms = harvest(store.model, first, store.sites)[0].norm(dim=-1)
+    norms = harvest(store.model, first, store.hooks)[0].norm(dim=-1)
     limit = 3 * norms.flatten().sort().values[8192 // 2 - 1]  # the lower of the two in the middle
     tokens = everything.token_stream(everything.documents, everything.n_held_out).next_contexts(4)
-    rows = harvest(store.model, tokens, store.sites)[0]
+    rows = harvest(store.model, tokens, store.hooks)[0]
     inside = rows.norm(dim=-1) <= limit
     assert not inside[:, 0].any()
     assert inside[:, 1:].float().mean() > 0.9

@@ -1,4 +1,4 @@
-"""The embedded language model and text: size, loading offline, and the unseen held-out part."""
+"""The bundled language model and text: size, loading offline, and held-out text that training never saw."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo_text import Document, clean, cut, describe
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from scripts.demo_data.demo_text import Document, clean, cut, describe
 
 DATA = Path(__file__).resolve().parents[3] / "sae_training" / "demo_data"
 MODEL, TEXT = DATA / "model", DATA / "text"

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from sae_training.report.curves import read_metrics, write_report
+from sae_training.report.metrics_file import read_metrics
+from sae_training.report.run_page import write_report
 from sae_training.run.logger import RunLogger
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
@@ -71,7 +72,7 @@ class Page(HTMLParser):
 
 
 def make_run(folder: Path, n_rows: int = 3, suffixes: tuple[str, ...] = ("",)) -> Path:
-    with RunLogger(folder, config={}, log_to_wandb=False) as logger:
+    with RunLogger(folder, config={}) as logger:
         for number in range(n_rows):
             row = {}
             for suffix in suffixes:
@@ -121,7 +122,7 @@ def test_curves_of_several_saes_share_a_plot(tmp_path: Path) -> None:
 
 
 def test_held_out_curve_joins_the_one_of_training(tmp_path: Path) -> None:
-    with RunLogger(tmp_path, config={}, log_to_wandb=False) as logger:
+    with RunLogger(tmp_path, config={}) as logger:
         logger.log({"metrics/l0": 40.0}, step=1, tokens=8)
         logger.log({"metrics/eval_l0": 41.0}, step=1, tokens=8)
     traces, _ = Page(write_report(tmp_path)).figures["L0"]
@@ -134,7 +135,7 @@ def test_explained_variance_is_shown_from_zero(tmp_path: Path) -> None:
 
 
 def test_value_that_was_not_finite_is_a_gap(tmp_path: Path) -> None:
-    with RunLogger(tmp_path, config={}, log_to_wandb=False) as logger:
+    with RunLogger(tmp_path, config={}) as logger:
         for step, l0 in enumerate([1.0, float("nan"), 3.0]):
             logger.log({"metrics/l0": l0}, step=step, tokens=step)
     (trace,), _ = Page(write_report(tmp_path)).figures["L0"]
@@ -142,7 +143,7 @@ def test_value_that_was_not_finite_is_a_gap(tmp_path: Path) -> None:
 
 
 def test_unknown_metric_gets_a_plot_of_its_own(tmp_path: Path) -> None:
-    with RunLogger(tmp_path, config={}, log_to_wandb=False) as logger:
+    with RunLogger(tmp_path, config={}) as logger:
         logger.log({"metrics/something_new": 4.0}, step=1, tokens=8)
     (trace,), _ = Page(write_report(tmp_path)).figures["something new"]
     assert trace["y"] == [4.0]
@@ -158,7 +159,7 @@ def test_long_run_keeps_its_last_point(tmp_path: Path) -> None:
 
 
 def test_histogram_is_the_latest(tmp_path: Path) -> None:
-    with RunLogger(tmp_path, config={}, log_to_wandb=False) as logger:
+    with RunLogger(tmp_path, config={}) as logger:
         logger.log_histogram("plots/feature_density_line_chart", torch.zeros(7), step=10)
         logger.log_histogram("plots/feature_density_line_chart", torch.zeros(9), step=20)
     ((bars,), _) = Page(write_report(tmp_path)).figures["Feature density at step 20"]

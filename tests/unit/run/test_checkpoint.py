@@ -302,7 +302,7 @@ SAVE_IN_A_LOOP = """
 import sys
 from pathlib import Path
 import torch
-from sae_training.checkpoint import save_checkpoint
+from sae_training.run.checkpoint import save_checkpoint
 
 first = int(sys.argv[2])
 for step in range(first, first + 10_000):

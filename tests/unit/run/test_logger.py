@@ -20,7 +20,9 @@ import torch
 import wandb
 from wandb_file import artifacts, history, the_run, wandb_files
 
+from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.run.logger import RunLogger
+from sae_training.run.wandb_mirror import WandbOptions
 
 FAKE_KEY = "a" * 40
 
@@ -46,17 +48,18 @@ class Said(list[str]):
         self.append(message)
 
 
-def open_logger(folder: Path, notify: Said, **changes: Any) -> RunLogger:
-    options: dict[str, Any] = {
-        "config": {"model_name": "demo", "lr": 0.5, "hooks": ["a", "b"]},
-        "log_to_wandb": True,
-        "wandb_project": "a_project",
-        "wandb_entity": "an_entity",
-        "run_name": "a name",
-        "wandb_mode": "offline",
-        "notify": notify,
-    }
-    return RunLogger(folder, **(options | changes))
+def open_logger(folder: Path, notify: Said, resume_at: int = 0, **changes: Any) -> RunLogger:
+    """A logger with a wandb run, offline where `changes` of its options say no other mode."""
+    options = WandbOptions(
+        **{"mode": "offline", "project": "a_project", "entity": "an_entity", "name": "a name", **changes}
+    )
+    config = {"model_name": "demo", "lr": 0.5, "hooks": ["a", "b"]}
+    return RunLogger(folder, config=config, wandb=options, resume_at=resume_at, notify=notify)
+
+
+def open_file(folder: Path, notify: Said | None = None, resume_at: int = 0) -> RunLogger:
+    """A logger without wandb."""
+    return RunLogger(folder, config={}, resume_at=resume_at, notify=Said() if notify is None else notify)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -67,7 +70,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_log_writes_one_line_at_once(tmp_path: Path) -> None:
-    with open_logger(tmp_path, Said(), log_to_wandb=False) as logger:
+    with open_file(tmp_path) as logger:
         logger.log({"losses/mse_loss": 0.25, "sparsity/dead_features": 3}, step=10, tokens=40)
         assert (tmp_path / "metrics.jsonl").read_text() == (
             '{"step": 10, "details/n_training_tokens": 40, "losses/mse_loss": 0.25, "sparsity/dead_features": 3}\n'
@@ -75,13 +78,13 @@ def test_log_writes_one_line_at_once(tmp_path: Path) -> None:
 
 
 def test_log_takes_scalar_tensors(tmp_path: Path) -> None:
-    with open_logger(tmp_path, Said(), log_to_wandb=False) as logger:
+    with open_file(tmp_path) as logger:
         logger.log({"metrics/l0": torch.tensor(1.5)}, step=1, tokens=1)  # pyright: ignore
     assert lines(tmp_path)[0]["metrics/l0"] == 1.5
 
 
 def test_log_writes_null_for_what_is_not_finite(tmp_path: Path) -> None:
-    with open_logger(tmp_path, Said(), log_to_wandb=False) as logger:
+    with open_file(tmp_path) as logger:
         logger.log({"a": float("nan"), "b": float("inf"), "c": 1.0}, step=1, tokens=1)
     row = lines(tmp_path)[0]
     assert (row["a"], row["b"], row["c"]) == (None, None, 1.0)
@@ -89,7 +92,7 @@ def test_log_writes_null_for_what_is_not_finite(tmp_path: Path) -> None:
 
 def test_log_histogram_has_64_bins_over_the_finite_values(tmp_path: Path) -> None:
     values = torch.tensor([0.0, 64.0, 32.5, 32.6, float("nan"), float("-inf")])
-    with open_logger(tmp_path, Said(), log_to_wandb=False) as logger:
+    with open_file(tmp_path) as logger:
         logger.log_histogram("plots/density", values, step=5)
     (row,) = lines(tmp_path)
     counts, edges = row["plots/density"]["counts"], row["plots/density"]["edges"]
@@ -99,7 +102,7 @@ def test_log_histogram_has_64_bins_over_the_finite_values(tmp_path: Path) -> Non
 
 
 def test_log_timing_stays_out_of_the_file(tmp_path: Path) -> None:
-    with open_logger(tmp_path, Said(), log_to_wandb=False) as logger:
+    with open_file(tmp_path) as logger:
         logger.log_timing({"time/tokens_per_second": 1234.5}, step=1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
@@ -110,18 +113,18 @@ def test_resume_leaves_the_file_of_an_uninterrupted_run(tmp_path: Path) -> None:
             logger.log({"loss": 1 / (step + 1)}, step=step, tokens=step * 8)
             logger.log_histogram("density", torch.arange(step + 2.0), step=step)
 
-    with open_logger(tmp_path / "whole", Said(), log_to_wandb=False) as logger:
+    with open_file(tmp_path / "whole") as logger:
         train(logger, range(6))
 
     killed = tmp_path / "killed"
-    with open_logger(killed, Said(), log_to_wandb=False) as logger:
+    with open_file(killed) as logger:
         train(logger, range(3))
         position = logger.position()
         train(logger, range(3, 5))
     with (killed / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 5, "lo')  # the kill came in the middle of a row
     said = Said()
-    with open_logger(killed, said, log_to_wandb=False, resume_at=position) as logger:
+    with open_file(killed, said, resume_at=position) as logger:
         train(logger, range(3, 6))
 
     whole = (tmp_path / "whole" / "metrics.jsonl").read_bytes()
@@ -130,7 +133,7 @@ def test_resume_leaves_the_file_of_an_uninterrupted_run(tmp_path: Path) -> None:
 
 
 def test_position_counts_the_bytes_of_the_file(tmp_path: Path) -> None:
-    with open_logger(tmp_path, Said(), log_to_wandb=False) as logger:
+    with open_file(tmp_path) as logger:
         assert logger.position() == 0
         logger.log({"loss": 1.0}, step=1, tokens=8)
         assert logger.position() == (tmp_path / "metrics.jsonl").stat().st_size > 0
@@ -138,7 +141,7 @@ def test_position_counts_the_bytes_of_the_file(tmp_path: Path) -> None:
 
 def test_new_run_starts_the_file_anew(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with open_logger(tmp_path, Said(), log_to_wandb=False) as logger:
+    with open_file(tmp_path) as logger:
         logger.log({}, step=7, tokens=56)
     assert [row["step"] for row in lines(tmp_path)] == [7]
 
@@ -146,10 +149,10 @@ def test_new_run_starts_the_file_anew(tmp_path: Path) -> None:
 def test_resume_says_when_rows_are_missing(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     said = Said()
-    open_logger(tmp_path, said, log_to_wandb=False, resume_at=500).close()
+    open_file(tmp_path, said, resume_at=500).close()
     assert len(said) == 1
     assert "found 12 bytes" in said[0]
-    assert "expects 500" in said[0]
+    assert "expected the 500" in said[0]
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
@@ -309,21 +312,31 @@ def test_disabled_wandb_leaves_no_trace(how: str, tmp_path: Path, monkeypatch: p
     changes: dict[str, dict[str, Any]] = {
         "log_to_wandb": {"log_to_wandb": False},
         "wandb_mode": {"wandb_mode": "disabled"},
-        "WANDB_MODE": {"wandb_mode": None},
+        "WANDB_MODE": {},
     }
     monkeypatch.setenv("WANDB_MODE", "disabled" if how == "WANDB_MODE" else "offline")
+    cfg = LanguageModelSAERunnerConfig(**{"log_to_wandb": True, **changes[how]})
     said = Said()
-    with open_logger(tmp_path, said, **changes[how]) as logger:
+    with RunLogger(tmp_path, config={}, wandb=WandbOptions.of(cfg, "a name"), notify=said) as logger:
         logger.log({"loss": 1.0}, step=1, tokens=8)
         logger.log_artifact("name", "model", [tmp_path / "missing"])
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert said == []
 
 
+def test_options_are_those_of_the_config() -> None:
+    cfg = LanguageModelSAERunnerConfig(
+        log_to_wandb=True, wandb_mode="offline", wandb_project="a_project", wandb_entity="an_entity"
+    )
+    assert WandbOptions.of(cfg, "a name", group="a_group") == WandbOptions(
+        mode="offline", project="a_project", entity="an_entity", name="a name", group="a_group"
+    )
+
+
 def test_wandb_is_imported_only_when_wanted(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from sae_training.run_logger import RunLogger\n"
-        f"RunLogger(Path({str(tmp_path)!r}), config={{}}, log_to_wandb=False).close()\n"
+        "import sys; from pathlib import Path; from sae_training.run.logger import RunLogger\n"
+        f"RunLogger(Path({str(tmp_path)!r}), config={{}}).close()\n"
         "assert 'wandb' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -332,7 +345,7 @@ def test_wandb_is_imported_only_when_wanted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", [None, "online"])
 def test_no_key_means_offline_and_is_said_once(mode: str | None, tmp_path: Path) -> None:
     said = Said()
-    with open_logger(tmp_path, said, wandb_mode=mode) as logger:
+    with open_logger(tmp_path, said, mode=mode) as logger:
         logger.log({"loss": 1.0}, step=1, tokens=8)
     (file,) = wandb_files(tmp_path)
     assert file.parent.name.startswith("offline-run-")
@@ -354,7 +367,7 @@ def test_unreachable_server_means_offline_and_is_said_once(
         netrc_file.chmod(0o600)
     said = Said()
     mode = "online" if where == "environment" else None
-    with open_logger(tmp_path, said, wandb_mode=mode, init_timeout_s=1.0) as logger:
+    with open_logger(tmp_path, said, mode=mode, init_timeout_s=1.0) as logger:
         assert logger.wandb_url is None
         logger.log({"loss": 1.0}, step=1, tokens=8)
     assert len(said) == 1
@@ -368,7 +381,7 @@ def test_unreachable_server_means_offline_and_is_said_once(
 def test_malformed_key_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "short")
     said = Said()
-    with open_logger(tmp_path, said, wandb_mode=None) as logger:
+    with open_logger(tmp_path, said, mode=None) as logger:
         logger.log({"loss": 1.0}, step=1, tokens=8)
     assert len(said) == 1
     assert "offline" in said[0]
@@ -442,7 +455,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 
 def test_key_and_server_mean_online(tmp_path: Path, server: WandbServer) -> None:
     said = Said()
-    with open_logger(tmp_path, said, wandb_mode=None) as logger:
+    with open_logger(tmp_path, said, mode=None) as logger:
         assert logger.wandb_url is not None
         assert logger.wandb_url.startswith(f"{server.url}/an_entity/a_project/runs/")
         logger.log({"loss": 1.0}, step=1, tokens=8)
@@ -453,7 +466,7 @@ def test_key_and_server_mean_online(tmp_path: Path, server: WandbServer) -> None
 
 def test_server_that_dies_is_said_once_and_waited_for_a_bounded_time(tmp_path: Path, server: WandbServer) -> None:
     said = Said()
-    logger = open_logger(tmp_path, said, wandb_mode="online", finish_timeout_s=1.0)
+    logger = open_logger(tmp_path, said, mode="online", finish_timeout_s=1.0)
     logger.log({"loss": 1.0}, step=1, tokens=8)
     server.failing = True
     logger.log({"loss": 0.5}, step=2, tokens=16)
@@ -470,7 +483,8 @@ def test_server_that_dies_is_said_once_and_waited_for_a_bounded_time(tmp_path: P
 DYING_SERVICE = """
 import os, signal, sys, time
 from pathlib import Path
-from sae_training.run_logger import RunLogger
+from sae_training.run.logger import RunLogger
+from sae_training.run.wandb_mirror import WandbOptions
 
 def wandb_service():
     for entry in Path("/proc").iterdir():
@@ -481,7 +495,7 @@ def wandb_service():
         except (OSError, IndexError):
             pass
 
-with RunLogger(Path(sys.argv[1]), config={}, log_to_wandb=True, wandb_mode="offline") as logger:
+with RunLogger(Path(sys.argv[1]), config={}, wandb=WandbOptions(mode="offline")) as logger:
     logger.log({"loss": 1.0}, step=1, tokens=8)
     os.kill(wandb_service(), signal.SIGKILL)
     time.sleep(0.5)

@@ -10,9 +10,7 @@ import pytest
 
 from sae_training.activations_store import ActivationsStore
 from sae_training.config.sweep import variants
-from sae_training.lm_runner import run_config
-from sae_training.run import memory_plan
-from sae_training.run.memory_plan import MemoryPlan, NotEnoughMemory, check_memory, plan_memory
+from sae_training.run.memory_plan import Kind, MemoryPlan, NotEnoughMemory, Part, check_memory, plan_memory
 
 MEAN = "expected_average_only_in"
 
@@ -27,54 +25,85 @@ def plan_of(small_config: Callable, demo_model: Any) -> Callable[..., MemoryPlan
     return make
 
 
+def sizes(plan: MemoryPlan) -> dict[Kind, int]:
+    return {part.kind: part.bytes for part in plan.parts}
+
+
 def test_what_is_held_follows_from_the_sizes(plan_of: Callable) -> None:
-    held = plan_of(architecture="topk").held
+    plan = plan_of(architecture="topk")
+    held = {part.name: part.bytes for part in plan.held}
     # 4 * 4 * 16 rows of 256 float32, and their order in int64.
     assert held["buffer, 256 rows x 256"] == 256 * (256 * 4 + 8)
     weights = 4 * (2 * 256 * 512 + 512 + 512 + 256)
     assert held["weights"] == pytest.approx(weights, rel=0.01)
-    assert held["optimizer"] == pytest.approx(2 * weights, rel=0.01)
-    several = plan_of(architecture="topk", k=[4, 8], optimizer="signum").held
+    assert held["optimizer state"] == pytest.approx(2 * weights, rel=0.01)
+    several = {part.name: part.bytes for part in plan_of(architecture="topk", k=[4, 8], optimizer="signum").held}
     assert several["weights of 2 autoencoders, 0.00 GiB each"] == pytest.approx(2 * weights, rel=0.01)
-    assert several["their optimizers"] == pytest.approx(2 * weights, rel=0.01)
+    assert several["optimizer state"] == pytest.approx(2 * weights, rel=0.01)
 
 
-def test_micro_batches_bound_the_step(plan_of: Callable) -> None:
-    whole, parts = (plan_of(train_batch_size=128, micro_batch_size=micro) for micro in (None, 16))
-    assert parts.passing["a training step"] < whole.passing["a training step"]
+def test_averages_of_weights_are_held_as_well(plan_of: Callable) -> None:
+    plain, averaged = sizes(plan_of()), sizes(plan_of(ema_decay=0.9))
+    assert averaged[Kind.AVERAGES] == averaged[Kind.WEIGHTS] == plain[Kind.WEIGHTS]
+    assert Kind.AVERAGES not in plain
 
 
-def test_a_run_that_cannot_fit_is_refused_with_the_table(plan_of: Callable, small_config: Callable) -> None:
+def test_a_step_holds_gradients_and_what_its_rows_need(plan_of: Callable) -> None:
+    weights = sizes(plan_of())[Kind.WEIGHTS]
+    whole, parts = (sizes(plan_of(train_batch_size=128, micro_batch_size=micro))[Kind.STEP] for micro in (None, 16))
+    # Of a dense step, 9 tensors as wide as a row and 4 as wide as the code, in float32.
+    assert whole - weights == 128 * (9 * 256 + 4 * 512) * 4
+    assert parts - weights == 16 * (9 * 256 + 4 * 512) * 4
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_table(small_config: Callable) -> None:
     gib = 2**30
-    plan = MemoryPlan({"buffer, 9 rows x 9": 9 * gib, "weights and optimizer": 2 * gib}, {"a step": gib}, gib, 10 * gib)
+    parts = (Part(Kind.BUFFER, 9 * gib, ", 9 rows x 9"), Part(Kind.WEIGHTS, 2 * gib), Part(Kind.STEP, gib))
+    plan = MemoryPlan(parts, gib, 10 * gib)
     assert (plan.needed, plan.peak) == (12 * gib, 13 * gib)
     with pytest.raises(NotEnoughMemory) as caught:
         check_memory(plan, small_config(), n_saes=1)
     message = str(caught.value)
     assert "needs 12.00 GiB more, but 10.00 GiB are free" in message
+    assert plan.table() in message
     # 0.97 * 10 - 3 of the 9 GiB, of 4 batches
     assert "The largest part is buffer, 9 rows x 9: lower n_batches_in_buffer (now 4) to about 2." in message
     check_memory(replace(plan, available=13 * gib), small_config(), n_saes=1)
 
 
+def test_the_table_names_every_part_and_what_does_not_come_at_the_same_time() -> None:
+    parts = (Part(Kind.STEP, 5 * 2**30), Part(Kind.WEIGHTS, 2**30), Part(Kind.EVALUATION, 2**30))
+    lines = [" ".join(line.split()) for line in MemoryPlan(parts, 2 * 2**30, 30 * 2**30, lm=2**29).table().splitlines()]
+    assert lines == [
+        "now, with the language model 2.00 GiB (0.50 GiB of it its weights)",
+        "weights 1.00 GiB",
+        "a training step 5.00 GiB",
+        "an evaluation 1.00 GiB (not at the same time)",
+        "peak 8.00 GiB",
+        "the machine has 32.00 GiB",
+    ]
+
+
 @pytest.mark.parametrize(
     ("largest", "advice"),
     [
-        ("a training step", r"or set micro_batch_size lower \(now 64\)\."),
-        ("an evaluation", "set eval_every_steps=0"),
-        ("a checkpoint", r"lower expansion_factor \(now 2; the rest does not fit either\)\."),
-        ("a pass of the language model", "lower store_batch_size"),
+        (Kind.STEP, r"or set micro_batch_size lower \(now 64\)\."),
+        (Kind.EVALUATION, "set eval_every_steps=0"),
+        (Kind.CHECKPOINT, r"lower expansion_factor \(now 2; the rest does not fit either\)\."),
+        (Kind.PASS, "lower store_batch_size"),
     ],
+    ids=lambda value: value.value if isinstance(value, Kind) else "",
 )
-def test_the_advice_is_about_the_largest_part(largest: str, advice: str, small_config: Callable) -> None:
-    plan = MemoryPlan({"other": 1}, {largest: 100, "x": 2}, 1, 10)
-    with pytest.raises(NotEnoughMemory, match=advice):
+def test_the_advice_is_about_the_largest_part(largest: Kind, advice: str, small_config: Callable) -> None:
+    # What the process needs besides is more than there is, so that no dictionary would be small enough.
+    plan = MemoryPlan((Part(Kind.BUFFER, 90), Part(largest, 100)), 1, 10)
+    with pytest.raises(NotEnoughMemory, match=f"The largest part is {largest.value}: .*{advice}"):
         check_memory(plan, small_config(), n_saes=9)
 
 
 def test_what_grows_with_the_dictionary_is_to_be_smaller(small_config: Callable) -> None:
-    held = {"weights of 9 autoencoders, 1.00 GiB each": 40, "their optimizers": 80}
-    plan = MemoryPlan(held, {"a training step": 20}, 1, 100)
+    parts = (Part(Kind.WEIGHTS, 40, " of 9 autoencoders, 1.00 GiB each"), Part(Kind.OPTIMIZER, 80), Part(Kind.STEP, 20))
+    plan = MemoryPlan(parts, 1, 100)
     with pytest.raises(NotEnoughMemory) as caught:
         check_memory(plan, small_config(expansion_factor=16), n_saes=9)
     message = str(caught.value)
@@ -85,26 +114,17 @@ def test_what_grows_with_the_dictionary_is_to_be_smaller(small_config: Callable)
         check_memory(replace(plan, available=50), small_config(expansion_factor=16), n_saes=9)
 
 
+@pytest.mark.parametrize("changes", [{"optimizer": "adam8bit"}, {"feature_sampling_method": "l2"}], ids=str)
+def test_8_bits_are_advised_only_where_they_help(changes: dict[str, Any], small_config: Callable) -> None:
+    plan = MemoryPlan((Part(Kind.OPTIMIZER, 80), Part(Kind.STEP, 20)), 1, 90)
+    with pytest.raises(NotEnoughMemory) as caught:
+        check_memory(plan, small_config(**changes), n_saes=1)
+    assert "adam8bit" not in str(caught.value)
+
+
 def test_copies_of_scaled_autoencoders_count(plan_of: Callable) -> None:
-    plain, scaled = (plan_of(k=[4, 8], architecture="topk", normalize_activations=mode) for mode in ("none", MEAN))
-    weights = plain.held["weights of 2 autoencoders, 0.00 GiB each"]
-    for name in ("an evaluation", "a checkpoint"):
-        assert scaled.passing[name] - plain.passing[name] == weights
-
-
-def test_nothing_is_started(
-    small_config: Callable, demo_model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    monkeypatch.setattr(memory_plan, "memory_of", lambda device: (2**30, 2**20))
-    with pytest.raises(NotEnoughMemory, match="memory: this run needs"):
-        run_config(small_config(), demo_model)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_the_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    limit = tmp_path / "memory.max"
-    limit.write_text("123456789\n")
-    monkeypatch.setattr(memory_plan, "CGROUP_LIMITS", (str(tmp_path / "no-such-file"), str(limit)))
-    assert memory_plan.limit_of_container() == 123456789
-    limit.write_text("max\n")
-    assert memory_plan.limit_of_container() == float("inf")
+    plain, scaled = (
+        sizes(plan_of(k=[4, 8], architecture="topk", normalize_activations=mode)) for mode in ("none", MEAN)
+    )
+    for kind in (Kind.EVALUATION, Kind.CHECKPOINT):
+        assert scaled[kind] - plain[kind] == plain[Kind.WEIGHTS]

@@ -1,9 +1,10 @@
+"""Tokenising ahead of need: the same contexts, errors in their place, and threads that end."""
+
 from __future__ import annotations
 
 import gc
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -12,35 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import datasets
-import psutil
 import pytest
 import torch
-from test_stream import make_tokenizer, story
+from texts import documents_of, make_tokenizer, stories, story
 from transformers import PreTrainedTokenizerFast
 
-import sae_training.text.stream
-from sae_training.text.documents import Documents
 from sae_training.text.open import open_documents, open_mixture
 from sae_training.text.stream import TokenStream
 
 ROOT = Path(__file__).parents[3]
-# Batches of about a document each, of which there are 60: all but the first two are for processes.
-BATCH_CHARACTERS = 200
-
-
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sae_training.text.stream, "_BATCH_CHARACTERS", BATCH_CHARACTERS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def sent_by_value() -> Iterator[None]:
-    """The classes below go to processes as those of a script do; by name, they would load this file and torch there."""
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield
-    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture(scope="module")
@@ -48,126 +30,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer(bos_token="<s>")
 
 
-@pytest.fixture(scope="module")
-def documents() -> Documents:
-    return open_documents(datasets.Dataset.from_dict({"text": [story(60, i) for i in range(60)]}))
-
-
-def workers_of(pid: int | None = None) -> list[psutil.Process]:
-    """The tokenising processes of a process."""
-    found = []
-    for process in psutil.Process(pid).children(recursive=True):
-        try:
-            if "loky.backend.popen_loky_posix" in process.cmdline():
-                found.append(process)
-        except psutil.Error:  # it has ended
-            continue
-    return found
-
-
-def other_tokenizer(word: str) -> PreTrainedTokenizerFast:
-    """One that no other test has, so with a pool of its own."""
-    tokenizer = make_tokenizer(bos_token="<s>")
-    tokenizer.add_tokens([word])
-    return tokenizer
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_processes_give_the_same_contexts_and_states(tokenizer: Any, documents: Documents, n: int) -> None:
-    alone = TokenStream(documents, tokenizer, 16, n_held_out=2, held_out_every=5)
-    stream = TokenStream(documents, tokenizer, 16, n_held_out=2, held_out_every=5, n_processes=n)
-    states, rows = [], []
-    while stream.epoch < 2:
-        states.append(stream.state_dict())
-        expected = alone.state_dict()
-        assert torch.equal(states[-1].pop("pending"), expected.pop("pending"))
-        assert states[-1] == expected
-        rows.append(stream.next_contexts(16))
-        assert torch.equal(rows[-1], alone.next_contexts(16))
-    assert len(workers_of()) >= n
-    assert torch.equal(stream.held_out_contexts(), alone.held_out_contexts())
-
-
-def test_resume_with_processes_goes_on_exactly(tokenizer: Any, documents: Documents) -> None:
-    stream = TokenStream(documents, tokenizer, 16, n_processes=1)
-    states, rows = [], []
-    for _ in range(40):
-        states.append(stream.state_dict())
-        rows.append(stream.next_contexts(8))
-    for at in (0, 1, 7, 18, 30):
-        stream.load_state_dict(states[at])
-        assert torch.equal(stream.next_contexts(8 * (40 - at)), torch.cat(rows[at:]))
-
-
-def test_streams_share_their_processes(documents: Documents) -> None:
-    tokenizer = other_tokenizer("shared")
-    before = {process.pid for process in workers_of()}
-    streams = [TokenStream(documents, tokenizer, 16, n_processes=2) for _ in range(3)]
-    for stream in streams:
-        stream.next_contexts(60)
-    assert len({process.pid for process in workers_of()} - before) == 2
-
-
-def test_short_texts_and_token_ids_start_no_process() -> None:
-    tokenizer = other_tokenizer("short")
-    before = workers_of()
-    two_batches = open_documents(datasets.Dataset.from_dict({"text": [story(60, 0), story(60, 1)]}))
-    TokenStream(two_batches, tokenizer, 16, n_processes=1).next_contexts(40)
-    ids = open_documents(datasets.Dataset.from_dict({"tokens": [[1, 2, 3] * 50] * 60}))
-    TokenStream(ids, tokenizer, 16, n_processes=1).next_contexts(300)
-    assert workers_of() == before
-
-
-def test_a_process_that_is_killed_loses_nothing(documents: Documents) -> None:
-    tokenizer = other_tokenizer("killed")
-    before = {process.pid for process in workers_of()}
-    said: list[str] = []
-    stream = TokenStream(documents, tokenizer, 16, n_processes=2, notify=said.append)
-    other = TokenStream(documents, tokenizer, 16, n_processes=2, notify=said.append)
-    first = stream.next_contexts(60), other.next_contexts(60)
-    for process in workers_of():
-        if process.pid not in before:
-            process.kill()
-            break
-    expected = TokenStream(documents, tokenizer, 16).next_contexts(260)
-    assert torch.equal(torch.cat([first[0], stream.next_contexts(200)]), expected)
-    assert torch.equal(torch.cat([first[1], other.next_contexts(200)]), expected)
-    assert said[0].startswith("tokenizer_processes: no more text goes to them (one has died); nothing is lost")
-    assert sum("tokenizer_processes" in line for line in said) == 1
-
-
-def test_ctrl_c_is_for_the_run_to_handle(documents: Documents) -> None:
-    tokenizer = other_tokenizer("interrupted")
-    before = {process.pid for process in workers_of()}
-    said: list[str] = []
-    stream = TokenStream(documents, tokenizer, 16, n_processes=1, notify=said.append)
-    stream.next_contexts(60)
-    (process,) = (process for process in workers_of() if process.pid not in before)
-    process.send_signal(signal.SIGINT)
-    stream.next_contexts(100)
-    assert process.is_running() and said == []
-
-
-def test_errors_of_reading_come_after_what_was_read_before(tokenizer: Any) -> None:
-    def rows() -> Iterator[dict[str, str]]:
-        for number in range(60):
-            if number == 40:
-                raise ConnectionError("the cable is out")
-            yield {"text": story(60, number)}
-
-    broken = open_documents(datasets.IterableDataset.from_generator(rows))
-    numbers = []
-    for n in (0, 1):
-        stream = TokenStream(broken, tokenizer, 16, n_processes=n)
-        with pytest.raises(ConnectionError, match="the cable is out"):
-            for _ in range(10_000):
-                stream.next_contexts(1)
-        numbers.append((stream.context_index, stream.state_dict()["source"]["row"]))
-    assert numbers[0] == numbers[1] and numbers[0][0] > 100
-
-
 class Letters:
-    """A tokenizer that is all Python; it knows capitals only to fail on them."""
+    """A tokenizer that is all Python, and fails on capitals."""
 
     bos_token_id = 0
 
@@ -177,105 +41,119 @@ class Letters:
         return {"input_ids": [[1 + ord(letter) % 50 for letter in text] for text in texts]}
 
 
-class Unsendable(Letters):
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
+def test_tokenizer_without_rust_gives_its_own_ids() -> None:
+    text = story(60, 0)
+    ids = [1 + ord(letter) % 50 for letter in text]
+    contexts = TokenStream(documents_of([text]), Letters(), 16).next_contexts(10)
+    assert contexts[:, 0].eq(0).all()
+    assert contexts[:, 1:].flatten().tolist() == ids[:150]
 
 
-def test_tokenizers_without_rust_are_sent(documents: Documents) -> None:
-    before = workers_of()
-    said: list[str] = []
-    letters: Any = Letters()
-    stream = TokenStream(documents, letters, 16, n_processes=1, notify=said.append)
-    assert torch.equal(stream.next_contexts(400), TokenStream(documents, letters, 16).next_contexts(400))
-    assert len(workers_of()) == len(before) + 1 and said == []
+def test_error_in_the_thread_reaches_the_caller_and_leaves_the_stream_usable(tokenizer: PreTrainedTokenizerFast):
+    broken = True
+
+    def rows() -> Iterator[dict[str, str]]:
+        for number, text in enumerate(stories()):
+            if number == 9 and broken:
+                raise ConnectionError("the cable is out")
+            yield {"text": text}
+
+    dataset = datasets.IterableDataset.from_generator(rows)
+    stream = TokenStream(open_documents(dataset), tokenizer, 16, batch_characters=90)
+    stream.next_contexts(2)
+    with pytest.raises(ConnectionError, match="the cable is out"):
+        stream.next_contexts(40)
+    broken = False
+    expected = TokenStream(documents_of(stories()), tokenizer, 16, batch_characters=90).next_contexts(12)[2:]
+    assert torch.equal(stream.next_contexts(10), expected)
 
 
-def test_tokenizers_that_cannot_be_sent_work_here(documents: Documents) -> None:
-    before = workers_of()
-    said: list[str] = []
-    letters: Any = Unsendable()
-    stream = TokenStream(documents, letters, 16, n_processes=1, notify=said.append)
-    assert torch.equal(stream.next_contexts(400), TokenStream(documents, letters, 16).next_contexts(400))
-    assert workers_of() == before
-    assert len(said) == 1 and "TypeError: cannot pickle '_thread.lock' object" in said[0]
+def test_error_while_reading_comes_after_all_that_was_read_before(tokenizer: PreTrainedTokenizerFast) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        for number in range(60):
+            if number == 40:
+                raise ConnectionError("the cable is out")
+            yield {"text": story(60, number)}
+
+    broken = open_documents(datasets.IterableDataset.from_generator(rows))
+    stream = TokenStream(broken, tokenizer, 16, batch_characters=200)  # a document or two to a batch
+    contexts = []
+    with pytest.raises(ConnectionError, match="the cable is out"):
+        for _ in range(10_000):
+            contexts.append(stream.next_contexts(1))
+    before = documents_of([story(60, number) for number in range(40)])
+    expected = TokenStream(before, tokenizer, 16).next_contexts(len(contexts))
+    assert torch.equal(torch.cat(contexts), expected)
+    assert len(contexts) == stream.context_index > 100 and stream.state_dict()["source"]["row"] >= 38
 
 
-def test_errors_of_encoding_are_those_of_the_tokenizer() -> None:
+def test_error_of_the_tokenizer_reaches_the_caller_unchanged() -> None:
     texts = [story(60, i) for i in range(60)]
     texts[30] = "Capital"
-    letters: Any = Letters()
-    stream = TokenStream(open_documents(datasets.Dataset.from_dict({"text": texts})), letters, 16, n_processes=1)
+    stream = TokenStream(documents_of(texts), Letters(), 16, batch_characters=200)
     with pytest.raises(OverflowError, match="a capital") as caught:
         stream.next_contexts(2000)
     assert caught.value.__cause__ is None
 
 
-def test_a_process_imports_neither_torch_nor_transformers() -> None:
-    program = "import sys, loky, tokenizers, sae_training.encoders; print({'torch', 'transformers'} & {*sys.modules})"
-    assert run(program).stdout == "set()\n"
+def test_tokenizer_can_be_used_and_changed_while_the_thread_works() -> None:
+    tokenizer, untouched = make_tokenizer(bos_token="<s>"), make_tokenizer(bos_token="<s>")
+    documents = documents_of([story(3000, i) for i in range(200)])
+    stream = TokenStream(documents, tokenizer, 64, batch_characters=100_000)
+    tokenizer.pad_token = "<s>"
+    contexts = []
+    for length in range(5, 60):
+        contexts.append(stream.next_contexts(40))
+        tokenizer(["the cat", "a dog"], padding="max_length", max_length=length, truncation=True)
+    assert tokenizer.backend_tokenizer.truncation is not None and tokenizer.backend_tokenizer.padding is not None
+    assert torch.equal(torch.cat(contexts), TokenStream(documents, untouched, 64).next_contexts(55 * 40))
 
 
 # The end ----------------------------------------------------------------------------------------
 
-# Without `if __name__ == "__main__"`, as users write it.
-PROGRAM = """
-import os, sys, time
+
+def test_threads_end_by_themselves(tokenizer: PreTrainedTokenizerFast):
+    documents = documents_of(stories())
+    stream = TokenStream(documents, tokenizer, 16)
+    stream.next_contexts(3)
+    deadline = time.time() + 10
+    while any(thread.name == "tokens-ahead" for thread in threading.enumerate()):
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def test_program_ends_at_once_and_silently_while_a_batch_is_under_way(tmp_path: Path):
+    make_tokenizer(bos_token="<s>").save_pretrained(tmp_path / "tokenizer")
+    program = f"""
+import time
 import datasets
 from transformers import PreTrainedTokenizerFast
-import sae_training.text.stream
-from sae_training.text_data import open_documents, open_mixture
-sae_training.text.stream._BATCH_CHARACTERS = 200_000
-tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
-rows = datasets.Dataset.from_dict({"text": ["the cat sat on the mat " * 1000] * 300})
-stream = sae_training.text.stream.TokenStream(open_documents(rows), tokenizer, 64, n_processes=2)
-print(tuple(stream.next_contexts(5000).shape), flush=True)
+from sae_training.text.open import open_documents
+from sae_training.text.stream import TokenStream
+tokenizer = PreTrainedTokenizerFast.from_pretrained({str(tmp_path / "tokenizer")!r})
+rows = datasets.Dataset.from_dict({{"text": ["the cat sat on the mat " * 1000] * 200}})
+stream = TokenStream(open_documents(rows.to_iterable_dataset()), tokenizer, 64)
+print(tuple(stream.next_contexts(2).shape))
+print(time.time(), flush=True)
 """
-
-
-def run(program: str, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-c", program, *words]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-
-
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"} | {
-        "PYTHONPATH": str(ROOT)
-    }
-
-
-def test_a_program_ends_at_once_and_silently_with_its_processes(tmp_path: Path) -> None:
-    make_tokenizer(bos_token="<s>").save_pretrained(tmp_path)
-    ended = run(PROGRAM + "print(time.time(), flush=True)", str(tmp_path))
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}  # as users do
+    command = [sys.executable, "-W", "error", "-c", program]
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
     shape, at = ended.stdout.splitlines()
-    assert (ended.returncode, shape, ended.stderr) == (0, "(5000, 64)", "")
+    assert (ended.returncode, shape, ended.stderr) == (0, "(2, 64)", "")
     assert time.time() - float(at) < 20
 
 
-def test_no_process_outlives_a_program_that_is_killed(tmp_path: Path) -> None:
-    make_tokenizer(bos_token="<s>").save_pretrained(tmp_path)
-    command = [sys.executable, "-c", PROGRAM + "time.sleep(300)", str(tmp_path)]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "(5000, 64)\n"
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert len(workers_of(process.pid)) == 2
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert alive == []
-
-
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_reader_that_nobody_uses_is_closed_without_the_garbage_collector(tmp_path: Path, fails: bool) -> None:
-    """Which may run in a thread of the data set that this reader waits for: the program would never end."""
+def test_unused_reader_is_closed_without_the_garbage_collector(tmp_path: Path, fails: bool) -> None:
+    """The collector may run in a thread of the data set, for which the reader then waits: the program never ends."""
     for name in "ab":
         texts = ["Capital" if fails and i == 9 else story(60, i) for i in range(60)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     documents = open_mixture([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], streaming=True)
 
     def use() -> None:
-        letters: Any = Letters()
-        stream = TokenStream(documents, letters, 16)
+        stream = TokenStream(documents, Letters(), 16, batch_characters=200)
         if fails:
             with pytest.raises(OverflowError, match="a capital"):
                 stream.next_contexts(1000)

@@ -10,7 +10,6 @@ import datasets
 import huggingface_hub.constants
 import pytest
 
-import sae_training.text.documents
 from sae_training.demo_data import DEMO_TEXT
 from sae_training.text.documents import Documents
 from sae_training.text.open import open_documents, open_mixture
@@ -175,18 +174,6 @@ def test_opening_local_data_prints_nothing(tmp_path: Path, capfd: pytest.Capture
     assert not datasets.are_progress_bars_disabled()
 
 
-def test_readers_of_one_stream_are_independent():
-    texts = [f"document {i}" for i in range(20)]
-    documents = open_documents(rows(text=texts).to_iterable_dataset(num_shards=3))
-    one = documents.read()
-    begun = [next(one) for _ in range(5)]
-    other = list(documents.read())
-    resumed = list(documents.read(begun[-1].next_position))
-    assert [chunk.content for chunk in [*begun, *one]] == texts
-    assert [chunk.content for chunk in other] == texts
-    assert [chunk.content for chunk in resumed] == texts[5:]
-
-
 # Several data sets ------------------------------------------------------------------------------
 
 
@@ -228,7 +215,7 @@ def test_mixture_is_streamed_if_a_part_is(tmp_path: Path):
     ],
     ids=["text", "tokens"],
 )
-def test_parts_may_have_columns_and_types_of_their_own(one: Any, other: Any, column: str, streaming: bool | None):
+def test_parts_of_a_mixture_may_differ_in_columns_and_types(one: Any, other: Any, column: str, streaming: bool | None):
     wide, narrow = rows(**one), rows(**other)
     (name,) = one
     kind = datasets.Value("large_string") if name == "text" else datasets.List(datasets.Value("int32"))
@@ -238,7 +225,7 @@ def test_parts_may_have_columns_and_types_of_their_own(one: Any, other: Any, col
     assert found == {str(value[0]) for value in (one[name], other["body" if name == "text" else "input_ids"])}
 
 
-def test_mixture_of_one_is_it(tmp_path: Path):
+def test_mixture_of_one_data_set_is_that_data_set(tmp_path: Path):
     assert contents(open_mixture([write_jsonl(tmp_path / "a.jsonl", TEXTS)], (2.0,))) == TEXTS
 
 
@@ -250,7 +237,7 @@ def test_mixture_of_text_and_tokens_is_an_error_with_both_names(tmp_path: Path):
 
 
 @pytest.mark.parametrize("text_column", [None, "text"])
-def test_errors_of_a_part_name_it(tmp_path: Path, text_column: str | None):
+def test_error_in_a_part_of_a_mixture_names_the_part(tmp_path: Path, text_column: str | None):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     rows(number=[1]).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet' has no (text column|column 'text')"):
@@ -265,58 +252,6 @@ def test_streamed_mixture_goes_on_after_many_documents():
     for at in (998, 999, 1000, 2500):
         resumed = documents.read(chunks[at].next_position)
         assert [next(resumed).content for _ in range(9)] == [chunk.content for chunk in chunks[at + 1 : at + 10]]
-
-
-# Columns ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("columns", "text_column", "expected"),
-    [
-        ({"text": ["a"], "tokens": [[1]]}, None, ("tokens", True)),
-        ({"text": ["a"], "input_ids": [[1]]}, None, ("input_ids", True)),
-        ({"text": ["a"], "tokens": [["a"]]}, None, ("text", False)),
-        ({"text": ["a"], "tokens": [[1]]}, "text", ("text", False)),
-        ({"content": ["a"], "title": ["b"]}, None, ("content", False)),
-        ({"body": ["a"], "year": [1]}, None, ("body", False)),
-        ({"ids": [[1]], "text": ["a"]}, "ids", ("ids", True)),
-        ({"text": [None, "", "a"], "title": ["x", "y", "z"]}, None, ("text", False)),
-        ({"tokens": [[], [1]]}, None, ("tokens", True)),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-@pytest.mark.parametrize("kind", ["map", "stream", "stream_without_features"])
-def test_column_is_found(columns: dict[str, Any], text_column: str | None, expected: tuple[str, bool], kind: str):
-    dataset: Any = rows(**columns)
-    if kind != "map":
-        dataset = dataset.to_iterable_dataset()
-    if kind == "stream_without_features":
-        dataset = dataset.map(lambda row: row)
-        assert dataset.features is None
-    documents = open_documents(dataset, text_column=text_column)
-    assert (documents.column, documents.is_tokenized) == expected
-    n_documents = sum(bool(value) for value in columns[documents.column])
-    assert len(contents(documents)) == n_documents
-
-
-@pytest.mark.parametrize(
-    ("columns", "text_column", "message"),
-    [
-        (
-            {"number": [1], "vector": [[0.5]]},
-            None,
-            r"no text column; its columns are: number \(int64\), vector \(list of float64\).*"
-            "set dataset_text_column",
-        ),
-        ({"title": ["a"], "body": ["b"]}, None, "several columns of strings, none called text"),
-        ({"text": ["a"], "number": [1]}, "txt", "no column 'txt'.*did you mean 'text'"),
-        ({"text": ["a"], "number": [1]}, "number", "'number' of .* holds int64 values, expected str"),
-    ],
-    ids=["no_text", "several_strings", "unknown_column", "column_of_numbers"],
-)
-def test_unusable_columns_are_an_error(columns: Any, text_column: str | None, message: str):
-    with pytest.raises(ValueError, match=message):
-        open_documents(rows(**columns), text_column=text_column)
 
 
 # Bad input --------------------------------------------------------------------------------------
@@ -334,7 +269,7 @@ def test_missing_parent_folder_is_named(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("without_hub")
-def test_unreachable_hub_is_told_with_its_cause():
+def test_unreachable_hub_is_an_error_with_its_cause():
     with pytest.raises(FileNotFoundError, match="neither a local path.*nor reachable.*'demo'") as e:
         open_documents("some-owner/some-corpus")
     assert isinstance(e.value.__cause__, OSError)
@@ -347,13 +282,13 @@ def test_name_with_a_config_is_a_hub_name():
 
 
 @pytest.mark.parametrize("name", ["", "./corpus", "../owner/corpus", "/corpus", "a/b/c", "corpus.txt"])
-def test_path_that_is_no_hub_name_is_not_looked_for_on_the_hub(name: str):
+def test_path_that_cannot_be_a_hub_name_is_not_looked_up_on_the_hub(name: str):
     with pytest.raises(FileNotFoundError, match=f"{name!r} is neither a local path .* nor a name"):
         open_documents(name)
 
 
 def test_slice_of_a_streamed_split_is_an_error(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"dataset_split: 'train\[:1\]'.*set streaming=False"):
+    with pytest.raises(ValueError, match=r"dataset_split: found 'train\[:1\]'.*set streaming=False"):
         open_documents(jsonl_file(tmp_path), split="train[:1]", streaming=True)
 
 
@@ -405,53 +340,14 @@ def test_broken_file_is_an_error_with_its_cause(tmp_path: Path, streaming: bool 
 
 
 def test_object_of_another_kind_is_an_error():
-    with pytest.raises(ValueError, match="dataset: got list; expected a name, a path or a Dataset"):
+    with pytest.raises(ValueError, match="dataset: found list, expected a name, a path or a Dataset"):
         open_documents(["a", "b"])
 
 
-# Long documents ---------------------------------------------------------------------------------
-
-
-def test_long_document_comes_in_pieces_cut_between_words(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sae_training.text.documents, "MAX_CHUNK_LENGTH", 10)
-    chunks = list(open_documents(rows(text=["one two three four", "five"])).read())
-    assert [chunk.content for chunk in chunks] == ["one two", " three", " four", "five"]
-    assert [chunk.starts_document for chunk in chunks] == [True, False, False, True]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("x" * 25, ["x" * 10, "x" * 10, "x" * 5]),
-        ("aaaaaaa\nbbbbb", ["aaaaaaa\n", "bbbbb"]),
-        ("x" * 10, ["x" * 10]),
-    ],
-    ids=["no_blank", "newline", "just_fits"],
-)
-def test_long_document_without_blanks_is_cut_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, text: str, expected: list[str]
-):
-    monkeypatch.setattr(sae_training.text.documents, "MAX_CHUNK_LENGTH", 10)
-    assert contents(open_documents(rows(text=[text]))) == expected
-
-
-def test_fingerprint_tells_a_text_from_another_version_of_it(tmp_path: Path) -> None:
-    path = tmp_path / "t.txt"
-    words = [f"word{i}" for i in range(9000)]
-    found = set()
-    for changed in (
-        words,
-        [*words[:4000], *["new"] * 3000, *words[4000:]],
-        [*words[:-1], "end"],
-        ["Word0", *words[1:]],
-    ):
-        path.write_text(" ".join(changed))
-        found.add(open_documents(path).fingerprint)
-    assert len(found) == 4
-    assert open_documents(path).fingerprint in found
-    assert open_documents(path, streaming=True).fingerprint is None
-    position = open_documents(path).start()
-    assert position["content"] in found
-    open_documents(path).check_position({name: value for name, value in position.items() if name != "content"})
-    with pytest.raises(ValueError, match="the text itself has changed since"):
-        open_documents(path).check_position(position | {"content": "0" * 16})
+def test_errors_name_the_field_that_holds_the_data_set(tmp_path: Path):
+    with pytest.raises(ValueError, match="^eval_dataset_path: the Dataset passed in is empty"):
+        open_documents(rows(text=[]), field="eval_dataset_path")
+    with pytest.raises(FileNotFoundError, match="^eval_dataset_path: .* is neither a local path"):
+        open_documents(str(tmp_path / "corpus.jsonl"), field="eval_dataset_path")
+    with pytest.raises(ValueError, match="^eval_dataset_path: .* has no text column"):
+        open_mixture([rows(number=[1]), rows(text=["a"])], field="eval_dataset_path")

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,35 +10,11 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from texts import BOS, documents_of, epoch_of, make_tokenizer, stories, story, stream_of_ids, through_a_file
 from transformers import PreTrainedTokenizerFast
 
-import sae_training.text.documents
-import sae_training.text.stream
 from sae_training.text.open import open_documents, open_mixture
-from sae_training.text.packing import pack
 from sae_training.text.stream import TokenStream
-
-BOS = 0
-WORDS = [
-    "the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "under", "over",
-    "mat", "tree", "hill", "and", "then", "it", "was", "not", "seen", "again",
-]  # fmt: skip
-
-
-def make_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with <s> as id 0, trained on the words of the tests."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -49,94 +22,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer(bos_token="<s>")
 
 
-@pytest.fixture
-def tiny_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of a few documents and documents in several chunks, so that small data has many."""
-    monkeypatch.setattr(sae_training.text.stream, "_BATCH_CHARACTERS", 90)
-    monkeypatch.setattr(sae_training.text.stream, "_BATCH_TOKENS", 12)
-    monkeypatch.setattr(sae_training.text.documents, "MAX_CHUNK_LENGTH", 100)
-
-
-def story(n_words: int, seed: int) -> str:
-    return " ".join(WORDS[(seed * 7 + i * i + i) % len(WORDS)] for i in range(n_words))
-
-
-def stories(n: int = 23) -> list[str]:
-    """Documents of 0 to 45 words; every tenth is empty."""
-    return [story((i * 13) % 46 if i % 10 != 3 else 0, i) for i in range(n)]
-
-
-def stream_of_ids(documents: list[list[int]], context_size: int, bos: bool = True, **options: Any) -> TokenStream:
-    dataset = datasets.Dataset.from_dict({"tokens": documents})
-    tokenizer = make_tokenizer(bos_token="<s>")
-    return TokenStream(open_documents(dataset), tokenizer, context_size, prepend_bos=bos, **options)
-
-
-def epoch_of(stream: TokenStream) -> list[list[int]]:
-    """All contexts up to the end of the epoch the stream is in, held-out ones left out."""
-    epoch, rows = stream.epoch, []
-    while True:
-        row = stream.next_contexts(1)
-        if stream.epoch != epoch:
-            return rows
-        rows.append(row[0].tolist())
-
-
-# Packing ----------------------------------------------------------------------------------------
-
-
-def test_packing_puts_one_bos_at_documents_and_context_starts():
-    # Stream: 0 1 2 3 0 4 5 0 6 7 8 9. Row 1 takes 0 1 2 3. Row 2 takes 0 4 5 0 (a document start).
-    # Row 3 starts within the last document: 0 in front of 6 7 8. The tail, 9, is dropped.
-    stream = stream_of_ids([[1, 2, 3], [4, 5], [6, 7, 8, 9]], context_size=4)
-    assert epoch_of(stream) == [[0, 1, 2, 3], [0, 4, 5, 0], [0, 6, 7, 8]]
-
-
-def test_packing_of_a_document_that_ends_with_the_row_gives_no_second_bos():
-    stream = stream_of_ids([[1, 2, 3], [4, 5, 6], [7, 8, 9]], context_size=4)
-    assert epoch_of(stream) == [[0, 1, 2, 3], [0, 4, 5, 6], [0, 7, 8, 9]]
-
-
-def test_packing_keeps_the_bos_that_documents_bring():
-    stream = stream_of_ids([[0, 1, 2, 3], [0, 4, 5, 6, 7, 8, 9]], context_size=4)
-    assert epoch_of(stream) == [[0, 1, 2, 3], [0, 4, 5, 6], [0, 7, 8, 9]]
-
-
-def test_packing_makes_runs_of_bos_one():
-    # As where <|endoftext|> closes a document and is the BOS of the next.
-    stream = stream_of_ids([[0, 0, 1, 2, 0], [0, 3, 4, 0], [5, 6]], context_size=5)
-    # Stream: 0 1 2 0 3 4 0 5 6
-    assert epoch_of(stream) == [[0, 1, 2, 0, 3], [0, 4, 0, 5, 6]]
-
-
-def test_packing_of_a_long_document_uses_every_token():
-    stream = stream_of_ids([list(range(1, 21))], context_size=6)
-    rows = epoch_of(stream)
-    assert [row[0] for row in rows] == [0, 0, 0, 0]
-    assert [token for row in rows for token in row[1:]] == list(range(1, 21))
-
-
-def test_packing_without_bos_puts_documents_one_after_the_other():
-    stream = stream_of_ids([[1, 2, 3], [4, 5], [6, 7, 8, 9]], context_size=4, bos=False)
-    assert epoch_of(stream) == [[1, 2, 3, 4], [5, 6, 7, 8]]
-
-
-def test_packing_skips_empty_documents():
-    stream = stream_of_ids([[], [1, 2, 3], [], [4, 5, 6], []], context_size=4)
-    assert epoch_of(stream) == [[0, 1, 2, 3], [0, 4, 5, 6]]
-
-
-@pytest.mark.parametrize("limit", [1, 2, 3, 100])
-def test_pack_returns_what_it_used(limit: int):
-    tokens = torch.tensor([0, 1, 2, 3, 4, 5, 0, 6]).numpy()
-    rows, n_used = pack(tokens, 4, BOS, limit)
-    expected = [[0, 1, 2, 3], [0, 4, 5, 0]][:limit]
-    assert rows.tolist() == expected
-    assert n_used == (4 if limit == 1 else 7)
+# Contexts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sizes", [[1] * 30, [7, 1, 3, 19], [30]], ids=str)
-@pytest.mark.usefixtures("tiny_batches")
 def test_next_contexts_throws_nothing_away_between_calls(sizes: list[int]):
     ids = [[1 + (i * j) % 90 for j in range(i % 9)] for i in range(40)]
     at_once = stream_of_ids(ids, context_size=5).next_contexts(30)
@@ -146,19 +35,16 @@ def test_next_contexts_throws_nothing_away_between_calls(sizes: list[int]):
 
 def test_contexts_of_text_decode_to_the_text(tokenizer: PreTrainedTokenizerFast):
     texts = [story(60, seed) for seed in range(5)]
-    dataset = datasets.Dataset.from_dict({"text": texts})
-    rows = epoch_of(TokenStream(open_documents(dataset), tokenizer, 8))
+    rows = epoch_of(TokenStream(documents_of(texts), tokenizer, 8))
     ids = [token for row in rows for token in row[1:] if token != BOS]
     assert "".join(texts).startswith(str(tokenizer.decode(ids)))
     assert len("".join(texts)) - len(str(tokenizer.decode(ids))) < 60
 
 
-def test_text_in_chunks_gives_the_tokens_of_the_whole(
-    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-):
-    documents = open_documents(datasets.Dataset.from_dict({"text": [story(900, 1)]}))
+def test_text_in_chunks_gives_the_tokens_of_the_whole(tokenizer: PreTrainedTokenizerFast):
+    documents = documents_of([story(900, 1)])
     whole = epoch_of(TokenStream(documents, tokenizer, 16))
-    monkeypatch.setattr(sae_training.text.documents, "MAX_CHUNK_LENGTH", 300)
+    documents.max_chunk_length = 300
     assert len(list(documents.read())) > 10
     assert epoch_of(TokenStream(documents, tokenizer, 16)) == whole
 
@@ -167,110 +53,15 @@ def test_special_tokens_padding_and_truncation_of_the_tokenizer_are_left_out():
     tokenizer = make_tokenizer(bos_token="<s>")
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=50)
-    documents = open_documents(datasets.Dataset.from_dict({"text": [story(40, 0), story(40, 1)]}))
+    documents = documents_of([story(40, 0), story(40, 1)])
     rows = epoch_of(TokenStream(documents, tokenizer, 8))
     assert rows == epoch_of(TokenStream(documents, make_tokenizer(bos_token="<s>"), 8))
     assert tokenizer.backend_tokenizer.truncation is not None
 
 
-def test_bos_is_the_eos_where_there_is_no_bos():
-    documents = open_documents(datasets.Dataset.from_dict({"tokens": [[1, 2, 3]]}))
-    stream = TokenStream(documents, make_tokenizer(eos_token="<s>"), 4)
-    assert stream.next_contexts(1).tolist() == [[0, 1, 2, 3]]
-
-
-def test_tokenizer_without_bos_and_eos_packs_without_and_warns_once():
-    documents = open_documents(datasets.Dataset.from_dict({"tokens": [[1, 2, 3], [4, 5, 6]]}))
-    with pytest.warns(UserWarning, match="neither a BOS nor an EOS") as caught:
-        stream = TokenStream(documents, make_tokenizer(), 3)
-        assert stream.next_contexts(2).tolist() == [[1, 2, 3], [4, 5, 6]]
-    assert len(caught) == 1
-
-
-# Separators -------------------------------------------------------------------------------------
-
-SEPARATOR = 9
-
-
-def test_separator_stands_between_documents_and_not_before_the_first():
-    # Stream: 1 2 3 9 4 5 9 6 7 8. The tail, 7 8, is dropped; the second epoch begins as the first.
-    stream = stream_of_ids([[1, 2, 3], [], [4, 5], [6, 7, 8]], context_size=4, bos=False, separator=SEPARATOR)
-    assert stream.next_contexts(4).tolist() == [[1, 2, 3, 9], [4, 5, 9, 6]] * 2
-
-
-def test_with_a_separator_bos_starts_contexts_alone():
-    stream = stream_of_ids([[1, 2, 3], [4, 5], [6, 7, 8]], context_size=4, separator=SEPARATOR)
-    assert epoch_of(stream) == [[0, 1, 2, 3], [0, 9, 4, 5], [0, 9, 6, 7]]
-
-
-def test_separators_that_documents_bring_are_not_doubled():
-    # Between 1 and 2 both bring it, before 3 none does, 3 and 4 have a document between them that is nothing else.
-    documents = [[1, 9], [9, 2], [3], [9], [9, 4]]
-    assert epoch_of(stream_of_ids(documents, 7, bos=False, separator=SEPARATOR)) == [[1, 9, 2, 9, 3, 9, 4]]
-
-
-def test_separators_within_documents_are_kept():
-    documents = [[9, 9, 1, 9, 9, 2], [3, 9, 9, 4]]
-    rows = epoch_of(stream_of_ids(documents, 11, bos=False, separator=SEPARATOR))
-    assert rows == [[9, 9, 1, 9, 9, 2, 9, 3, 9, 9, 4]]
-
-
-def test_bos_as_separator_needs_no_bos_at_context_starts():
-    documents = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
-    assert epoch_of(stream_of_ids(documents, 4, bos=False, separator="bos")) == [[1, 2, 3, 0], [4, 5, 0, 6]]
-    assert epoch_of(stream_of_ids(documents, 4, separator="bos")) == [[0, 1, 2, 3], [0, 4, 5, 0], [0, 6, 7, 8]]
-
-
-def test_no_separator_leaves_bos_at_context_starts():
-    rows = epoch_of(stream_of_ids([[1, 2, 3], [4, 5], [6, 7, 8, 9]], context_size=4, separator="none"))
-    assert rows == [[0, 1, 2, 3], [0, 4, 5, 6], [0, 7, 8, 9]]
-
-
-@pytest.mark.parametrize("name", ["eos", "sep"])
-def test_separator_by_name_is_the_tokenizers(name: str):
-    tokenizer = make_tokenizer(**{f"{name}_token": "<extra>"})
-    documents = open_documents(datasets.Dataset.from_dict({"tokens": [[1], [2]]}))
-    stream = TokenStream(documents, tokenizer, 3, prepend_bos=False, separator=name)
-    assert stream.next_contexts(1).tolist() == [[1, len(tokenizer) - 1, 2]]
-
-
-@pytest.mark.parametrize(
-    ("separator", "message"),
-    [
-        ("eos", "sequence_separator_token: found 'eos', but the tokenizer has no EOS token; choose another"),
-        (77, "sequence_separator_token: found 77, expected an id of the model's vocabulary, 0 to 76; choose"),
-        ("sep", f"sequence_separator_token: found 'sep', which the tokenizer says is {len(make_tokenizer())}, exp"),
-    ],
-    ids=str,
-)
-def test_separator_that_is_no_token_of_the_model_is_an_error(separator: Any, message: str):
-    documents = open_documents(datasets.Dataset.from_dict({"tokens": [[1], [2]]}))
-    with pytest.raises(ValueError, match=f"^{message}"):
-        TokenStream(documents, make_tokenizer(sep_token="<extra>"), 3, False, vocab_size=77, separator=separator)
-
-
-@pytest.mark.parametrize("bos", [False, True], ids=["plain", "bos"])
-@pytest.mark.parametrize("separator", ["bos", "none", SEPARATOR])
-def test_resume_with_a_separator_goes_on_exactly(monkeypatch: pytest.MonkeyPatch, bos: bool, separator: Any):
-    # Documents that end or begin with the separator, batches and contexts that end where they do.
-    ids = [[i + 10, *[20] * (i % 3), *[SEPARATOR] * (i % 2)] if i % 5 else [SEPARATOR, 30] for i in range(60)]
-    whole = epoch_of(stream_of_ids(ids, 3, bos, separator=separator))
-    monkeypatch.setattr(sae_training.text.stream, "_BATCH_TOKENS", 4)
-    stream = stream_of_ids(ids, 3, bos, separator=separator)
-    states = []
-    for row in whole:
-        states.append(through_a_file(stream.state_dict()))
-        assert stream.next_contexts(1).tolist() == [row]
-    assert any(len(state["pending"]) == 0 for state in states[1:])
-    for at, state in enumerate(states):
-        stream.load_state_dict(state)
-        assert stream.next_contexts(len(whole) - at).tolist() == whole[at:], f"from position {at}"
-
-
 # Epochs and held-out contexts -------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("tiny_batches")
 def test_epochs_repeat_the_same_contexts_and_say_so_once():
     said: list[str] = []
     ids = [[1 + (i * j) % 90 for j in range(i % 9)] for i in range(20)]
@@ -283,7 +74,7 @@ def test_epochs_repeat_the_same_contexts_and_say_so_once():
     assert len(said) == 1 and f"after {n} contexts of 5 tokens" in said[0]
 
 
-def test_end_of_a_mixture_is_that_of_its_first_to_end(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+def test_mixture_ends_where_its_first_part_ends(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
     said: list[str] = []
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(story(40, 1))
@@ -292,7 +83,6 @@ def test_end_of_a_mixture_is_that_of_its_first_to_end(tokenizer: PreTrainedToken
     assert len(said) == 1 and said[0].startswith(f"end of the first of '{tmp_path}/a.txt' and '{tmp_path}/b.txt' after")
 
 
-@pytest.mark.usefixtures("tiny_batches")
 def test_held_out_contexts_are_those_of_the_formula():
     stream = stream_of_ids([[i + 1] for i in range(60)], context_size=2, n_held_out=2, held_out_every=5)
     # Context i is [0, i + 1]; of every five the last, for the first two fives.
@@ -302,8 +92,7 @@ def test_held_out_contexts_are_those_of_the_formula():
 
 
 @pytest.mark.parametrize("n_held_out", [0, 1, 3, 100])
-@pytest.mark.usefixtures("tiny_batches")
-def test_train_and_held_out_contexts_share_nothing_and_are_all(n_held_out: int):
+def test_train_and_held_out_contexts_are_disjoint_and_complete(n_held_out: int):
     ids = [[100 * i + j for j in range(1, i % 9 + 2)] for i in range(1, 40)]
     all_rows = epoch_of(stream_of_ids(ids, context_size=5))
     stream = stream_of_ids(ids, context_size=5, n_held_out=n_held_out, held_out_every=4)
@@ -316,7 +105,6 @@ def test_train_and_held_out_contexts_share_nothing_and_are_all(n_held_out: int):
     assert stream.held_out_contexts().tolist() == held_out
 
 
-@pytest.mark.usefixtures("tiny_batches")
 def test_held_out_and_first_contexts_leave_the_stream_where_it_is():
     ids = [[1 + (i * j) % 90 for j in range(i % 9)] for i in range(40)]
     undisturbed = stream_of_ids(ids, context_size=5, n_held_out=3, held_out_every=4)
@@ -439,21 +227,17 @@ SOURCE_NAMES = [
 ]
 
 
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    """The state as a checkpoint keeps it: a tensor and JSON."""
-    plain = json.loads(json.dumps({key: state[key] for key in state if key != "pending"}))
-    return plain | {"pending": state["pending"].clone()}
-
-
 @pytest.mark.parametrize("name", SOURCE_NAMES)
-@pytest.mark.usefixtures("tiny_batches")
 def test_resume_at_every_position_goes_on_exactly(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str):
     make = sources(tmp_path)[name]
 
     def new_stream() -> TokenStream:
         made = make()
         documents = made if hasattr(made, "read") else open_documents(made)
-        return TokenStream(documents, tokenizer, 16, n_held_out=2, held_out_every=5)
+        documents.max_chunk_length = 100
+        return TokenStream(
+            documents, tokenizer, 16, n_held_out=2, held_out_every=5, batch_characters=90, batch_tokens=12
+        )
 
     stream = new_stream()
     states, rows, places = [], [], []
@@ -470,8 +254,8 @@ def test_resume_at_every_position_goes_on_exactly(tmp_path: Path, tokenizer: Pre
         assert (resumed.epoch, resumed.context_index) == places[at + len(expected)]
 
 
-def test_state_taken_before_the_first_call_is_the_beginning(tokenizer: PreTrainedTokenizerFast):
-    documents = open_documents(datasets.Dataset.from_dict({"text": stories()}))
+def test_state_saved_before_the_first_call_is_the_beginning(tokenizer: PreTrainedTokenizerFast):
+    documents = documents_of(stories())
     stream = TokenStream(documents, tokenizer, 16)
     state = stream.state_dict()
     expected = stream.next_contexts(5)
@@ -480,16 +264,15 @@ def test_state_taken_before_the_first_call_is_the_beginning(tokenizer: PreTraine
     assert torch.equal(stream.next_contexts(5), expected)
 
 
-@pytest.mark.usefixtures("tiny_batches")
 def test_resuming_a_map_style_source_reads_only_what_follows(tokenizer: PreTrainedTokenizerFast):
     read: list[int] = []
     dataset = datasets.Dataset.from_dict({"text": stories(), "number": list(range(23))})
     dataset.set_transform(lambda rows: read.extend(rows["number"]) or {"text": rows["text"]})
-    stream = TokenStream(open_documents(dataset), tokenizer, 16)
+    stream = TokenStream(open_documents(dataset), tokenizer, 16, batch_characters=90)
     stream.next_contexts(12)
     state = stream.state_dict()
     assert state["source"]["row"] > 5
-    resumed = TokenStream(open_documents(dataset), tokenizer, 16)
+    resumed = TokenStream(open_documents(dataset), tokenizer, 16, batch_characters=90)
     stream.next_contexts(1)
     time.sleep(0.2)
     read.clear()
@@ -509,16 +292,14 @@ def test_resuming_a_map_style_source_reads_only_what_follows(tokenizer: PreTrain
     ids=["streamed", "other_length", "tokenized", "other_column"],
 )
 def test_state_of_another_kind_of_source_is_refused(tokenizer: PreTrainedTokenizerFast, other: dict[str, Any]):
-    state = TokenStream(
-        open_documents(datasets.Dataset.from_dict({"text": ["some words"] * 4})), tokenizer, 8
-    ).state_dict()
+    state = TokenStream(documents_of(["some words"] * 4), tokenizer, 8).state_dict()
     streaming = other.pop("streamed", False)
     documents = open_documents(datasets.Dataset.from_dict(other), streaming=streaming)
     with pytest.raises(ValueError, match="the saved position is of a source with"):
         TokenStream(documents, tokenizer, 8).load_state_dict(state)
 
 
-# Errors and threads -----------------------------------------------------------------------------
+# Errors -----------------------------------------------------------------------------------------
 
 
 def test_data_shorter_than_a_context_is_an_error_with_both_numbers():
@@ -528,7 +309,7 @@ def test_data_shorter_than_a_context_is_an_error_with_both_numbers():
 
 
 def test_documents_that_are_all_empty_are_an_error(tokenizer: PreTrainedTokenizerFast):
-    documents = open_documents(datasets.Dataset.from_dict({"text": ["", ""]}))
+    documents = documents_of(["", ""])
     with pytest.raises(ValueError, match="holds 0 tokens in all"):
         TokenStream(documents, tokenizer, 8).next_contexts(1)
 
@@ -542,7 +323,7 @@ def test_token_id_beyond_the_vocabulary_is_an_error_with_both_numbers():
 
 def test_bos_beyond_the_vocabulary_is_an_error():
     tokenizer = make_tokenizer(bos_token="<extra>")
-    documents = open_documents(datasets.Dataset.from_dict({"text": ["the cat"]}))
+    documents = documents_of(["the cat"])
     n_ids = len(tokenizer)
     with pytest.raises(ValueError, match=f"for BOS, token id {n_ids - 1}"):
         TokenStream(documents, tokenizer, 4, vocab_size=n_ids - 1)
@@ -556,76 +337,27 @@ def test_negative_token_ids_are_an_error():
 
 @pytest.mark.parametrize(("context_size", "bos"), [(1, True), (0, False)])
 def test_context_without_room_for_a_token_is_an_error(context_size: int, bos: bool):
-    with pytest.raises(ValueError, match="context_size: got"):
+    with pytest.raises(ValueError, match="context_size: found"):
         stream_of_ids([[1, 2]], context_size=context_size, bos=bos)
 
 
+def test_errors_name_the_field_that_holds_the_data_set(tokenizer: PreTrainedTokenizerFast):
+    data = datasets.Dataset.from_dict({"tokens": [[1, 77]]})
+    documents = open_documents(data, field="eval_dataset_path")
+    with pytest.raises(ValueError, match="^eval_dataset_path: .* has, in column 'tokens', token id 77"):
+        TokenStream(documents, tokenizer, 4, vocab_size=77).first_contexts(1)
+    with pytest.raises(ValueError, match="^eval_dataset_path: .* holds 3 tokens in all"):
+        TokenStream(documents, tokenizer, 4).first_contexts(1)
+
+
 def test_text_without_a_tokenizer_is_an_error():
-    documents = open_documents(datasets.Dataset.from_dict({"text": ["the cat"]}))
-    with pytest.raises(ValueError, match="tokenizer: got None"):
+    documents = documents_of(["the cat"])
+    with pytest.raises(ValueError, match="tokenizer: found None"):
         TokenStream(documents, None, 4, prepend_bos=False)
 
 
-@pytest.mark.usefixtures("tiny_batches")
-def test_error_in_the_thread_surfaces_and_leaves_the_stream_usable(tokenizer: PreTrainedTokenizerFast):
-    broken = True
-
-    def rows() -> Iterator[dict[str, str]]:
-        for number, text in enumerate(stories()):
-            if number == 9 and broken:
-                raise ConnectionError("the cable is out")
-            yield {"text": text}
-
-    dataset = datasets.IterableDataset.from_generator(rows)
-    stream = TokenStream(open_documents(dataset), tokenizer, 16)
-    stream.next_contexts(2)
-    with pytest.raises(ConnectionError, match="the cable is out"):
-        stream.next_contexts(40)
-    broken = False
-    intact = open_documents(datasets.Dataset.from_dict({"text": stories()}))
-    expected = TokenStream(intact, tokenizer, 16).next_contexts(12)[2:]
-    assert torch.equal(stream.next_contexts(10), expected)
-
-
-def test_tokenizer_can_be_used_and_changed_while_the_thread_works(
-    tokenizer: PreTrainedTokenizerFast,
-):
-    documents = open_documents(datasets.Dataset.from_dict({"text": [story(3000, i) for i in range(200)]}))
-    stream = TokenStream(documents, tokenizer, 64)
-    tokenizer.pad_token = "<s>"
-    for length in range(5, 60):
-        stream.next_contexts(40)
-        tokenizer(["the cat", "a dog"], padding="max_length", max_length=length, truncation=True)
-
-
-def test_threads_end_by_themselves(tokenizer: PreTrainedTokenizerFast):
-    documents = open_documents(datasets.Dataset.from_dict({"text": stories()}))
-    stream = TokenStream(documents, tokenizer, 16)
-    stream.next_contexts(3)
-    deadline = time.time() + 10
-    while any(thread.name == "tokens-ahead" for thread in threading.enumerate()):
-        assert time.time() < deadline
-        time.sleep(0.01)
-
-
-def test_program_ends_at_once_and_silently_while_a_batch_is_under_way(tmp_path: Path):
-    make_tokenizer(bos_token="<s>").save_pretrained(tmp_path / "tokenizer")
-    program = f"""
-import datasets
-from transformers import PreTrainedTokenizerFast
-from sae_training.text_data import open_documents
-from sae_training.text.stream import TokenStream
-tokenizer = PreTrainedTokenizerFast.from_pretrained({str(tmp_path / "tokenizer")!r})
-rows = datasets.Dataset.from_dict({{"text": ["the cat sat on the mat " * 1000] * 200}})
-stream = TokenStream(open_documents(rows.to_iterable_dataset()), tokenizer, 64)
-print(tuple(stream.next_contexts(2).shape))
-"""
-    ended = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "(2, 64)\n", "")
-
-
 def test_stream_prints_nothing(tokenizer: PreTrainedTokenizerFast, capfd: pytest.CaptureFixture[str]):
-    documents = open_documents(datasets.Dataset.from_dict({"text": stories()}))
+    documents = documents_of(stories())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         TokenStream(documents, tokenizer, 16).next_contexts(300)

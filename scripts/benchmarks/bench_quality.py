@@ -1,23 +1,23 @@
 """Trains ours and other packages on the same rows in the same order, and evaluates all with one function of ours.
 
-    python scripts/bench_quality.py                               every system of SYSTEMS, one seed
-    python scripts/bench_quality.py --seeds 0 1 2 --continue      three seeds; what is in --results is not run again
-    python scripts/bench_quality.py --systems ours:topk 'ours:topk:{"optimizer": "signum", "lr": 0.009}' --save saes
-    python scripts/bench_quality.py --systems sae-lens:topk 'dictionary-learning:standard:{"l1_penalty": 0.1}'
+    python scripts/benchmarks/bench_quality.py                          every system of SYSTEMS, one seed
+    ... --seeds 0 1 2 --continue                                        three seeds; known results are not run again
+    ... --systems ours:topk 'ours:topk:{"optimizer": "signum", "lr": 0.009}' --save saes
+    ... --systems sae-lens:topk 'dictionary-learning:standard:{"l1_penalty": 0.1}'
 
-A system is PACKAGE:ARCHITECTURE, or PACKAGE:ARCHITECTURE:{JSON} with settings under the package's own names: for ours
-config fields, for dictionary-learning arguments of its trainer, for sae-lens and eai-sparsify fields of their two
-configs. Unless the JSON says otherwise, ours follows the recipe of the command line and the others the learning rate
-rules of their packages, with windows for dead latents, warm-ups and threshold measurements shortened so that they act
-within the run (`defaults`).
+A system is PACKAGE:ARCHITECTURE or PACKAGE:ARCHITECTURE:{JSON}, with settings under the package's own names: config
+fields of ours, arguments of dictionary-learning's trainer, fields of the two configs of sae-lens and eai-sparsify. What
+the JSON leaves out follows the command line's recipe for ours, and the package's own learning rate rule for the others,
+whose windows for dead latents, warm-ups and threshold measurements are shortened to act within the run (`defaults`).
 
-The rows are SmolLM2-135M's `blocks.8.hook_resid_post` in bfloat16 on State of the Union addresses in contexts of 128
-tokens, without the special tokens, shuffled once, and harvested once into a file that later calls read. Every system
-passes once over the same rows, scaled by one factor to a mean norm of sqrt(d_in); the seed is that of its starting
-weights. Each has its own process, and each peer its own virtual environment (as in `bench_step.py`).
+The rows are SmolLM2-135M's `blocks.8.hook_resid_post` on State of the Union addresses, in contexts of 128 tokens and
+without the special tokens; in bfloat16 where the processor multiplies in it, else in float32 (the protocol's
+`lm_dtype`). They are shuffled and harvested once, into a file that later calls read. Every system passes once over the
+same rows, scaled by one factor to a mean norm of sqrt(d_in). The seed is that of a system's starting weights. Each
+system has its own process, and each peer its own virtual environment (as in `bench_step.py`).
 
 A trained autoencoder comes back as plain tensors (`bench_workers.Plain`) in the units of the model, and is evaluated on
-held-out contexts in float32 (`evaluate`). The result is JSON on stdout and, a line per run, in --results; a table goes
+held-out contexts in float32 (`evaluate`). The result is JSON on stdout and, a line per run, in --results. A table goes
 to stderr.
 """
 
@@ -38,7 +38,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import (
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae_training.activations_store import ActivationsStore
+from sae_training.activations_store.store import special_token_ids
+from sae_training.cli import RECIPE
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.language_model.harvest import at_site, put_back
+from sae_training.language_model.load import LanguageModel, language_model_dtype, load_language_model
+from sae_training.language_model.sites import find_hook_site
+from sae_training.run.evals import forward_pass, prompts_of_a_pass
+from scripts.benchmarks.bench_step import (
     PEERS,
     Entry,
     Failed,
@@ -50,20 +62,8 @@ from bench_step import (
     show,
     shown,
 )
-from bench_workers import RELU_TYPE, Plain
-from demo import smollm2_model, state_of_the_union
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from sae_training.activations_store import ActivationsStore
-from sae_training.activations_store.store import special_token_ids
-from sae_training.cli import RECIPE
-from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.language_model.harvest import at_site, put_back
-from sae_training.language_model.load import LanguageModel, load_language_model
-from sae_training.language_model.sites import find_hook_site
-from sae_training.run.evals import prompts_of_a_pass, run
+from scripts.benchmarks.bench_workers import RELU_TYPE, Plain
+from scripts.demo import smollm2_model, state_of_the_union
 
 CACHE = Path.home() / ".cache" / "sae-training"
 SYSTEMS = (
@@ -245,6 +245,7 @@ def source_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "text": arguments.text,
         "context_size": CONTEXT_SIZE,
         "held_out": arguments.held_out,
+        "lm_dtype": str(language_model_dtype("auto", arguments.device)).removeprefix("torch."),
         "shuffled_with_seed": 0,
     }
 
@@ -268,7 +269,7 @@ def harvest_rows(arguments: argparse.Namespace) -> None:
     )
     store = ActivationsStore(cfg, model, notify=lambda text: show([text]))
     places = torch.randperm(arguments.rows, generator=torch.Generator().manual_seed(0))
-    rows = torch.empty(arguments.rows, store.sites[0].d_in, dtype=model.cfg.dtype)
+    rows = torch.empty(arguments.rows, store.sites.input.d_in, dtype=model.cfg.dtype)
     done, norm_sum = 0, 0.0
     while done < len(rows):
         new = store.passes.next_rows()[0][: len(rows) - done].cpu()
@@ -276,7 +277,7 @@ def harvest_rows(arguments: argparse.Namespace) -> None:
         norm_sum += new.float().norm(dim=1).double().sum().item()
         done += len(new)
     held_out = store.held_out_tokens()[: arguments.held_out]
-    about = source_of(arguments) | {"rows": done, "d_in": store.sites[0].d_in, "mean_norm": norm_sum / done}
+    about = source_of(arguments) | {"rows": done, "d_in": store.sites.input.d_in, "mean_norm": norm_sum / done}
     path = arguments.rows_file
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
@@ -286,7 +287,7 @@ def harvest_rows(arguments: argparse.Namespace) -> None:
 
 def load_model(arguments: argparse.Namespace) -> LanguageModel:
     name = smollm2_model() if arguments.model == "smollm2" else arguments.model
-    return load_language_model(name, arguments.device, "bfloat16")
+    return load_language_model(name, arguments.device, "auto")
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -467,7 +468,7 @@ class HeldOut:
         for prompts in self.tokens.split(prompts_of_a_pass(self.tokens.shape[1], self.model)):
             keep = ~torch.isin(prompts, self.special)
             splice = partial(self.splice, keep=keep, change=change)
-            logits = run(self.model, prompts, (self.site,), (), [(self.site.name, splice)]).logits
+            logits = forward_pass(self.model, prompts, (self.site,), replacements=[(self.site.name, splice)]).logits
             for tokens, predicted in zip(prompts, logits, strict=True):  # one prompt at a time: float32 is large
                 total += torch.nn.functional.cross_entropy(predicted[:-1].float(), tokens[1:], reduction="sum").item()
         return total / self.tokens[:, 1:].numel()

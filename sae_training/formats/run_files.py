@@ -1,0 +1,18 @@
+"""The names of the files in a run's folder, for all that write or read one.
+
+    runs/<run name>/   config.json, status.json, metrics.jsonl, report.html
+                       checkpoints/step_<n>/, snapshots/step_<n>/, final/
+
+A run of several autoencoders has a folder for each, with its own config.json, metrics.jsonl, snapshots/ and final/.
+"""
+
+from __future__ import annotations
+
+RUN_CONFIG_FILE = "config.json"  # the run's config and the versions of packages; cfg.json is that of an autoencoder
+STATUS_FILE = "status.json"
+METRICS_FILE = "metrics.jsonl"
+REPORT_FILE = "report.html"
+CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "snapshots"
+FINAL = "final"  # its presence says that the run is finished
+EVALUATION_FILE = "evaluation.json"  # in final/

@@ -1,0 +1,73 @@
+"""What a run saves: checkpoints, from which it continues, and folders of weights, which people load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sae_training.config.io import config_to_dict
+from sae_training.formats.native import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE
+from sae_training.formats.run_files import EVALUATION_FILE
+from sae_training.language_model.load import fingerprint
+from sae_training.machine.files import write_safetensors, write_text
+from sae_training.run import checkpoint
+from sae_training.run.run import Member, Run, check_finite
+
+
+def save(run: Run) -> Path | None:
+    """Save all that the run needs to go on as if it had not stopped; None, with a message, if the disk is full."""
+    for member in run.trained:
+        check_finite(run, member, weights=True)
+    parts, texts = {"store": run.store.state_dict()}, {}
+    for member in run.members:
+        sae, trainer_state = member.folded(), member.trainer.state_dict()
+        if not member.is_scaled:
+            trainer_state.pop("weights")  # because the part "sae" holds the same
+        # Loaders read the part "sae". A run continues from the weights of "trainer" where these are others.
+        parts |= {member.part("sae"): dict(sae.weights()), member.part("trainer"): trainer_state}
+        texts[member.part(CONFIG_FILE)] = json.dumps(config_to_dict(sae.cfg), indent=2) + "\n"
+    state = {
+        "metrics_bytes": {member.name: member.logger.position() for member in run.members},
+        "failures": {member.name: member.failure for member in run.members if member.failure},
+        "language_model": fingerprint(run.store.model),
+    }
+    try:
+        saved = checkpoint.save_checkpoint(run.folder.checkpoints, run.step, parts, state, extra_files=texts)
+    except OSError as error:
+        tqdm.write(f"Checkpoint not saved; the last one is {run.last_checkpoint or 'none'}. {error}")
+        return None
+    finally:
+        run.last_checkpoint_time = time.monotonic()
+    run.last_checkpoint = saved
+    checkpoint.delete_old(run.folder.checkpoints, run.cfg.keep_checkpoints)
+    run.write_status("training")
+    return saved
+
+
+def save_weights_folder(
+    member: Member, folder: Path, evaluation: Mapping[str, float] | None = None, aliases: tuple[str, ...] = ()
+) -> None:
+    """Save weights, config, log10 firing frequencies and an evaluation in `folder`, whole or not at all, and in wandb.
+
+    wandb gets them as two artifacts, of the weights and of the frequencies, with `aliases`.
+    """
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    member.folded().save_model(partial)
+    log_frequency = member.trainer.tracker.log_frequency()
+    write_safetensors(partial / SPARSITY_FILE, {"log_feature_sparsity": log_frequency})
+    if evaluation is not None:
+        write_text(partial / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+    name = member.trainer.sae.get_name()
+    weights, sparsity = [folder / WEIGHTS_FILE, folder / CONFIG_FILE], [folder / SPARSITY_FILE]
+    member.logger.log_artifact(name, "model", weights, metadata=config_to_dict(member.cfg), aliases=aliases)
+    member.logger.log_artifact(f"{name}_log_feature_sparsity", "log_feature_sparsity", sparsity, aliases=aliases)

@@ -1,0 +1,44 @@
+"""Figures of a run beyond those of its steps. To look changes nothing: weights and batches are as they would have been.
+
+The store's `sample` serves no rows, and evaluation has its own, held-out text.
+"""
+
+from __future__ import annotations
+
+from sae_training.run.evals import evaluate_together
+from sae_training.run.run import Member, Run
+from sae_training.training.metrics import sparsity_metrics
+
+NORM_ROWS = 8_192  # of the buffer, whose norms the report shows
+
+
+def evaluate_now(run: Run) -> list[tuple[Member, dict[str, float]]]:
+    """Return the figures of `evals.evaluate` for each autoencoder that is in training.
+
+    There are none with evaluation off (eval_every_steps=0), or no text held out (n_eval_batches=0).
+    """
+    if run.cfg.eval_every == 0 or len(run.held_out) == 0:
+        return [(member, {}) for member in run.trained]
+    saes = [(member.folded(), member.sites) for member in run.trained]
+    return list(zip(run.trained, evaluate_together(saes, run.store, run.held_out), strict=True))
+
+
+def log_norms(run: Run) -> None:
+    """Log how large the activations are that each autoencoder is trained on, in the model's own units.
+
+    Outliers (a BOS position) show here, whatever training scales its batches by.
+    """
+    for member in run.trained:
+        if member.is_scaled:
+            scale, target_scale = member.scales
+            member.logger.log({"details/input_scale": scale, "details/target_scale": target_scale}, 0, 0)
+        norms = run.store.sample(NORM_ROWS, member.sites).x.float().norm(dim=1)
+        member.logger.log_histogram("plots/activation_norm", norms / member.scales[0], 0)
+
+
+def log_sparsity(run: Run, member: Member) -> None:
+    """Log how often latents fired in the window of firing counts that has just ended or, at the end, lately."""
+    log_frequency = member.trainer.tracker.log_frequency()
+    figures = sparsity_metrics(log_frequency, member.cfg.dead_feature_threshold)
+    member.logger.log(figures, run.step, run.n_training_tokens)
+    member.logger.log_histogram("plots/feature_density_line_chart", log_frequency, run.step)
