@@ -64,7 +64,7 @@ def test_hook_inside_a_block_is_called_and_replaces(model: Any, monkeypatch: pyt
 
 
 @torch.inference_mode()
-def test_a_part_that_is_hooked_or_replaced_is_not_passed_over(model: Any) -> None:
+def test_a_hooked_or_replaced_part_of_a_block_runs(model: Any) -> None:
     mlp = model.blocks[2].original_component.mlp
     calls: list[int] = []
     handle = mlp.register_forward_hook(lambda *_: calls.append(1))
@@ -106,7 +106,7 @@ def test_generation_keeps_past_keys_and_values(model: Any) -> None:
 
 
 @torch.inference_mode()
-def test_twins_have_the_weights_of_the_model(model: Any) -> None:
+def test_twins_share_the_weights_of_the_model(model: Any) -> None:
     weight = model.blocks[0].mlp.out.original_component.weight
     before = model(ids())
     saved = weight.clone()
