@@ -94,7 +94,7 @@ def uninterrupted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run by the command line as a user starts it, in a Python of its own."""
     folder = tmp_path_factory.mktemp("whole")
     file = folder / "config.json"
-    save_config(config(text, folder), file)
+    file.write_text(json.dumps(config_to_dict(config(text, folder))))
     command = [sys.executable, "-m", "sae_training", "train", "--config", str(file)]
     subprocess.run(command, env=one_thread_environment(), timeout=300, check=True)
     return folder / "run"
