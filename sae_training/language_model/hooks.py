@@ -132,7 +132,7 @@ known_points: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, HookPoint]] 
 
 
 def hook_point_of(model: LanguageModel, name: str) -> HookPoint:
-    """`model.hook_dict[name]`, which a bridge makes anew each time, of some thousand entries."""
+    """`model.hook_dict[name]`, remembered because a bridge makes the dict anew each time (SmolLM2: 7 ms)."""
     points = known_points.setdefault(model, WeakValueDictionary())
     point = points.get(name)
     if point is None:

@@ -72,11 +72,6 @@ def find_hook_site(
     return HookSite(hook_point, read_name, stop_at_layer, head_index, len(shape) == 4, width)
 
 
-def find_target_site(model: LanguageModel, target_hook_point: str, d_out: int | None = None) -> HookSite:
-    """`find_hook_site` for the hook that a transcoder predicts."""
-    return find_hook_site(model, target_hook_point, None, d_out, "target_hook_point", "d_out")
-
-
 @torch.inference_mode()
 def check_order(model: LanguageModel, site: HookSite, target: HookSite) -> None:
     """Raise ValueError unless the forward pass reaches `site` before `target`, which a transcoder's output replaces."""
@@ -192,7 +187,7 @@ def find_sites(cfg: Any, model: LanguageModel) -> Sites:
     target_hook_point = getattr(cfg, "resolved_target_hook_point", option(cfg, "target_hook_point"))
     if target_hook_point is None:
         return Sites((site,), (site,))
-    target_site = find_target_site(model, target_hook_point, option(cfg, "d_out"))
+    target_site = find_hook_site(model, target_hook_point, None, option(cfg, "d_out"), "target_hook_point", "d_out")
     check_order(model, site, target_site)
     return Sites((site,), (target_site,))
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from sae_training.demo_data import DEMO_MODEL
 from sae_training.language_model.harvest import at_site, harvest, put_back
 from sae_training.language_model.load import hooked_transformer_class, language_model_dtype, load_language_model
-from sae_training.language_model.sites import find_hook_site, find_target_site
+from sae_training.language_model.sites import find_hook_site
 
 
 @pytest.fixture(scope="module", params=["HookedTransformer", "TransformerBridge"])
@@ -212,12 +212,13 @@ def test_wrong_width_or_head_names_both_values(small_model: Any, hook: str, head
 
 
 def test_errors_about_a_target_name_the_fields_of_the_target(small_model: Any) -> None:
+    target = {"field": "target_hook_point", "width_field": "d_out"}
     with pytest.raises(ValueError, match=r"^target_hook_point: this model has no hook 'blocks\.1\.hook_nothing'"):
-        find_target_site(small_model, "blocks.1.hook_nothing")
+        find_hook_site(small_model, "blocks.1.hook_nothing", **target)
     with pytest.raises(ValueError, match=r"^target_hook_point: .*attn\.hook_pattern has shape"):
-        find_target_site(small_model, "blocks.0.attn.hook_pattern")
+        find_hook_site(small_model, "blocks.0.attn.hook_pattern", **target)
     with pytest.raises(ValueError, match=r"^d_out: got 99, but .* 16 wide; use d_out=16, or d_out=None"):
-        find_target_site(small_model, "blocks.0.hook_mlp_out", 99)
+        find_hook_site(small_model, "blocks.0.hook_mlp_out", d_in=99, **target)
 
 
 def test_no_weight_of_a_narrow_model_is_held_twice() -> None:
