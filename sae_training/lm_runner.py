@@ -22,6 +22,7 @@ from sae_training.language_model.load import LanguageModel, language_model_dtype
 from sae_training.language_model.sites import find_sites, merged, with_widths
 from sae_training.machine.interrupt import StopRequest, TrainingInterrupted
 from sae_training.machine.paths import with_absolute_paths
+from sae_training.machine.precision import encoder_dtype
 from sae_training.run.finish import finish
 from sae_training.run.folder import RunFolder, choose_run_folder, is_finished, is_member_folder, read_run_config
 from sae_training.run.memory_plan import check_memory, plan_memory
@@ -30,7 +31,6 @@ from sae_training.run.save import save, save_weights_folder
 from sae_training.run.start import Singles, open_run
 from sae_training.run.watch import evaluate_now, log_norms, log_sparsity
 from sae_training.sparse_autoencoder import SparseAutoencoder
-from sae_training.sparse_autoencoder.definition import encoder_dtype
 from sae_training.training.metrics import training_metrics
 from sae_training.training.optim import check_installed
 from sae_training.training.schedules import due, snapshot_steps

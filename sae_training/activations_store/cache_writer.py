@@ -29,6 +29,7 @@ from sae_training.activations_store.cache_reader import CachedShards
 from sae_training.activations_store.shuffle_buffer import MAX_EMPTY_PASSES
 from sae_training.activations_store.store import ActivationsStore
 from sae_training.config import CacheActivationsRunnerConfig
+from sae_training.config.checks import retired
 from sae_training.config.io import config_to_dict
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.twins import compiled_blocks
@@ -64,13 +65,14 @@ class CacheWriter:
 
     def open(self, about: dict[str, Any]) -> Manifest:
         """The manifest of the unfinished cache in the folder, if it is of this config, or a new one."""
-        left_out = ("cached_activations_path", "tokenizer_processes")  # which the content does not depend on
-        config = {name: value for name, value in config_to_dict(self.cfg).items() if name not in left_out}
+        config = config_to_dict(self.cfg)
+        del config["cached_activations_path"]  # the content does not depend on it
         if (self.folder / MANIFEST).is_file():
             found = read_manifest(self.folder)
             absent = {name: getattr(CacheActivationsRunnerConfig, name, None) for name in config}
             then, now = absent | found.config | found.about, config | about
-            then.pop("model_revision", None)  # the fingerprint tells whether the weights are others
+            for name in ("model_revision", *retired(CacheActivationsRunnerConfig)):
+                then.pop(name, None)  # the fingerprint tells whether the weights are others
             differences = {name: (old, now.get(name)) for name, old in then.items() if old != now.get(name)}
             if differences:
                 lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in differences.items())

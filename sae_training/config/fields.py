@@ -12,7 +12,7 @@ the command line prints it as help, so that it takes one line. What the marks in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 from sae_training.config.checks import field_types, marks
 from sae_training.config.types import (
@@ -37,6 +37,10 @@ from sae_training.config.types import (
 @dataclass(kw_only=True)
 class Source:
     """Where activations come from: a language model, places in it, and text."""
+
+    RETIRED: ClassVar[dict[str, str]] = {
+        "tokenizer_processes": "text is tokenised in a thread ahead of the run, whatever it says; leave it out",
+    }
 
     # Language model and the place in it
 
@@ -103,9 +107,6 @@ class Source:
 
     n_eval_batches: NotNegative[int] = 10
     """Batches of store_batch_size contexts held out for evaluation; 0 holds out none."""
-
-    tokenizer_processes: OnlyWatches[NotNegative[int] | None] = None
-    """Processes that tokenise ahead; 0 is a thread, None is 1 on a CPU and 4 with a GPU."""
 
 
 @dataclass(kw_only=True)

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_training import formats
 from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_to_dict
 from sae_training.config.sweep import is_several
 from sae_training.config.types import FIXED_K
-from sae_training.formats.native import load_weights
 from sae_training.language_model.load import LanguageModel, fingerprint
 from sae_training.language_model.sites import Sites
 from sae_training.run import checkpoint
@@ -153,7 +153,7 @@ def start_from_pretrained(member: Member) -> None:
     sae, cfg = member.trainer.sae, member.cfg
     assert cfg.from_pretrained_path is not None
     try:
-        saved, tensors = load_weights(Path(cfg.from_pretrained_path))
+        saved, tensors = formats.load(Path(cfg.from_pretrained_path))
     except (OSError, ValueError) as error:
         raise type(error)(f"from_pretrained_path: {error}") from error
     check_fits(saved, tensors, cfg, sae)

@@ -159,9 +159,10 @@ def test_excluded_special_tokens_never_reach_a_batch(make_store: Make) -> None:
     bos = store.model.tokenizer.bos_token_id
     first = store.get_activations(torch.tensor([[bos, 5, 6, 7]]))[0, 0]
     batches = torch.cat([store.next_batch() for _ in range(5)])
-    assert not (batches == first).all(dim=1).any()
+    distance = 1e-4 * first.norm()  # roundings differ with the shape of a pass
+    assert ((batches - first).norm(dim=1) > distance).all()
     kept = make_store().next_batch()
-    assert (kept == first).all(dim=1).any()
+    assert ((kept - first).norm(dim=1) < distance).any()
 
 
 def test_only_the_positions_asked_for_reach_a_batch(make_store: Make) -> None:

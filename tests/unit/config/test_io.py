@@ -142,7 +142,7 @@ def test_cache_gives_its_source_and_keeps_its_files_to_itself() -> None:
 
 def test_marks_are_found_at_the_fields() -> None:
     assert {"context_size", "dataset_weights", "lm_dtype"} <= {*CACHE_FIELDS}
-    assert not {"store_batch_size", "hook_point", "tokenizer_processes"} & {*CACHE_FIELDS}
+    assert not {"store_batch_size", "hook_point", "n_eval_batches"} & {*CACHE_FIELDS}
     assert OPTION_OF["multi_topk"] == ("topk",)
 
 
@@ -167,7 +167,7 @@ def test_retired_fields_are_dropped_with_one_warning_that_says_what_to_do() -> N
 
 
 def test_retired_key_of_a_stored_run_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(Source, "RETIRED", {"old": "leave it out"}, raising=False)
+    monkeypatch.setattr(Source, "RETIRED", {"old": "leave it out"})
     assert unknown_keys({"old": 1, "k": 2, "other": 3}) == ["other"]
     with pytest.warns(FutureWarning, match="old: no longer a field of LanguageModelSAERunnerConfig"):
         assert config_from_dict({"old": 1, "k": 2}) == Config(k=2)
@@ -177,3 +177,8 @@ def test_retired_key_of_a_stored_run_is_known(monkeypatch: pytest.MonkeyPatch, t
     assert len(caught) == 1
     with pytest.warns(FutureWarning, match="old: no longer a field of CacheActivationsRunnerConfig"):
         CacheActivationsRunnerConfig(old=1)  # pyright: ignore
+
+
+def test_tokenizer_processes_of_an_older_run_are_dropped() -> None:
+    with pytest.warns(FutureWarning, match="tokenizer_processes: no longer a field"):
+        assert config_from_dict({"tokenizer_processes": 4, "k": 2}) == Config(k=2)
