@@ -88,9 +88,9 @@ def in_one_word(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:
     while left:
         flag, equals, value = left.pop(0).partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        is_no = name not in types and name.startswith("no_") and bool in options(types.get(name.removeprefix("no_")))
-        if is_no and not equals:
-            made.append(f"--{name.removeprefix('no_')}=False")
+        positive = name.removeprefix("no_")
+        if flag.startswith("--") and name not in types and not equals and bool in options(types.get(positive)):
+            made.append(f"--{positive}=False")
             continue
         if not flag.startswith("--") or name not in types:
             made.append(flag + equals + value)

@@ -61,9 +61,11 @@ def largest(numbers: Tensor, k: int, groups: Tensor | None = None) -> Tensor:
     n_groups = 0 if groups is None else groups.shape[1]
     n_candidates = width if groups is None else n_groups * GROUP
     out = torch.empty(n, k, dtype=torch.int64, device=numbers.device)
+    block = block_of(n_candidates, MAX_CANDIDATES)
+    warps = min(16, max(4, block // 1024))  # with 4, a block of 8,192 spills registers, one of 16,384 3 KB a thread
     top_k_kernel[(n,)](
         numbers, out if groups is None else groups, out, width, n_groups, n_candidates, k,
-        HAS_GROUPS=groups is not None, GROUP=GROUP, BLOCK=block_of(n_candidates, MAX_CANDIDATES),
+        HAS_GROUPS=groups is not None, GROUP=GROUP, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out
 

@@ -56,7 +56,7 @@ def test_no_more_directions_than_dimensions_are_orthonormal_when_spread() -> Non
 
 
 def test_directions_that_cannot_be_spread_are_an_error() -> None:
-    with pytest.raises(ValueError, match="max_cosine: 40 directions in 2 dimensions could not be brought to 0.3 or below"):
+    with pytest.raises(ValueError, match="max_cosine: 40 directions in 2 dimensions could not be brought to 0.3"):
         random_directions(40, 2, seed=0, max_cosine=0.3)
 
 
