@@ -36,5 +36,5 @@ def cache_activations_runner(
     store = ActivationsStore(singles[0], lm, dataset, sites=sites, notify=tqdm.write)
     folder = Path(cfg.cached_activations_path).expanduser()
     with lock_beside(folder, "cached_activations_path"), StopRequest(tqdm.write) as stop:
-        CacheWriter(cfg, folder, store, origin(source, lm, store.n_held_out)).write(stop)
+        CacheWriter(cfg, folder, store, origin(source, lm, store.text.n_held_out)).write(stop)
     return folder

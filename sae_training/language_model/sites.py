@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.config.io import option
+from sae_training.config.io import with_defaults
 from sae_training.language_model.hooks import block_number, read_hooks
 from sae_training.language_model.load import LanguageModel
 
@@ -145,10 +145,10 @@ def unknown_hook_message(model: LanguageModel, hook_point: str) -> str:
 
 @dataclass(frozen=True)
 class Sites:
-    """What an autoencoder reads (`inputs`) and what it reconstructs (`targets`), in the model.
+    """What an autoencoder reads (`inputs`) and what it reconstructs (`targets`).
 
-    An ordinary autoencoder reconstructs its input, so both are the same one hook. A transcoder has another hook as its
-    target. The sites of a store are those of all autoencoders that it serves, each hook once.
+    An ordinary autoencoder reconstructs its input: both are the same one hook. The target of a transcoder is another
+    hook. The sites of a store are those of all autoencoders that it serves (`merged`).
     """
 
     inputs: tuple[HookSite, ...]
@@ -173,7 +173,7 @@ class Sites:
 
 
 def merged(parts: Iterable[Sites]) -> Sites:
-    """The sites of several autoencoders as one, each hook once."""
+    """Return the sites of several autoencoders as one, each hook once."""
     parts = list(parts)
     inputs = dict.fromkeys(site for sites in parts for site in sites.inputs)
     targets = dict.fromkeys(site for sites in parts for site in sites.targets)
@@ -181,19 +181,19 @@ def merged(parts: Iterable[Sites]) -> Sites:
 
 
 def find_sites(cfg: Any, model: LanguageModel) -> Sites:
-    """Find the hooks of `cfg` in `model`, and check them."""
-    hook_point = getattr(cfg, "resolved_hook_point", cfg.hook_point)
-    site = find_hook_site(model, hook_point, option(cfg, "hook_point_head_index"), cfg.d_in)
-    target_hook_point = getattr(cfg, "resolved_target_hook_point", option(cfg, "target_hook_point"))
+    """Find the hooks of `cfg` in `model`. Raise ValueError where they do not fit the model, or each other."""
+    cfg = with_defaults(cfg)
+    site = find_hook_site(model, cfg.resolved_hook_point, cfg.hook_point_head_index, cfg.d_in)
+    target_hook_point = cfg.resolved_target_hook_point
     if target_hook_point is None:
         return Sites((site,), (site,))
-    target_site = find_hook_site(model, target_hook_point, None, option(cfg, "d_out"), "target_hook_point", "d_out")
+    target_site = find_hook_site(model, target_hook_point, None, cfg.d_out, "target_hook_point", "d_out")
     check_order(model, site, target_site)
     return Sites((site,), (target_site,))
 
 
 def with_widths(cfg: LanguageModelSAERunnerConfig, sites: Sites) -> LanguageModelSAERunnerConfig:
-    """`cfg` with d_in and, for a transcoder, d_out as its `sites` have them."""
+    """Return `cfg` with the widths of its `sites`: d_in and, for a transcoder, d_out."""
     d_out = None if cfg.target_hook_point is None else sites.target.d_in
     return dataclasses.replace(cfg, d_in=sites.input.d_in, d_out=d_out)
 

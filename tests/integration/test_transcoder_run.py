@@ -32,8 +32,9 @@ def test_rows_of_both_hooks_belong_together(small_config: Callable, demo_model: 
     store = ActivationsStore(small_config(**hooks), demo_model)
     mid = ActivationsStore(small_config(hook_point="blocks.1.hook_resid_mid"), demo_model)
     for _ in range(4):
-        x, target = store.next_pair()
-        torch.testing.assert_close(x + mid.next_batch(), target, atol=1e-4, rtol=1e-4)
+        store.advance()
+        batch = store.batch(store.sites)
+        torch.testing.assert_close(batch.x + mid.next_batch(), batch.target, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -108,9 +109,10 @@ def test_a_run_trains_resumes_and_comes_back(small_config: Callable, demo_model:
     assert evaluation["metrics/ce_loss_with_sae"] < evaluation["metrics/ce_loss_with_ablation"]
     assert run.sae.get_name() == "transcoder_demo_blocks.1.hook_resid_mid_blocks.1.hook_mlp_out_512"
     _, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained(run.folder.path, model=demo_model)
-    x, target = store.next_pair()
-    assert sae.is_transcoder and torch.equal(sae.reconstruct(x), run.sae.reconstruct(x))
-    assert sae(x, target=target).mse_loss < target.var()
+    store.advance()
+    batch = store.batch(store.sites)
+    assert sae.is_transcoder and torch.equal(sae.reconstruct(batch.x), run.sae.reconstruct(batch.x))
+    assert sae(batch.x, target=batch.target).mse_loss < batch.target.var()
 
 
 def test_a_transcoder_run_says_which_hook_or_width_is_wrong(small_config: Callable, demo_model: Any) -> None:
