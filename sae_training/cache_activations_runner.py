@@ -38,7 +38,7 @@ def cache_activations_runner(
     store = ActivationsStore(singles[0], lm, dataset, sites=sites, notify=tqdm.write)
     folder = Path(cfg.cached_activations_path).expanduser()
     with lock_beside(folder), StopRequest(tqdm.write) as stop:
-        CacheWriter(cfg, folder, store, origin(run_cfg, lm, store.n_held_out)).write(stop)
+        CacheWriter(cfg, folder, store, origin(run_cfg, lm, store.text.n_held_out)).write(stop)
     return folder
 
 

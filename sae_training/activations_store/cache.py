@@ -1,11 +1,11 @@
-"""Activations on disk: their format, reading it, and what is checked before anything is read.
+"""The format of activations on disk: the manifest, the precisions, and what a run must have in common with a cache.
 
-    manifest.json               what comes from where, and each finished shard with its size and SHA-256
-    rows/00000.safetensors      shuffled over the whole cache, for training: `tokens` (rows,), each hook (rows, d_in)
-    contexts/00000.safetensors  as the text has them: `tokens` (prompts, context), each hook (prompts, context, d_in)
+    manifest.json               where the activations come from; size and SHA-256 of each finished shard
+    rows/00000.safetensors      shuffled over the whole cache: `tokens` (rows,), each hook (rows, d_in)
+    contexts/00000.safetensors  in the order of the text: `tokens` (prompts, context), hooks (prompts, context, d_in)
 
-A shard counts once the manifest lists it. Activations are in one of four precisions; int8 has beside each hook a
-float32 scale for each row, `<hook>.scale`, which times the integers gives the activations.
+A shard counts once the manifest lists it. Activations are in one of four precisions. With int8 each hook has a float32
+scale for each row, `<hook>.scale`; integers times scale are the activations.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def origin(cfg: Any, model: LanguageModel, n_held_out: int) -> dict[str, Any]:
 
 
 MANIFEST = "manifest.json"
-
 FORMAT = 1
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 MUST_AGREE = (
@@ -79,11 +77,12 @@ WHERE_ABSENT: dict[str, Any] = {
 """What caches were written with before there was a choice."""
 
 FIELD_OF = {"model_fingerprint": "model_name"}
+"""The config field to change where the entry is none itself."""
 
 
 @dataclass
 class Shard:
-    """A finished file; `n` counts its rows, or its contexts."""
+    """A finished file of `n` rows or contexts."""
 
     file: str
     n: int
@@ -93,20 +92,21 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """manifest.json."""
+    """The content of manifest.json."""
 
     about: dict[str, Any]
-    """Where the activations come from: MUST_AGREE, and what else is good to know."""
+    """Where the activations come from (`origin`)."""
     sites: dict[str, int]
-    """Width by hook."""
+    """The width of each hook by its name."""
     dtype: str
+    """The precision of the activations, a name of DTYPES."""
     config: dict[str, Any]
-    """The CacheActivationsRunnerConfig."""
+    """The CacheActivationsRunnerConfig without what does not change the content."""
     rows: list[Shard] = field(default_factory=list)
     contexts: list[Shard] = field(default_factory=list)
     complete: bool = False
     progress: dict[str, Any] = field(default_factory=dict)
-    """What going on after a kill needs; at the end, where in the text the cache stops."""
+    """What continuing after a kill needs; once complete, the position in the text where the cache stops."""
     format: int = FORMAT
 
     def save(self, folder: Path) -> None:
@@ -136,14 +136,14 @@ def read_manifest(folder: Path) -> Manifest:
 # --------------------------------------------------------------------------------------------------------- precision
 
 
-def encode(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
-    """`rows` (..., d_in) in the precision of the disk and, for int8, the scale of each (...,), else None."""
+def to_stored(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
+    """Return `rows` (..., d_in) in the precision of the files and, for int8, their scales (...,), else None."""
     if dtype != "int8":
         stored = rows.to(DTYPES[dtype])
         if dtype == "float16" and bool((stored.isinf() & ~rows.isinf()).any()):
             raise ValueError(
-                f"dtype: an activation of {rows.abs().max().item():.3g} is too large for float16, expected at most "
-                "65504; use bfloat16, or int8."
+                f"dtype: found an activation of {rows.abs().max().item():.3g}, expected at most 65504, the largest of "
+                "float16; use bfloat16, or int8."
             )
         return stored, None
     wide = rows.float()
@@ -151,10 +151,19 @@ def encode(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
     return (wide / scale.unsqueeze(-1)).round().to(torch.int8), scale
 
 
-def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
-    """The inverse of `encode`, in float32 for int8, else as stored."""
+def from_stored(stored: Tensor, scale: Tensor | None) -> Tensor:
+    """Return the rows that `to_stored` was given: float32 for int8, else in the precision of the files."""
     return stored if scale is None else stored.float() * scale.unsqueeze(-1)
 
 
-def anew(folder: Path) -> str:
-    return f"delete {folder} and write the cache anew."
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+def position_to_json(position: dict[str, Any]) -> dict[str, Any]:
+    """Return a position in the text (the state of a TokenStream) in JSON types, for the manifest."""
+    return json.loads(json.dumps(position | {"pending": position["pending"].tolist()}))
+
+
+def position_from_json(position: dict[str, Any]) -> dict[str, Any]:
+    """Return the position that `position_to_json` was given."""
+    return position | {"pending": torch.tensor(position["pending"], dtype=torch.int64)}

@@ -1,4 +1,7 @@
-"""TODO."""
+"""Reading activations from disk: what is checked before anything is read, and shards as one sequence read ahead.
+
+open_cache --manifest agrees, sizes are right--> CachedShards --hashes are right--> CachedReader.take
+"""
 
 from __future__ import annotations
 
@@ -13,39 +16,39 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sae_training.activations_store.cache import FIELD_OF, MUST_AGREE, Manifest, Shard, anew, decode, read_manifest
+from sae_training.activations_store.cache import FIELD_OF, MUST_AGREE, Manifest, Shard, from_stored, read_manifest
+from sae_training.activations_store.source import Taken
 from sae_training.machine.files import sha256
 
 READ_AHEAD = 2  # batches
 
-# ----------------------------------------------------------------------------------------------------------- checking
-
 
 def open_cache(folder: Path, expected: dict[str, Any], sites: dict[str, int]) -> CachedShards:
-    """The shards of a complete cache that agrees with `expected` (MUST_AGREE) and holds `sites` (width by hook).
+    """Open the shards of a complete cache that agrees with `expected` (MUST_AGREE) and holds `sites` (width by hook).
 
-    ValueError names all that differs, with both values. Sizes of files are checked here, hashes in `CachedShards`.
+    Raise ValueError with all that differs, both values each. The sizes of files are checked here, their hashes by
+    `CachedShards` before it reads them.
     """
     manifest = read_manifest(folder)
     name = f"cached_activations_path: {folder}"
     if not manifest.complete:
-        raise ValueError(f"{name} is unfinished; run the same `cache` command again, which goes on where it stopped.")
+        raise ValueError(f"{name} is unfinished; run the same `cache` command again, which continues where it stopped.")
     if manifest.about["n_held_out"] < expected["n_held_out"]:
         raise ValueError(
             f"n_eval_batches: this run holds out {expected['n_held_out']} contexts (n_eval_batches * "
-            f"store_batch_size), but {folder} was written with {manifest.about['n_held_out']} held out, so it has some "
-            "that this run is evaluated on; lower n_eval_batches, or write another cache."
+            f"store_batch_size), but {folder} was written with {manifest.about['n_held_out']} held out, so it contains "
+            "some that this run is evaluated on; lower n_eval_batches, or write another cache."
         )
     different = [key for key in MUST_AGREE if manifest.about[key] != expected[key]]
     if {"model_name", "lm_dtype"} & {*different}:
-        different = [key for key in different if key != "model_fingerprint"]  # which says no more
+        different = [key for key in different if key != "model_fingerprint"]  # because it differs only for that
     if different:
         lines = [
             f"{FIELD_OF.get(key, key)}: this run has {key.replace('_', ' ')} {expected[key]!r}, but {folder} was "
             f"written with {manifest.about[key]!r}"
             for key in different
         ]
-        raise ValueError("\n".join(lines) + "; give what it was written with, or write another cache.")
+        raise ValueError("\n".join(lines) + "; use the values of the cache, or write another one.")
     for hook, width in sites.items():
         if hook not in manifest.sites:
             raise ValueError(
@@ -61,14 +64,14 @@ def open_cache(folder: Path, expected: dict[str, Any], sites: dict[str, int]) ->
         size = path.stat().st_size if path.is_file() else None
         if size != shard.bytes:
             found = "no such file" if size is None else f"{size} bytes"
-            raise ValueError(f"{path}: found {found}, expected {shard.bytes} bytes; {anew(folder)}")
+            raise ValueError(f"{path}: found {found}, expected {shard.bytes} bytes; {rewrite_advice(folder)}")
     return CachedShards(folder, manifest, form, list(sites))
 
 
 class CachedShards:
-    """One form of a cache as one long sequence of rows, or of contexts, read from memory-mapped files.
+    """One form of a cache, as one long sequence of rows or contexts in memory-mapped files.
 
-    No shard is read before its hash has been found right; `check_ahead` does so for all of them, at 1 to 2 GB/s.
+    A shard is read only after its hash has been checked. `check_ahead` checks all of them, at 1 to 2 GB/s.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, form: str, hooks: list[str]) -> None:
@@ -77,16 +80,17 @@ class CachedShards:
         self.n = sum(shard.n for shard in self.shards)
         self.has_scales = manifest.dtype == "int8"
         self.sound: set[str] = set()
+        """The files whose hashes are right."""
         self.checking = {shard.file: threading.Lock() for shard in self.shards}
         self.damage: ValueError | OSError | None = None
-        """What `check_ahead` came upon."""
+        """What `check_ahead` has found wrong."""
 
     def fingerprint(self) -> str:
-        """A hash that tells it from any other cache, or form of this one."""
+        """Return a hash that differs for any other cache, and for the other form of this one."""
         return hashlib.sha256(repr((self.form, self.shards)).encode()).hexdigest()[:16]
 
     def read(self, start: int, stop: int) -> dict[str, Tensor]:
-        """`tokens` and the activations of each hook from number `start` to `stop`, in order."""
+        """Return `tokens` and the activations of each hook from number `start` to `stop`, in order."""
         parts: list[dict[str, Tensor]] = []
         first = 0
         for shard in self.shards:
@@ -94,7 +98,7 @@ class CachedShards:
             if begin < end:
                 parts.append(self.read_shard(shard, begin - first, end - first))
             first += shard.n
-        return joined(parts)
+        return concatenated(parts)
 
     def read_shard(self, shard: Shard, start: int, stop: int) -> dict[str, Tensor]:
         self.check(shard)
@@ -103,13 +107,13 @@ class CachedShards:
             def part(name: str) -> Tensor:
                 return file.get_slice(name)[start:stop]
 
-            found = {"tokens": part("tokens").long()}
-            for hook in self.hooks:
-                found[hook] = decode(part(hook), part(f"{hook}.scale") if self.has_scales else None)
-        return found
+            activations = {
+                hook: from_stored(part(hook), part(f"{hook}.scale") if self.has_scales else None) for hook in self.hooks
+            }
+            return {"tokens": part("tokens").long(), **activations}
 
     def check(self, shard: Shard) -> None:
-        """ValueError if the file is not what was written."""
+        """Raise ValueError if the content of the file is not what was written."""
         with self.checking.setdefault(shard.file, threading.Lock()):
             if shard.file in self.sound:
                 return
@@ -117,12 +121,12 @@ class CachedShards:
             if (found := sha256(path)) != shard.sha256:
                 raise ValueError(
                     f"{path}: found content of SHA-256 {found[:16]}, but {shard.sha256[:16]} was written; "
-                    f"{anew(self.folder)}"
+                    f"{rewrite_advice(self.folder)}"
                 )
             self.sound.add(shard.file)
 
     def check_ahead(self) -> None:
-        """Check all shards, in a thread: of a damaged one a run should not hear at its end."""
+        """Check every shard in a thread, so that damage anywhere is reported early in the run."""
 
         def check_all() -> None:
             try:
@@ -134,12 +138,19 @@ class CachedShards:
         threading.Thread(target=check_all, name="cache-check", daemon=True).start()
 
 
-def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def rewrite_advice(folder: Path) -> str:
+    """Say what to do about a damaged cache."""
+    return f"delete {folder} and write the cache again."
+
+
+def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class CachedReader:
-    """Goes through cached shards, reading ahead in a thread; begins anew at their end, if it is asked to go on."""
+    """Takes rows (or contexts) of a cache in order, reading ahead in a thread; after the last comes the first again."""
+
+    n_buffered = 0
 
     def __init__(self, shards: CachedShards, notify: Callable[[str], None]) -> None:
         self.shards = shards
@@ -150,7 +161,7 @@ class CachedReader:
         self.ahead: dict[tuple[int, int], Future[dict[str, Tensor]]] = {}
 
     def check_size(self, n: int) -> None:
-        """ValueError if `n` are more than there are."""
+        """Raise ValueError if `n` are more than the cache holds."""
         if n > self.shards.n:
             field = "train_batch_size" if self.shards.form == "rows" else "store_batch_size"
             raise ValueError(
@@ -161,8 +172,7 @@ class CachedReader:
     def remaining(self) -> int:
         return self.shards.n - self.position
 
-    def take(self, n: int) -> dict[str, Tensor]:
-        """The next `n` rows or contexts, those after the last being the first."""
+    def take(self, n: int, n_left: int | None = None) -> Taken:
         self.check_size(n)
         if not self.is_checking:
             self.is_checking = True
@@ -177,14 +187,14 @@ class CachedReader:
             place: self.ahead.get(place) or self.thread.submit(self.shards.read, *place)
             for place in self.places_ahead(n)
         }
-        return joined(parts)
+        return concatenated(parts).__getitem__
 
-    def peek(self, n: int) -> dict[str, Tensor]:
-        """Up to `n` of what comes next, without going on."""
-        return joined([self.shards.read(*place) for place in self.places(min(n, self.shards.n))])
+    def sample(self, n: int) -> Taken:
+        """Look at up to `n` of those that come next."""
+        return concatenated([self.shards.read(*place) for place in self.places(min(n, self.shards.n))]).__getitem__
 
     def places(self, n: int) -> list[tuple[int, int]]:
-        """Where the next `n` are, in one stretch or, around the end, in two: (first, one after the last)."""
+        """Return where the next `n` are, as (start, stop): one range, or two around the end."""
         end = min(self.position + n, self.shards.n)
         return [(start, stop) for start, stop in ((self.position, end), (0, self.position + n - end)) if start < stop]
 
@@ -207,14 +217,15 @@ class CachedReader:
         self.notify(f"end of {self.shards.folder} after {self.shards.n:,} {self.shards.form}: {what_now}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "epoch": self.epoch, "shards": self.shards.fingerprint()}
+        return {"cached": {"position": self.position, "epoch": self.epoch, "shards": self.shards.fingerprint()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["shards"] != self.shards.fingerprint():
+        cached = state["cached"]
+        if cached["shards"] != self.shards.fingerprint():
             raise ValueError(
-                f"cached_activations_path: the run was begun on other shards ({state['shards']}) than "
-                f"{self.shards.folder} holds now ({self.shards.fingerprint()}); give that cache, or begin anew with "
-                'resume="never".'
+                f"cached_activations_path: the run was started on other shards ({cached['shards']}) than "
+                f"{self.shards.folder} holds now ({self.shards.fingerprint()}); give that cache, or begin a new run "
+                'with resume="never".'
             )
-        self.position, self.epoch = state["position"], state["epoch"]
+        self.position, self.epoch = cached["position"], cached["epoch"]
         self.ahead.clear()

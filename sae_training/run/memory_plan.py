@@ -128,7 +128,7 @@ def plan_memory(
     """Return the plan of a run of `singles` whose process has loaded the language model and nothing else."""
     singles = list(singles)
     weights = [weight_bytes(single) for single in singles]
-    width = sum(site.d_in for site in store.hooks)
+    width = sum(site.d_in for site in store.sites.all)
     # Where training scales its batches, what is evaluated and saved are copies with the scales folded in.
     folded = sum(weights) if cfg.normalize_activations == "expected_average_only_in" else 0
     parts = [
@@ -140,8 +140,8 @@ def plan_memory(
     ]
     if cfg.ema_decay is not None:
         parts.append(Part(Kind.AVERAGES, sum(weights)))
-    if store.needs_buffer:
-        buffer = Part(Kind.BUFFER, buffer_bytes(store, width), f", {store.n_rows:,} rows x {width:,}")
+    if store.n_buffered:
+        buffer = Part(Kind.BUFFER, buffer_bytes(store, width), f", {store.n_buffered:,} rows x {width:,}")
         parts = [buffer, Part(Kind.PASS, pass_bytes(cfg, store, width)), *parts]
     in_use, available = memory_of(store.device)
     lm = sum(parameter.numel() * parameter.element_size() for parameter in store.model.parameters())
@@ -223,7 +223,7 @@ def each_of(weights: list[int]) -> str:
 def buffer_bytes(store: ActivationsStore, width: int) -> int:
     """Rows in the language model's precision; on a GPU half of them once more, because they are computed ahead."""
     row_bytes = width * store.model.cfg.dtype.itemsize + PLACE
-    return int((1.5 if store.device.type == "cuda" else 1) * store.n_rows * row_bytes)
+    return int((1.5 if store.device.type == "cuda" else 1) * store.n_buffered * row_bytes)
 
 
 def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int) -> int:

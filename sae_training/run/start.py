@@ -102,8 +102,8 @@ def check_room_for_checkpoints(
     if cfg.checkpoint_every_minutes is None and cfg.checkpoint_every_steps is None:
         return
     weights = sum(p.numel() * p.element_size() for trainer in trainers.values() for p in trainer.sae.parameters())
-    width = sum(site.d_in for site in store.hooks)
-    buffers = store.n_rows * (width * store.model.cfg.dtype.itemsize + 8) if store.needs_buffer else 0
+    width = sum(site.d_in for site in store.sites.all)
+    buffers = store.n_buffered * (width * store.model.cfg.dtype.itemsize + 8)
     # One is written before the oldest is deleted; weights, and Adam's two moments, are in each, and where batches are
     # scaled the weights for raw activations too.
     copies = 4 if cfg.normalize_activations == "expected_average_only_in" else 3

@@ -203,10 +203,10 @@ def time_harvest_by(cfg: LanguageModelSAERunnerConfig, model: Any, forward: Call
     tokens = store.get_batch_tokens()
     rows_per_batch = int(store.keeps(tokens).sum())
     n_batches = -(-rows_harvested(cfg) // rows_per_batch)
-    forward(tokens, store.hooks)
+    forward(tokens, store.sites.all)
     start = now(cfg)
     for _ in range(n_batches):
-        forward(tokens, store.hooks)
+        forward(tokens, store.sites.all)
     return now(cfg) - start
 
 

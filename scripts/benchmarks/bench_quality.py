@@ -44,7 +44,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_training.activations_store import ActivationsStore
-from sae_training.activations_store.store import special_token_ids
+from sae_training.activations_store.position_rule import special_token_ids
 from sae_training.cli import RECIPE
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.harvest import at_site, put_back
@@ -272,7 +272,8 @@ def harvest_rows(arguments: argparse.Namespace) -> None:
     rows = torch.empty(arguments.rows, store.sites.input.d_in, dtype=model.cfg.dtype)
     done, norm_sum = 0, 0.0
     while done < len(rows):
-        new = store.passes.next_rows()[0][: len(rows) - done].cpu()
+        tokens = store.get_batch_tokens()
+        new = store.get_activations(tokens)[store.keeps(tokens)][: len(rows) - done].cpu()
         rows[places[done : done + len(new)]] = new
         norm_sum += new.float().norm(dim=1).double().sum().item()
         done += len(new)

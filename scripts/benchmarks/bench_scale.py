@@ -136,7 +136,7 @@ def forward_over_harvest(store: ActivationsStore, rounds: int) -> float:
     for _ in range(2 * rounds):
         for name, function in (
             ("forward", lambda: store.model(tokens, stop_at_layer=store.model.cfg.n_layers)),
-            ("harvest", lambda: harvest(store.model, tokens, store.hooks)),
+            ("harvest", lambda: harvest(store.model, tokens, store.sites.all)),
         ):
             start = time.perf_counter()
             function()
@@ -227,7 +227,7 @@ def time_harvest(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
     tokens = store.get_batch_tokens()
     start = time.perf_counter()
     for _ in range(-(-cfg.total_training_tokens // tokens.numel())):
-        harvest(model, tokens, store.hooks)
+        harvest(model, tokens, store.sites.all)
     return time.perf_counter() - start
 
 

@@ -23,9 +23,10 @@ from test_resume import one_thread_environment, start, step_of, wait_for
 from torch import Tensor
 
 from sae_training.activations_store import ActivationsStore
-from sae_training.activations_store.cache import DTYPES, decode, encode, read_manifest
+from sae_training.activations_store.cache import DTYPES, from_stored, read_manifest, to_stored
 from sae_training.activations_store.cache_reader import CachedReader, CachedShards
 from sae_training.activations_store.cache_writer import CacheWriter, from_records
+from sae_training.activations_store.open_source import ThenLive
 from sae_training.cache_activations_runner import cache_activations_runner
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
 from sae_training.language_model.harvest import harvest
@@ -142,7 +143,7 @@ def test_precisions(dtype: str, write: Write, demo_model: Any, small_config: Cal
 
 
 def test_rows_of_zeros_survive_int8() -> None:
-    assert torch.equal(decode(*encode(torch.zeros(3, 5), "int8")), torch.zeros(3, 5))
+    assert torch.equal(from_stored(*to_stored(torch.zeros(3, 5), "int8")), torch.zeros(3, 5))
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -192,7 +193,7 @@ def test_after_its_rows_a_cache_is_followed_by_what_comes_next_in_the_text(
     store = ActivationsStore(small_config(**changes, use_cached_activations="then_live"), demo_model)
     for _ in range(4):
         store.next_batch()
-    assert store.cached_rows is None and store.passes.cached is None
+    assert isinstance(store.source, ThenLive) and store.source.is_live
     tokens, _, _ = live(demo_model, small_config, 12, HOOK)
     other = ActivationsStore(small_config(exclude_special_tokens=True), demo_model)
     for _ in range(4):
@@ -391,7 +392,7 @@ def test_a_damaged_cache_is_refused(
 
 
 def test_a_failed_write_is_not_committed(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real, failed = CacheWriter.throw, []
+    real, failed = CacheWriter.to_buckets, []
 
     def fails_once(self: CacheWriter, i: int, *rest: Any) -> None:
         if i == 20 and not failed:
@@ -399,7 +400,7 @@ def test_a_failed_write_is_not_committed(write: Write, monkeypatch: pytest.Monke
             raise OSError("no space left on device")
         real(self, i, *rest)
 
-    monkeypatch.setattr(CacheWriter, "throw", fails_once)
+    monkeypatch.setattr(CacheWriter, "to_buckets", fails_once)
     with pytest.raises(OSError, match="no space"):
         write(shard_size_mb=1)
     write(shard_size_mb=1)
@@ -417,7 +418,7 @@ def test_a_run_goes_on_with_its_own_cache_only(write: Write, small_config: Calla
     store = ActivationsStore(small_config(**changes, cached_activations_path=str(folder)), demo_model)
     store.next_batch()
     other = ActivationsStore(small_config(**changes, cached_activations_path=str(write("other", seed=7))), demo_model)
-    with pytest.raises(ValueError, match="the run was begun on other shards"):
+    with pytest.raises(ValueError, match="the run was started on other shards"):
         other.load_state_dict(store.state_dict())
 
 
@@ -431,8 +432,8 @@ def test_a_sample_at_the_very_end_starts_again(write: Write, small_config: Calla
 
 
 def test_float16_that_overflows_is_refused() -> None:
-    with pytest.raises(ValueError, match="of 7e\\+04 is too large for float16"):
-        encode(torch.tensor([[7e4, 1.0]]), "float16")
+    with pytest.raises(ValueError, match="found an activation of 7e\\+04, expected at most 65504"):
+        to_stored(torch.tensor([[7e4, 1.0]]), "float16")
 
 
 def test_a_folder_of_something_else_is_left_alone(write: Write, tmp_path: Path) -> None:
@@ -494,7 +495,7 @@ def test_a_finished_cache_is_checked_and_its_damage_named(write: Write, capsys: 
     folder = write(shard_size_mb=1)
     assert "2,399 rows of 1 hook, float32, 0.00 GB" in "".join(capsys.readouterr())
     write(shard_size_mb=1)
-    assert "is complete, and as it was written" in "".join(capsys.readouterr())
+    assert "is complete and undamaged" in "".join(capsys.readouterr())
     shard = folder / read_manifest(folder).rows[-1].file
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -534,7 +535,7 @@ def test_a_batch_larger_than_the_cache_leaves_no_run(write: Write, small_config:
 
 
 def test_a_rule_that_leaves_no_row_is_told(write: Write) -> None:
-    with pytest.raises(ValueError, match="seqpos_slice, .* of 40 passes .* they leave no row; relax one"):
+    with pytest.raises(ValueError, match="seqpos_slice, .* found no activation to keep in 40 passes .*; relax one"):
         write(seqpos_slice=(0, 1))
 
 

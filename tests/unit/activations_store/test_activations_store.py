@@ -1,3 +1,5 @@
+"""What a store serves: activations of the training text, shuffled, at the hooks and positions that were asked for."""
+
 from __future__ import annotations
 
 import json
@@ -9,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from small import SMALL_RUN
+from torch import Tensor
 
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.cache import origin
+from sae_training.activations_store.shuffle_buffer import ShuffleBuffer
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import load_language_model
 from sae_training.language_model.sites import merged
 
 Make = Callable[..., ActivationsStore]
+HOOK = SMALL_RUN["hook_point"]
 
 
 @pytest.fixture
@@ -27,13 +33,18 @@ def make_store(small_config: Callable, demo_model: Any) -> Make:
     return make
 
 
+def buffer_of(store: ActivationsStore) -> ShuffleBuffer:
+    assert isinstance(store.source, ShuffleBuffer)
+    return store.source
+
+
 def test_float32_hooks_of_a_narrow_model_are_served(small_config: Callable) -> None:
     """A bfloat16 model normalises in float32."""
     store = ActivationsStore(
         small_config(hook_point="blocks.1.ln2.hook_normalized"), load_language_model("demo", lm_dtype="bfloat16")
     )
     assert store.next_batch().dtype == torch.float32
-    assert store.buffer.buffers[0].dtype == torch.bfloat16
+    assert buffer_of(store).buffers["blocks.1.ln2.hook_normalized"].dtype == torch.bfloat16
 
 
 def test_shapes_are_those_of_the_contract(make_store: Make) -> None:
@@ -56,7 +67,7 @@ def test_several_datasets_are_mixed(make_store: Make, tmp_path: Path) -> None:
     texts = [store.model.tokenizer.decode(row) for _ in range(50) for row in store.get_batch_tokens()]
     n_cats = sum("cat" in text for text in texts)
     assert 120 < n_cats < 180 and n_cats + sum("dog" in text for text in texts) == len(texts)
-    about = origin(store.cfg, store)
+    about = origin(store.cfg, store.model, 0)
     assert (about["dataset_path"], about["dataset_weights"]) == (paths, [0.75, 0.25])
 
 
@@ -67,15 +78,22 @@ def test_activations_may_be_trained_on(make_store: Make) -> None:
     assert weight.grad is not None
 
 
-def all_rows(store: ActivationsStore, n_batches: int) -> torch.Tensor:
-    """The rows of the first `n_batches` token batches, in text order."""
-    stream = store.token_stream(store.documents, store.n_held_out)
-    ids = torch.cat([stream.next_contexts(store.store_batch_size) for _ in range(n_batches)])
-    return harvest(store.model, ids, [store.sites.input])[0].flatten(end_dim=1)
+def passes_of(store: ActivationsStore, n: int) -> Tensor:
+    """Activations (n, prompts, positions, width) of the first `n` passes over the training text.
+
+    Each pass is made alone, as the store makes it: in another shape a processor may round otherwise.
+    """
+    stream = store.text.stream(store.text.documents, store.text.n_held_out)
+    passes = [stream.next_contexts(store.store_batch_size) for _ in range(n)]
+    return torch.stack([harvest(store.model, tokens, store.sites.inputs)[0] for tokens in passes])
 
 
-def positions(rows: torch.Tensor, among: torch.Tensor) -> list[list[int]]:
-    """For each row, where it stands in `among`."""
+def all_rows(store: ActivationsStore, n_passes: int) -> Tensor:
+    return passes_of(store, n_passes).flatten(end_dim=2)
+
+
+def positions(rows: Tensor, among: Tensor) -> list[list[int]]:
+    """Return for each row where it stands in `among`."""
     return [(among == row).all(dim=1).nonzero().flatten().tolist() for row in rows]
 
 
@@ -96,13 +114,13 @@ def test_a_batch_mixes_prompts(make_store: Make) -> None:
 def test_refill_happens_in_place_when_half_is_served(make_store: Make) -> None:
     store = make_store(exclude_special_tokens=True)  # all BOS rows are alike
     store.next_batch()
-    (buffer,) = store.buffer.buffers
+    buffer = buffer_of(store).buffers[HOOK]
     address, before = buffer.data_ptr(), buffer.clone()
     store.next_batch()
     assert torch.equal(buffer, before)
-    served = store.buffer.order[: store.buffer.served].clone()
+    served = buffer_of(store).order[: buffer_of(store).served].clone()
     store.next_batch()
-    (buffer,) = store.buffer.buffers
+    buffer = buffer_of(store).buffers[HOOK]
     assert buffer.data_ptr() == address
     kept = torch.ones(256, dtype=torch.bool)
     kept[served] = False
@@ -110,10 +128,10 @@ def test_refill_happens_in_place_when_half_is_served(make_store: Make) -> None:
     assert (buffer[served] != before[served]).any(dim=1).all()
 
 
-def test_buffer_keeps_the_models_precision(make_store: Make, small_config: Callable) -> None:
+def test_buffer_keeps_the_models_precision(make_store: Make) -> None:
     store = make_store()
     store.next_batch()
-    assert store.buffer.buffers[0].dtype == store.model.cfg.dtype
+    assert buffer_of(store).buffers[HOOK].dtype == store.model.cfg.dtype
 
 
 @pytest.mark.parametrize("n_before", [0, 1, 2, 5])
@@ -159,32 +177,34 @@ def test_excluded_special_tokens_never_reach_a_batch(make_store: Make) -> None:
     bos = store.model.tokenizer.bos_token_id
     first = store.get_activations(torch.tensor([[bos, 5, 6, 7]]))[0, 0]
     batches = torch.cat([store.next_batch() for _ in range(5)])
-    assert not (batches == first).all(dim=1).any()
-    kept = make_store().next_batch()
-    assert (kept == first).all(dim=1).any()
+
+    def is_bos(rows: Tensor) -> Tensor:
+        return torch.isclose(rows, first, rtol=1e-3, atol=1e-3).all(dim=1)  # a short prompt may be rounded otherwise
+
+    assert not is_bos(batches).any()
+    assert is_bos(make_store().next_batch()).any()
 
 
 def test_only_the_positions_asked_for_reach_a_batch(make_store: Make) -> None:
     store = make_store(seqpos_slice=(2, 16, 3))
     assert store.keeps(torch.zeros(2, 16, dtype=torch.long))[1].nonzero().flatten().tolist() == [2, 5, 8, 11, 14]
-    tokens = store.token_stream(store.documents, store.n_held_out).next_contexts(60)
-    wanted = harvest(store.model, tokens, store.hooks)[0][:, 2:16:3].flatten(end_dim=1)
+    wanted = passes_of(store, 15)[:, :, 2:16:3].flatten(end_dim=2)
     assert all(positions(store.next_batch(), wanted))
 
 
 def test_outliers_by_norm_never_reach_a_batch(make_store: Make) -> None:
     """The demo model's BOS position is many times longer than the rest; no token id says so here."""
     everything, store = make_store(), make_store(max_activation_norm_multiple=3.0)
-    first = everything.token_stream(everything.documents, 0).next_contexts(8192 // 16)
-    norms = harvest(store.model, first, store.hooks)[0].norm(dim=-1)
+    first = everything.text.stream(everything.text.documents).next_contexts(8192 // 16)
+    norms = harvest(store.model, first, store.sites.all)[0].norm(dim=-1)
     limit = 3 * norms.flatten().sort().values[8192 // 2 - 1]  # the lower of the two in the middle
-    tokens = everything.token_stream(everything.documents, everything.n_held_out).next_contexts(4)
-    rows = harvest(store.model, tokens, store.hooks)[0]
+    tokens = everything.get_batch_tokens()
+    rows = harvest(store.model, tokens, store.sites.all)[0]
     inside = rows.norm(dim=-1) <= limit
     assert not inside[:, 0].any()
     assert inside[:, 1:].float().mean() > 0.9
     assert torch.equal(store.keeps(tokens, rows), inside)
-    assert torch.equal(store.passes.next_rows()[0], rows[inside])
+    assert torch.equal(buffer_of(store).passes.next_rows()[HOOK], rows[inside])
     served = torch.cat([store.next_batch() for _ in range(6)]).norm(dim=1)
     assert served.max() <= limit * 1.001 < everything.next_batch().norm(dim=1).max()
 
@@ -197,7 +217,7 @@ def test_a_rule_about_norms_needs_activations(make_store: Make) -> None:
 
 def test_rules_that_leave_nothing_end_with_a_sentence(make_store: Make) -> None:
     store = make_store(exclude_special_tokens=True, seqpos_slice=(0, 1))  # the BOS position alone
-    with pytest.raises(ValueError, match="of 20 passes of the language model they leave no activation to train on"):
+    with pytest.raises(ValueError, match="found no activation to train on in 20 passes of the language model"):
         store.next_batch()
 
 
@@ -215,10 +235,10 @@ def test_odd_row_counts_lose_nothing(make_store: Make) -> None:
     store = make_store(exclude_special_tokens=True)
     for _ in range(6):
         store.next_batch()
-    n_harvested = store.tokens.context_index * 15
-    held_out = store.tokens.context_index // 20
-    n_used = 256 + 2 * 128 + len(store.buffer.spill[0])
-    assert n_harvested - min(held_out, store.n_held_out) * 15 == n_used
+    n_harvested = store.text.tokens.context_index * 15
+    held_out = store.text.tokens.context_index // 20
+    n_used = 256 + 2 * 128 + len(buffer_of(store).spill[HOOK])
+    assert n_harvested - min(held_out, store.text.n_held_out) * 15 == n_used
 
 
 def test_head_hook_gives_one_heads_width(make_store: Make) -> None:
@@ -241,7 +261,7 @@ def test_held_out_tokens_are_never_trained_on(make_store: Make) -> None:
 
 def test_eval_dataset_is_used_for_evaluation_only(make_store: Make) -> None:
     store = make_store(eval_dataset_path="demo-held-out")
-    assert store.n_held_out == 0
+    assert store.text.n_held_out == 0
     text = store.model.tokenizer.decode(store.held_out_tokens()[0][1:])
     from sae_training.demo_data import DEMO_HELD_OUT_TEXT
 
@@ -274,5 +294,5 @@ def test_context_longer_than_the_models_names_both(make_store: Make) -> None:
 def test_batch_larger_than_half_the_buffer_names_both(demo_model: Any, small_config: Callable) -> None:
     cfg = SimpleNamespace(**{**vars(small_config()), "train_batch_size": 200, "d_sae": 512})
     store = ActivationsStore(cfg, demo_model)
-    with pytest.raises(ValueError, match="200 rows a step, but half the buffer holds 128"):
+    with pytest.raises(ValueError, match="found 200 rows a step, expected at most 128, half the buffer"):
         store.next_batch()

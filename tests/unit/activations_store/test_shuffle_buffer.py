@@ -1,3 +1,5 @@
+"""The shuffle buffer: which rows it serves, in which order, and passes that are begun ahead of need."""
+
 from __future__ import annotations
 
 import itertools
@@ -7,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from small import SMALL_RUN
 
 from sae_training.activations_store import ActivationsStore
-from sae_training.activations_store.passes import PassesAhead
+from sae_training.activations_store.passes import Passes, PassesAhead
 from sae_training.activations_store.shuffle_buffer import ShuffleBuffer
 from sae_training.language_model.load import load_language_model
 
+HOOK = SMALL_RUN["hook_point"]
 CONTEXT = 16
 CHI_SQUARE_49 = 85.35  # what chi-square of 49 degrees of freedom exceeds once in a thousand
 
@@ -21,16 +25,16 @@ def numbered(rows_per_pass: int = 64) -> Any:
     """Passes whose rows hold one number each: 0, 1, 2, ... in the order of the text."""
     first = itertools.count(step=rows_per_pass)
     return SimpleNamespace(
-        sites=[SimpleNamespace(name="numbers", d_in=1)],
-        model=SimpleNamespace(cfg=SimpleNamespace(dtype=torch.float64)),
+        widths={"numbers": 1},
+        dtype=torch.float64,
         device=torch.device("cpu"),
-        next_rows=lambda: [torch.arange(rows_per_pass, dtype=torch.float64).unsqueeze(1) + next(first)],
+        next_rows=lambda: {"numbers": torch.arange(rows_per_pass, dtype=torch.float64).unsqueeze(1) + next(first)},
+        check_size=lambda: None,
     )
 
 
 def served(buffer: ShuffleBuffer, n_rows: int) -> torch.Tensor:
-    buffer.advance(n_rows)
-    return buffer.rows(0).flatten().long()
+    return buffer.take(n_rows)("numbers").flatten().long()
 
 
 @pytest.mark.parametrize("rows_per_pass", [64, 60])
@@ -38,7 +42,8 @@ def test_every_row_is_served_exactly_once_over_the_refills(rows_per_pass: int) -
     # Whatever was served, still waits in the buffer, or has no place yet, is each row of the text once.
     buffer = ShuffleBuffer(numbered(rows_per_pass), n_rows=256)
     seen = [served(buffer, 64) for _ in range(12)]
-    seen += [buffer.buffers[0].flatten()[buffer.order[buffer.served :]].long(), buffer.spill[0].flatten().long()]
+    waiting = buffer.buffers["numbers"].flatten()[buffer.order[buffer.served :]].long()
+    seen += [waiting, buffer.spill["numbers"].flatten().long()]
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(len(torch.cat(seen))))
 
 
@@ -48,18 +53,17 @@ def test_no_pass_is_made_whose_rows_nobody_would_see(n_batches: int, n_passes: i
     # which 256 rows wait again; a seventh a second one.
     whole, ending = ShuffleBuffer(numbered(), n_rows=256), ShuffleBuffer(numbered(), n_rows=256)
     for i in range(n_batches):
-        ending.advance(64, (n_batches - i) * 64)
-        rows = ending.rows(0).flatten().long()
+        rows = ending.take(64, (n_batches - i) * 64)("numbers").flatten().long()
         if i < 2:
             assert torch.equal(rows, served(whole, 64))
-    assert ending.passes.next_rows()[0][0] == n_passes * 64
+    assert ending.passes.next_rows()["numbers"][0] == n_passes * 64
 
 
 def test_more_than_half_of_the_buffer_at_once_is_refused() -> None:
     buffer = ShuffleBuffer(numbered(), n_rows=256)
     buffer.fill()
-    with pytest.raises(ValueError, match="train_batch_size: 129 rows a step, but half the buffer holds 128"):
-        buffer.advance(129)
+    with pytest.raises(ValueError, match="train_batch_size: found 129 rows a step, expected at most 128, half"):
+        buffer.take(129)
 
 
 def test_batches_mix_the_buffer_as_chance_would() -> None:
@@ -73,11 +77,11 @@ def test_batches_mix_the_buffer_as_chance_would() -> None:
     for _ in range(n_refills):
         for i in range(n_rows // 2 // batch):
             buffer.fill(batch)
-            held = buffer.buffers[0].flatten()
+            held = buffer.buffers["numbers"].flatten()
             rank = held.argsort().argsort()  # of each place, in the order of the text
             waiting = buffer.order[buffer.served :]
             rows = served(buffer, batch)
-            table[:, i] += torch.bincount(rank[buffer.places] * 8 // n_rows, minlength=8)
+            table[:, i] += torch.bincount(rank[waiting[:batch]] * 8 // n_rows, minlength=8)
             found += (rows[1:] // CONTEXT == rows[:-1] // CONTEXT).sum().item()
             # Of the rows not yet served, a context's c make c (c - 1) of the n (n - 1) ordered pairs.
             counts = torch.unique(held[waiting].long() // CONTEXT, return_counts=True)[1].double()
@@ -89,12 +93,22 @@ def test_batches_mix_the_buffer_as_chance_would() -> None:
     assert expected > 900
 
 
+def buffer_of(store: ActivationsStore) -> ShuffleBuffer:
+    assert isinstance(store.source, ShuffleBuffer)
+    return store.source
+
+
+def passes_of(store: ActivationsStore) -> Passes:
+    passes = buffer_of(store).passes
+    return passes.passes if isinstance(passes, PassesAhead) else passes
+
+
 @pytest.fixture
 def make_store(small_config: Callable, demo_model: Any) -> Callable[..., ActivationsStore]:
     def make(ahead: bool) -> ActivationsStore:
         store = ActivationsStore(small_config(exclude_special_tokens=True), demo_model)
         if ahead:
-            store.buffer.passes = PassesAhead(store.passes)
+            buffer_of(store).passes = PassesAhead(passes_of(store))
         return store
 
     return make
@@ -104,10 +118,10 @@ def test_passes_that_are_made_ahead_give_the_same_batches(make_store: Callable[.
     plain, ahead = make_store(False), make_store(True)
     for _ in range(9):
         assert torch.equal(plain.next_batch(), ahead.next_batch())
-    passes = ahead.buffer.passes
+    passes = buffer_of(ahead).passes
     assert isinstance(passes, PassesAhead)
     # One batch of 64 rows has been served since the refill: passes of 60 rows are there for it, but for the spill.
-    assert len(passes.begun) == -(-(64 - len(ahead.buffer.spill[0])) // 60) > 0
+    assert len(passes.begun) == -(-(64 - len(buffer_of(ahead).spill[HOOK])) // 60) > 0
 
 
 @pytest.mark.parametrize("n_before", [1, 3, 4, 8])
@@ -131,6 +145,6 @@ def test_a_stream_of_their_own_changes_nothing(small_config: Callable) -> None:
     model = load_language_model("demo", "cuda", "float32")
     cfg = small_config(device="cuda", exclude_special_tokens=True)
     plain, ahead = ActivationsStore(cfg, model), ActivationsStore(cfg, model)
-    plain.buffer.passes = plain.passes
+    buffer_of(plain).passes = passes_of(plain)
     for _ in range(20):
         assert torch.equal(plain.next_batch(), ahead.next_batch())

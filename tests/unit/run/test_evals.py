@@ -149,7 +149,7 @@ def test_figures_of_rows_are_those_of_numpy(make_store: Make, tokens: Tensor, ex
     store = make_store(exclude_special_tokens=exclude)
     sae = autoencoder(store, "random")
     found = evaluate(sae, store, tokens)
-    rows = harvest(store.model, tokens, store.hooks)[0][store.keeps(tokens)]
+    rows = harvest(store.model, tokens, store.sites.all)[0][store.keeps(tokens)]
     assert len(rows) < tokens.numel() if exclude else len(rows) == tokens.numel()
     x = rows.double().numpy()
     out = sae(rows.clone())

@@ -1,0 +1,77 @@
+"""Which positions of a context autoencoders are trained on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.language_model.harvest import harvest
+from sae_training.language_model.load import LanguageModel
+from sae_training.language_model.sites import HookSite
+from sae_training.text.stream import TokenStream
+
+NORM_TOKENS = 8_192  # whose median norm decides which norms are outliers
+
+
+@dataclass(frozen=True)
+class PositionRule:
+    """Says which positions of a context autoencoders are trained on."""
+
+    excluded_ids: Tensor | None = None
+    """Positions with one of these token ids are left out."""
+    seqpos_slice: tuple[int, ...] = ()
+    """Start, stop and perhaps step of the positions that are kept; () keeps all."""
+    max_norm: float | None = None
+    """Positions whose activations have a larger norm are left out."""
+
+    def keeps_all(self) -> bool:
+        return self.excluded_ids is None and not self.seqpos_slice and self.max_norm is None
+
+    def __call__(self, tokens: Tensor, activations: Tensor | None = None) -> Tensor:
+        """Return a bool mask like `tokens` (prompts, positions), on their device: true where a position is kept.
+
+        A rule with `max_norm` needs the `activations` (prompts, positions, width) too, else it raises ValueError.
+        """
+        keep = torch.ones_like(tokens, dtype=torch.bool)
+        if self.seqpos_slice:
+            keep.zero_()
+            keep[:, torch.arange(tokens.shape[1])[slice(*self.seqpos_slice)]] = True
+        if self.excluded_ids is not None:
+            keep &= ~torch.isin(tokens, self.excluded_ids.to(tokens.device))
+        if self.max_norm is None:
+            return keep
+        if activations is None:
+            raise ValueError("activations: max_activation_norm_multiple is about their norms; give them too.")
+        return keep & (activations.float().norm(dim=-1) <= self.max_norm).to(tokens.device)
+
+
+def position_rule(
+    cfg: LanguageModelSAERunnerConfig, model: LanguageModel, tokens: TokenStream, site: HookSite
+) -> PositionRule:
+    """Make the rule of `cfg` about the positions that are trained on; a rule about norms looks at `site`."""
+    multiple = cfg.max_activation_norm_multiple
+    return PositionRule(
+        special_token_ids(model) if cfg.exclude_special_tokens else None,
+        tuple(cfg.seqpos_slice),
+        None if multiple is None else multiple * median_norm(cfg, model, tokens, site),
+    )
+
+
+def median_norm(cfg: LanguageModelSAERunnerConfig, model: LanguageModel, tokens: TokenStream, site: HookSite) -> float:
+    """Return the median norm of the activations at the first NORM_TOKENS tokens of the text.
+
+    It follows from the text and the model alone, so a run, its continuation and every later analysis agree on it.
+    """
+    contexts = tokens.first_contexts(math.ceil(NORM_TOKENS / cfg.context_size))
+    passes = contexts.to(torch.device(cfg.device)).split(cfg.store_batch_size)
+    norms = [harvest(model, prompts, [site])[0].float().norm(dim=-1) for prompts in passes]
+    return torch.cat(norms).median().item()
+
+
+def special_token_ids(model: LanguageModel) -> Tensor:
+    """Return the ids that the tokenizer calls special (BOS, EOS, padding, ...)."""
+    return torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.long)

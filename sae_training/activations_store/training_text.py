@@ -1,0 +1,63 @@
+"""The text that a config names, as contexts of token ids: for training, and kept from it for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.language_model.load import LanguageModel
+from sae_training.text.documents import Documents
+from sae_training.text.open import open_documents, open_mixture
+from sae_training.text.pretokenized import check_tokenizer
+from sae_training.text.stream import TokenStream
+
+
+class TrainingText:
+    """The documents of `cfg.dataset_path` (or `dataset`), and `tokens`, the stream of their training contexts."""
+
+    def __init__(
+        self, cfg: LanguageModelSAERunnerConfig, model: LanguageModel, dataset: Any, notify: Callable[[str], None]
+    ) -> None:
+        self.cfg, self.model, self.notify = cfg, model, notify
+        self.documents = self.open(cfg.dataset_path if dataset is None else dataset)
+        self.n_held_out = cfg.n_eval_batches * cfg.store_batch_size if cfg.eval_dataset_path is None else 0
+        """How many contexts training skips because the run is evaluated on them."""
+        self.tokens = self.stream(self.documents, self.n_held_out)
+
+    def open(self, dataset: Any, field: str = "dataset_path") -> Documents:
+        """Open a data set; error messages name the config field that it is the value of."""
+        how = {
+            "field": field,
+            "split": self.cfg.dataset_split,
+            "text_column": self.cfg.dataset_text_column,
+            "streaming": self.cfg.streaming,
+        }
+        paths = dataset if isinstance(dataset, list) else [dataset]
+        for path in paths:
+            check_tokenizer(path, self.model.tokenizer, field)
+        if isinstance(dataset, list) and dataset is self.cfg.dataset_path:
+            return open_mixture(dataset, self.cfg.dataset_weights, **how)
+        return open_documents(dataset, **how)
+
+    def stream(self, documents: Documents, n_held_out: int = 0) -> TokenStream:
+        return TokenStream(
+            documents,
+            self.model.tokenizer,
+            self.cfg.context_size,
+            prepend_bos=self.cfg.prepend_bos,
+            n_held_out=n_held_out,
+            vocab_size=self.model.cfg.d_vocab,
+            notify=self.notify,
+            separator=self.cfg.sequence_separator_token,
+        )
+
+    def held_out(self) -> Tensor:
+        """Return contexts (n, context_size) that training never sees, of eval_dataset_path or else of this text."""
+        if self.cfg.eval_dataset_path is None:
+            return self.tokens.held_out_contexts()
+        n_contexts = self.cfg.n_eval_batches * self.cfg.store_batch_size
+        documents = self.open(self.cfg.eval_dataset_path, "eval_dataset_path")
+        return self.stream(documents).first_contexts(n_contexts)
