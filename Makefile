@@ -26,8 +26,8 @@ test-fast: install  ## unit tests without the slow ones
 test-lens-4: install  ## loading, hooks, store, evaluation and resume on transformer-lens 4
 	PYTHON=$(BIN)/python scripts/test_transformer_lens_4.sh
 
-gpu-check:  ## everything that needs a CUDA device, with this machine's own python3 and torch
-	$(PYTHON) scripts/gpu_check.py
+gpu-check:  ## everything that needs a CUDA device, by the machine's own python3 and torch; WHEELS=folder for what else it needs
+	$(PYTHON) scripts/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS))
 
 install: .venv/installed
 

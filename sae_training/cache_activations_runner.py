@@ -1,8 +1,7 @@
-"""TODO."""
+"""Write the activations of a language model to disk, for training and for analysis."""
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ from tqdm import tqdm
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.cache import origin
 from sae_training.activations_store.cache_writer import CacheWriter
-from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
-from sae_training.config.io import FIELD_NAMES
+from sae_training.config import CacheActivationsRunnerConfig
+from sae_training.config.io import with_defaults
 from sae_training.config.sweep import variants, with_layers
 from sae_training.language_model.compile import compile_blocks
 from sae_training.language_model.load import LanguageModel, load_language_model
 from sae_training.language_model.sites import find_sites, merged
-from sae_training.machine.files import lock_beside
 from sae_training.machine.interrupt import StopRequest
+from sae_training.machine.lock import lock_beside
 from sae_training.machine.paths import with_absolute_paths
 
 
@@ -29,24 +28,13 @@ def cache_activations_runner(
 
     `model` and `dataset` stand in for those that the config names.
     """
-    run_cfg = with_absolute_paths(run_config_of(cfg))
     lm: LanguageModel = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype) if model is None else model
     compile_blocks(lm, cfg.compile_lm)
-    run_cfg = with_layers(run_cfg, lm.cfg.n_layers)
-    singles = list(variants(run_cfg).values())
+    source = with_defaults(with_layers(with_absolute_paths(cfg), lm.cfg.n_layers))
+    singles = list(variants(source).values())
     sites = merged(find_sites(single, lm) for single in singles)
     store = ActivationsStore(singles[0], lm, dataset, sites=sites, notify=tqdm.write)
     folder = Path(cfg.cached_activations_path).expanduser()
-    with lock_beside(folder), StopRequest(tqdm.write) as stop:
-        CacheWriter(cfg, folder, store, origin(run_cfg, lm, store.text.n_held_out)).write(stop)
+    with lock_beside(folder, "cached_activations_path"), StopRequest(tqdm.write) as stop:
+        CacheWriter(cfg, folder, store, origin(source, lm, store.text.n_held_out)).write(stop)
     return folder
-
-
-def run_config_of(cfg: CacheActivationsRunnerConfig) -> LanguageModelSAERunnerConfig:
-    """A run config with the fields of `cfg` that runs have too: what the store asks for."""
-    shared = {f.name for f in fields(cfg)} & set(FIELD_NAMES) - {"dtype", "cached_activations_path"}
-    values = {name: getattr(cfg, name) for name in shared}
-    try:
-        return LanguageModelSAERunnerConfig(d_in=None, train_batch_size=1, n_batches_in_buffer=1, **values)
-    except ValueError as error:
-        raise ValueError(str(error).replace(LanguageModelSAERunnerConfig.__name__, type(cfg).__name__)) from error

@@ -1,10 +1,8 @@
-"""The command line: `sae-training train | resume | eval | report | cache | pretokenize |
-toy`.
+"""The command line: `sae-training train | resume | eval | report | cache | pretokenize | toy`.
 
-tyro turns the config's fields into flags. Parsing is apart from doing: `parse` and `parse_train`
-give values, `main` acts on them. What does the work is imported only inside the verb that needs it,
-because torch takes over a second to
-import and `--help` should answer at once.
+tyro turns the config's fields into flags, `config.values` reads their values. Parsing is apart from doing: `parse` and
+`parse_train` give values, `main` acts on them. The modules that do the work are imported only inside the verb that
+needs them, because torch takes over a second to import and `--help` should answer at once.
 """
 
 from __future__ import annotations
@@ -20,17 +18,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, assert_never
 
 import tyro
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import FlagConversionOff, Positional, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
-from sae_training.config.checks import field_types, is_union, nearest, plain_value, reads_as_number, value_problems
-from sae_training.config.io import FIELD_NAMES, config_from_dict, read_config_values, read_yaml
-from sae_training.config.types import LABELS, OneOrMany
-from sae_training.toy_model_runner import SAEToyModelRunnerConfig
+from sae_training.config.checks import field_types, plain_value, value_problems
+from sae_training.config.files import read_config_values
+from sae_training.config.io import FIELD_NAMES, config_from_dict
+from sae_training.config.toy import SAEToyModelRunnerConfig
+from sae_training.config.types import OneOrMany
+from sae_training.config.values import in_one_word, is_readable, metavar, read_value, without_retired_flags, written
 
-# What `train` starts from without a config file; the class itself keeps the defaults of the mats
-# era.
+# What `train` starts from without a config file; the class itself keeps the defaults of the mats era.
 RECIPE: dict[str, Any] = {
     "architecture": "topk",
     "d_in": None,
@@ -53,7 +52,7 @@ RunFolder = Annotated[Path, Positional, arg(metavar="RUN")]
 
 @dataclass(kw_only=True)
 class Common:
-    """What every verb takes."""
+    """The flags of every verb."""
 
     debug: bool = False
     """Show the traceback of an error."""
@@ -61,7 +60,7 @@ class Common:
 
 @dataclass(kw_only=True)
 class ModelAndText:
-    """What activations are made of, as words of their own."""
+    """A language model, a text and layers, as words of their own."""
 
     model: Annotated[str | None, Positional, arg(metavar="MODEL")] = None
     """Language model; the same as --model-name, over which it wins."""
@@ -75,33 +74,25 @@ class ModelAndText:
 
 @dataclass(kw_only=True)
 class ConfigFile:
-    """A flag of `train` that must be read before the others, as it sets their defaults."""
+    """The flag for other defaults of `train`."""
 
     config: Annotated[str | None, arg(metavar="FILE")] = None
     """File of config fields (.yaml or .json). Its values are the defaults; flags win over them."""
 
 
 @dataclass(kw_only=True)
-class ReadFirst(ConfigFile):
-    """All flags of that kind."""
-
-    target_hook_point: str | None = None
-
-
-@dataclass(kw_only=True)
 class Train(LanguageModelSAERunnerConfig, ModelAndText, Common, ConfigFile):
     """Train a sparse autoencoder on the activations of a language model.
 
-    The defaults are the recommended recipe: TopK with AuxK, d_in from the model, learning rate and
-    warm-up by measured rules, then a line to 0, no training on special tokens (BOS), a GPU if there
-    is one, no Weights & Biases; for a transcoder also batches at a mean norm of sqrt(d). With --config FILE the
-    file's values are the defaults, and fields that the file leaves out have the defaults of
-    LanguageModelSAERunnerConfig; flags win over both. Switches also take
-    a value (--log-to-wandb=False).
+    The defaults are the recommended recipe: TopK with AuxK, d_in from the model, learning rate and warm-up by measured
+    rules, then a line to 0, no training on special tokens (BOS), a GPU if there is one, no Weights & Biases; for a
+    transcoder also batches at a mean norm of sqrt(d). With --config FILE the file's values are the defaults, and
+    fields that the file leaves out have the defaults of LanguageModelSAERunnerConfig; flags win over both. A switch is
+    written --flag, --no-flag or --flag False; a list is written 4,8,12 or 4 8 12.
     """
 
     def __post_init__(self) -> None:
-        """Checks nothing: these are raw flags, and the config made from them checks itself."""
+        """Check nothing: these are raw flags, and the config made from them checks itself."""
 
 
 @dataclass(kw_only=True)
@@ -136,7 +127,7 @@ class Cache(CacheActivationsRunnerConfig, ModelAndText, Common):
     """
 
     def __post_init__(self) -> None:
-        """Checks nothing, as in Train."""
+        """Check nothing, as in Train."""
 
 
 @dataclass(kw_only=True)
@@ -173,26 +164,24 @@ class Toy(SAEToyModelRunnerConfig, Common):
     """
 
     def __post_init__(self) -> None:
-        """Checks nothing, as in Train."""
+        """Check nothing, as in Train."""
 
 
 Verb = Train | Resume | Eval | Report | Cache | Pretokenize | Toy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code; wrong flags leave through SystemExit(2)."""
+    """Run one command and return the exit code; wrong flags leave through SystemExit(2)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in argv or os.environ.get("SAE_TRAINING_DEBUG") == "1"
     try:
         run_verb(parse(argv))
     except KeyboardInterrupt as stop:
-        # the runner's own interruption carries what was saved, and the exit code that goes with the
-        # signal
+        # the runner's own interruption says what was saved, and has the exit code that goes with the signal
         sys.stderr.write(f"{stop or 'stopped'}\n")
         return getattr(stop, "exit_code", 130)
     except BrokenPipeError:
-        # the reader of a pipe (`| head`) has left; the interpreter would complain once more at its
-        # last flush
+        # the reader of a pipe (`| head`) has left; at its last flush the interpreter would complain once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
@@ -207,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_verb(verb: Verb) -> None:
-    """Does what was asked."""
+    """Carry out a command."""
     match verb:
         case Train():
             from sae_training.lm_runner import language_model_sae_runner
@@ -247,56 +236,61 @@ def run_verb(verb: Verb) -> None:
             assert_never(verb)
 
 
+VERBS: dict[str, type[Any]] = {cls.__name__.lower(): cls for cls in typing.get_args(Verb)}
+
+
 def parse(argv: Sequence[str]) -> Verb:
-    """The command that the words say; wrong words leave through SystemExit(2)."""
-    argv = spell_switches(join_numbers(argv)) or ["--help"]
-    defaults = train_defaults(argv[1:]) if argv[0] == "train" else RECIPE
+    """Return the command that the words say; wrong words leave through SystemExit(2)."""
+    name, *words = argv or ["--help"]
+    if cls := VERBS.get(name):
+        words = in_one_word(without_retired_flags(words, cls), field_types(cls))
+    defaults: dict[str, Mapping[str, Any]] = {
+        "train": train_defaults(words) if name == "train" else RECIPE,
+        "cache": {"exclude_special_tokens": True, "device": "auto"},
+    }
     verbs: Any = typing.Union[  # noqa: UP007 - the parts are not plain classes
-        Annotated[Train, subcommand("train", default=Train(**defaults))],
-        Annotated[Resume, subcommand("resume")],
-        Annotated[Eval, subcommand("eval")],
-        Annotated[Report, subcommand("report")],
-        Annotated[Cache, subcommand("cache", default=Cache(exclude_special_tokens=True, device="auto"))],
-        Annotated[Pretokenize, subcommand("pretokenize")],
-        Annotated[Toy, subcommand("toy")],
+        tuple(
+            Annotated[cls, subcommand(verb, default=cls(**defaults[verb])) if verb in defaults else subcommand(verb)]
+            for verb, cls in VERBS.items()
+        )
     ]
     return tyro.cli(
         verbs,
-        args=argv,
+        args=[name, *words],
         prog="sae-training",
         description="Train and evaluate sparse autoencoders on language models.",
         registry=registry,
+        config=(FlagConversionOff,),
     )
 
 
 def parse_train(argv: Sequence[str]) -> LanguageModelSAERunnerConfig:
-    """The checked config for the words after `train`."""
+    """Return the checked config for the words after `train`."""
     verb = parse(["train", *argv])
     assert isinstance(verb, Train)
     return config_of(verb)
 
 
-def train_defaults(argv: Sequence[str]) -> Mapping[str, Any]:
-    """What the flags of `train` default to: the values of the config file, or else the recipe."""
-    # the other flags and --help are left for the full parser
-    file, _ = tyro.cli(ReadFirst, args=argv, prog="sae-training train", return_unknown_args=True, add_help=False)
-    if file.config is None:
-        return RECIPE if file.target_hook_point is None else TRANSCODER_RECIPE
-    values = read_config_values(file.config)
+def train_defaults(words: Sequence[str]) -> Mapping[str, Any]:
+    """Return what the flags of `train` default to: the values of the config file, or else the recipe."""
+    given = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    if "config" not in given:
+        return TRANSCODER_RECIPE if "target_hook_point" in {name.replace("-", "_") for name in given} else RECIPE
+    values = read_config_values(given["config"])
     checked = {name: value for name, value in values.items() if (name, value) != ("device", "auto")}
     if found := value_problems(checked, LanguageModelSAERunnerConfig):
-        raise ValueError("\n".join([f"{file.config}: these values are wrong", *found.values()]))
+        raise ValueError("\n".join([f"{given['config']}: these values are wrong", *found.values()]))
     hints = field_types(LanguageModelSAERunnerConfig)
     return {name: plain_value(value, hints[name]) for name, value in values.items()}
 
 
 def config_of(train: Train) -> LanguageModelSAERunnerConfig:
-    """The config that the flags describe, checked, with a device chosen if none was named."""
+    """Return the config that the flags describe, checked, with a device chosen if none was named."""
     return config_from_dict(with_words({name: getattr(train, name) for name in FIELD_NAMES}, train))
 
 
 def with_words(values: dict[str, Any], verb: Train | Cache) -> dict[str, Any]:
-    """The values of a config with what the command line says in its own words: MODEL, DATASET, layers, device auto."""
+    """Return the values of a config with those of the command line's own words: MODEL, DATASET, layers, device auto."""
     if verb.layers is not None:
         hooks = [values["hook_point"], values.get("target_hook_point")]
         if isinstance(verb.layers, int) and "{layer}" not in str(hooks):
@@ -318,54 +312,8 @@ def with_words(values: dict[str, Any], verb: Train | Cache) -> dict[str, Any]:
     return values
 
 
-def join_numbers(argv: Sequence[str]) -> list[str]:
-    """`--layers 4 8 12`, as sparsify has it, to `--layers 4,8,12`, which ends where a model's name may begin; and so
-    for every flag that takes a list.
-    """
-    flags = {f"__{name}" for name in ("layers", *LABELS)}
-    words: list[str] = []
-    for word in argv:
-        if words and words[-1] == "--layers" and word.lower() == "all":
-            words.append("all")
-            continue
-        flag, equals, value = words[-1].partition("=") if words else ("", "", "")
-        if not equals and len(words) > 1:
-            flag, value = words[-2:]
-        listed = flag.replace("-", "_") in flags
-        if listed and all(map(reads_as_number, [word, *value.rstrip(",").split(",")])):
-            words[-1] = f"{words[-1].rstrip(',')},{word}"
-        else:
-            words.append(word)
-    return words
-
-
-def spell_switches(argv: Sequence[str]) -> list[str]:
-    """`--flag=True`, as `wandb agent` writes it, to `--flag`; `--flag False` to `--no-flag`."""
-    hints = {**field_types(LanguageModelSAERunnerConfig), **field_types(SAEToyModelRunnerConfig)}
-    switches = {name for name, hint in hints.items() if hint is bool}
-    words: list[str] = []
-    for word in argv:
-        if word.lower() in ("true", "false") and words and words[-1].replace("-", "_") == "__use_cached_activations":
-            words.append(word.capitalize())  # may also be then_live, so it is no switch
-            continue
-        if word.replace("-", "_").lower() in ("__use_cached_activations=true", "__use_cached_activations=false"):
-            word = word.partition("=")[0] + "=" + word.partition("=")[2].capitalize()
-        flag, _, value = word.partition("=")
-        if word.lower() in ("true", "false") and words:
-            flag, value = words[-1], word
-        name = flag.removeprefix("--").replace("-", "_")
-        if name not in switches or not flag.startswith("--") or value.lower() not in ("true", "false"):
-            words.append(word)
-            continue
-        if value is word:
-            words.pop()
-        spelt = name.replace("_", "-")
-        words.append(f"--{spelt}" if value.lower() == "true" else f"--no-{spelt}")
-    return words
-
-
 def table(values: Mapping[str, object]) -> str:
-    """Names and values in two columns; floats with four digits."""
+    """Return names and values in two columns; floats have four digits."""
     width = max(map(len, values), default=0)
     shown = {n: f"{v:.4g}" if isinstance(v, float) else str(v) for n, v in values.items()}
     return "".join(f"{name:<{width}}  {text}\n" for name, text in shown.items())
@@ -375,81 +323,14 @@ registry = ConstructorRegistry()
 
 
 @registry.primitive_rule
-def _whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
-    """Whole numbers, which may also be written 2e6 or 2_000_000."""
-    if info.type is not int:
+def _value_of_a_field(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Read every flag with `read_value`: by tyro's own rules lists stand apart, and numbers are not written 2e6."""
+    if not is_readable(info.type):
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="INT",
-        instance_from_str=lambda words: _whole(words[0]),
-        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
-        str_from_instance=lambda value: [str(value)],
+        metavar=metavar(info.type),
+        instance_from_str=lambda words: read_value(words[0], info.type),
+        is_instance=lambda _: True,  # defaults were checked where they came from
+        str_from_instance=lambda value: [written(value)],
     )
-
-
-@registry.primitive_rule
-def _commas(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Several values of one field with commas: `--k 32,64`.
-
-    By tyro's own rule they stand apart, and in `--k 32 MODEL DATASET` the model would be taken for
-    a second k.
-    """
-    options = typing.get_args(info.type) if is_union(info.type) else (info.type,)
-    lists = [option for option in options if typing.get_origin(option) in (list, tuple)]
-    if not lists:
-        return None
-    element = typing.get_args(lists[0])[0]
-    single = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(element, info.markers))
-    if not isinstance(single, PrimitiveConstructorSpec):
-        return None
-
-    def from_words(words: list[str]) -> Any:
-        values = [_chosen(word, single) for word in words[0].split(",")]
-        return values[0] if len(values) == 1 and len(options) > 1 else values
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=f"{single.metavar}[,...]",
-        instance_from_str=from_words,
-        is_instance=lambda value: isinstance(value, (list, tuple)) or single.is_instance(value),
-        str_from_instance=lambda value: [",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)],
-    )
-
-
-@registry.primitive_rule
-def _values_by_name(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Values of several fields: `--sae lr_decay_steps=100 adam_beta2=0.99`, each read as YAML."""
-    if typing.get_origin(info.type) is not dict:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="NAME=VALUE [...]",
-        instance_from_str=lambda words: dict(map(_named_value, words)),
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [f"{name}={part}" for name, part in value.items()],
-    )
-
-
-def _named_value(word: str) -> tuple[str, Any]:
-    name, equals, text = word.partition("=")
-    if not equals:
-        raise ValueError(f"found {word!r}, expected NAME=VALUE")
-    return name, read_yaml(text)
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        if reads_as_number(text) and float(text).is_integer():
-            return int(float(text))
-        raise ValueError(f"found {text}, expected one whole number") from None
-
-
-def _chosen(word: str, spec: PrimitiveConstructorSpec[Any]) -> Any:
-    if spec.choices is not None and word not in spec.choices:
-        guess = nearest(word, spec.choices)
-        hint = f"; did you mean {guess}?" if guess else ""
-        raise ValueError(f"found {word!r}, expected one of {', '.join(spec.choices)}{hint}")
-    return spec.instance_from_str([word])

@@ -22,15 +22,15 @@ from sae_training.language_model.load import LanguageModel, language_model_dtype
 from sae_training.language_model.sites import find_sites, merged, with_widths
 from sae_training.machine.interrupt import StopRequest, TrainingInterrupted
 from sae_training.machine.paths import with_absolute_paths
+from sae_training.machine.precision import encoder_dtype
 from sae_training.run.finish import finish
-from sae_training.run.folder import RunFolder, choose_run_folder, is_member_folder, read_run_config
+from sae_training.run.folder import RunFolder, choose_run_folder, is_finished, is_member_folder, read_run_config
 from sae_training.run.memory_plan import check_memory, plan_memory
 from sae_training.run.run import Member, Run, check_finite
 from sae_training.run.save import save, save_weights_folder
 from sae_training.run.start import Singles, open_run
 from sae_training.run.watch import evaluate_now, log_norms, log_sparsity
 from sae_training.sparse_autoencoder import SparseAutoencoder
-from sae_training.sparse_autoencoder.definition import encoder_dtype
 from sae_training.training.metrics import training_metrics
 from sae_training.training.optim import check_installed
 from sae_training.training.schedules import due, snapshot_steps
@@ -41,30 +41,24 @@ RESAMPLE_ROWS = 16_384  # of the buffer, from which resampling draws its directi
 def language_model_sae_runner(
     cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None
 ) -> SparseAutoencoder | dict[str, SparseAutoencoder]:
-    """Train what `cfg` describes, or continue its unfinished run, and return the trained autoencoder.
+    """Train the autoencoder that `cfg` describes, or continue its unfinished run, and return it.
 
-    A config with lists describes several, which are trained together from one pass over the language model, and come
-    back by name. `model` (a HookedTransformer or TransformerBridge) and `dataset` (a `datasets` object) stand in for
-    those that the config names. The run's folder is runs/<run name>; see `run_folder.choose_run_folder` for when a run
-    is continued.
+    A config with lists describes several autoencoders, which are trained together from one pass over the language model
+    and come back by name. `model` (a HookedTransformer or TransformerBridge) and `dataset` (a `datasets` object) stand
+    in for those that the config names. The run's folder is runs/<run name>; `run.folder.choose_run_folder` says when a
+    run is continued.
     """
     run = run_config(cfg, model, dataset)
     return run.saes if is_several(run.cfg) else run.sae
 
 
 def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None) -> Run:
-    """`language_model_sae_runner`, for callers who want the run and its folder too."""
+    """Do what `language_model_sae_runner` does, and return the whole run: its folder, store, members and figures."""
     check_installed(cfg.optimizer)
     cfg = with_absolute_paths(cfg)
     lm: LanguageModel = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype) if model is None else model
     cfg = with_layers(cfg, lm.cfg.n_layers)
-    # Said in the folder, so that another machine computes in the same precisions.
-    precisions: dict[str, Any] = {"lm_dtype": language_model_dtype(cfg.lm_dtype, cfg.device)}
-    if cfg.dtype == torch.float32:  # elsewhere "auto" is dtype on every machine
-        precisions["encoder_matmul_dtype"] = encoder_dtype(
-            cfg.encoder_matmul_dtype, cfg.dtype, torch.device(cfg.device)
-        )
-    cfg = dataclasses.replace(cfg, **precisions)
+    cfg = with_precisions(cfg)
     if cfg.cached_activations_path is not None and cfg.use_cached_activations is False:
         tqdm.write(f"Live activations, not those in {cfg.cached_activations_path}: use_cached_activations is False.")
     singles = find_singles(cfg, lm)
@@ -79,7 +73,7 @@ def resume_run(path: str | Path) -> Run:
     cfg = read_run_config(path)
     if is_member_folder(path):
         raise ValueError(f"{path}: is one of several that are trained together; resume {path.parent}.")
-    if (path / "final").is_dir():
+    if is_finished(path):
         where = (
             f"its autoencoders are in folders of {path}" if is_several(cfg) else f"its autoencoder is in {path}/final"
         )
@@ -88,8 +82,17 @@ def resume_run(path: str | Path) -> Run:
     return run_in_folder(path, cfg, find_singles(cfg, model), model, None)
 
 
+def with_precisions(cfg: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfig:
+    """Return `cfg` with the precisions that "auto" means here, so that another machine continues the run in them."""
+    precisions: dict[str, Any] = {"lm_dtype": language_model_dtype(cfg.lm_dtype, cfg.device)}
+    if cfg.dtype == torch.float32:  # in any other dtype, "auto" is that dtype on every machine
+        device = torch.device(cfg.device)
+        precisions["encoder_matmul_dtype"] = encoder_dtype(cfg.encoder_matmul_dtype, cfg.dtype, device)
+    return dataclasses.replace(cfg, **precisions)
+
+
 def find_singles(cfg: LanguageModelSAERunnerConfig, model: LanguageModel) -> Singles:
-    """The autoencoders that `cfg` describes, each with its config, widths filled in, and its sites in `model`."""
+    """Return the config of each autoencoder that `cfg` describes, widths filled in, and its sites in `model`."""
     found = {name: (single, find_sites(single, model)) for name, single in variants(cfg).items()}
     return {name: (with_widths(single, sites), sites) for name, (single, sites) in found.items()}
 
@@ -97,42 +100,32 @@ def find_singles(cfg: LanguageModelSAERunnerConfig, model: LanguageModel) -> Sin
 def run_in_folder(
     path: Path, cfg: LanguageModelSAERunnerConfig, singles: Singles, model: LanguageModel, dataset: Any
 ) -> Run:
+    """Begin the run in the folder `path`, or go on with it, and bring it to its end."""
     compile_blocks(model, cfg.compile_lm)
-    some_config = next(iter(singles.values()))[0]  # they differ in nothing that the store asks for
+    some_config = next(iter(singles.values()))[0]  # because they differ in nothing that the store asks for
     sites = merged(sites for _, sites in singles.values())
-    store = ActivationsStore(some_config, model, dataset, sites=sites)  # before the folder: bad data leaves nothing
+    store = ActivationsStore(some_config, model, dataset, sites=sites)
     store.check_buffer_size()
     plan = plan_memory(cfg, [single for single, _ in singles.values()], store)
     check_memory(plan, cfg, len(singles))
     tqdm.write(f"Memory of {len(singles)} autoencoders:\n{plan.table()}" if is_several(cfg) else plan.line())
     held_out = store.held_out_tokens()
-    folder = RunFolder(path, cfg)
-    try:
-        try:
-            run = open_run(cfg, singles, folder, store, held_out)
-        except BaseException:
-            folder.discard_if_new()
-            raise
-        try:
-            with StopRequest(tqdm.write) as stop:
-                train(run, stop)
-                finish(run)
-        except BaseException as error:
-            run.write_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-            raise
-        finally:
-            run.progress.close()
-            for member in run.members:
-                member.logger.close()
-        return run
-    finally:
-        folder.release()
+    # From here on there is a folder: bad data and too little memory have been told without one.
+    with (
+        RunFolder(path, cfg) as folder,
+        open_run(cfg, singles, folder, store, held_out) as run,
+        StopRequest(tqdm.write) as stop,
+    ):
+        train(run, stop)
+        finish(run)
+    return run
 
 
 # --------------------------------------------------------------------------------------------------------- the loop
 
 
 def train(run: Run, stop: StopRequest) -> None:
+    """Train the run's autoencoders, side by side on the same batches, until all steps are done or `stop` is asked."""
     cfg, store = run.cfg, run.store
     snapshots = snapshot_steps(cfg)
     if run.step == 0:
@@ -145,7 +138,7 @@ def train(run: Run, stop: StopRequest) -> None:
         for member in run.trained:
             batch = store.batch(member.sites)
             result = member.trainer.step(batch.x, run.step - 1, batch.target)
-            if logs or store.device.type == "cpu":  # elsewhere it would make the device wait at every step
+            if logs or store.device.type == "cpu":  # on a GPU, to ask at every step would make the device wait
                 check_finite(run, member)
             if logs and member.failure is None:
                 shown.append(training_metrics(result, member.trainer.tracker, run.n_training_tokens))
@@ -180,6 +173,7 @@ def checkpoint_is_due(run: Run) -> bool:
 
 
 def stop_here(run: Run, stop: StopRequest) -> None:
+    """Save, and raise TrainingInterrupted, saying how to continue."""
     assert stop.signal is not None
     saved = save(run)
     where = f"saved {saved}" if saved else "NOT saved (see above)"
@@ -191,7 +185,7 @@ def stop_here(run: Run, stop: StopRequest) -> None:
 
 
 def resample_dead_latents(run: Run, member: Member) -> None:
-    """Resampling, if the config asks for it; not in the second half of the run, which newcomers could not learn in."""
+    """Resample, if the config asks for it; not in the second half of the run, because newcomers need time to learn."""
     if member.cfg.feature_sampling_method is None or run.step > run.cfg.total_training_steps // 2:
         return
     sample = run.store.sample(RESAMPLE_ROWS, member.sites)

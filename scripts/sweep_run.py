@@ -1,4 +1,4 @@
-"""One run of a wandb sweep: turns the flags that `wandb agent` gives into a config, and trains it.
+"""Trains one run of a wandb sweep, whose config comes from the flags that `wandb agent` gives.
 
 python scripts/sweep_run.py --lr=0.0004 --k=32 --model_name=gpt2-small ...
 
@@ -19,10 +19,10 @@ from sae_training.machine.interrupt import TrainingInterrupted
 
 
 def config(flags: Sequence[str]) -> LanguageModelSAERunnerConfig:
-    """The config of one run of the sweep, whose folder is <name>-<wandb run id>.
+    """Return the config of one run of the sweep, whose folder is <name>-<wandb run id>.
 
-    Flags that are not swept are the same in all runs, run_name too; without the id the second run of an agent would
-    find the first one's folder.
+    All runs of a sweep share the flags that are not swept, run_name among them. Without the id, an agent's second run
+    would therefore find the first run's folder.
     """
     cfg = parse_train(flags)
     name = cfg.resolved_run_name

@@ -1,4 +1,4 @@
-"""Train a ReLU + L1 autoencoder with ghost gradients on GPT-2 small's residual stream, over 300M tokens of OpenWebText.
+"""Trains a ReLU + L1 autoencoder with ghost gradients on GPT-2 small's residual stream and 300M tokens of OpenWebText.
 
 Needs the Hugging Face hub and a CUDA device. An interrupted run goes on when the script is started again.
 """

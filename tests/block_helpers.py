@@ -1,4 +1,4 @@
-"""Running the blocks of a language model as transformer_lens wrote them, and counting which run how."""
+"""Runs the blocks of a language model as TransformerLens wrote them, and counts which run how."""
 
 from __future__ import annotations
 
@@ -28,19 +28,26 @@ def as_written(model: Any, function: Callable[[], Any]) -> Any:
             vars(layer)["forward"] = switch
 
 
-def hooked_blocks(model: Any, monkeypatch: pytest.MonkeyPatch, forward: str = "hooked") -> list[int]:
-    """Blocks that run with their hook points from here on (or that other `forward` of theirs), in the order in which
-    they do.
-    """
-    ran: list[int] = []
+def block_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """Block and forward ("hooked", "twin" or "compiled") of all that runs from here on, in order."""
+    ran: list[tuple[int, str]] = []
+
+    def counted(run: tuple[int, str], forward: Any) -> Any:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            ran.append(run)
+            return forward(*args, **kwargs)
+
+        return count
+
     for i, block in enumerate(model.blocks):
         switch = switch_in(block)
         assert switch is not None
-        original = getattr(switch, forward)
-
-        def counted(*args: Any, i: int = i, run: Any = original, **kwargs: Any) -> Any:
-            ran.append(i)
-            return run(*args, **kwargs)
-
-        monkeypatch.setattr(switch, forward, counted)
+        for name in ("hooked", "twin", "compiled"):
+            if getattr(switch, name) is not None:
+                monkeypatch.setattr(switch, name, counted((i, name), getattr(switch, name)))
     return ran
+
+
+def hooked_blocks(ran: list[tuple[int, str]]) -> list[int]:
+    """The blocks that ran with their hook points."""
+    return [i for i, name in ran if name == "hooked"]

@@ -18,66 +18,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_training.config.fields import Source
+from sae_training.config.io import CACHE_FIELDS
 from sae_training.language_model.load import LanguageModel, fingerprint, revision
 from sae_training.machine.files import write_text
-
-
-def origin(cfg: Any, model: LanguageModel, n_held_out: int) -> dict[str, Any]:
-    """What activations come from: the fields of `cache.MUST_AGREE`."""
-    return {
-        "model_name": cfg.model_name,
-        "model_fingerprint": fingerprint(model),
-        "lm_dtype": str(model.cfg.dtype).removeprefix("torch."),
-        "dataset_path": cfg.dataset_path,
-        "dataset_weights": [weight / sum(cfg.dataset_weights) for weight in cfg.dataset_weights],
-        "dataset_split": cfg.dataset_split,
-        "dataset_text_column": cfg.dataset_text_column,
-        "hook_point_head_index": cfg.hook_point_head_index,
-        "tokenizer": getattr(model.tokenizer, "name_or_path", None),
-        "model_revision": revision(model),
-        "context_size": cfg.context_size,
-        "prepend_bos": cfg.prepend_bos,
-        "sequence_separator_token": cfg.sequence_separator_token,
-        "exclude_special_tokens": cfg.exclude_special_tokens,
-        "seqpos_slice": list(cfg.seqpos_slice),
-        "max_activation_norm_multiple": cfg.max_activation_norm_multiple,
-        "n_held_out": n_held_out,
-    }
-
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
-MUST_AGREE = (
-    "model_name",
-    "lm_dtype",
-    "model_fingerprint",
-    "dataset_path",
-    "dataset_weights",
-    "dataset_split",
-    "dataset_text_column",
-    "hook_point_head_index",
-    "context_size",
-    "prepend_bos",
-    "sequence_separator_token",
-    "exclude_special_tokens",
-    "seqpos_slice",
-    "max_activation_norm_multiple",
-)
-
-"""What a run that trains on a cache must have in common with it; it may hold out fewer contexts than the cache."""
-
-WHERE_ABSENT: dict[str, Any] = {
-    "sequence_separator_token": "auto",
-    "dataset_weights": [],
-    "max_activation_norm_multiple": None,
-}
-
-"""What caches were written with before there was a choice."""
+MUST_AGREE = (*CACHE_FIELDS, "model_fingerprint")
+"""What a run that trains on a cache must have in common with it. (It may hold out fewer contexts than the cache.)"""
 
 FIELD_OF = {"model_fingerprint": "model_name"}
 """The config field to change where the entry is none itself."""
+
+
+def origin(cfg: Any, model: LanguageModel, n_held_out: int) -> dict[str, Any]:
+    """Return what activations come from: MUST_AGREE, and what else is good to know."""
+    return {name: getattr(cfg, name) for name in CACHE_FIELDS} | {
+        "model_fingerprint": fingerprint(model),
+        "lm_dtype": str(model.cfg.dtype).removeprefix("torch."),
+        "dataset_weights": [weight / sum(cfg.dataset_weights) for weight in cfg.dataset_weights],
+        "seqpos_slice": list(cfg.seqpos_slice),
+        "tokenizer": getattr(model.tokenizer, "name_or_path", None),
+        "model_revision": revision(model),
+        "n_held_out": n_held_out,
+    }
 
 
 @dataclass
@@ -126,8 +93,9 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
         for form in ("rows", "contexts"):
             values[form] = [Shard(**shard) for shard in values[form]]
-        for name, value in WHERE_ABSENT.items():
-            values["about"].setdefault(name, value)
+        for name in CACHE_FIELDS:  # an older cache was written with the default
+            default = getattr(Source, name)
+            values["about"].setdefault(name, list(default) if isinstance(default, tuple) else default)
         return Manifest(**values)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a readable manifest ({error}); write the cache anew.") from error

@@ -38,6 +38,7 @@ from sae_training.activations_store.cache_reader import CachedShards, rewrite_ad
 from sae_training.activations_store.shuffle_buffer import MAX_EMPTY_PASSES
 from sae_training.activations_store.store import ActivationsStore
 from sae_training.config import CacheActivationsRunnerConfig
+from sae_training.config.checks import retired
 from sae_training.config.io import config_to_dict
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.twins import compiled_blocks
@@ -75,13 +76,14 @@ class CacheWriter:
 
     def open(self, about: dict[str, Any]) -> Manifest:
         """Return the manifest of the cache in the folder, if there is one of this config, else a new one."""
-        left_out = ("cached_activations_path", "tokenizer_processes")  # because the content does not depend on them
-        config = {name: value for name, value in config_to_dict(self.cfg).items() if name not in left_out}
+        config = config_to_dict(self.cfg)
+        del config["cached_activations_path"]  # because the content does not depend on it
         if (self.folder / MANIFEST).is_file():
             found = read_manifest(self.folder)
             absent = {name: getattr(CacheActivationsRunnerConfig, name, None) for name in config}
             then, now = absent | found.config | found.about, config | about
-            then.pop("model_revision", None)  # because the fingerprint says whether the weights differ
+            for name in ("model_revision", *retired(CacheActivationsRunnerConfig)):
+                then.pop(name, None)  # because the fingerprint says whether the weights differ
             differences = {name: (old, now.get(name)) for name, old in then.items() if old != now.get(name)}
             if differences:
                 lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in differences.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -13,7 +12,7 @@ from sae_training.activations_store.cache_reader import CachedReader, open_cache
 from sae_training.activations_store.passes import LiveContexts, Passes
 from sae_training.activations_store.position_rule import PositionRule
 from sae_training.activations_store.shuffle_buffer import ShuffleBuffer
-from sae_training.activations_store.source import Contexts, Source, Taken
+from sae_training.activations_store.source import ContextSource, RowSource, Taken
 from sae_training.activations_store.training_text import TrainingText
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.load import LanguageModel
@@ -27,33 +26,28 @@ def open_source(
     text: TrainingText,
     sites: tuple[HookSite, ...],
     rule: PositionRule,
-    notify: Callable[[str], None],
-) -> Source:
+) -> RowSource:
     """Open where the rows at `sites` come from: the language model, a cache, or a cache and then the language model."""
     device = torch.device(cfg.device)
     widths = {site.name: site.d_in for site in sites}
     live = LiveContexts(model, sites, text.tokens, device)
 
-    def buffer(contexts: Contexts) -> ShuffleBuffer:
+    def buffer(contexts: ContextSource) -> ShuffleBuffer:
         passes = Passes(contexts, widths, cfg.store_batch_size, rule, model.cfg.dtype, device)
         return ShuffleBuffer(passes, cfg.n_batches_in_buffer * cfg.store_batch_size * cfg.context_size)
 
     if cfg.use_cached_activations is False:
         return buffer(live)
-    cached, then_live = cached_reader(cfg, model, text, widths, notify), cfg.use_cached_activations == "then_live"
+    cached, then_live = cached_reader(cfg, model, text, widths), cfg.use_cached_activations == "then_live"
     if cached.shards.form == "rows":
         return ThenLive(cached, buffer(live), text.tokens) if then_live else cached
     return buffer(ThenLive(cached, live, text.tokens) if then_live else cached)
 
 
 def cached_reader(
-    cfg: LanguageModelSAERunnerConfig,
-    model: LanguageModel,
-    text: TrainingText,
-    widths: dict[str, int],
-    notify: Callable[[str], None],
+    cfg: LanguageModelSAERunnerConfig, model: LanguageModel, text: TrainingText, widths: dict[str, int]
 ) -> CachedReader:
-    """Open the cache of `cfg`. Raise ValueError if it was written from other fields, another model or another text."""
+    """Open the cache of `cfg`. Raise ValueError if it is of another config, another model or another text."""
     path = Path(cfg.cached_activations_path or "")
     shards = open_cache(path, origin(cfg, model, text.n_held_out), widths)
     try:
@@ -62,7 +56,7 @@ def cached_reader(
         raise ValueError(
             f"cached_activations_path: {path} was written from another text: {error}, or write another cache."
         ) from error
-    return CachedReader(shards, notify)
+    return CachedReader(shards, text.notify)
 
 
 Live = TypeVar("Live", ShuffleBuffer, LiveContexts)

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sae_training.activations_store.position_rule import PositionRule
-from sae_training.activations_store.source import Contexts, Taken
+from sae_training.activations_store.source import ContextSource, Taken
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.sites import HookSite
@@ -60,7 +60,7 @@ class Passes:
 
     def __init__(
         self,
-        contexts: Contexts,
+        contexts: ContextSource,
         widths: dict[str, int],
         n_prompts: int,
         rule: PositionRule,

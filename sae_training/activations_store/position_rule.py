@@ -14,7 +14,7 @@ from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.sites import HookSite
 from sae_training.text.stream import TokenStream
 
-NORM_TOKENS = 8_192  # whose median norm decides which norms are outliers
+NORM_TOKENS = 8_192  # over which the median norm is taken
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,18 @@ class PositionRule:
 def position_rule(
     cfg: LanguageModelSAERunnerConfig, model: LanguageModel, tokens: TokenStream, site: HookSite
 ) -> PositionRule:
-    """Make the rule of `cfg` about the positions that are trained on; a rule about norms looks at `site`."""
-    multiple = cfg.max_activation_norm_multiple
-    return PositionRule(
-        special_token_ids(model) if cfg.exclude_special_tokens else None,
-        tuple(cfg.seqpos_slice),
-        None if multiple is None else multiple * median_norm(cfg, model, tokens, site),
-    )
+    """Make the rule of `cfg`. Its largest norm is a multiple of the median at `site` over the first tokens of the text.
 
-
-def median_norm(cfg: LanguageModelSAERunnerConfig, model: LanguageModel, tokens: TokenStream, site: HookSite) -> float:
-    """Return the median norm of the activations at the first NORM_TOKENS tokens of the text.
-
-    It follows from the text and the model alone, so a run, its continuation and every later analysis agree on it.
+    The median follows from the text and the model, so a run, its continuation and every later analysis agree on it.
     """
-    contexts = tokens.first_contexts(math.ceil(NORM_TOKENS / cfg.context_size))
-    passes = contexts.to(torch.device(cfg.device)).split(cfg.store_batch_size)
-    norms = [harvest(model, prompts, [site])[0].float().norm(dim=-1) for prompts in passes]
-    return torch.cat(norms).median().item()
+    max_norm = None
+    if cfg.max_activation_norm_multiple is not None:
+        contexts = tokens.first_contexts(math.ceil(NORM_TOKENS / cfg.context_size)).to(torch.device(cfg.device))
+        passes = contexts.split(cfg.store_batch_size)
+        norms = torch.cat([harvest(model, prompts, [site])[0].float().norm(dim=-1) for prompts in passes])
+        max_norm = cfg.max_activation_norm_multiple * norms.median().item()
+    excluded_ids = special_token_ids(model) if cfg.exclude_special_tokens else None
+    return PositionRule(excluded_ids, tuple(cfg.seqpos_slice), max_norm)
 
 
 def special_token_ids(model: LanguageModel) -> Tensor:

@@ -19,7 +19,7 @@ A function, because a buffer gathers the rows of a hook only when they are asked
 """
 
 
-class Contexts(Protocol):
+class ContextSource(Protocol):
     """Contexts with the activations of their tokens, in the order of the text. The token ids are on the CPU."""
 
     def take(self, n: int, n_left: int | None = None) -> Taken:
@@ -37,8 +37,8 @@ class Contexts(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Source(Contexts, Protocol):
-    """The same for rows in a random order, one token at every hook."""
+class RowSource(ContextSource, Protocol):
+    """Rows of activations in a random order; a row is the same token at every hook."""
 
     @property
     def n_buffered(self) -> int:

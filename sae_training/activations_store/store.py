@@ -77,8 +77,8 @@ class ActivationsStore:
         self.cfg, self.model = cfg, model
         cfg = with_defaults(cfg)
         self.device = torch.device(cfg.device)
-        self.dtype: torch.dtype = cfg.dtype if isinstance(cfg.dtype, torch.dtype) else model.cfg.dtype
-        """The precision of what is served. (The dtype of a cache config is that of its files.)"""
+        self.dtype: torch.dtype = cfg.dtype
+        """The precision of what is served."""
         self.store_batch_size, self.train_batch_size = cfg.store_batch_size, cfg.train_batch_size
         self.rows_per_step = cfg.tokens_per_step
         self.sites = find_sites(cfg, model) if sites is None else sites
@@ -87,7 +87,7 @@ class ActivationsStore:
         check_context_size(cfg.context_size, model)
         self.text = TrainingText(cfg, model, dataset, notify)
         self.rule = position_rule(cfg, model, self.text.tokens, self.sites.inputs[0])
-        self.source = open_source(cfg, model, self.text, self.sites.all, self.rule, notify)
+        self.source = open_source(cfg, model, self.text, self.sites.all, self.rule)
         self.taken: Taken | None = None
         """The rows that `advance` went on to."""
         self.latest: tuple[Sites, Batch] | None = None
@@ -121,12 +121,8 @@ class ActivationsStore:
 
     def next_batch(self) -> Tensor:
         """Return the next random batch, (train_batch_size, d_in), in the config's dtype."""
-        return self.next_pair().x
-
-    def next_pair(self) -> Batch:
-        """Return the next random batch with its target, (train_batch_size, d_in) and (train_batch_size, d_out)."""
         self.advance()
-        return self.batch(self.sites)
+        return self.batch(self.sites).x
 
     def advance(self, n_rows: int | None = None, n_left: int | None = None) -> None:
         """Go on to the next `n_rows` (None: train_batch_size) random rows, which `batch` then serves.

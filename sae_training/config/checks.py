@@ -1,7 +1,7 @@
-"""Every check of the run config, as one list of plain sentences.
+"""One value of a config against its annotation: its type, its range, the nearest name for a misspelt one.
 
-`config.py` calls `plain_values` and then `problems` when a config is built. Nothing here imports
-torch or touches a device, so that the command line can check before anything slow happens.
+Nothing here knows a config class, imports torch or touches a device, so that the command line can check before
+anything slow happens. Which fields fit together is said in `rules`.
 """
 
 from __future__ import annotations
@@ -10,23 +10,16 @@ import difflib
 import functools
 import math
 import os
-import re
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
-from sae_training.config.types import LABELS
-
-if TYPE_CHECKING:
-    pass
+from sae_training.config.types import LABELS, Limit
 
 C = TypeVar("C")
-
-DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
-
-DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 
 # What people type for a choice or a field that is spelled quite differently here.
 ALIASES = {
@@ -45,64 +38,53 @@ ALIASES = {
     "layers": "hook_point_layer",
 }
 
-POSITIVE = (
-    "d_in",
-    "d_out",
-    "expansion_factor",
-    "k",
-    "context_size",
-    "train_batch_size",
-    "store_batch_size",
-    "n_batches_in_buffer",
-    "total_training_tokens",
-    "lr",
-    "auxk_k",
-    "feature_sampling_window",
-    "dead_feature_window",
-    "dead_feature_window_tokens",
-    "n_restart_cycles",
-    "clip_grad_norm",
-    "grad_acc_steps",
-    "micro_batch_size",
-    "wandb_log_frequency",
-    "checkpoint_every_steps",
-    "checkpoint_every_minutes",
-    "keep_checkpoints",
-    "matryoshka_widths",
-    "lp_norm",
-    "target_l0",
-    "jumprelu_bandwidth",
-    "jumprelu_init_threshold",
-    "jumprelu_tanh_scale",
-    "layer_stride",
-    "shard_size_mb",
-    "dataset_weights",
-)
+# -------------------------------------------------------------------------------------------------------- annotations
 
-NOT_NEGATIVE = (
-    "hook_point_layer",
-    "hook_point_head_index",
-    "l1_coefficient",
-    "l1_warm_up_steps",
-    "k_anneal_steps",
-    "auxk_coefficient",
-    "dead_feature_threshold",
-    "lr_warm_up_steps",
-    "lr_decay_steps",
-    "lr_end",
-    "eval_every_steps",
-    "n_eval_batches",
-    "n_checkpoints",
-    "seed",
-    "sequence_separator_token",
-    "tokenizer_processes",
-)
 
-NOT_EMPTY = ("model_name", "hook_point", "target_hook_point", "dataset_path", "dataset_split", "run_dir", "run_name")
+@functools.cache
+def field_types(cls: type[Any]) -> dict[str, Any]:
+    """Return the annotation of each field, with its marks."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+def marks(hint: Any) -> tuple[Any, ...]:
+    """Return the marks on a whole annotation."""
+    return hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
+
+
+def fields_marked(cls: type[Any], mark: Any) -> tuple[str, ...]:
+    """Return the fields of `cls` whose annotation carries the mark, in order."""
+    return tuple(name for name, hint in field_types(cls).items() if mark in marks(hint))
+
+
+@functools.cache
+def options(hint: Any) -> tuple[Any, ...]:
+    """Return the types that an annotation offers, without marks."""
+    if typing.get_origin(hint) is Annotated:
+        return options(hint.__origin__)
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return tuple(option for part in typing.get_args(hint) for option in options(part))
+    return (hint,)
+
+
+@functools.cache
+def list_types(hint: Any) -> list[Any]:
+    """Return the lists and tuples that an annotation offers."""
+    return [option for option in options(hint) if typing.get_origin(option) in (list, tuple)]
+
+
+def single_types(hint: Any) -> list[Any]:
+    """Return the types that one value may have: those beside lists, or of the elements where there are only lists."""
+    lists = list_types(hint)
+    return [option for option in options(hint) if option not in lists] or list(options(typing.get_args(lists[0])[0]))
+
+
+# -------------------------------------------------------------------------------------------------------------- names
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that `name` was probably meant to be, or None."""
+    """Return the one of `names` that `name` was probably meant to be, or None."""
     folded = {known.lower().replace("-", "_"): known for known in names}
     wanted = ALIASES.get(name.lower(), name.lower()).replace("-", "_")
     if wanted in folded:
@@ -113,26 +95,27 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 
 def unknown_names(given: Iterable[str], known: Iterable[str], what: str) -> list[str]:
-    """One line for each of `given` that is not in `known`, with the nearest known name."""
+    """Return one line for each of `given` that is not in `known`, with the nearest known name."""
     known = list(known)
     lines = []
     for name in given:
         if name in known:
             continue
         guess = nearest(name, known)
-        hint = f"did you mean {guess!r}?" if guess else "see sae_training/config.py for the fields"
+        hint = f"did you mean {guess!r}?" if guess else "see the files of sae_training/config for the fields"
         lines.append(f"{name}: not a field of {what}; {hint}")
     return lines
 
 
 def checked_names(cls: type[C]) -> type[C]:
-    """Class decorator for a dataclass: unknown keywords answer with the nearest field."""
+    """Make a dataclass answer unknown keywords with the nearest field, and accept retired ones."""
     original: Callable[..., None] = cls.__init__
     known = [field.name for field in fields(cls)]  # pyright: ignore[reportArgumentType] - a dataclass
 
     # wraps keeps the signature that editors, inspect and dataclasses.replace see
     @functools.wraps(original)
     def __init__(self: C, *args: object, **keywords: object) -> None:
+        keywords = without_retired(cls, keywords)
         if lines := unknown_names(keywords, known, cls.__name__):
             raise TypeError("\n".join(lines))
         original(self, *args, **keywords)
@@ -141,42 +124,35 @@ def checked_names(cls: type[C]) -> type[C]:
     return cls
 
 
+def retired(cls: type[Any]) -> dict[str, str]:
+    """Return the names of fields that `cls` once had, each with what to do; its groups say them in RETIRED."""
+    return {name: advice for part in cls.__mro__ for name, advice in vars(part).get("RETIRED", {}).items()}
+
+
+def without_retired(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values without those of retired fields, which one warning names.
+
+    A retired field that held values by name gives them to the fields of these names.
+    """
+    found = {name: advice for name, advice in retired(cls).items() if name in values}
+    if found:
+        lines = [f"{name}: no longer a field of {cls.__name__}; {advice}" for name, advice in found.items()]
+        warnings.warn("\n".join(lines), FutureWarning, stacklevel=3)
+    moved = {name: value for old in found if isinstance(values[old], Mapping) for name, value in values[old].items()}
+    return moved | {name: value for name, value in values.items() if name not in found}
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
 def plain_values(cfg: Any) -> dict[str, Any]:
-    """The fields as they are stored and checked: dtypes and devices by name, paths as text."""
+    """Return the fields as they are stored and checked: dtypes and devices by name, paths as text."""
     hints = field_types(type(cfg))
     return {f.name: plain_value(getattr(cfg, f.name), hints[f.name]) for f in fields(cfg)}
 
 
-def refuse(cls: type[Any], found: list[str]) -> None:
-    """ValueError with all the problems found, if there are any."""
-    if found:
-        noun = "problem" if len(found) == 1 else "problems"
-        raise ValueError("\n".join([f"{cls.__name__}: {len(found)} {noun}", *found]))
-
-
-def value_problems(values: Mapping[str, Any], cls: type[Any]) -> dict[str, str]:
-    """What is wrong with each value by itself; `values` may hold only some of the fields."""
-    found: dict[str, str] = {}
-    for name, hint in field_types(cls).items():
-        if name in values and (line := _problem(name, plain_value(values[name], hint), hint)):
-            found[name] = line
-    return found
-
-
-@functools.cache
-def field_types(cls: type[Any]) -> dict[str, Any]:
-    """The annotation of each field, resolved."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in fields(cls)}
-
-
-def is_union(hint: Any) -> bool:
-    """Whether the annotation offers several types."""
-    return typing.get_origin(hint) in (Union, types.UnionType)
-
-
 def plain_value(value: Any, hint: Any) -> Any:
-    """One value without torch, numpy and path types."""
+    """Return one value without torch, numpy and path types."""
     if type(value).__module__ == "torch":
         return str(value).removeprefix("torch.")
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
@@ -185,125 +161,122 @@ def plain_value(value: Any, hint: Any) -> Any:
         value = list(value) if isinstance(value, range) else value.tolist()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    options = typing.get_args(hint) if is_union(hint) else (hint,)
-    if isinstance(value, float) and value.is_integer() and int in options and float not in options:
+    if isinstance(value, float) and value.is_integer() and int in options(hint) and float not in options(hint):
         return int(value)  # 2e6 tokens
     if isinstance(value, (list, tuple)):
-        return tuple(value) if typing.get_origin(hint) is tuple else list(value)
+        return tuple(value) if [typing.get_origin(option) for option in list_types(hint)] == [tuple] else list(value)
     return value
 
 
-def _problem(name: str, value: Any, hint: Any) -> str | None:
+def value_problems(values: Mapping[str, Any], cls: type[Any]) -> dict[str, str]:
+    """Return what is wrong with each value by itself; `values` may hold only some of the fields."""
+    found: dict[str, str] = {}
+    for name, hint in field_types(cls).items():
+        if name in values and (problem := _problem(plain_value(values[name], hint), hint)):
+            found[name] = f"{name}: {problem}"
+    return found
+
+
+def _problem(value: Any, hint: Any) -> str | None:
     if not _fits(value, hint):
-        return _misfit(name, value, hint)
+        return _misfit(value, hint)
     if isinstance(value, list):
-        return _problem_of_list(name, value, hint)
-    if name == "dtype" and hint is str and value not in DTYPE_NAMES:
-        return _not_a_choice(name, value, DTYPE_NAMES)
-    if name == "device" and not re.fullmatch(rf"({'|'.join(DEVICE_TYPES)})(:\d+)?", value):
-        return _not_a_choice(name, value, DEVICE_TYPES)
-    if name in NOT_EMPTY and value is not None and not value.strip():
-        return f"{name}: found {value!r}, expected some text; give one or leave the field out"
-    for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, (int, float)) and not isinstance(number, bool):
-            expected = _wrong_range(name, number)
-            if expected:
-                return f"{name}: found {number}, expected {expected}; change it"
+        return _problem_of_list(value, hint)
+    for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, (int, float)) and not math.isfinite(part):
+            return f"found {part}, expected a finite number; change it"
+        limit = _broken_limit(part, hint)
+        if limit is not None and limit.choices:
+            return not_a_choice(str(part), limit.choices)
+        if limit is not None:
+            return f"found {part!r}, expected {limit.expected}; {limit.advice}"
     return None
 
 
-def _problem_of_list(name: str, values: list[Any], hint: Any) -> str | None:
+def _problem_of_list(values: list[Any], hint: Any) -> str | None:
     if not values:
-        return f"{name}: found an empty list, expected at least one value; give one or leave the field out"
+        return "found an empty list, expected at least one value; give one or leave the field out"
     if "all" in values:
-        return f"{name}: found {values}, expected numbers or the word all by itself; change it"
+        return f"found {values}, expected numbers or the word all by itself; change it"
     if len(set(values)) < len(values):
-        return f"{name}: found {values}, expected values that differ; leave the repeated ones out"
-    return next(filter(None, (_problem(name, value, hint) for value in values)), None)
+        return f"found {values}, expected values that differ; leave the repeated ones out"
+    return next(filter(None, (_problem(value, hint) for value in values)), None)
 
 
-def _wrong_range(name: str, number: float) -> str | None:
-    if not math.isfinite(number):
-        return "a finite number"
-    if name in POSITIVE and number <= 0:
-        return "more than 0"
-    if name in NOT_NEGATIVE and number < 0:
-        return "0 or more"
-    if name in ("adam_beta1", "adam_beta2", "ema_decay") and not 0 <= number < 1:
-        return "at least 0 and less than 1"
-    if name == "context_size" and number < 2:
-        return "at least 2"
-    if name == "max_activation_norm_multiple" and number < 1:
-        return "at least 1"
+def _broken_limit(value: Any, hint: Any) -> Limit | None:
+    """Return the first limit in an annotation that the single `value` breaks, on a type that it has."""
+    for option, limit in _limits(hint):
+        if _fits(value, option) and not limit.holds(value):
+            return limit
     return None
+
+
+@functools.cache
+def _limits(hint: Any) -> list[tuple[Any, Limit]]:
+    """Return the types inside an annotation that have limits, with these."""
+    found = [(hint, mark) for mark in marks(hint) if isinstance(mark, Limit)]
+    parts = (hint.__origin__,) if marks(hint) else typing.get_args(hint)
+    return found + [pair for part in parts for pair in _limits(part)]
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    if is_union(hint):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    origin = typing.get_origin(hint)
+    return any(_fits_type(value, option) for option in options(hint))
+
+
+def _fits_type(value: Any, option: Any) -> bool:
+    origin = typing.get_origin(option)
     if origin is Literal:
-        return isinstance(value, str) and value in typing.get_args(hint)
+        return isinstance(value, str) and value in typing.get_args(option)
     if origin in (list, tuple):
-        element = typing.get_args(hint)[0]
+        element = typing.get_args(option)[0]
         return type(value) is origin and all(_fits(part, element) for part in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    if option in (int, float):
+        return isinstance(value, (int, option)) and not isinstance(value, bool)
+    return isinstance(value, option)
 
 
-def _misfit(name: str, value: Any, hint: Any) -> str:
-    parts = _parts(hint)
-    takes_lists = any(typing.get_origin(part) is list for part in typing.get_args(hint))
-    if isinstance(value, list) and takes_lists:
-        wrong = [part for part in value if not any(_fits(part, single) for single in parts)]
+# ----------------------------------------------------------------------------------------------------------- messages
+
+
+def _misfit(value: Any, hint: Any, where: str = "") -> str:
+    lists = list_types(hint)
+    parts = [option for option in options(hint) if option not in lists] or lists
+    if isinstance(value, list) and any(typing.get_origin(option) is list for option in lists):
+        wrong = [part for part in value if not _fits(part, hint)]
         if wrong and not isinstance(wrong[0], list):
-            return _misfit(name, wrong[0], hint).replace(", expected", " in a list, expected", 1)
+            return _misfit(wrong[0], hint, " in a list")
     choices = [c for part in parts if typing.get_origin(part) is Literal for c in typing.get_args(part)]
     if choices and isinstance(value, str) and str not in parts and not reads_as_number(value):
-        return _not_a_choice(name, value, choices, [_described(p) for p in parts if p in (int, float, bool)])
-    expected = " or ".join(dict.fromkeys(_described(part) for part in parts))
-    kind = type(value).__name__
+        return not_a_choice(value, choices, [described(p) for p in parts if p in (int, float, bool)], where)
+    expected = " or ".join(dict.fromkeys(described(part) for part in parts))
     advice = "change it"
-    if isinstance(value, str) and reads_as_number(value) and (int in parts or float in parts):
+    if isinstance(value, str) and reads_as_number(value) and {int, float} & {*parts}:
         advice = f"write {value.strip()} without quotes"
-    if isinstance(value, list) and not any(typing.get_origin(part) is tuple for part in parts):
+    if isinstance(value, list) and typing.get_origin(parts[0]) is not tuple:
         advice = f"give one value (lists are for {', '.join(LABELS)})"
-    return f"{name}: found {value!r} ({kind}), expected {expected}; {advice}"
+    return f"found {value!r} ({type(value).__name__}){where}, expected {expected}; {advice}"
 
 
-def _not_a_choice(name: str, value: str, choices: Iterable[str], others: Iterable[str] = ()) -> str:
+def not_a_choice(value: str, choices: Iterable[str], others: Iterable[str] = (), where: str = "") -> str:
+    """Return what is wrong with a text that is none of the choices; `others` is what else fits."""
     choices = list(choices)
     guess = nearest(value, choices)
-    expected = ", ".join([*others, *choices])
-    if guess:
-        return f"{name}: found {value!r}, expected one of {expected}; did you mean {guess!r}?"
-    return f"{name}: found {value!r}, expected one of {expected}; choose one"
+    advice = f"did you mean {guess!r}?" if guess else "choose one"
+    return f"found {value!r}{where}, expected one of {', '.join([*others, *choices])}; {advice}"
 
 
-def _parts(hint: Any) -> list[Any]:
-    """The single types that an annotation offers, without the lists of them."""
-    if not is_union(hint):
-        return [hint]
-    return [p for p in typing.get_args(hint) if typing.get_origin(p) not in (list, tuple)]
-
-
-def _described(hint: Any) -> str:
+def described(hint: Any) -> str:
+    """Return a type in the words of messages."""
     if typing.get_origin(hint) is Literal:
         return ", ".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return "a list of whole numbers" if typing.get_args(hint)[0] is int else "a list of numbers"
-    if typing.get_origin(hint) is dict:
-        return "values by name"
+        return "a list of whole numbers" if options(typing.get_args(hint)[0]) == (int,) else "a list of numbers"
     names = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
     return names.get(hint, "None")
 
 
 def reads_as_number(text: str) -> bool:
+    """Return whether the text is a number: 32, 2e6, 2_000_000, -1, nan."""
     try:
         float(text)
     except ValueError:

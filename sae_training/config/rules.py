@@ -1,17 +1,24 @@
-"""TODO."""
+"""Which fields of a config fit together.
+
+A rule is a function of the fields that it names as parameters; it returns None, or the problem as a line of the form
+`field: what was found, what was expected; what to do`. A rule is asked of every config that has its fields (parameters
+with a default may be absent), so that runs, toy runs and caches share rules without sharing a class.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+from sae_training.config.auto import auto_auxk_coefficient
 from sae_training.config.checks import plain_values, value_problems
+from sae_training.config.fields import OPTION_OF
 from sae_training.config.sweep import MAX_COMBINATIONS, is_several, listed_fields, n_combinations, variants, with_layers
-from sae_training.config.types import FIXED_K, OPTION_OF, WITH_PENALTY
+from sae_training.config.types import FIXED_K, WITH_PENALTY
 
-if TYPE_CHECKING:
-    from sae_training.config.cache import CacheActivationsRunnerConfig as CacheConfig
-    from sae_training.config.run import LanguageModelSAERunnerConfig as Config
+Rule = Callable[..., str | None]
 
 # What this version does of each option that has values it does not know how to train yet.
 BUILT: dict[str, tuple[object, ...]] = {
@@ -19,175 +26,283 @@ BUILT: dict[str, tuple[object, ...]] = {
 }
 
 
-def problems(cfg: Config) -> list[str]:
-    """One line per problem: `field: what was found, what was expected; what to do`."""
+def check(cfg: Any, own_rules: Iterable[Rule] = ()) -> None:
+    """Store the fields of a new config in plain types; ValueError with all problems at once.
+
+    `own_rules` are the rules of the config's class alone.
+    """
+    for name, value in plain_values(cfg).items():
+        setattr(cfg, name, value)
+    if found := problems(cfg, own_rules):
+        noun = "problem" if len(found) == 1 else "problems"
+        raise ValueError("\n".join([f"{type(cfg).__name__}: {len(found)} {noun}", *found]))
+
+
+def problems(cfg: Any, own_rules: Iterable[Rule] = ()) -> list[str]:
+    """Return one line per problem."""
     values = plain_values(cfg)
     found = value_problems(values, type(cfg))
     for name, built in BUILT.items():
-        if name not in found and not isinstance(values[name], list) and values[name] not in built:
+        if name in values.keys() - found.keys() and values[name] not in built:
             available = ", ".join(str(option) for option in built)
             advice = "choose one" if len(built) > 1 else "leave the field out"
             found[name] = f"{name}: {values[name]!r} is not trained by this version; available: {available}; {advice}"
     if is_several(cfg):
-        return list(found.values()) or problems_of_several(cfg)
-    for needed, rule in RELATIONS:
-        if not found.keys() & set(needed) and (line := rule(cfg)):
-            found[needed[0]] = line
-    return list(found.values())
+        return list(found.values()) or problems_of_several(cfg, values)
+    return list(broken_together(cfg, values, found, own_rules).values())
 
 
-def problems_of_several(cfg: Config) -> list[str]:
-    """The problems of the lists together, and of each config that they stand for."""
-    hooks = cfg.hook_point if isinstance(cfg.hook_point, list) else [cfg.hook_point]
-    has_layers = cfg.hook_point_layer == "all" or isinstance(cfg.hook_point_layer, list)
-    if has_layers and not all("{layer}" in hook for hook in hooks):
-        asked = "all layers" if cfg.hook_point_layer == "all" else f"layers {cfg.hook_point_layer}"
-        return [
-            f"hook_point: found {cfg.hook_point!r} with {asked}, expected {{layer}} where the number goes; write for "
-            "instance blocks.{layer}.hook_resid_post"
-        ]
-    n_layers = len(cfg.hook_point_layer) if isinstance(cfg.hook_point_layer, list) else 1 + has_layers
-    if cfg.max_activation_norm_multiple is not None and len(hooks) * n_layers > 1:
-        return [
-            f"max_activation_norm_multiple: found {cfg.max_activation_norm_multiple} with several hooks, expected one: "
-            "the rows of all are of the same tokens, and each hook has its own outliers; leave it out "
-            "(exclude_special_tokens takes care of BOS)"
-        ]
-    if cfg.layer_stride != 1 and cfg.hook_point_layer != "all":
-        return [
-            f"layer_stride: found {cfg.layer_stride} with hook_point_layer {cfg.hook_point_layer}, expected 'all'; "
-            "leave one out"
-        ]
-    for name, users in (("k", FIXED_K), ("l1_coefficient", WITH_PENALTY)):
-        asked = getattr(cfg, name)
-        architectures = cfg.architecture if isinstance(cfg.architecture, list) else [cfg.architecture]
-        if isinstance(asked, list) and not {*architectures} & {*users}:
-            return [
-                f"{name}: found {asked} with architecture {', '.join(architectures)}, which does not have it, expected "
-                f"one value; leave it out, or set architecture to one of {', '.join(users)}"
-            ]
+def broken_together(
+    cfg: Any, values: dict[str, Any], found: dict[str, str], own_rules: Iterable[Rule] = ()
+) -> dict[str, str]:
+    """Return `found`, the problems of values by themselves, with those of the values of a single config together."""
+    if "d_sae" not in values and not {"d_in", "expansion_factor"} & found.keys():
+        values["d_sae"] = getattr(cfg, "d_sae", None)
+    found = broken((*OF_SINGLE, *own_rules), values, found)
+    for name in OPTION_OF:
+        if name in values and not {name, "architecture"} & found.keys():
+            found |= option_of_another(name, values, type(cfg))
+    return found
+
+
+def problems_of_several(cfg: Any, values: Mapping[str, Any]) -> list[str]:
+    """Return the problems of the lists together, or else of each config that they stand for."""
+    if found := broken(OF_LISTS, values, {}):
+        return list(found.values())
     cfg = with_layers(cfg, n_layers=1)  # how many there are, the model says
     if (n := n_combinations(cfg)) > MAX_COMBINATIONS:
         return [f"{listed_fields(cfg)[0]}: the lists stand for {n} autoencoders, expected at most {MAX_COMBINATIONS}"]
-    return list(dict.fromkeys(line for single in variants(cfg).values() for line in problems(single)))
+    singles = variants(cfg).values()  # whose values have been checked one by one, as elements of the lists
+    return list(dict.fromkeys(line for s in singles for line in broken_together(s, plain_values(s), {}).values()))
 
 
-def _k_too_large(cfg: Config) -> str | None:
-    if cfg.architecture not in FIXED_K or cfg.d_sae is None or cfg.k <= cfg.d_sae:
+def broken(rules: Iterable[Rule], values: Mapping[str, Any], found: dict[str, str]) -> dict[str, str]:
+    """Return `found` with the line of each broken rule, under its first field; fields that are `found` ask no rule."""
+    for rule in rules:
+        fields = parameters(rule)
+        needed = [name for name, parameter in fields.items() if parameter.default is parameter.empty]
+        if found.keys() & fields.keys() or not values.keys() >= {*needed}:
+            continue
+        if line := rule(**{name: values[name] for name in fields if name in values}):
+            found[needed[0]] = line
+    return found
+
+
+@functools.cache
+def parameters(rule: Rule) -> Mapping[str, inspect.Parameter]:
+    """Return the fields that a rule asks for."""
+    return inspect.signature(rule).parameters
+
+
+def option_of_another(name: str, values: Mapping[str, Any], cls: type[Any]) -> dict[str, str]:
+    """Refuse an option that the architecture would silently ignore: its line, under "architecture"."""
+    architecture, owners, value = values["architecture"], OPTION_OF[name], values[name]
+    if architecture in owners or value == getattr(cls, name):
+        return {}
+    expected = " or ".join(owners)
+    return {
+        "architecture": f"{name}: found {value} with architecture {architecture}, expected {expected}; set one of them"
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ lists together
+
+
+def layers_without_a_place(hook_point: Any, hook_point_layer: Any) -> str | None:
+    """Refuse several layers if the hook's name has no place for the number."""
+    hooks = hook_point if isinstance(hook_point, list) else [hook_point]
+    if isinstance(hook_point_layer, int) or all("{layer}" in hook for hook in hooks):
+        return None
+    asked = "all layers" if hook_point_layer == "all" else f"layers {hook_point_layer}"
+    return (
+        f"hook_point: found {hook_point!r} with {asked}, expected {{layer}} where the number goes; write for "
+        "instance blocks.{layer}.hook_resid_post"
+    )
+
+
+def one_norm_for_several_hooks(
+    max_activation_norm_multiple: float | None, hook_point: Any, hook_point_layer: Any
+) -> str | None:
+    """Refuse to leave out rows by their norm at several hooks."""
+    n_hooks = len(hook_point) if isinstance(hook_point, list) else 1
+    n_layers = len(hook_point_layer) if isinstance(hook_point_layer, list) else 1 + (hook_point_layer == "all")
+    if max_activation_norm_multiple is None or n_hooks * n_layers <= 1:
         return None
     return (
-        f"k: found {cfg.k}, expected at most d_sae = {cfg.d_sae} "
-        f"(d_in {cfg.d_in} x expansion_factor {cfg.expansion_factor}); "
+        f"max_activation_norm_multiple: found {max_activation_norm_multiple} with several hooks, expected one: "
+        "the rows of all are of the same tokens, and each hook has its own outliers; leave it out "
+        "(exclude_special_tokens takes care of BOS)"
+    )
+
+
+def stride_without_all(layer_stride: int, hook_point_layer: Any) -> str | None:
+    """Refuse a stride through layers that are listed one by one."""
+    if layer_stride == 1 or hook_point_layer == "all":
+        return None
+    return f"layer_stride: found {layer_stride} with hook_point_layer {hook_point_layer}, expected 'all'; leave one out"
+
+
+def lists_that_nothing_uses(k: Any, l1_coefficient: Any, architecture: Any) -> str | None:
+    """Refuse several values of what no architecture of the config has."""
+    architectures = architecture if isinstance(architecture, list) else [architecture]
+    for name, asked, users in (("k", k, FIXED_K), ("l1_coefficient", l1_coefficient, WITH_PENALTY)):
+        if isinstance(asked, list) and not {*architectures} & {*users}:
+            return (
+                f"{name}: found {asked} with architecture {', '.join(architectures)}, which does not have it, expected "
+                f"one value; leave it out, or set architecture to one of {', '.join(users)}"
+            )
+    return None
+
+
+OF_LISTS: tuple[Rule, ...] = (
+    layers_without_a_place,
+    one_norm_for_several_hooks,
+    stride_without_all,
+    lists_that_nothing_uses,
+)
+
+# -------------------------------------------------------------------------------------------------- one configuration
+
+
+def k_too_large(
+    k: int, architecture: str, d_sae: int | None, d_in: int | None = None, expansion_factor: int | None = None
+) -> str | None:
+    """Refuse more active latents than there are."""
+    if architecture not in FIXED_K or d_sae is None or k <= d_sae:
+        return None
+    if expansion_factor is None:
+        return f"k: found {k}, expected at most d_sae = {d_sae}; lower k or raise d_sae"
+    return (
+        f"k: found {k}, expected at most d_sae = {d_sae} (d_in {d_in} x expansion_factor {expansion_factor}); "
         "lower k or raise expansion_factor"
     )
 
 
-def _widths_not_nested(cfg: Config) -> str | None:
-    widths = cfg.matryoshka_widths
-    if cfg.architecture != "matryoshka":
-        return None
+def widths_not_nested(matryoshka_widths: tuple[int, ...], architecture: str, d_sae: int | None) -> str | None:
+    """Refuse sizes of nested dictionaries that do not grow, or exceed d_sae."""
+    widths = matryoshka_widths
     ascending = all(a < b for a, b in zip(widths, widths[1:], strict=False))
-    if not widths or ascending and (cfg.d_sae is None or widths[-1] <= cfg.d_sae):
+    if architecture != "matryoshka" or not widths or ascending and (d_sae is None or widths[-1] <= d_sae):
         return None
     return (
         f"matryoshka_widths: found {list(widths)}, expected sizes of nested dictionaries, ascending and at most d_sae"
-        f"{'' if cfg.d_sae is None else f' = {cfg.d_sae}'}; for instance d_sae / 8, d_sae / 4 and d_sae / 2"
+        f"{'' if d_sae is None else f' = {d_sae}'}; for instance d_sae / 8, d_sae / 4 and d_sae / 2"
     )
 
 
-def _option_of_another(cfg: Config) -> str | None:
-    """An option that the architecture would silently ignore."""
-    for name, architectures in OPTION_OF.items():
-        value = getattr(cfg, name)
-        if value != getattr(type(cfg), name) and cfg.architecture not in architectures:
-            expected = " or ".join(architectures)
-            return f"{name}: found {value} with architecture {cfg.architecture}, expected {expected}; set one of them"
-    step = cfg.architecture == "jumprelu" and cfg.jumprelu_sparsity_loss_mode == "step"
-    if cfg.target_l0 is not None and (cfg.micro_batch_size is not None or cfg.grad_acc_steps > 1):
-        return (
-            f"target_l0: found {cfg.target_l0} with micro_batch_size {cfg.micro_batch_size}, grad_acc_steps "
-            f"{cfg.grad_acc_steps}, expected whole batches, of whose L0 the penalty is no sum; leave one out"
-        )
-    if cfg.target_l0 is not None and not step:
-        return f"target_l0: found {cfg.target_l0} with jumprelu_sparsity_loss_mode tanh, expected step; set one of them"
-    if cfg.scale_sparsity_penalty_by_decoder_norm and step:
-        return (
-            "scale_sparsity_penalty_by_decoder_norm: found True with jumprelu_sparsity_loss_mode step, which counts "
-            "latents and not their sizes; set it to tanh"
-        )
-    return None
-
-
-def _transcoder_option_without_target(cfg: Config) -> str | None:
-    """What only a transcoder has, or cannot have."""
-    if cfg.target_hook_point is None:
-        for name, allowed in (("d_out", (None, cfg.d_in)), ("skip_connection", (False,))):
-            if (value := getattr(cfg, name)) not in allowed:
-                return (
-                    f"{name}: found {value} without target_hook_point, expected a hook whose activations to predict; "
-                    f"name one, or leave {name} out"
-                )
-    elif cfg.hook_point_head_index is not None:
-        return (
-            f"hook_point_head_index: found {cfg.hook_point_head_index} with target_hook_point "
-            f"{cfg.target_hook_point!r}, expected None, which takes all heads; leave it out"
-        )
-    return None
-
-
-def _normalised_target(cfg: Config) -> str | None:
-    if cfg.target_hook_point is None or cfg.normalize_activations in ("none", "expected_average_only_in"):
+def target_l0_in_parts(target_l0: float | None, micro_batch_size: int | None, grad_acc_steps: int = 1) -> str | None:
+    """Refuse target_l0 where the penalty would be the sum over parts of a batch."""
+    if target_l0 is None or micro_batch_size is None and grad_acc_steps == 1:
         return None
     return (
-        f"normalize_activations: found {cfg.normalize_activations} with target_hook_point {cfg.target_hook_point!r}, "
+        f"target_l0: found {target_l0} with micro_batch_size {micro_batch_size}, grad_acc_steps "
+        f"{grad_acc_steps}, expected whole batches, of whose L0 the penalty is no sum; leave one out"
+    )
+
+
+def target_l0_of_tanh(target_l0: float | None, architecture: str, jumprelu_sparsity_loss_mode: str) -> str | None:
+    """Refuse target_l0 with a penalty that is not L0."""
+    if target_l0 is None or architecture != "jumprelu" or jumprelu_sparsity_loss_mode == "step":
+        return None
+    return f"target_l0: found {target_l0} with jumprelu_sparsity_loss_mode tanh, expected step; set one of them"
+
+
+def norms_in_a_count(
+    scale_sparsity_penalty_by_decoder_norm: bool, architecture: str, jumprelu_sparsity_loss_mode: str
+) -> str | None:
+    """Refuse decoder norms in a penalty that counts latents."""
+    counts = architecture == "jumprelu" and jumprelu_sparsity_loss_mode == "step"
+    if not scale_sparsity_penalty_by_decoder_norm or not counts:
+        return None
+    return (
+        "scale_sparsity_penalty_by_decoder_norm: found True with jumprelu_sparsity_loss_mode step, which counts "
+        "latents and not their sizes; set it to tanh"
+    )
+
+
+def option_without_target(
+    d_out: int | None, skip_connection: bool, target_hook_point: str | None, d_in: int | None
+) -> str | None:
+    """Refuse what only transcoders have: an output of another width, a skip connection."""
+    for name, value, allowed in (("d_out", d_out, (None, d_in)), ("skip_connection", skip_connection, (False,))):
+        if target_hook_point is None and value not in allowed:
+            return (
+                f"{name}: found {value} without target_hook_point, expected a hook whose activations to predict; "
+                f"name one, or leave {name} out"
+            )
+    return None
+
+
+def head_of_a_transcoder(hook_point_head_index: int | None, target_hook_point: str | None) -> str | None:
+    """Refuse a transcoder that reads one head."""
+    if hook_point_head_index is None or target_hook_point is None:
+        return None
+    return (
+        f"hook_point_head_index: found {hook_point_head_index} with target_hook_point {target_hook_point!r}, "
+        "expected None, which takes all heads; leave it out"
+    )
+
+
+def normalised_target(normalize_activations: str, target_hook_point: str | None) -> str | None:
+    """Refuse to normalise a target row by row."""
+    if target_hook_point is None or normalize_activations in ("none", "expected_average_only_in"):
+        return None
+    return (
+        f"normalize_activations: found {normalize_activations} with target_hook_point {target_hook_point!r}, "
         "expected expected_average_only_in or none: the size of a target is not known where it is predicted"
     )
 
 
-def _not_in_8_bits(cfg: Config) -> str | None:
-    if cfg.optimizer != "adam8bit":
+def not_in_8_bits(optimizer: str, dtype: str, feature_sampling_method: str | None = None) -> str | None:
+    """Refuse moments in 8 bits where they would have to be reset, or be wider."""
+    if optimizer != "adam8bit":
         return None
-    if cfg.feature_sampling_method is not None:
+    if feature_sampling_method is not None:
         return (
-            f"optimizer: found adam8bit with feature_sampling_method {cfg.feature_sampling_method}, expected adam or "
+            f"optimizer: found adam8bit with feature_sampling_method {feature_sampling_method}, expected adam or "
             "signum, whose moments can be reset latent by latent; change one of them"
         )
-    if str(cfg.dtype).removeprefix("torch.") == "float64":
+    if dtype == "float64":
         return "optimizer: found adam8bit with dtype float64, expected adam or signum; change one of them"
     return None
 
 
-def _batch_too_large(cfg: Config) -> str | None:
-    half = cfg.buffer_rows // 2
-    if cfg.tokens_per_step <= half or cfg.use_cached_activations:  # of a cache, its form decides
+def batch_too_large(
+    train_batch_size: int,
+    n_batches_in_buffer: int,
+    store_batch_size: int,
+    context_size: int,
+    use_cached_activations: bool | str,
+    grad_acc_steps: int,
+) -> str | None:
+    """Refuse a step that takes more than half of the buffer; with a cache, its form decides."""
+    rows, per_step = n_batches_in_buffer * store_batch_size * context_size, train_batch_size * grad_acc_steps
+    if per_step <= rows // 2 or use_cached_activations:
         return None
-    per_batch = cfg.store_batch_size * cfg.context_size
-    needed = -(-2 * cfg.tokens_per_step // per_batch)
-    several = f" x grad_acc_steps {cfg.grad_acc_steps}" if cfg.grad_acc_steps > 1 else ""
+    several = f" x grad_acc_steps {grad_acc_steps}" if grad_acc_steps > 1 else ""
     return (
-        f"train_batch_size: found {cfg.train_batch_size}{several}, expected at most {half}, half of the "
-        f"buffer of {cfg.buffer_rows} rows (n_batches_in_buffer {cfg.n_batches_in_buffer} x "
-        f"store_batch_size {cfg.store_batch_size} x context_size {cfg.context_size}); "
-        f"raise n_batches_in_buffer to {needed} or lower train_batch_size"
+        f"train_batch_size: found {train_batch_size}{several}, expected at most {rows // 2}, half of the "
+        f"buffer of {rows} rows (n_batches_in_buffer {n_batches_in_buffer} x "
+        f"store_batch_size {store_batch_size} x context_size {context_size}); "
+        f"raise n_batches_in_buffer to {-(-2 * per_step // (store_batch_size * context_size))} or lower "
+        "train_batch_size"
     )
 
 
-def _no_positions(cfg: Config) -> str | None:
-    bounds = cfg.seqpos_slice
-    if not bounds:
-        return None
-    right = len(bounds) in (2, 3) and 0 not in bounds[2:]
-    if right and len(range(cfg.context_size)[slice(*bounds)]) > 0:
+def no_positions(seqpos_slice: tuple[int, ...], context_size: int) -> str | None:
+    """Refuse a slice of positions that is none, or takes none."""
+    right = len(seqpos_slice) in (2, 3) and 0 not in seqpos_slice[2:]
+    if not seqpos_slice or right and len(range(context_size)[slice(*seqpos_slice)]) > 0:
         return None
     return (
-        f"seqpos_slice: found {list(bounds)} with context_size {cfg.context_size}, expected start and stop, perhaps "
-        f"a step, that take some positions; 1,{cfg.context_size} for instance takes all but the first"
+        f"seqpos_slice: found {list(seqpos_slice)} with context_size {context_size}, expected start and stop, perhaps "
+        f"a step, that take some positions; 1,{context_size} for instance takes all but the first"
     )
 
 
-def weights_without_datasets(cfg: Config | CacheConfig) -> str | None:
-    """Weights of another number than there are data sets."""
-    paths, weights = cfg.dataset_path, cfg.dataset_weights
+def weights_without_datasets(dataset_weights: tuple[float, ...], dataset_path: str | list[str]) -> str | None:
+    """Refuse weights of another number than there are data sets."""
+    paths, weights = dataset_path, dataset_weights
     if not weights or isinstance(paths, list) and len(paths) == len(weights):
         return None
     found = f"{len(weights)} weight{'s' if len(weights) > 1 else ''}"
@@ -196,70 +311,74 @@ def weights_without_datasets(cfg: Config | CacheConfig) -> str | None:
     return f"dataset_weights: found {found} with {given} in dataset_path, expected {expected}; change one of them"
 
 
-def _too_few_tokens(cfg: Config) -> str | None:
-    if cfg.total_training_tokens >= cfg.tokens_per_step:
+def too_few_tokens(total_training_tokens: int, train_batch_size: int, grad_acc_steps: int = 1) -> str | None:
+    """Refuse a run of no step."""
+    if total_training_tokens >= train_batch_size * grad_acc_steps:
         return None
-    several = f" x grad_acc_steps = {cfg.tokens_per_step}" if cfg.grad_acc_steps > 1 else ""
+    several = f" x grad_acc_steps = {train_batch_size * grad_acc_steps}" if grad_acc_steps > 1 else ""
     return (
-        f"total_training_tokens: found {cfg.total_training_tokens}, expected at least one batch of "
-        f"train_batch_size = {cfg.train_batch_size}{several}; raise it or lower train_batch_size"
+        f"total_training_tokens: found {total_training_tokens}, expected at least one batch of "
+        f"train_batch_size = {train_batch_size}{several}; raise it or lower train_batch_size"
     )
 
 
-def _decay_too_long(cfg: Config) -> str | None:
-    if cfg.lr_decay_steps <= cfg.total_training_steps:
+def decay_too_long(
+    lr_decay_steps: int, total_training_tokens: int, train_batch_size: int, grad_acc_steps: int = 1
+) -> str | None:
+    """Refuse a decay that is longer than the run."""
+    steps = total_training_tokens // (train_batch_size * grad_acc_steps)
+    if lr_decay_steps <= steps:
         return None
-    return (
-        f"lr_decay_steps: found {cfg.lr_decay_steps}, expected at most the run's "
-        f"{cfg.total_training_steps} steps; lower it"
-    )
+    return f"lr_decay_steps: found {lr_decay_steps}, expected at most the run's {steps} steps; lower it"
 
 
-def _two_remedies(cfg: Config) -> str | None:
-    if not cfg.use_ghost_grads or cfg.resolved_auxk_coefficient == 0:
+def two_remedies(use_ghost_grads: bool, auxk_coefficient: float | str, architecture: str) -> str | None:
+    """Refuse two remedies for dead latents at once."""
+    has_auxk = auto_auxk_coefficient(architecture) if auxk_coefficient == "auto" else auxk_coefficient
+    if not use_ghost_grads or not has_auxk:
         return None
     return (
-        f"use_ghost_grads: found True with auxk_coefficient {cfg.auxk_coefficient}, expected one "
+        f"use_ghost_grads: found True with auxk_coefficient {auxk_coefficient}, expected one "
         "remedy for dead latents; set use_ghost_grads to False or auxk_coefficient to 0"
     )
 
 
-def _cache_without_path(cfg: Config) -> str | None:
-    if cfg.use_cached_activations is False or cfg.cached_activations_path is not None:
+def cache_without_path(cached_activations_path: str | None, use_cached_activations: bool | str) -> str | None:
+    """Refuse to read a cache that is not named."""
+    if use_cached_activations is False or cached_activations_path is not None:
         return None
     return (
-        f"cached_activations_path: found None with use_cached_activations {cfg.use_cached_activations}, expected the "
+        f"cached_activations_path: found None with use_cached_activations {use_cached_activations}, expected the "
         "folder that `sae-training cache` wrote; give it"
     )
 
 
-def _two_run_folders(cfg: Config) -> str | None:
-    if cfg.checkpoint_path is None or cfg.run_dir in ("runs", cfg.checkpoint_path):
+def two_run_folders(checkpoint_path: str | None, run_dir: str) -> str | None:
+    """Refuse run_dir together with another folder under its old name."""
+    if checkpoint_path is None or run_dir in ("runs", checkpoint_path):
         return None
     return (
-        f"checkpoint_path: found {cfg.checkpoint_path!r} with run_dir {cfg.run_dir!r}, expected "
+        f"checkpoint_path: found {checkpoint_path!r} with run_dir {run_dir!r}, expected "
         "one of them (checkpoint_path is the old name of run_dir); leave checkpoint_path out"
     )
 
 
-# The fields that must be sound before the rule can be asked; the problem is filed under the first
-# of them.
-RELATIONS: tuple[tuple[tuple[str, ...], Callable[[Config], str | None]], ...] = (
-    (("k", "d_in", "expansion_factor", "architecture"), _k_too_large),
-    (("matryoshka_widths", "architecture", "d_in", "expansion_factor"), _widths_not_nested),
-    (("architecture", *OPTION_OF, "micro_batch_size", "grad_acc_steps"), _option_of_another),
-    (("normalize_activations", "target_hook_point"), _normalised_target),
-    (("optimizer", "feature_sampling_method", "dtype"), _not_in_8_bits),
-    (("skip_connection", "target_hook_point", "d_out", "hook_point_head_index"), _transcoder_option_without_target),
-    (
-        ("train_batch_size", "grad_acc_steps", "n_batches_in_buffer", "store_batch_size", "context_size"),
-        _batch_too_large,
-    ),
-    (("seqpos_slice", "context_size"), _no_positions),
-    (("dataset_weights", "dataset_path"), weights_without_datasets),
-    (("total_training_tokens", "train_batch_size", "grad_acc_steps"), _too_few_tokens),
-    (("lr_decay_steps", "total_training_tokens", "train_batch_size", "grad_acc_steps"), _decay_too_long),
-    (("use_ghost_grads", "auxk_coefficient", "architecture"), _two_remedies),
-    (("cached_activations_path", "use_cached_activations"), _cache_without_path),
-    (("checkpoint_path", "run_dir"), _two_run_folders),
+OF_SINGLE: tuple[Rule, ...] = (
+    k_too_large,
+    widths_not_nested,
+    target_l0_in_parts,
+    target_l0_of_tanh,
+    norms_in_a_count,
+    normalised_target,
+    not_in_8_bits,
+    option_without_target,
+    head_of_a_transcoder,
+    batch_too_large,
+    no_positions,
+    weights_without_datasets,
+    too_few_tokens,
+    decay_too_long,
+    two_remedies,
+    cache_without_path,
+    two_run_folders,
 )

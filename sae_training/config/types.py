@@ -1,23 +1,43 @@
-"""Types of config fields."""
+"""The types of config fields: choices, ranges, and what a field means, all said in its annotation.
+
+A type checker sees the plain types. At run time `checks` reads the marks:
+
+    k: OneOrMany[Positive[int]] = 32                 values are checked against the range
+    wandb_project: OnlyWatches[str] = "..."          a run may be continued with another value
+    context_size: IdentifiesCache[int] = 128         a cache and the run that reads it must agree
+    multi_topk: Annotated[bool, OnlyIn("topk")]      refused, if changed, with another architecture
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, Union
-
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
 
 if TYPE_CHECKING:
     import torch
 
-    # What every part after the config gets: a torch.dtype and single values, whatever the user
-    # wrote.
+    # A built config holds a torch.dtype, whatever the user wrote.
     Dtype = torch.dtype
+    # This is half of the truth: a config that describes several autoencoders holds lists, and only the single configs
+    # that `sweep.variants` makes of it hold plain values. Nearly all code reads single configs, so the type checker is
+    # told about these; code that may see lists asks `sweep.is_several` first.
     OneOrMany = Annotated[T, "or a list of them"]
 else:
-    Dtype = str
+    Dtype = Literal["float32", "bfloat16", "float16", "float64"]
     OneOrMany = Union[T, list[T], tuple[T, ...]]  # noqa: UP007 - `|` cannot be subscripted
+
+
+def torch_dtype(name: Any) -> Dtype:
+    """Return the torch.dtype that `name`, the value of a Dtype field, stands for."""
+    import torch  # not above: `--help` reads this file, and torch takes over a second
+
+    return getattr(torch, name)
+
+
+# ----------------------------------------------------------------------------------------------------------- choices
 
 Architecture = Literal["standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"]
 
@@ -32,6 +52,12 @@ SchedulerName = Literal[
 
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 
+FIXED_K = ("topk", "batchtopk", "matryoshka")
+"""Architectures whose code is a fixed number of the largest pre-activations."""
+
+WITH_PENALTY = ("standard", "jumprelu", "gated")
+"""Architectures that are sparse by a penalty, times l1_coefficient."""
+
 LABELS = {
     "hook_point": "",
     "hook_point_layer": "layer",
@@ -43,27 +69,57 @@ LABELS = {
     "lr_warm_up_steps": "warmup-",
     "seed": "seed",
 }
-
 """The fields that may be lists, and what stands before the value in the name of an autoencoder."""
 
-FIXED_K = ("topk", "batchtopk", "matryoshka")
+# ------------------------------------------------------------------------------------------------------------- marks
 
-"""Architectures whose code is a fixed number of the largest pre-activations."""
 
-WITH_PENALTY = ("standard", "jumprelu", "gated")
+@dataclass(frozen=True)
+class Limit:
+    """Which values of the right type are accepted."""
 
-"""Architectures that are sparse by a penalty, times l1_coefficient."""
+    holds: Callable[[Any], bool]
+    expected: str
+    advice: str = "change it"
+    choices: tuple[str, ...] = ()
+    """Names to suggest the nearest of, in place of `expected` and `advice`."""
 
-# Options that only some architectures have; elsewhere they would do nothing, or harm.
-OPTION_OF: dict[str, tuple[str, ...]] = {
-    "multi_topk": ("topk",),
-    "matryoshka_widths": ("matryoshka",),
-    "k_anneal_steps": FIXED_K,
-    "lp_norm": ("standard", "gated"),
-    "scale_sparsity_penalty_by_decoder_norm": ("standard", "gated", "jumprelu"),
-    "target_l0": ("jumprelu",),
-    "jumprelu_bandwidth": ("jumprelu",),
-    "jumprelu_init_threshold": ("jumprelu",),
-    "jumprelu_sparsity_loss_mode": ("jumprelu",),
-    "jumprelu_tanh_scale": ("jumprelu",),
-}
+
+def at_least(bound: float) -> Limit:
+    """Return the limit of numbers from `bound` on."""
+    return Limit(lambda value: value >= bound, f"at least {bound}")
+
+
+@dataclass(frozen=True)
+class OnlyIn:
+    """Marks a field that only these architectures have; elsewhere it would do nothing, or harm."""
+
+    architectures: tuple[str, ...]
+
+    def __init__(self, *architectures: str) -> None:
+        object.__setattr__(self, "architectures", architectures)
+
+
+WATCHES = "only watches or places a run: two runs that differ in nothing else train the same weights"
+
+IDENTIFIES_CACHE = "decides which activations there are: a run that reads a cache must have the value of the cache"
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def names_device(value: str) -> bool:
+    """Return whether the text is a device, perhaps with a number: cuda:1."""
+    kind, colon, number = value.partition(":")
+    return kind in DEVICES and (number.isdecimal() if colon else True)
+
+
+Positive = Annotated[T, Limit(lambda value: value > 0, "more than 0")]
+NotNegative = Annotated[T, Limit(lambda value: value >= 0, "0 or more")]
+BelowOne = Annotated[T, Limit(lambda value: 0 <= value < 1, "at least 0 and less than 1")]
+UpToOne = Annotated[T, Limit(lambda value: 0 < value <= 1, "more than 0 and at most 1")]
+ZeroToOne = Annotated[T, Limit(lambda value: 0 <= value <= 1, "0 to 1")]
+Text = Annotated[str, Limit(lambda value: bool(value.strip()), "some text", "give one or leave the field out")]
+Device = Annotated[str, Limit(names_device, "a device", choices=DEVICES)]
+
+OnlyWatches = Annotated[T, WATCHES]
+IdentifiesCache = Annotated[T, IDENTIFIES_CACHE]

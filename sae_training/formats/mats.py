@@ -1,7 +1,7 @@
 """Files that mats_sae_training saved (.pt, .pkl, .pkl.gz): a pickled dict of "cfg" and "state_dict".
 
-A pickle is a program. These are read by unpicklers that build tensors, plain data and an empty stand-in for the pickled
-config class, and refuse every other name, so a file from a stranger cannot run code.
+A pickle is a program. The unpicklers here build tensors, plain data and an empty stand-in for the pickled config class,
+and refuse every other name, so that a stranger's file cannot run code.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, _utils
 
-PICKLE_ENDINGS = (".pt", ".pkl", ".pkl.gz")
 CONFIG_MODULES = ("sae_training.", "sae_lens.")
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
+def recognises(path: Path) -> bool:
+    return path.name.endswith((".pt", ".pkl", ".pkl.gz"))
+
+
 class PickledConfig:
-    """Stands in for whatever config class the file names; holds its attributes and does nothing."""
+    """Stands in for whatever config class the file names: holds its attributes and does nothing."""
 
 
-def load_mats_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config values and the four parameters, on the CPU. ValueError for anything that is not such a file."""
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config values and the four parameters. Raise ValueError for anything that is not such a file."""
     try:
         content = read_torch_file(path) if path.suffix == ".pt" else read_pickle(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError) as error:
@@ -56,7 +59,7 @@ def read_pickle(path: Path) -> Any:
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Builds tensors, plain containers and config stand-ins; every other name is an error."""
+    """Builds tensors, plain containers and stand-ins for configs, and raises UnpicklingError for every other name."""
 
     allowed = {
         ("collections", "OrderedDict"): collections.OrderedDict,
@@ -83,9 +86,7 @@ class TensorUnpickler(pickle.Unpickler):
 
 
 def config_values(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The old attributes as config fields: sizes from the tensors, what only concerned that run's data flow left
-    out.
-    """
+    """The old attributes as config fields, with sizes from the tensors, without what concerns only that run's data."""
     d_in, d_sae = tensors["W_enc"].shape
     values = {name: value for name, value in cfg.items() if not name.startswith("_")}
     batch = values.get("store_batch_size")
@@ -93,7 +94,7 @@ def config_values(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, 
         values["store_batch_size"] = batch[0]
     for name in ("use_cached_activations", "feature_sampling_method", "checkpoint_path"):
         values.pop(name, None)
-    # Sizes that this package would refuse to train with do not matter to the weights.
+    # Sizes that our configs might refuse, but that do not matter to the weights.
     for name in ("train_batch_size", "n_batches_in_buffer", "total_training_tokens"):
         values.pop(name, None)
     values["lr_scheduler_name"] = values.get("lr_scheduler_name") or "constant"

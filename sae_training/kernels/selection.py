@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sae_training.kernels import cpu as cpu_kernels
-from sae_training.kernels import triton_selection
+from sae_training.kernels import cpu, triton_selection
 from sae_training.kernels.sparse_code import Code, Entries, concatenate, fixed_size_entries, offsets_of
 
 TILE_ELEMENTS = 2**21
@@ -37,14 +36,22 @@ Time of a sparse ReLU step over that of a dense one, d_in 512, batch 4096, 2 CPU
 class Encoder:
     """The encoder's weights in the precision of the product, for one batch `sae_in` (rows, d_in)."""
 
-    def __init__(self, sae_in: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        sae_in: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        dtype: torch.dtype,
+        tile_latents: int | None = None,
+        tile_rows: int | None = None,
+    ) -> None:
         self.sae_in = sae_in.to(dtype)
         self.table = W_enc.T.to(dtype)
         self.bias = b_enc
         self.d_sae = W_enc.shape[1]
         on_gpu = sae_in.is_cuda
-        self.tile_latents = self.d_sae if on_gpu else min(self.d_sae, TILE_LATENTS[dtype])
-        self.tile_rows = max(1, (GPU_TILE_ELEMENTS if on_gpu else TILE_ELEMENTS) // self.tile_latents)
+        self.tile_latents = min(self.d_sae, tile_latents or (self.d_sae if on_gpu else TILE_LATENTS[dtype]))
+        self.tile_rows = tile_rows or max(1, (GPU_TILE_ELEMENTS if on_gpu else TILE_ELEMENTS) // self.tile_latents)
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows of sae_in), `tile_rows` at a time."""
@@ -54,7 +61,7 @@ class Encoder:
     def tiles(self, rows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first latent, product (rows, tile_latents), bias (tile_latents,)) for a chunk of rows.
 
-        A product that adds the bias takes a tenth longer on a CPU, where `cpu_kernels` adds it for nothing.
+        A product that adds the bias takes a tenth longer on a CPU, where `cpu` adds it for nothing.
         """
         for start in range(0, self.d_sae, self.tile_latents):
             tile = slice(start, start + self.tile_latents)
@@ -90,7 +97,7 @@ def best_latents(encoder: Encoder, rows: Tensor, k: int) -> Tensor:
 def top_k(tile: Tensor, bias: Tensor, k: int) -> Tensor:
     """Places of the k largest of each row of `tile` (rows, n) + `bias` (n,), in no order; all of them if n <= k."""
     k = min(k, tile.shape[1])
-    return cpu_kernels.top_k(tile, bias, k) if cpu_kernels.supports(tile) else top_k_by_groups(tile + bias, k)
+    return cpu.top_k(tile, bias, k) if cpu.supports(tile) else top_k_by_groups(tile + bias, k)
 
 
 def top_k_by_groups(x: Tensor, k: int) -> Tensor:
@@ -154,8 +161,8 @@ def side_by_side(codes: list[Code]) -> Code:
 
 def above(tile: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     """Where `tile` (rows, n) is above `limits` (n,): the places, row after row, and the rows' offsets in them."""
-    if cpu_kernels.supports(tile):
-        return cpu_kernels.above(tile, limits)
+    if cpu.supports(tile):
+        return cpu.above(tile, limits)
     row, place = (tile > limits).nonzero(as_tuple=True)
     return place, offsets_of(row, len(tile))
 

@@ -12,8 +12,8 @@ look at every latent; with n active entries the other five cost 2 * n * d_in eac
 Both weight gradients go through the entries latent by latent: one sort, shared. The gradient of b_dec through the
 encoder's input is a matrix-vector product, since every row's input holds the same -b_dec.
 
-`row_products` and `bags` are the two products that the device decides on: kernels of torch or `cpu_kernels` on the CPU,
-of `triton_kernels` on CUDA. Nothing here reads a number off the device to go on.
+`row_products` and `bags` are the two products that the device decides on: kernels of torch or `cpu` on the CPU,
+of `triton_products` on CUDA. Nothing here reads a number off the device to go on.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from sae_training.kernels import cpu as cpu_kernels
-from sae_training.kernels import triton_products as triton_kernels
+from sae_training.kernels import cpu, triton_products
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # said once a process, to no one's use
 
@@ -69,8 +68,8 @@ class Entries:
 
     @cached_property
     def by_latent(self) -> ByLatent:
-        if self.latents.device.type == "cpu" and cpu_kernels.available():
-            order, offsets = cpu_kernels.sort_by_latent(self.latents, self.d_sae)
+        if self.latents.device.type == "cpu" and cpu.available():
+            order, offsets = cpu.sort_by_latent(self.latents, self.d_sae)
             return ByLatent(order, self.latents[order], self.rows[order], offsets)
         latents, order = self.latents.sort(stable=True)
         return ByLatent(order, latents, self.rows[order], offsets_of(latents, self.d_sae))
@@ -86,7 +85,7 @@ class Entries:
 
     def sum_by_latent(self, values: Tensor) -> Tensor:
         """(d_sae,): the sum of each latent's values."""
-        if triton_kernels.supports(values):  # index_add_ adds in another order each time there
+        if triton_products.supports(values):  # index_add_ adds in another order each time there
             return sum_of_rows(values, values.new_ones(self.n_rows, 1), self).squeeze(1)
         return torch.zeros(self.d_sae, dtype=values.dtype, device=values.device).index_add_(0, self.latents, values)
 
@@ -122,11 +121,11 @@ def fixed_size_entries(latents: Tensor, d_sae: int) -> Entries:
 
 def row_products(rows: Tensor, table: Tensor, entries: Entries) -> Tensor:
     """(n,): rows[row e] . table[latent e] for each entry, `rows` (n_rows, d), `table` (d_sae, d)."""
-    if triton_kernels.supports(rows):
-        return triton_kernels.row_products(rows, table, entries.latents, entries.rows)
+    if triton_products.supports(rows):
+        return triton_products.row_products(rows, table, entries.latents, entries.rows)
     if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
-        if cpu_kernels.available():
-            return cpu_kernels.row_products(rows, table, entries.offsets, entries.latents)
+        if cpu.available():
+            return cpu.row_products(rows, table, entries.offsets, entries.latents)
         size = (entries.n_rows, entries.d_sae)
         zeros = torch.zeros(len(entries.latents), dtype=rows.dtype)
         where = torch.sparse_csr_tensor(entries.offsets, entries.latents, zeros, size, check_invariants=False)
@@ -153,8 +152,8 @@ def bags(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor, bag_o
 
     `bag_of` (n,) names the stretch of each index where some are very long.
     """
-    if triton_kernels.supports(table):
-        return triton_kernels.bags(indices, offsets, weights, table, bag_of)
+    if triton_products.supports(table):
+        return triton_products.bags(indices, offsets, weights, table, bag_of)
     return F.embedding_bag(
         indices, table, offsets, mode="sum", per_sample_weights=weights.to(table.dtype), include_last_offset=True
     )

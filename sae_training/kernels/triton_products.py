@@ -123,7 +123,14 @@ def row_products(rows: Tensor, table: Tensor, latents: Tensor, row_of: Tensor) -
     return out
 
 
-def bags(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor, bag_of: Tensor | None = None) -> Tensor:
+def bags(
+    indices: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    table: Tensor,
+    bag_of: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
     """(n_bags, d): in each bag, the sum of weights[e] * table[indices[e]] over its entries; `table` (m, d).
 
     Bag b has the entries offsets[b] to offsets[b + 1] of `indices` and `weights` (n,). A bag's sum is one program's
@@ -134,8 +141,8 @@ def bags(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor, bag_o
     table, n, d, n_bags = unit_stride(table), len(indices), table.shape[1], len(offsets) - 1
     indices, weights = indices.contiguous(), weights.contiguous()  # an expanded gradient has a stride of 0
     block_d = block_of(d, MAX_BLOCK_D)
-    sizes = {"CHUNK": CHUNK, "BLOCK_ENTRIES": BLOCK_ENTRIES, "BLOCK_D": block_d}
-    n_chunks, n_blocks = 0 if bag_of is None else n // CHUNK, cdiv(d, block_d)
+    sizes = {"CHUNK": chunk, "BLOCK_ENTRIES": BLOCK_ENTRIES, "BLOCK_D": block_d}
+    n_chunks, n_blocks = 0 if bag_of is None else n // chunk, cdiv(d, block_d)
     out = torch.empty(n_bags, d, dtype=table.dtype, device=table.device)
     sums = torch.empty(n_chunks, d, dtype=torch.float32, device=table.device)
     with torch.cuda.device_of(table):

@@ -7,7 +7,7 @@ rest: it picks k of the maxima, then k of the numbers of their groups. Of a tile
 thus reads 512 maxima and 512 numbers again, not 8,192.
 
 The choice is by bisection over the bits of the numbers: no sorting, and the same result each time. The CPU's reference
-is `selection.top_k_by_groups`. As with the other kernels (`triton_kernels`), no GPU has run or timed these yet.
+is `selection.top_k_by_groups`. As with the other kernels (`triton_products`), no GPU has run or timed these yet.
 """
 
 # Triton looks for the annotation tl.constexpr, which is no type.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_training.kernels import triton_products as triton_kernels
+from sae_training.kernels import triton_products
 from sae_training.kernels.triton_products import block_of, cdiv, jit, tl
 
 GROUP = 16  # latents: 32 bytes of a tile in 16 bits, which is what a GPU reads at least
@@ -29,9 +29,9 @@ MAX_CANDIDATES = 16384  # numbers that one program compares
 def supports(rows: Tensor, d_sae: int, k: int) -> bool:
     """Whether `encode_top_k` works for `rows` (n, d), which come in the precision of the product."""
     # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
-    dtypes = (torch.float16,) if triton_kernels.INTERPRETED else (torch.float16, torch.bfloat16)
+    dtypes = (torch.float16,) if triton_products.INTERPRETED else (torch.float16, torch.bfloat16)
     fits = max(cdiv(d_sae, GROUP), k * GROUP) <= MAX_CANDIDATES
-    return rows.dtype in dtypes and fits and triton_kernels.available(rows.device)
+    return rows.dtype in dtypes and fits and triton_products.available(rows.device)
 
 
 def encode_top_k(rows: Tensor, table: Tensor, bias: Tensor, k: int) -> Tensor:
@@ -61,9 +61,11 @@ def largest(numbers: Tensor, k: int, groups: Tensor | None = None) -> Tensor:
     n_groups = 0 if groups is None else groups.shape[1]
     n_candidates = width if groups is None else n_groups * GROUP
     out = torch.empty(n, k, dtype=torch.int64, device=numbers.device)
+    block = block_of(n_candidates, MAX_CANDIDATES)
+    warps = min(16, max(4, block // 1024))  # with 4, a block of 8,192 spills registers, one of 16,384 3 KB a thread
     top_k_kernel[(n,)](
         numbers, out if groups is None else groups, out, width, n_groups, n_candidates, k,
-        HAS_GROUPS=groups is not None, GROUP=GROUP, BLOCK=block_of(n_candidates, MAX_CANDIDATES),
+        HAS_GROUPS=groups is not None, GROUP=GROUP, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out
 

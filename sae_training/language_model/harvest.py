@@ -1,4 +1,4 @@
-"""One frozen pass of the language model, stopped as early as possible: tokens in, activations out."""
+"""Makes one pass of the frozen language model, stopped as early as possible: tokens in, activations out."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sae_training.language_model.sites import HookSite
 
 @torch.inference_mode()
 def harvest(model: LanguageModel, tokens: Tensor, sites: Sequence[HookSite]) -> list[Tensor]:
-    """Activations (prompts, positions, width) at each site, in the model's precision, of ids (prompts, positions).
+    """Activations (prompts, positions, width) at each site, in the model's precision, for ids (prompts, positions).
 
-    With a head axis: the one head the site names, or all heads side by side. Some hooks hold float32 in a narrower
-    model (normalised activations do), which is rounded.
+    Where the hook has a head axis, they are those of the head that the site names, or of all heads side by side. Hooks
+    that hold float32 in a narrower model (normalised activations do) are rounded to the model's precision.
     """
     layers = [site.stop_at_layer for site in sites]
     stop_at_layer = None if None in layers else max(layer for layer in layers if layer is not None)
@@ -26,7 +26,7 @@ def harvest(model: LanguageModel, tokens: Tensor, sites: Sequence[HookSite]) -> 
 
 
 def at_site(activations: Tensor, site: HookSite) -> Tensor:
-    """The vectors an autoencoder reads from a hook's tensor: (prompts, positions, d_in)."""
+    """The vectors (prompts, positions, d_in) that an autoencoder reads from a hook's tensor."""
     if not site.head_axis:
         return activations
     if site.head_index is None:
@@ -35,7 +35,7 @@ def at_site(activations: Tensor, site: HookSite) -> Tensor:
 
 
 def put_back(activations: Tensor, replacement: Tensor, site: HookSite) -> Tensor:
-    """The hook's tensor with `replacement` (prompts, positions, d_in) in the place that `at_site` reads."""
+    """The hook's tensor with `replacement` (prompts, positions, d_in) where `at_site` reads."""
     replacement = replacement.to(activations.dtype)
     if not site.head_axis:
         return replacement

@@ -1,26 +1,27 @@
-"""Reading and replacing activations of the frozen language model, at the places that its hook points name.
+"""Reads and replaces activations of the frozen language model at its hook points.
 
-`run_with_cache` and `run_with_hooks` of transformer_lens do it too, with the whole block computed in their way for it;
-here a block stays the plain and fast one where its places can be tapped (`taps.py`).
+`run_with_cache` and `run_with_hooks` of TransformerLens can do this too, but then run its slower hooked blocks. We run
+the plain twin of a block (`twins.py`) wherever its tensors can be tapped (`taps.py`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 
-from sae_training.language_model.taps import HookPoint, Look, open_point
-from sae_training.language_model.twins import BlockSwitch, switch_in
+from sae_training.language_model.load import LanguageModel
+from sae_training.language_model.taps import Look, open_point
+from sae_training.language_model.twins import BlockSwitch, Forward, switch_in
 
-LanguageModel = Any  # HookedTransformer or TransformerBridge: they share methods, not a base class
 NamedLook = tuple[str, Look]
-"""A hook point's name, and what sees its tensor."""
+"""A hook point's name, and the function that is shown its tensor."""
 
 
 @torch.inference_mode()
@@ -36,6 +37,15 @@ def read_hooks(model: LanguageModel, tokens: Tensor, names: Set[str], stop_at_la
     return found
 
 
+@dataclass(frozen=True)
+class Hook:
+    """A function that is to be shown the tensor of a hook point, and whether what it returns takes its place."""
+
+    point: HookPoint
+    look: Look
+    replaces: bool
+
+
 @contextmanager
 def hooked(
     model: LanguageModel,
@@ -43,37 +53,58 @@ def hooked(
     replacements: Iterable[NamedLook] = (),
     last: int | None = None,
 ) -> Iterator[None]:
-    """In here passes of `model` show the tensors at hooks to functions, and those of `replacements` replace them.
+    """In here, passes of `model` show the tensors at hooks to functions; those of `replacements` replace the tensors.
 
-    Where nothing is replaced, the residual stream is the same, bit for bit, whatever is read. Nobody asks for what
-    comes out of block `last`. Hooks that others placed inside a block before count; none may be placed in here, nor a
-    second `hooked` be entered.
+    If nothing is replaced, the residual stream is the same, bit for bit, whatever is read. `last` is a block whose
+    output nobody uses. Hooks that others placed inside a block before run first; nobody may place hooks in here, nor
+    enter a second `hooked`.
     """
-    switches: dict[int, BlockSwitch | None] = {}
-    looks: dict[int | None, list[tuple[HookPoint, Look]]] = {}
-    replaced = [(name, look, True) for name, look in replacements]
-    for name, look, replaces in [(name, look, False) for name, look in reads] + replaced:
-        point, layer = hook_point_of(model, name), block_number(name)
-        if layer is not None and layer not in switches:
-            switches[layer] = untouched_switch(model.blocks[layer])
-        switch = None if layer is None else switches[layer]
-        inside = layer if switch is not None and point not in switch.outside else None
-        looks.setdefault(inside, []).append((point, look if replaces else only_read(look)))
-    changed = {block_number(name) for name, _, _ in replaced}
+    in_blocks: dict[int | None, list[Hook]] = {}
+    for replaces, looks in ((False, reads), (True, replacements)):
+        for name, look in looks:
+            hook = Hook(hook_point_of(model, name), look if replaces else only_read(look), replaces)
+            in_blocks.setdefault(block_number(name), []).append(hook)
     with ExitStack() as stack:
-        for layer, of_block in looks.items():
-            switch = None if layer is None else switches[layer]
-            if switch is None:
-                open_points(stack, of_block)
+        for layer, hooks in in_blocks.items():
+            switch = None if layer is None else switch_in(model.blocks[layer])
+            if switch is None or switch.is_touched():  # the block runs with its hook points anyway
+                open_points(stack, hooks)
             else:
-                stack.enter_context(hooked_inside(switch, of_block, layer in changed, layer == last))
+                open_in_block(stack, switch, hooks, layer == last)
         yield
 
 
-def untouched_switch(block: Any) -> BlockSwitch | None:
-    """None where the block runs with its hook points anyway: it has no twin, or others have hooks in it."""
-    switch = switch_in(block)
-    return None if switch is None or switch.is_touched() else switch
+def open_in_block(stack: ExitStack, switch: BlockSwitch, hooks: Sequence[Hook], is_last: bool) -> None:
+    """Open `hooks` at their taps or their hook points, for a block in which nobody else has any."""
+    inside = [hook for hook in hooks if hook.point not in switch.outside]
+    tapped = [hook for hook in inside if hook.point in switch.taps]
+    untapped = [hook for hook in inside if hook.point not in switch.taps]
+    replaces = any(hook.replaces for hook in hooks)
+    places = {(switch.taps[hook.point].part, switch.taps[hook.point].is_input) for hook in tapped}
+    if replaces and (untapped or len(places) < len(tapped)):
+        # One pass must show all of them in the order of the model, which two hooks at one place would not have.
+        tapped, untapped = [], inside
+    for hook in tapped:
+        stack.enter_context(switch.taps[hook.point].open(hook.look))
+    open_points(stack, [*(hook for hook in hooks if hook.point in switch.outside), *untapped])
+    if inside:
+        stack.enter_context(switch.running(forwards(switch, bool(tapped), bool(untapped), replaces or is_last)))
+
+
+def forwards(switch: BlockSwitch, tapped: bool, untapped: bool, once: bool) -> tuple[Forward, ...]:
+    """What runs in a block with hooks inside, at taps, at hook points or both; the output of the last counts.
+
+    `once`: something is replaced, or nobody uses the output. Otherwise the output is always that of the block without
+    hooks, so that reading a place changes no bit of another.
+    """
+    match tapped, untapped:
+        case True, False:
+            run = (switch.twin,)
+        case False, True:
+            run = (switch.hooked,)
+        case _:
+            run = (switch.hooked, switch.twin)
+    return run if once or run[-1] is switch.fastest() else (*run, switch.fastest())
 
 
 def only_read(look: Look) -> Look:
@@ -83,39 +114,9 @@ def only_read(look: Look) -> Look:
     return read
 
 
-@contextmanager
-def hooked_inside(
-    switch: BlockSwitch, looks: list[tuple[HookPoint, Look]], replaces: bool, is_last: bool
-) -> Iterator[None]:
-    """`hooked` for one block that nobody else has touched.
-
-    | what can be tapped | all are only read                        | some are replaced     |
-    |--------------------|------------------------------------------|-----------------------|
-    | all                | the tapped twin runs                     | the tapped twin runs  |
-    | some               | the hooked block, then the tapped twin   | the hooked block runs |
-    | nothing            | the hooked block, then the twin          | the hooked block runs |
-
-    Of a block that runs twice, what the latter returns counts; nothing runs for the sake of that alone in the last
-    block. Where the twin would run compiled and all are only read, it comes last in any case: its roundings are others.
-    """
-    tapped = [(switch.taps[point], look) for point, look in looks if point in switch.taps]
-    untapped = [(point, look) for point, look in looks if point not in switch.taps]
-    in_one_place = len({(tap.part, tap.is_input) for tap, _ in tapped}) < len(tapped)
-    if replaces and (untapped or in_one_place):  # in one place, nothing would tell which comes first
-        tapped, untapped = [], looks
-    runs = [switch.hooked] * bool(untapped) + [switch.tapped] * bool(tapped)
-    last_counts = is_last or replaces or (bool(tapped) and switch.compiled_now() is None)
-    with ExitStack() as stack:
-        for tap, look in tapped:
-            stack.enter_context(tap.open(look))
-        open_points(stack, untapped)
-        stack.enter_context(switch.running(runs[:-1], runs[-1]) if last_counts else switch.running(runs))
-        yield
-
-
-def open_points(stack: ExitStack, looks: list[tuple[HookPoint, Look]]) -> None:
-    for point, look in looks:
-        stack.enter_context(open_point(point, look))
+def open_points(stack: ExitStack, hooks: Iterable[Hook]) -> None:
+    for hook in hooks:
+        stack.enter_context(open_point(hook.point, hook.look))
 
 
 def last_block_if_unread(names: Set[str], stop_at_layer: int | None) -> int | None:
@@ -131,7 +132,7 @@ known_points: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, HookPoint]] 
 
 
 def hook_point_of(model: LanguageModel, name: str) -> HookPoint:
-    """`model.hook_dict[name]`, which a bridge makes anew each time, of some thousand entries."""
+    """`model.hook_dict[name]`, remembered because a bridge makes the dict anew each time (SmolLM2: 7 ms)."""
     points = known_points.setdefault(model, WeakValueDictionary())
     point = points.get(name)
     if point is None:
@@ -140,5 +141,6 @@ def hook_point_of(model: LanguageModel, name: str) -> HookPoint:
 
 
 def block_number(hook_point: str) -> int | None:
+    """The L of a name `blocks.L.…`; None for a hook outside the blocks."""
     match = re.match(r"blocks\.(\d+)\.", hook_point)
     return int(match.group(1)) if match else None

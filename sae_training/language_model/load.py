@@ -1,9 +1,9 @@
-"""Loading the frozen language model, and finding the place in it that an autoencoder reads.
+"""Loads the frozen language model: weights, precision and tokenizer, and what identifies it.
 
-The only file that imports transformer_lens. `HookedTransformer` serves the names it knows (with its usual weight
-processing, as SAEs of the mats era expect); every other model, local folders included, is a `TransformerBridge` in
-compatibility mode, which processes the weights in the same way. All later code uses only what both have:
-the forward with `stop_at_layer`, `hook_dict`, `run_with_hooks`, `tokenizer`, `cfg`.
+`HookedTransformer` serves the names that TransformerLens lists, with its usual weight processing, because autoencoders
+of the mats era expect it. Every other model, local folders included, is a `TransformerBridge` in compatibility mode,
+which processes the weights in the same way. TransformerLens 4 has the bridge only. The rest of the package uses what
+both classes share: the forward with `stop_at_layer`, `hook_dict`, `run_with_hooks`, `tokenizer`, `cfg`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import hashlib
 import logging
 import os
 import warnings
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from sae_training.demo_data import bundled_model
 from sae_training.language_model.twins import skip_hook_points
@@ -32,21 +34,19 @@ LanguageModel = Any  # HookedTransformer or TransformerBridge: they share method
 
 
 def load_language_model(name: str, device: str = "cpu", lm_dtype: str = "auto") -> LanguageModel:
-    """Load a frozen language model, ready for `read_hooks` and all that transformer_lens does with it.
+    """Load a frozen language model, ready for `read_hooks` and for all that TransformerLens does with it.
 
     `name` is a TransformerLens name, a local folder in Hugging Face layout, a Hugging Face name, or "demo" for the
-    model that comes with this package. The weights are processed (LayerNorm folded, writing weights centred) in
-    float32 and only then cast, because folding in bfloat16 moves the activations by 1%.
+    bundled model. The weights are processed (LayerNorm folded, writing weights centred) in float32 and only then cast,
+    because folding in bfloat16 moves the activations by 1%. Raise FileNotFoundError if there is no such model, and
+    ValueError if its tokenizer has ids that the model does not know.
     """
-    dtype = language_model_dtype(lm_dtype, device)
     source = bundled_model(name)
+    hooked = hooked_transformer_class()
+    load = boot_bridge if hooked is None or official_name(source) is None else hooked.from_pretrained
     with quiet_loading():
-        hooked = hooked_transformer_class(source)
-        if hooked is not None:
-            model = load_by_name(hooked.from_pretrained, source, device)
-        else:
-            model = load_by_name(boot_bridge, source, device)
-        cast_weights(model, dtype)
+        model = load_by_name(load, source, device)
+        cast_weights(model, language_model_dtype(lm_dtype, device))
     model.eval()
     model.requires_grad_(False)
     check_tokenizer_fits(model, name)
@@ -60,21 +60,25 @@ def language_model_dtype(lm_dtype: str, device: str) -> torch.dtype:
     return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
 
 
-def hooked_transformer_class(name: str) -> Any | None:
-    """HookedTransformer if this transformer_lens has it (4.x does not) and it knows `name`, else None."""
+def hooked_transformer_class() -> Any | None:
+    """HookedTransformer; None in TransformerLens 4, which has removed it."""
     try:
         from transformer_lens import HookedTransformer
-        from transformer_lens.loading_from_pretrained import get_official_model_name
     except ImportError:
-        return None
-    try:
-        get_official_model_name(name)
-    except ValueError:
         return None
     return HookedTransformer
 
 
+def official_name(name: str) -> str | None:
+    """The Hugging Face name of a model that TransformerLens lists by this name or alias; None if it lists none."""
+    for official in OFFICIAL_MODEL_NAMES:
+        if name.lower() in (known.lower() for known in (official, *MODEL_ALIASES.get(official, ()))):
+            return official
+    return None
+
+
 def boot_bridge(name: str, device: str) -> TransformerBridge:
+    name = official_name(name) or name
     hf_model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = TransformerBridge.boot_transformers(
@@ -87,8 +91,10 @@ def boot_bridge(name: str, device: str) -> TransformerBridge:
 
 
 def cast_weights(model: LanguageModel, dtype: torch.dtype) -> None:
-    # The bridge keeps processed MLP weights as plain attributes too, which .to() does not reach: views of parameters,
-    # and so they stay.
+    """Cast all weights, those included that the bridge holds as plain attributes, where `.to()` does not find them.
+
+    Most of these (the processed MLP weights) are views of parameters, and stay views: nothing is held twice.
+    """
     parameters = {parameter.untyped_storage().data_ptr(): parameter for parameter in model.parameters()}
     plain = [
         (module, name, value, parameters.get(value.untyped_storage().data_ptr()))
@@ -103,7 +109,8 @@ def cast_weights(model: LanguageModel, dtype: torch.dtype) -> None:
         setattr(module, name, value.to(dtype) if parameter is None else parameter.data.as_strided(*view))
 
 
-def load_by_name(load: Any, name: str, device: str) -> LanguageModel:
+def load_by_name(load: Callable[..., LanguageModel], name: str, device: str) -> LanguageModel:
+    """`load(name, device=device)`, with errors that say what `name` can be."""
     path = Path(name).expanduser()
     if not path.exists() and name.startswith((".", "~", os.sep)):
         raise FileNotFoundError(f"model_name: there is no folder {name}; check the path.")
@@ -123,10 +130,8 @@ def load_by_name(load: Any, name: str, device: str) -> LanguageModel:
 
 
 @contextmanager
-def quiet_loading():
-    """No deprecation notices and progress bars of other libraries on the user's screen while a model loads."""
-    from transformers.utils import logging as transformers_logging
-
+def quiet_loading() -> Iterator[None]:
+    """Keep the warnings and progress bars of other libraries off the screen while a model loads."""
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     previous = logging.root.manager.disable
@@ -141,15 +146,16 @@ def quiet_loading():
             transformers_logging.enable_progress_bar()
 
 
+# --------------------------------------------------------------------------------------------------------- tokenizer
+
+
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model that `load_language_model` knows by this name, without the model."""
-    name = bundled_model(name)
-    with suppress(ValueError):  # not one of TransformerLens' own names
-        name = get_official_model_name(name)
+    """The tokenizer of the model that `load_language_model` loads by this name, without the model."""
+    source = bundled_model(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(official_name(source) or source)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"model_name: {name!r} has no tokenizer here, nor on the hub: {error}") from error
+        raise FileNotFoundError(f"model_name: {source!r} has no tokenizer here, nor on the hub: {error}") from error
 
 
 def check_tokenizer_fits(model: LanguageModel, name: str) -> None:
@@ -164,10 +170,13 @@ def check_tokenizer_fits(model: LanguageModel, name: str) -> None:
         )
 
 
-def fingerprint(model: LanguageModel) -> str:
-    """A hash of 64 evenly spaced values of every parameter: tells two language models of one name apart.
+# ---------------------------------------------------------------------------------------------------------- identity
 
-    Whatever the parameters are called, and in whatever order they come: that changes with versions of libraries.
+
+def fingerprint(model: LanguageModel) -> str:
+    """A hash of 64 evenly spaced values of every parameter, which tells apart two language models of one name.
+
+    It does not depend on parameter names and order, which change between library versions.
     """
     digests: set[bytes] = set()
     for parameter in model.parameters():
@@ -178,6 +187,6 @@ def fingerprint(model: LanguageModel) -> str:
 
 
 def revision(model: LanguageModel) -> str | None:
-    """The commit of the model on the Hugging Face hub; None if it did not come from there, or this is not known."""
+    """The commit of the model on the Hugging Face hub; None if it comes from elsewhere, or the commit is unknown."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     return getattr(config, "_commit_hash", None)

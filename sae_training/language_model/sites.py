@@ -1,10 +1,9 @@
-"""TODO."""
+"""Finds the places in the language model that an autoencoder reads and writes: hook points, checked by a short pass."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,11 @@ from typing import Any
 import torch
 
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.config.io import option
+from sae_training.config.io import with_defaults
 from sae_training.language_model.hooks import block_number, read_hooks
 from sae_training.language_model.load import LanguageModel
 
-# ------------------------------------------------------------------------------------------------------------- hooks
+PROBE_LENGTH = 3
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class HookSite:
     """Where activations are read and written back.
 
     `name` is the hook as the user wrote it. `read_name` and `stop_at_layer` are the cheapest way to read the same
-    tensor: the input of block L equals the output of block L - 1, so block L need not run. `head_axis` says whether
-    the tensor is (prompts, positions, heads, d_head).
+    tensor: the input of block L equals the output of block L - 1, so block L need not run. `head_index` is the one
+    head that is read (None: all). `head_axis` says whether the tensor is (prompts, positions, heads, d_head).
     """
 
     name: str
@@ -41,46 +40,44 @@ class HookSite:
 
 
 def find_hook_site(
-    model: LanguageModel, hook_point: str, head_index: int | None = None, d_in: int | None = None
+    model: LanguageModel,
+    hook_point: str,
+    head_index: int | None = None,
+    d_in: int | None = None,
+    field: str = "hook_point",
+    width_field: str = "d_in",
 ) -> HookSite:
-    """Check that `hook_point` exists, holds one vector a position, and has width `d_in` (None: any width)."""
+    """The place `hook_point`; ValueError unless it exists and holds one vector of width `d_in` (None: any) a position.
+
+    `field` and `width_field` are the config fields that name the hook and the width, for the error.
+    """
     if hook_point not in model.hook_dict:
-        raise ValueError(unknown_hook_message(model, hook_point))
+        raise ValueError(f"{field}: {unknown_hook_message(model, hook_point)}")
     read_name, stop_at_layer = cheapest_read(hook_point)
     shape = probe_shape(model, read_name, stop_at_layer)
-    positions_first = shape[:2] == (1, PROBE_LENGTH)
-    if len(shape) not in (3, 4) or not positions_first:
+    if shape is None:
+        raise ValueError(f"{field}: {read_name} exists in this model but did not run; choose another hook.")
+    if len(shape) not in (3, 4) or shape[:2] != (1, PROBE_LENGTH):
         raise ValueError(
-            f"hook_point: {hook_point} has shape {shape} for 1 prompt of {PROBE_LENGTH} tokens; expected "
+            f"{field}: {hook_point} has shape {shape} for 1 prompt of {PROBE_LENGTH} tokens; expected "
             "(prompts, positions, width) or (prompts, positions, heads, width). Choose a hook with one vector a "
             "position."
         )
-    head_axis = len(shape) == 4
     width = find_width(hook_point, shape, head_index)
     if d_in is not None and d_in != width:
         raise ValueError(
-            f"d_in: got {d_in}, but {hook_point} of this model is {width} wide; use d_in={width}, or d_in=None to take "
-            "the width from the model."
+            f"{width_field}: got {d_in}, but {hook_point} of this model is {width} wide; use {width_field}={width}, or "
+            f"{width_field}=None to take the width from the model."
         )
-    return HookSite(hook_point, read_name, stop_at_layer, head_index, head_axis, width)
-
-
-def find_target_site(model: LanguageModel, target_hook_point: str, d_out: int | None = None) -> HookSite:
-    """`find_hook_site` for the hook that a transcoder predicts."""
-    try:
-        return find_hook_site(model, target_hook_point, None, d_out)
-    except ValueError as error:
-        named = str(error).replace("d_in", "d_out")
-        raise ValueError(re.sub(r"\bhook_point(_head_index)?:", r"target_hook_point:", named, count=1)) from error
+    return HookSite(hook_point, read_name, stop_at_layer, head_index, len(shape) == 4, width)
 
 
 @torch.inference_mode()
 def check_order(model: LanguageModel, site: HookSite, target: HookSite) -> None:
-    """ValueError unless the forward pass comes to `site` before `target`, whose place a transcoder's output takes."""
+    """Raise ValueError unless the forward pass reaches `site` before `target`, which a transcoder's output replaces."""
     seen: list[str] = []
-    tokens = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=model.cfg.device)
     hooks = [(name, lambda activations, hook, name=name: seen.append(name)) for name in (site.name, target.name)]
-    model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None)
+    model.run_with_hooks(probe_tokens(model), fwd_hooks=hooks, return_type=None)
     if seen != [site.name, target.name]:
         raise ValueError(
             f"target_hook_point: the model computes {target.name} before {site.name}, expected a hook that comes after "
@@ -89,6 +86,7 @@ def check_order(model: LanguageModel, site: HookSite, target: HookSite) -> None:
 
 
 def find_width(hook_point: str, shape: tuple[int, ...], head_index: int | None) -> int:
+    """The width of the vector at a position: of one head if `head_index` is given, else of all heads side by side."""
     if len(shape) == 3:
         if head_index is not None:
             raise ValueError(
@@ -105,20 +103,18 @@ def find_width(hook_point: str, shape: tuple[int, ...], head_index: int | None) 
     return d_head
 
 
-PROBE_LENGTH = 3
+def probe_shape(model: LanguageModel, name: str, stop_at_layer: int | None) -> tuple[int, ...] | None:
+    """The shape of the hook's tensor for one prompt of PROBE_LENGTH tokens; None if a pass does not reach the hook."""
+    found = read_hooks(model, probe_tokens(model), {name}, stop_at_layer)
+    return tuple(found[name].shape) if name in found else None
 
 
-@torch.inference_mode()
-def probe_shape(model: LanguageModel, name: str, stop_at_layer: int | None) -> tuple[int, ...]:
-    tokens = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=model.cfg.device)
-    found = read_hooks(model, tokens, {name}, stop_at_layer)
-    if name not in found:
-        raise ValueError(f"hook_point: {name} exists in this model but did not run; choose another hook.")
-    return tuple(found[name].shape)
+def probe_tokens(model: LanguageModel) -> torch.Tensor:
+    return torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=model.cfg.device)
 
 
 def cheapest_read(hook_point: str) -> tuple[str, int | None]:
-    """The hook to cache and the block to stop before, for the least work that yields `hook_point`."""
+    """The hook to read and the block to stop before, for the least work that yields the tensor at `hook_point`."""
     layer = block_number(hook_point)
     if layer is None:
         return hook_point, 0 if hook_point in ("hook_embed", "hook_pos_embed") else None
@@ -133,27 +129,26 @@ def unknown_hook_message(model: LanguageModel, hook_point: str) -> str:
     layer = block_number(hook_point)
     if layer is not None and layer >= n_blocks:
         return (
-            f"hook_point: {hook_point} names block {layer}, but this model has {n_blocks}; "
-            f"choose a layer from 0 to {n_blocks - 1}."
+            f"{hook_point} names block {layer}, but this model has {n_blocks}; choose a layer from 0 to {n_blocks - 1}."
         )
     near = difflib.get_close_matches(hook_point, names, n=1)
-    # The bridge has a second name, of its own, for every hook: the input and output of each of its components.
+    # The bridge has a second name, of its own, for every hook: the input or output of one of its components.
     familiar = [name for name in names if not name.endswith((".hook_in", ".hook_out", "hook_cos", "hook_sin"))]
     in_block = [name.replace("blocks.0.", "blocks.{layer}.") for name in familiar if name.startswith("blocks.0.")]
     outside = [name for name in familiar if block_number(name) is None]
     suggestion = f" Did you mean {near[0]}?" if near else ""
     return (
-        f"hook_point: this model has no hook {hook_point!r}.{suggestion}\n"
+        f"this model has no hook {hook_point!r}.{suggestion}\n"
         f"Its hooks, for layer 0 to {n_blocks - 1}: {', '.join(in_block + outside)}."
     )
 
 
 @dataclass(frozen=True)
 class Sites:
-    """What an autoencoder reads (`inputs`) and what it reconstructs (`targets`), in the model.
+    """What an autoencoder reads (`inputs`) and what it reconstructs (`targets`).
 
-    An ordinary autoencoder reconstructs its input, so both are the same one hook. A transcoder has another hook as its
-    target. The sites of a store are those of all autoencoders that it serves, each hook once.
+    An ordinary autoencoder reconstructs its input: both are the same one hook. The target of a transcoder is another
+    hook. The sites of a store are those of all autoencoders that it serves (`merged`).
     """
 
     inputs: tuple[HookSite, ...]
@@ -178,7 +173,7 @@ class Sites:
 
 
 def merged(parts: Iterable[Sites]) -> Sites:
-    """The sites of several autoencoders as one, each hook once."""
+    """Return the sites of several autoencoders as one, each hook once."""
     parts = list(parts)
     inputs = dict.fromkeys(site for sites in parts for site in sites.inputs)
     targets = dict.fromkeys(site for sites in parts for site in sites.targets)
@@ -186,19 +181,19 @@ def merged(parts: Iterable[Sites]) -> Sites:
 
 
 def find_sites(cfg: Any, model: LanguageModel) -> Sites:
-    """Find the hooks of `cfg` in `model`, and check them."""
-    hook_point = getattr(cfg, "resolved_hook_point", cfg.hook_point)
-    site = find_hook_site(model, hook_point, option(cfg, "hook_point_head_index"), cfg.d_in)
-    target_hook_point = getattr(cfg, "resolved_target_hook_point", option(cfg, "target_hook_point"))
+    """Find the hooks of `cfg` in `model`. Raise ValueError where they do not fit the model, or each other."""
+    cfg = with_defaults(cfg)
+    site = find_hook_site(model, cfg.resolved_hook_point, cfg.hook_point_head_index, cfg.d_in)
+    target_hook_point = cfg.resolved_target_hook_point
     if target_hook_point is None:
         return Sites((site,), (site,))
-    target_site = find_target_site(model, target_hook_point, option(cfg, "d_out"))
+    target_site = find_hook_site(model, target_hook_point, None, cfg.d_out, "target_hook_point", "d_out")
     check_order(model, site, target_site)
     return Sites((site,), (target_site,))
 
 
 def with_widths(cfg: LanguageModelSAERunnerConfig, sites: Sites) -> LanguageModelSAERunnerConfig:
-    """`cfg` with d_in and, for a transcoder, d_out as its `sites` have them."""
+    """Return `cfg` with the widths of its `sites`: d_in and, for a transcoder, d_out."""
     d_out = None if cfg.target_hook_point is None else sites.target.d_in
     return dataclasses.replace(cfg, d_in=sites.input.d_in, d_out=d_out)
 

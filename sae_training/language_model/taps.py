@@ -1,44 +1,47 @@
-"""Where else in the language model the tensor of a hook point passes: on the way into or out of a part of a block.
+"""Finds where else the tensor of a hook point passes: into or out of some part of the plain Hugging Face block.
 
-transformer_lens puts a hook point at every place of interest, and computes a block so that each tensor passes one. The
-plain Hugging Face block (the twin of `blocks.py`) is faster and has none; but `hook_mlp_out` is what its MLP returns,
-`attn.hook_z` what its output projection reads, and so on. `find_taps` tells by running both on the same tokens.
+TransformerLens puts a hook point at every place of interest and computes a block so that each tensor passes one. The
+plain block (`twins.py`) has no hook points, but the same tensors pass through it: `hook_mlp_out` is what its MLP
+returns, `attn.hook_z` what its output projection reads. Such a place is a `Tap`. `find_taps` runs both blocks on the
+same tokens and keeps the taps that show the same tensor as the hook point.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 
-HookPoint = Any  # only language_model.py imports transformer_lens
 Look = Callable[[Tensor], Tensor | None]
-"""Sees a tensor as transformer_lens shows it; what it returns takes the tensor's place, unless it is None."""
+"""A function that is shown a tensor as its hook point has it. If it returns a tensor, this takes the other's place."""
 
-SAME = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative distance; roundings come to 1e-6
+SAME = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative distance; roundings alone give 1e-6
 SAME_IN_16_BITS = 2e-2
-LEVEL = -1  # of our hooks at hook points, by which they are removed again and no others
+LEVEL = -1  # marks our hooks at hook points, so that only these are removed
 
 
 @dataclass(frozen=True)
 class Tap:
+    """The input or the output of a part of a block."""
+
     part: nn.Module
     is_input: bool
     conversion: Any
-    """Between the part's tensor and what the hook point shows of it (heads apart, say); None: the same."""
+    """Converts the part's tensor to the hook point's shape (heads apart, say) and back; None: they are the same."""
 
     @contextmanager
     def open(self, look: Look) -> Iterator[None]:
         """In here `look` is called at every pass."""
         if self.is_input:
-            handle = self.part.register_forward_pre_hook(functools.partial(self._on_input, look), with_kwargs=True)
+            handle = self.part.register_forward_pre_hook(partial(self._on_input, look), with_kwargs=True)
         else:
-            handle = self.part.register_forward_hook(functools.partial(self._on_output, look))
+            handle = self.part.register_forward_hook(partial(self._on_output, look))
         try:
             yield
         finally:
@@ -67,8 +70,8 @@ class Tap:
 
 @contextmanager
 def open_point(point: HookPoint, look: Look) -> Iterator[None]:
-    """In here `look` is called at every pass that comes to the hook point."""
-    point.add_hook(lambda activations, hook: look(activations), level=LEVEL)
+    """In here `look` is called whenever a pass comes to the hook point."""
+    point.add_hook(lambda tensor, hook: look(tensor), level=LEVEL)
     try:
         yield
     finally:
@@ -79,25 +82,26 @@ def open_point(point: HookPoint, look: Look) -> Iterator[None]:
 
 
 def candidate_taps(copies: Mapping[nn.Module, nn.Module]) -> dict[HookPoint, list[Tap]]:
-    """Of each hook point in a part: what goes into the copy that `copies` gives of that part, or comes out of it."""
-    found: dict[HookPoint, list[Tap]] = {}
+    """For each hook point of a part: the input and output of that part's copy. `copies` maps parts to their copies."""
+    candidates: dict[HookPoint, list[Tap]] = {}
     for part, copy in copies.items():
         for name, point in part._modules.items():
-            if hasattr(point, "fwd_hooks"):
-                ways = {"hook_in": [True], "hook_out": [False]}.get(name, [False, True])
-                found[point] = [Tap(copy, is_input, getattr(point, "hook_conversion", None)) for is_input in ways]
-    return found
+            if isinstance(point, HookPoint):
+                sides = {"hook_in": [True], "hook_out": [False]}.get(name, [False, True])
+                conversion = getattr(point, "hook_conversion", None)
+                candidates[point] = [Tap(copy, is_input, conversion) for is_input in sides]
+    return candidates
 
 
 def find_taps(
-    candidates: Mapping[HookPoint, list[Tap]], hooked: Callable[[], Any], tapped: Callable[[], Any]
+    candidates: Mapping[HookPoint, list[Tap]], hooked: Callable[[], Any], plain: Callable[[], Any]
 ) -> dict[HookPoint, Tap]:
-    """For each hook point that `hooked` passes, the first of its candidates where `tapped` passes the same tensor,
-    but for roundings. In 16 bits none is sure enough.
+    """For each hook point, the first of its candidates that shows the same tensor when `plain` runs as the hook point
+    does when `hooked` runs. Rounding may differ. In 16 bits no comparison is sure enough, and there are no taps.
     """
     taps = dict.fromkeys(tap for of_point in candidates.values() for tap in of_point)
-    at_points = run_open(((point, functools.partial(open_point, point)) for point in candidates), hooked)
-    at_taps = run_open(((tap, tap.open) for tap in taps), tapped)
+    at_points = run_open(((point, partial(open_point, point)) for point in candidates), hooked)
+    at_taps = run_open(((tap, tap.open) for tap in taps), plain)
     found: dict[HookPoint, Tap] = {}
     for point, expected in at_points.items():
         agreeing = [tap for tap in candidates[point] if tap in at_taps and is_surely_same(at_taps[tap], expected)]
@@ -107,7 +111,7 @@ def find_taps(
 
 
 def run_open(places: Iterable[tuple[Any, Callable[[Look], Any]]], run: Callable[[], Any]) -> dict[Any, Tensor]:
-    """The tensors that pass the places in a run, by the key of each."""
+    """The tensors that pass some places while `run` runs, by the key of each place."""
     seen: dict[Any, Tensor] = {}
 
     def note(key: Any) -> Look:
@@ -125,6 +129,7 @@ def is_surely_same(found: Tensor, expected: Tensor) -> bool:
 
 
 def is_close(found: Any, expected: Any) -> bool:
+    """Whether two outputs of a block (a tensor, or a tuple with it first) are equal but for rounding."""
     found, expected = (value[0] if isinstance(value, tuple) else value for value in (found, expected))
     limit = SAME.get(expected.dtype, SAME_IN_16_BITS)
     return bool((found - expected).float().norm() <= limit * expected.float().norm())

@@ -1,24 +1,31 @@
-"""TODO."""
+"""Paths of this machine in a config, and the first line of an error."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from pathlib import Path
+from typing import TypeVar
 
-from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.fields import Source
 from sae_training.demo_data import bundled_model, bundled_text
+
+C = TypeVar("C", bound=Source)
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of the error's text without its full stop, or the name of its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def with_absolute_paths(cfg: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfig:
-    """Local models and data by absolute path, so that the run can be resumed and loaded from any working directory."""
+def with_absolute_paths(cfg: C) -> C:
+    """Return `cfg` with local models and data by absolute path.
+
+    The run can then be resumed and loaded from any working directory.
+    """
     changes = {}
     for name in ("model_name", "dataset_path", "eval_dataset_path", "from_pretrained_path", "cached_activations_path"):
-        value = getattr(cfg, name)
+        value = getattr(cfg, name, None)
         if isinstance(value, list):
             changes[name] = [absolute(name, path) for path in value]
         elif value is not None:
@@ -27,12 +34,15 @@ def with_absolute_paths(cfg: LanguageModelSAERunnerConfig) -> LanguageModelSAERu
 
 
 def absolute(field: str, value: str) -> str:
-    """The value by absolute path if it is a path here, else as it is."""
+    """Return the value by absolute path if it is a path here, else as it is."""
     return str(Path(value).expanduser().resolve()) if is_local(field, value) else value
 
 
 def is_local(field: str, value: str) -> bool:
-    """Whether the value is a path here. A bare word is one if it holds what the field needs, but "demo" is a name."""
+    """Return whether the value is a path here.
+
+    A bare word is a path if it holds what the field needs, but "demo" is a name.
+    """
     path = Path(value).expanduser()
     if os.sep in value or path.is_file():
         return path.exists()

@@ -1,4 +1,4 @@
-"""Which precisions a device multiplies fast in."""
+"""Precisions in which a device multiplies fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ def bfloat16_is_fast(device: torch.device | str) -> bool:
     match torch.device(device).type:
         case "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
-        case "cpu":  # SmolLM2: 8,980 tokens/s against 2,660 in float32
+        case "cpu":  # a forward pass of SmolLM2: 8,980 tokens/s in bfloat16, 2,660 in float32
             return bool(torch.cpu._is_avx512_bf16_supported())
         case _:
             return False
+
+
+def encoder_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Precision in which training chooses latents: the one named, or for "auto" bfloat16 where that is fast."""
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if dtype == torch.float32 and bfloat16_is_fast(device) else dtype

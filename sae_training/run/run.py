@@ -6,6 +6,7 @@ import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from types import TracebackType
 
 from torch import Tensor
 from tqdm import tqdm
@@ -96,6 +97,21 @@ class Run:
     @property
     def n_training_tokens(self) -> int:
         return self.step * self.cfg.tokens_per_step
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close what is open; if the run did not come to its end, status.json says so."""
+        try:
+            if error is not None:
+                self.write_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        finally:
+            self.progress.close()
+            for member in self.members:
+                member.logger.close()
 
     def write_status(self, state: str) -> None:
         failures = {member.name: member.failure for member in self.members if member.failure}

@@ -1,18 +1,19 @@
-"""How a run begins, or goes on: its autoencoders with their starting weights, or as the newest checkpoint has them."""
+"""How a run begins or goes on: its autoencoders with their starting weights, or as the newest checkpoint has them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_training import formats
 from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_to_dict
 from sae_training.config.sweep import is_several
 from sae_training.config.types import FIXED_K
-from sae_training.formats.native import load_weights
 from sae_training.language_model.load import LanguageModel, fingerprint
 from sae_training.language_model.sites import Sites
 from sae_training.run import checkpoint
@@ -35,38 +36,25 @@ Singles = dict[str, tuple[LanguageModelSAERunnerConfig, Sites]]
 def open_run(
     cfg: LanguageModelSAERunnerConfig, singles: Singles, folder: RunFolder, store: ActivationsStore, held_out: Tensor
 ) -> Run:
-    """A new run, or the one in `folder` as its newest undamaged checkpoint has it."""
-    trainers = {name: SAETrainer(SparseAutoencoder(single), single) for name, (single, _) in singles.items()}
-    latest = checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write)
-    if latest:
-        parts, state = checkpoint.load_checkpoint(latest)
-        if not isinstance(state["metrics_bytes"], dict):
-            raise ValueError(
-                f"{latest}: was written by an earlier version, which this one cannot continue; begin a new run with "
-                'resume="never".'
-            )
-        check_same_language_model(state["language_model"], store.model, latest)
-        store.load_state_dict(parts["store"])
-        tqdm.write(f"Continuing {folder.path} after step {state['step']}.")
-    else:
-        parts, state = {}, {"step": 0, "metrics_bytes": dict.fromkeys(singles, 0), "failures": {}}
-        check_room_for_checkpoints(cfg, folder, trainers, store)
+    """Return a new run, or the one in `folder` as its newest undamaged checkpoint has it.
+
+    If the run cannot start, a folder that was made for it is removed.
+    """
     members: list[Member] = []
     try:
+        trainers = {name: SAETrainer(SparseAutoencoder(single), single) for name, (single, _) in singles.items()}
+        latest = checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write)
+        if latest:
+            parts, state = load_state(latest, store)
+            tqdm.write(f"Continuing {folder.path} after step {state['step']}.")
+        else:
+            parts, state = {}, {"step": 0, "metrics_bytes": dict.fromkeys(singles, 0), "failures": {}}
+            check_room_for_checkpoints(cfg, folder, trainers, store)
         for name, (single, sites) in singles.items():
-            path = folder.path / name.replace("/", "_")  # of the only one, "", the run's folder itself
-            wandb = WandbOptions.of(single, path.name)
+            path = folder.path / name.replace("/", "_")  # the run's own folder for the only one, whose name is ""
             if is_several(cfg):
                 write_config(path, single)
-                wandb = WandbOptions.of(single, f"{folder.path.name}/{path.name}", group=folder.path.name)
-            logger = RunLogger(
-                path,
-                config=config_to_dict(single),
-                wandb=wandb,
-                resume_at=state["metrics_bytes"][name],
-                beside=members[0].logger if members else None,
-                notify=tqdm.write,
-            )
+            logger = open_logger(single, folder, path, state["metrics_bytes"][name], members)
             failure = state["failures"].get(name)
             members.append(Member(name, single, path, sites, store, trainers[name], logger, failure))
         for member in members:
@@ -78,11 +66,39 @@ def open_run(
     except BaseException:
         for member in members:
             member.logger.close(exit_code=1)
+        folder.discard_if_new()
         raise
     progress = Progress(cfg, folder, first_step=state["step"])
     run = Run(cfg, folder, store, members, progress, held_out, state["step"], latest)
     run.write_status("training")
     return run
+
+
+def load_state(latest: Path, store: ActivationsStore) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the parts and the state of the checkpoint `latest`, after the store has taken its part."""
+    parts, state = checkpoint.load_checkpoint(latest)
+    if not isinstance(state["metrics_bytes"], dict):
+        raise ValueError(
+            f"{latest}: was written by an earlier version, which this one cannot continue; begin a new run with "
+            'resume="never".'
+        )
+    check_same_language_model(state["language_model"], store.model, latest)
+    store.load_state_dict(parts["store"])
+    return parts, state
+
+
+def open_logger(
+    cfg: LanguageModelSAERunnerConfig, folder: RunFolder, path: Path, resume_at: int, before: list[Member]
+) -> RunLogger:
+    """Open the log of the autoencoder in `path`; those of a run of several are a group in wandb."""
+    if path == folder.path:
+        wandb = WandbOptions.of(cfg, path.name)
+    else:
+        wandb = WandbOptions.of(cfg, f"{folder.path.name}/{path.name}", group=folder.path.name)
+    first = before[0].logger if before else None
+    return RunLogger(
+        path, config=config_to_dict(cfg), wandb=wandb, resume_at=resume_at, beside=first, notify=tqdm.write
+    )
 
 
 def check_same_language_model(expected: str, model: LanguageModel, latest: Path) -> None:
@@ -98,14 +114,14 @@ def check_same_language_model(expected: str, model: LanguageModel, latest: Path)
 def check_room_for_checkpoints(
     cfg: LanguageModelSAERunnerConfig, folder: RunFolder, trainers: dict[str, SAETrainer], store: ActivationsStore
 ) -> None:
-    """NotEnoughDisk if the checkpoints of this run, at their largest, cannot fit."""
+    """Raise NotEnoughDisk if the checkpoints of this run, at their largest, cannot fit."""
     if cfg.checkpoint_every_minutes is None and cfg.checkpoint_every_steps is None:
         return
     weights = sum(p.numel() * p.element_size() for trainer in trainers.values() for p in trainer.sae.parameters())
     width = sum(site.d_in for site in store.sites.all)
     buffers = store.n_buffered * (width * store.model.cfg.dtype.itemsize + 8)
-    # One is written before the oldest is deleted; weights, and Adam's two moments, are in each, and where batches are
-    # scaled the weights for raw activations too.
+    # Each holds weights and Adam's two moments, and where batches are scaled the weights for raw activations too. A new
+    # one is written before the oldest is deleted.
     copies = 4 if cfg.normalize_activations == "expected_average_only_in" else 3
     checkpoint.check_free_disk(
         folder.path,
@@ -118,9 +134,9 @@ def check_room_for_checkpoints(
 
 
 def start_weights(member: Member) -> None:
-    """From the pretrained file if the config names one, else with b_dec set from a sample of the activations."""
+    """Take the weights of the pretrained file if the config names one; else set b_dec from a sample of activations."""
     sae, cfg, store = member.trainer.sae, member.cfg, member.store
-    if cfg.normalize_activations == "expected_average_only_in":  # a second time for a site: the same again
+    if cfg.normalize_activations == "expected_average_only_in":  # the same each time, so a site may be measured twice
         store.measure_scales(SAMPLE_ROWS, member.sites)
     if cfg.from_pretrained_path is not None:
         start_from_pretrained(member)
@@ -133,12 +149,31 @@ def start_weights(member: Member) -> None:
 
 
 def start_from_pretrained(member: Member) -> None:
+    """Take the weights of the file, which are for raw activations, in the scale and the norms that training keeps."""
     sae, cfg = member.trainer.sae, member.cfg
     assert cfg.from_pretrained_path is not None
     try:
-        saved, tensors = load_weights(Path(cfg.from_pretrained_path))
+        saved, tensors = formats.load(Path(cfg.from_pretrained_path))
     except (OSError, ValueError) as error:
         raise type(error)(f"from_pretrained_path: {error}") from error
+    check_fits(saved, tensors, cfg, sae)
+    sae.load_state_dict(tensors)
+    scale, target_scale = member.scales
+    in_training = fold_input_scale(sae, 1 / scale, 1 / target_scale)
+    if sae.has_unit_norm_decoder and sae.architecture in FIXED_K:
+        in_training.set_decoder_norm_to_unit_norm()
+    elif sae.has_unit_norm_decoder:
+        in_training = fold_decoder_norms(in_training)
+    sae.load_state_dict(in_training.state_dict())
+
+
+def check_fits(
+    saved: LanguageModelSAERunnerConfig,
+    tensors: dict[str, Tensor],
+    cfg: LanguageModelSAERunnerConfig,
+    sae: SparseAutoencoder,
+) -> None:
+    """Raise ValueError unless a run of `cfg`, with the autoencoder `sae`, can start from the weights of a file."""
     if (saved.target_hook_point is None) != (cfg.target_hook_point is None):
         kinds = ["an autoencoder" if c.target_hook_point is None else "a transcoder" for c in (saved, cfg)]
         raise ValueError(
@@ -162,11 +197,3 @@ def start_from_pretrained(member: Member) -> None:
             f"from_pretrained_path: its tensors are {', '.join(tensors)}, those of architecture {sae.architecture} are "
             f"{', '.join(sae.state_dict())}; set architecture (and skip_connection) to that of the file."
         )
-    sae.load_state_dict(tensors)
-    scale, target_scale = member.scales
-    in_training = fold_input_scale(sae, 1 / scale, 1 / target_scale)
-    if sae.has_unit_norm_decoder and sae.architecture in FIXED_K:
-        in_training.set_decoder_norm_to_unit_norm()
-    elif sae.has_unit_norm_decoder:
-        in_training = fold_decoder_norms(in_training)
-    sae.load_state_dict(in_training.state_dict())

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-PENALISED = ("standard", "jumprelu", "gated")
-"""Architectures with a sparsity penalty."""
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.types import WITH_PENALTY
+from sae_training.sparse_autoencoder.losses import Reconstruction
 
 
 def rectangle(u: Tensor) -> Tensor:
@@ -136,7 +137,41 @@ def batch_top_k_mask(pre: Tensor, k: int) -> Tensor:
     return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, indices, True).view_as(pre)
 
 
+def matryoshka_widths(cfg: LanguageModelSAERunnerConfig, d_sae: int) -> tuple[int, ...]:
+    """Sizes of the nested dictionaries, the whole one last; () for other architectures."""
+    if cfg.architecture != "matryoshka":
+        return ()
+    widths = cfg.matryoshka_widths or [d_sae // 2**i for i in (4, 3, 2, 1)]
+    return (*(width for width in widths if 0 < width < d_sae), d_sae)
+
+
 # ---------------------------------------------------------------------------------------------------------- penalties
+
+
+def sparsity_penalty(
+    made: Reconstruction,
+    cfg: LanguageModelSAERunnerConfig,
+    l1_coefficient: float,
+    W_dec: Tensor,
+    threshold: Tensor | None,
+) -> Tensor:
+    """`l1_coefficient` times the mean over rows of the architecture's penalty, a scalar; 0 if it has none.
+
+    `threshold` (d_sae,) is needed for jumprelu. With `scale_sparsity_penalty_by_decoder_norm` activations are
+    multiplied by the norms of the rows of `W_dec` (d_sae, d_out).
+    """
+    pre, acts = made.pre, made.acts
+    if cfg.architecture not in WITH_PENALTY:
+        return torch.zeros((), dtype=acts.values.dtype, device=acts.values.device)
+    penalised = pre.values.relu() if cfg.architecture == "gated" else acts.values
+    if cfg.scale_sparsity_penalty_by_decoder_norm:
+        penalised = penalised * acts.at(W_dec.norm(dim=1))
+    if threshold is None:
+        return l1_coefficient * lp_penalty(penalised, cfg.lp_norm).sum() / acts.n_rows
+    if cfg.jumprelu_sparsity_loss_mode == "tanh":
+        return l1_coefficient * (cfg.jumprelu_tanh_scale * penalised).tanh().sum() / acts.n_rows
+    l0 = step_above(pre.values, pre.at(threshold), cfg.jumprelu_bandwidth).sum() / acts.n_rows
+    return l1_coefficient * (l0 if cfg.target_l0 is None else (l0 / cfg.target_l0 - 1).pow(2))
 
 
 def lp_penalty(acts: Tensor, p: float) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.config.types import FIXED_K, OPTION_OF
+from sae_training.config.fields import OPTION_OF
+from sae_training.config.types import FIXED_K
 from sae_training.sparse_autoencoder.definition import SparseAutoencoder
 from sae_training.sparse_autoencoder.normalization import BY_ROW
 

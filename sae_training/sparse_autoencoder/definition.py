@@ -4,11 +4,12 @@ sae_in       = x - b_dec
 hidden_pre   = sae_in @ W_enc + b_enc
 feature_acts = activation(hidden_pre)          which latents are active, and how: architectures.py
 sae_out      = feature_acts @ W_dec + b_dec
+loss         = mse_loss + penalty + remedy     architectures.py, losses.py, remedies.py
 
-A transcoder (`cfg.target_hook_point`) predicts other activations than those it reads: the output of an MLP from its
-input, say. Nothing is subtracted from its input (sae_in = x), and it may have a skip connection, sae_out + x @ W_skip.
-With `normalize_activations` "layer_norm" or "unit_norm", x is normalised first and sae_out brought back, row by row;
-hook points, and losses, see what lies between.
+A transcoder (`cfg.target_hook_point`) predicts other activations than it reads, for example the output of an MLP from
+its input. Nothing is subtracted from its input (sae_in = x), and it may have a skip connection, sae_out + x @ W_skip.
+With `normalize_activations` "layer_norm" or "unit_norm", each row of x is normalised first, and sae_out is brought back
+to the row's size. Hook points and losses see the normalised rows.
 """
 
 from __future__ import annotations
@@ -16,61 +17,42 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sae_training.config.io import option
-from sae_training.formats.native import load_weights, save_weights
-from sae_training.kernels.sparse_code import Code, CodeFigures
-from sae_training.language_model.hook_points import HookedRootModule, HookPoint
-from sae_training.machine.precision import bfloat16_is_fast
+from sae_training import formats
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.io import with_defaults
+from sae_training.kernels.sparse_code import Code
+from sae_training.machine.precision import encoder_dtype
 from sae_training.sparse_autoencoder import architectures
+from sae_training.sparse_autoencoder.architectures import sparsity_penalty
+from sae_training.sparse_autoencoder.hook_points import HookedRootModule, HookPoint
 from sae_training.sparse_autoencoder.losses import (
     MULTI_TOPK_FACTOR,
     Coefficients,
+    ForwardOutput,
     Losses,
     Reconstruction,
-    add_up,
-    auxk_loss,
-    ghost_grad_loss,
-    n_auxk_rows,
+    reconstruction_loss,
 )
 from sae_training.sparse_autoencoder.normalization import BY_ROW, normalize, restore
-from sae_training.sparse_autoencoder.start_values import centre
+from sae_training.sparse_autoencoder.remedies import n_auxk_rows, remedy_loss
+from sae_training.sparse_autoencoder.start_values import centre, centred_encoder, initial_weights
 
-CACHED_ROWS = 1024  # of the decoder, that stay in cache from one pass over them to the next
-
-
-class ForwardOutput(NamedTuple):
-    """What `SparseAutoencoder.forward` returns; unpacks in this order."""
-
-    sae_out: Tensor
-    """Reconstruction (..., d_out)."""
-    feature_acts: Tensor
-    """Latent activations, (..., d_sae)."""
-    loss: Tensor
-    """mse_loss + l1_loss + ghost_grad_loss, a scalar."""
-    mse_loss: Tensor
-    """Mean over elements of the squared error over the row's centred norm.
-
-    matryoshka: its mean over the nested dictionaries. gated and multi_topk: with their second reconstruction's added.
-    """
-    l1_loss: Tensor
-    """The architecture's sparsity penalty times l1_coefficient; 0 for topk, batchtopk and matryoshka."""
-    ghost_grad_loss: Tensor
-    """The loss of the remedy for dead latents: ghost gradients, or AuxK times its coefficient; else 0."""
+CACHED_ROWS = 1024  # rows of the decoder that stay in the processor's cache from one pass over them to the next
 
 
 class SparseAutoencoder(HookedRootModule):
     """A sparse autoencoder over vectors of width `cfg.d_in`, with `cfg.d_sae` latents.
 
-    `cfg` is a LanguageModelSAERunnerConfig, or any object with its attributes; attributes it lacks take that class's
-    defaults. Parameters: W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_out) with rows of unit norm, b_dec
-    (d_out,), d_out being d_in but for transcoders; jumprelu has log_threshold (d_sae,), gated r_mag and b_mag (d_sae,),
-    a skip connection W_skip (d_in, d_out). W_enc lies in memory latent by latent, as W_dec does, so that picking a
-    latent reads one stretch of it.
+    `cfg` is a LanguageModelSAERunnerConfig, or any object with some of its attributes; the others take their defaults.
+    Parameters: W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_out) with rows of unit norm, and b_dec (d_out,).
+    d_out is d_in except for transcoders. jumprelu has log_threshold (d_sae,) too, gated r_mag and b_mag (d_sae,), and a
+    skip connection W_skip (d_in, d_out). W_enc lies in memory latent by latent, as W_dec does, so that a latent's
+    weights are one stretch of memory.
     """
 
     inference_threshold: Tensor
@@ -78,43 +60,29 @@ class SparseAutoencoder(HookedRootModule):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__()
-        if not isinstance(cfg.d_in, int):
-            raise ValueError(f"d_in: found {cfg.d_in!r}, expected the width of the activations as an int.")
         self.cfg = cfg
+        self.full_cfg = known = with_defaults(cfg)
+        """`cfg`, with defaults for what it lacks."""
+        check_config(known)
         self.d_in: int = cfg.d_in
         self.d_sae: int = cfg.d_sae
-        self.is_transcoder = option(cfg, "target_hook_point") is not None
-        self.d_out: int = option(cfg, "d_out") if self.is_transcoder else self.d_in
-        if self.d_out is None:
-            raise ValueError("d_out: found None, expected the width of the activations at target_hook_point as an int.")
-        if option(cfg, "skip_connection") and not self.is_transcoder:
-            raise ValueError("skip_connection: found True without target_hook_point, expected a transcoder.")
-        self.dtype: torch.dtype = option(cfg, "dtype")
+        self.is_transcoder = known.target_hook_point is not None
+        self.d_out = self.d_in if known.d_out is None or not self.is_transcoder else known.d_out
+        self.dtype = known.dtype
         self.device = torch.device(cfg.device)
-        self.normalization: str = option(cfg, "normalize_activations")
-        if self.normalization in BY_ROW and self.is_transcoder:
-            raise ValueError(f"normalize_activations: found {self.normalization}, which a transcoder cannot undo.")
-        self.architecture: str = option(cfg, "architecture")
-        self.k: int = option(cfg, "k")
-        self.multi_topk: bool = option(cfg, "multi_topk")
-        self.matryoshka_widths = matryoshka_widths(cfg)
-        self.l1_coefficient: float = option(cfg, "l1_coefficient")
-        self.lp_norm: float = option(cfg, "lp_norm")
-        self.scale_sparsity_penalty_by_decoder_norm: bool = option(cfg, "scale_sparsity_penalty_by_decoder_norm")
-        self.jumprelu_bandwidth: float = option(cfg, "jumprelu_bandwidth")
-        self.jumprelu_sparsity_loss_mode: str = option(cfg, "jumprelu_sparsity_loss_mode")
-        self.jumprelu_tanh_scale: float = option(cfg, "jumprelu_tanh_scale")
-        self.target_l0: float | None = option(cfg, "target_l0")
-        self.use_ghost_grads: bool = option(cfg, "use_ghost_grads")
-        self.auxk_coefficient: float = getattr(cfg, "resolved_auxk_coefficient", 0.0)
-        self.auxk_k: int = getattr(cfg, "resolved_auxk_k", 0)
-        self.choice = self.architecture
-        """How the active latents are chosen: as the architecture does, of which matryoshka has two kinds."""
-        if self.architecture == "matryoshka":
-            self.choice = option(cfg, "matryoshka_selection")
-        self.encoder_dtype = encoder_dtype(option(cfg, "encoder_matmul_dtype"), self.dtype, self.device)
+        self.architecture = known.architecture
+        self.normalization = known.normalize_activations
+        self.k = known.k
+        self.auxk_coefficient = known.resolved_auxk_coefficient
+        self.auxk_k = known.resolved_auxk_k
+        self.matryoshka_widths = architectures.matryoshka_widths(known, self.d_sae)
+        self.choice = known.matryoshka_selection if known.architecture == "matryoshka" else known.architecture
+        """How the active latents are chosen: by the architecture, or in one of matryoshka's two ways."""
+        self.encoder_dtype = encoder_dtype(known.encoder_matmul_dtype, self.dtype, self.device)
 
-        W_enc, W_dec = self.initial_weights(seed=option(cfg, "seed"))
+        W_enc, W_dec = initial_weights(
+            self.d_in, self.d_sae, self.d_out, self.architecture, self.is_transcoder, known.seed
+        )
         placed = {"dtype": self.dtype, "device": self.device}
         self.W_enc = nn.Parameter(W_enc.T.contiguous().to(**placed).T)
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, **placed))
@@ -122,12 +90,12 @@ class SparseAutoencoder(HookedRootModule):
         self.b_dec = nn.Parameter(torch.zeros(self.d_out, **placed))
 
         if self.architecture == "jumprelu":
-            start = math.log(option(cfg, "jumprelu_init_threshold"))
+            start = math.log(known.jumprelu_init_threshold)
             self.log_threshold = nn.Parameter(torch.full((self.d_sae,), start, **placed))
         if self.architecture == "gated":
             self.r_mag = nn.Parameter(torch.zeros(self.d_sae, **placed))
             self.b_mag = nn.Parameter(torch.zeros(self.d_sae, **placed))
-        if option(cfg, "skip_connection"):
+        if known.skip_connection:
             self.W_skip = nn.Parameter(torch.zeros(self.d_in, self.d_out, **placed))
         if self.choice == "batchtopk":
             self.register_buffer("inference_threshold", torch.zeros((), **placed))
@@ -137,22 +105,6 @@ class SparseAutoencoder(HookedRootModule):
         self.hook_hidden_post = HookPoint()
         self.hook_sae_out = HookPoint()
         self.setup()
-
-    def initial_weights(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Kaiming-uniform W_enc and W_dec, decoder rows of unit norm, the same for a seed on every device.
-
-        The encoder starts as the decoder's transpose (Gao et al. 2024), which leaves far fewer latents dead; for
-        standard the two are independent, as in mats. For a transcoder they are too, with encoder columns of unit norm.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        W_enc = nn.init.kaiming_uniform_(torch.empty(self.d_in, self.d_sae), generator=generator)
-        W_dec = nn.init.kaiming_uniform_(torch.empty(self.d_sae, self.d_out), generator=generator)
-        W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
-        if self.is_transcoder:
-            W_enc = W_enc / W_enc.norm(dim=0)
-        elif self.architecture != "standard":
-            W_enc = W_dec.T.clone()
-        return W_enc, W_dec
 
     # ------------------------------------------------------------------------------------------------- the function
 
@@ -220,7 +172,7 @@ class SparseAutoencoder(HookedRootModule):
         """Activations of the pre-activations that are chosen, of the shape of `pre.values`."""
         match self.architecture:
             case "jumprelu":
-                return architectures.jumprelu(pre.values, pre.at(self.threshold), self.jumprelu_bandwidth)
+                return architectures.jumprelu(pre.values, pre.at(self.threshold), self.full_cfg.jumprelu_bandwidth)
             case "gated":
                 at = pre.at
                 return architectures.gated_activation(pre.values, at(self.b_enc), at(self.r_mag), at(self.b_mag))
@@ -237,11 +189,11 @@ class SparseAutoencoder(HookedRootModule):
         return self.decode(self.encode(x), x)
 
     def forward(self, x: Tensor, dead_neuron_mask: Tensor | None = None, target: Tensor | None = None) -> ForwardOutput:
-        """Reconstruct activations `x` (..., d_in), with all losses; leading dimensions are rows alike.
+        """Reconstruct activations `x` (..., d_in), and return all losses; each leading index is one row.
 
-        `dead_neuron_mask` (d_sae,) bool marks the latents that the remedy for dead latents (ghost gradients or AuxK, in
-        training mode only) works on; None means none. A transcoder's losses need the activations `target` (..., d_out)
-        that it predicts; `reconstruct` does without.
+        `dead_neuron_mask` (d_sae,) bool marks the latents that the remedy for dead latents (ghost gradients or AuxK)
+        revives, in training mode only; None means none. A transcoder's losses need the activations `target`
+        (..., d_out) that it predicts; `reconstruct` does not need them.
         """
         if self.is_transcoder and target is None:
             raise ValueError("target: a transcoder's losses need the activations it predicts; or call reconstruct(x).")
@@ -250,47 +202,30 @@ class SparseAutoencoder(HookedRootModule):
         check_width(target, "d_out", self.d_out)
         rows = self.normalize(x).reshape(-1, self.d_in)
         target = self.normalize(target).reshape(-1, self.d_out)
-        losses = self.losses(rows, target, Coefficients(self.l1_coefficient, self.k), dead_neuron_mask)
+        coefficients = Coefficients(self.full_cfg.l1_coefficient, self.k)
+        losses = self.losses(rows, target, coefficients, dead_neuron_mask)
         return ForwardOutput(
             self.restore(losses.sae_out.view(*x.shape[:-1], self.d_out), x),
             losses.feature_acts.view(*x.shape[:-1], self.d_sae),
-            losses.loss,
-            losses.mse_loss,
-            losses.l1_loss,
-            losses.ghost_grad_loss,
+            *losses.scalars(),
         )
 
     # ------------------------------------------------------------------------------------------------------ losses
 
-    def losses(
-        self,
-        x: Tensor,
-        target: Tensor,
-        coefficients: Coefficients,
-        dead: Tensor | None = None,
-        norm: Tensor | None = None,
-    ) -> Losses:
+    def losses(self, x: Tensor, target: Tensor, coefficients: Coefficients, dead: Tensor | None = None) -> Losses:
         """Losses of reconstructing `target` (rows, d_out) from `x` (rows, d_in), both as `normalize` returns them.
 
-        `dead` (d_sae,) bool marks the latents that the remedy works on. `norm`: see `losses.add_up`.
+        `dead` (d_sae,) bool marks the latents to revive. `training.objective` is a faster way to the same numbers.
         """
-        dead = dead if self.has_work(dead) else None
-        sae_in = self.sae_input(x)
-        made = self.dense_parts(sae_in, coefficients.k, dead)
-        penalty = self.sparsity_penalty(made.pre, made.acts, coefficients.l1_coefficient)
-        return add_up(made, target, norm, penalty, self.remedy_loss(sae_in, target, made, dead))
-
-    def has_work(self, dead: Tensor | None) -> bool:
-        """Whether the remedy for dead latents has work; yes off the CPU, where asking would wait for the device."""
-        if dead is None or not self.training or not (self.use_ghost_grads or self.auxk_coefficient > 0):
-            return False
-        return dead.device.type != "cpu" or bool(dead.any())
+        sae_in, dead = self.sae_input(x), self.to_revive(dead)
+        return self.add_up(self.dense_parts(sae_in, coefficients.k, dead), target, coefficients.l1_coefficient)
 
     def dense_parts(self, sae_in: Tensor, k: int, dead: Tensor | None) -> Reconstruction:
+        """All that the losses need of a batch `sae_in` (rows, d_in), from its pre-activations (rows, d_sae)."""
         pre = self.pre_activations(sae_in)
         acts = self.activate(pre, k)
         multi_out = gate_out = error_hat = None
-        if self.multi_topk:
+        if self.full_cfg.multi_topk:
             chosen = architectures.top_k_mask(pre, MULTI_TOPK_FACTOR * k)
             multi_out = (pre.relu() * chosen) @ self.W_dec + self.baseline(sae_in)
         if self.architecture == "gated":
@@ -298,10 +233,11 @@ class SparseAutoencoder(HookedRootModule):
         if dead is not None and self.auxk_coefficient > 0:
             few = pre[: n_auxk_rows(len(pre))].masked_fill(~dead, -torch.inf)
             error_hat = (few.relu() * architectures.top_k_mask(few, self.auxk_k)) @ self.W_dec
-        return Reconstruction(Code(pre), Code(acts), self.dense_outputs(acts, sae_in), multi_out, gate_out, error_hat)
+        outs = self.dense_outputs(acts, sae_in)
+        return Reconstruction(sae_in, Code(pre), Code(acts), outs, dead, multi_out, gate_out, error_hat)
 
     def dense_outputs(self, acts: Tensor, sae_in: Tensor) -> Tensor:
-        """(prefixes, rows, d_out): the reconstructions, from ever more of the latents."""
+        """The reconstruction (1, rows, d_out), or matryoshka's (prefixes, rows, d_out) from ever more latents."""
         if not self.matryoshka_widths:
             return self.hook_sae_out(acts @ self.W_dec + self.baseline(sae_in)).unsqueeze(0)
         edges = (0, *self.matryoshka_widths)
@@ -309,34 +245,23 @@ class SparseAutoencoder(HookedRootModule):
         outs = architectures.prefix_sums(torch.stack(blocks), self.baseline(sae_in))
         return torch.cat([outs[:-1], self.hook_sae_out(outs[-1]).unsqueeze(0)])
 
-    def sparsity_penalty(self, pre: Code, acts: Code, l1_coefficient: float) -> Tensor:
-        """l1_coefficient times the mean over rows of the architecture's penalty, a scalar."""
-        if self.architecture not in architectures.PENALISED:
-            return torch.zeros((), dtype=acts.values.dtype, device=acts.values.device)
-        penalised = pre.values.relu() if self.architecture == "gated" else acts.values
-        if self.scale_sparsity_penalty_by_decoder_norm:
-            penalised = penalised * acts.at(self.W_dec.norm(dim=1))
-        if self.architecture != "jumprelu":
-            return l1_coefficient * architectures.lp_penalty(penalised, self.lp_norm).sum() / acts.n_rows
-        if self.jumprelu_sparsity_loss_mode == "tanh":
-            return l1_coefficient * (self.jumprelu_tanh_scale * penalised).tanh().sum() / acts.n_rows
-        l0 = architectures.step_above(pre.values, pre.at(self.threshold), self.jumprelu_bandwidth).sum() / acts.n_rows
-        return l1_coefficient * (l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).pow(2))
+    def add_up(self, made: Reconstruction, target: Tensor, l1_coefficient: float, norm: Tensor | None = None) -> Losses:
+        """The losses of a batch, however its parts were made. `norm`: see `losses.reconstruction_loss`."""
+        threshold = self.threshold if self.architecture == "jumprelu" else None
+        mse_loss = reconstruction_loss(made, target, norm)
+        penalty = sparsity_penalty(made, self.full_cfg, l1_coefficient, self.W_dec, threshold)
+        remedy = remedy_loss(made, target, self.auxk_coefficient, self.W_enc, self.b_enc, self.W_dec)
+        return Losses(made.sae_outs[-1], made.acts, mse_loss + penalty + remedy, mse_loss, penalty, remedy)
 
-    def remedy_loss(self, sae_in: Tensor, target: Tensor, made: Reconstruction, dead: Tensor | None) -> Tensor:
-        sae_out = made.sae_outs[-1]
-        if dead is None:
-            return torch.zeros((), dtype=target.dtype, device=target.device)
-        if made.error_hat is not None:
-            n = len(made.error_hat)
-            loss = auxk_loss(target[:n], (target[:n] - sae_out[:n]).detach(), made.error_hat)
-            return self.auxk_coefficient * loss * dead.any()
-        if dead.device.type == "cpu":
-            dead_pre, W_dec = sae_in @ self.W_enc[:, dead] + self.b_enc[dead], self.W_dec[dead]
-        else:  # picking the dead ones would wait for the device
-            all_pre = made.pre.values if made.pre.entries is None else sae_in @ self.W_enc + self.b_enc
-            dead_pre, W_dec = all_pre.masked_fill(~dead, -torch.inf), self.W_dec
-        return ghost_grad_loss(target, sae_out, dead_pre, W_dec) * dead.any()
+    def to_revive(self, dead: Tensor | None) -> Tensor | None:
+        """The mask `dead` (d_sae,) if a remedy has work with it, else None.
+
+        Off the CPU it counts as having work, because asking would wait for the device.
+        """
+        has_remedy = self.training and (self.full_cfg.use_ghost_grads or self.auxk_coefficient > 0)
+        if dead is None or not has_remedy or (dead.device.type == "cpu" and not dead.any()):
+            return None
+        return dead
 
     # ------------------------------------------------------------------------------------------- start, and the decoder
 
@@ -347,33 +272,18 @@ class SparseAutoencoder(HookedRootModule):
 
     @torch.no_grad()
     def initialize_transcoder(self, x: Tensor, target: Tensor, method: str) -> None:
-        """Set b_dec from a sample of targets (rows, d_out), and the encoder from their inputs `x` (rows, d_in).
-
-        The encoder starts as that of an autoencoder does: it sees inputs around their centre (b_enc = -centre @ W_enc),
-        and its columns have the length that gives activations the size of the targets.
-        """
+        """Set b_dec from a sample of targets (rows, d_out), and the encoder from their inputs `x` (rows, d_in)."""
         self.initialize_b_dec(target, method)
-        x, target, centre_x = x.to(self.dtype), target.to(self.dtype), centre(x, method).to(self.dtype)
-        size, target_size = (x - centre_x).norm(dim=1).mean(), (target - self.b_dec).norm(dim=1).mean()
-        if size > 0 and target_size > 0:
-            self.W_enc.mul_(target_size / size)
-        self.b_enc.copy_(-(centre_x @ self.W_enc))
+        W_enc, b_enc = centred_encoder(self.W_enc, x, target.to(self.dtype) - self.b_dec, method)
+        self.W_enc.copy_(W_enc)
+        self.b_enc.copy_(b_enc)
         if self.architecture == "gated":
-            self.b_mag.copy_(self.b_enc)
+            self.b_mag.copy_(b_enc)
 
     @property
     def has_unit_norm_decoder(self) -> bool:
         """Whether training keeps W_dec's rows at norm 1; not if the penalty counts the norms."""
-        return not self.scale_sparsity_penalty_by_decoder_norm
-
-    @torch.no_grad()
-    def track_inference_threshold(self, code: Code | CodeFigures, step: int) -> None:
-        """batchtopk: follow the smallest activation of each training batch, as a mean with a memory of 10 steps."""
-        if self.choice == "batchtopk":
-            smallest = code.smallest_active()
-            weight = max(0.1, 1 / (step + 1))
-            new = torch.lerp(self.inference_threshold, smallest.to(self.dtype), weight)
-            self.inference_threshold.copy_(torch.where(smallest.isfinite(), new, self.inference_threshold))
+        return not self.full_cfg.scale_sparsity_penalty_by_decoder_norm
 
     @torch.no_grad()
     def set_decoder_norm_to_unit_norm(self, unless: Tensor | bool = False) -> None:
@@ -396,39 +306,50 @@ class SparseAutoencoder(HookedRootModule):
     # ------------------------------------------------------------------------------------------------ name and files
 
     def get_name(self) -> str:
-        """sparse_autoencoder_{model}_{hook}_{d_sae}, with _head{h} after the hook for a single head; of a transcoder
-        transcoder_{model}_{hook}_{target hook}_{d_sae}.
-
-        A local model is named by its folder alone.
+        """sparse_autoencoder_{model}_{hook}_{d_sae}, with _head{h} after the hook for a single head; for a transcoder
+        transcoder_{model}_{hook}_{target hook}_{d_sae}. A local model is named by its folder alone.
         """
-        model = Path(self.cfg.model_name).name if Path(self.cfg.model_name).is_absolute() else self.cfg.model_name
-        hook = getattr(self.cfg, "resolved_hook_point", self.cfg.hook_point)
+        cfg = with_defaults(self.cfg)
+        model = Path(cfg.model_name).name if Path(cfg.model_name).is_absolute() else cfg.model_name
+        place = f"{model}_{cfg.resolved_hook_point}"
         if self.is_transcoder:
-            target = getattr(self.cfg, "resolved_target_hook_point", option(self.cfg, "target_hook_point"))
-            return f"transcoder_{model}_{hook}_{target}_{self.d_sae}"
-        head = option(self.cfg, "hook_point_head_index")
-        return f"sparse_autoencoder_{model}_{hook}{'' if head is None else f'_head{head}'}_{self.d_sae}"
+            return f"transcoder_{place}_{cfg.resolved_target_hook_point}_{self.d_sae}"
+        head = "" if cfg.hook_point_head_index is None else f"_head{cfg.hook_point_head_index}"
+        return f"sparse_autoencoder_{place}{head}_{self.d_sae}"
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All that is saved: the parameters and, for batchtopk, the threshold of inference."""
+        """All that is saved, by name: the parameters and, for batchtopk, the threshold of inference."""
         return ((name, tensor.detach()) for name, tensor in self.state_dict().items())
 
     def save_model(self, path: str | Path) -> None:
         """Save to a folder (cfg.json + sae.safetensors), or to one file if `path` ends in .safetensors."""
-        save_weights(Path(path), dict(self.weights()), self.cfg)
+        formats.native.write(Path(path), dict(self.weights()), self.cfg)
 
     @classmethod
     def load_from_pretrained(cls, path: str | Path, device: str | None = None) -> SparseAutoencoder:
-        """Load a run folder, a folder or file written by `save_model`, or an old .pt / .pkl / .pkl.gz.
+        """Load a run folder, a folder or file that `save_model` wrote, or an old .pt / .pkl / .pkl.gz.
 
-        `device` overrides the saved one; without it, a saved device that this machine lacks falls back to the CPU. Old
-        files are read by an unpickler that builds tensors and plain config data and nothing else. It comes in inference
-        mode (`eval`), where batchtopk uses its threshold.
+        `device` replaces the saved one. Without it, a saved device that this machine lacks becomes the CPU. Old files
+        are read by an unpickler that builds tensors and plain config data and nothing else. The autoencoder is in
+        inference mode (`eval`), where batchtopk uses its threshold.
         """
-        cfg, tensors = load_weights(Path(path), device)
+        cfg, tensors = formats.load(Path(path), device)
         sae = cls(cfg)
         sae.load_state_dict(tensors)
         return sae.eval()
+
+
+def check_config(cfg: LanguageModelSAERunnerConfig) -> None:
+    """ValueError for a config that no autoencoder can be built from."""
+    is_transcoder = cfg.target_hook_point is not None
+    if not isinstance(cfg.d_in, int):
+        raise ValueError(f"d_in: found {cfg.d_in!r}, expected the width of the activations as an int.")
+    if is_transcoder and cfg.d_out is None:
+        raise ValueError("d_out: found None, expected the width of the activations at target_hook_point as an int.")
+    if cfg.skip_connection and not is_transcoder:
+        raise ValueError("skip_connection: found True without target_hook_point, expected a transcoder.")
+    if cfg.normalize_activations in BY_ROW and is_transcoder:
+        raise ValueError(f"normalize_activations: found {cfg.normalize_activations}, which a transcoder cannot undo.")
 
 
 def check_width(x: Tensor, name: str, width: int) -> None:
@@ -436,18 +357,3 @@ def check_width(x: Tensor, name: str, width: int) -> None:
         raise ValueError(
             f"activations: the last dimension of {tuple(x.shape)} is {x.shape[-1]}, expected {name} = {width}."
         )
-
-
-def matryoshka_widths(cfg: Any) -> tuple[int, ...]:
-    """Sizes of the nested dictionaries, the whole last; empty for other architectures."""
-    if option(cfg, "architecture") != "matryoshka":
-        return ()
-    widths = option(cfg, "matryoshka_widths") or [cfg.d_sae // 2**i for i in (4, 3, 2, 1)]
-    return (*(width for width in widths if 0 < width < cfg.d_sae), cfg.d_sae)
-
-
-def encoder_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Precision in which training chooses latents; for "auto", bfloat16 if that is fast."""
-    if name != "auto":
-        return getattr(torch, name)
-    return torch.bfloat16 if dtype == torch.float32 and bfloat16_is_fast(device) else dtype

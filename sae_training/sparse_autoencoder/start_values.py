@@ -1,9 +1,42 @@
-"""The geometric median: the point with the smallest sum of distances to a set of points."""
+"""Values that weights have before the first step: random, or from a sample of activations."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def initial_weights(
+    d_in: int, d_sae: int, d_out: int, architecture: str, is_transcoder: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Kaiming-uniform W_enc (d_in, d_sae) and W_dec (d_sae, d_out), decoder rows of unit norm, in float32 on the CPU.
+
+    The encoder starts as the decoder's transpose (Gao et al. 2024), which leaves far fewer latents dead. For standard
+    the two are independent, as in mats. For a transcoder they are too, with encoder columns of unit norm.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    W_enc = nn.init.kaiming_uniform_(torch.empty(d_in, d_sae), generator=generator)
+    W_dec = nn.init.kaiming_uniform_(torch.empty(d_sae, d_out), generator=generator)
+    W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
+    if is_transcoder:
+        W_enc = W_enc / W_enc.norm(dim=0)
+    elif architecture != "standard":
+        W_enc = W_dec.T.clone()
+    return W_enc, W_dec
+
+
+def centred_encoder(W_enc: Tensor, x: Tensor, centred_target: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    """A transcoder's W_enc (d_in, d_sae) and b_enc (d_sae,), from samples of inputs `x` (rows, d_in) and of targets
+    less their centre (rows, d_out).
+
+    The encoder sees inputs around their centre, as an autoencoder's does: b_enc = -centre @ W_enc. Its columns have the
+    length that gives activations the size of the targets.
+    """
+    centre_x = centre(x, method).to(W_enc.dtype)
+    size, target_size = (x.to(W_enc.dtype) - centre_x).norm(dim=1).mean(), centred_target.norm(dim=1).mean()
+    if size > 0 and target_size > 0:
+        W_enc = W_enc * (target_size / size)
+    return W_enc, -(centre_x @ W_enc)
 
 
 def centre(rows: Tensor, method: str) -> Tensor:
@@ -21,12 +54,12 @@ def centre(rows: Tensor, method: str) -> Tensor:
 
 @torch.no_grad()
 def geometric_median(points: Tensor, max_iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
-    """Geometric median of `points` (rows, d) as a (d,) float32 tensor, by Weiszfeld's iteration from the mean.
+    """The geometric median of `points` (rows, d), the point with the least sum of distances to them, (d,) float32.
 
-    Each step is the average of the points weighted by 1 / distance (Weiszfeld 1937). Distances are kept above 1e-6 of
-    their median, so an estimate that lands on a point neither divides by zero nor sticks there. Stops when a step is
-    shorter than `tolerance` times the median distance. Unlike the mean, a few rows of huge norm (a BOS position)
-    hardly move it.
+    Weiszfeld's iteration (1937), from the mean on: each step is the average of the points weighted by 1 / distance.
+    Distances are kept above 1e-6 of their median, so that an estimate that lands on a point neither divides by zero nor
+    stays there. The iteration ends when a step is shorter than `tolerance` times the median distance. A few rows of
+    huge norm (a BOS position) hardly move the result, unlike the mean.
     """
     points = points.float()
     median = points.mean(dim=0)

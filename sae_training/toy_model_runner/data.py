@@ -1,8 +1,8 @@
-"""Synthetic activations whose dictionary is known, and scores of how well an autoencoder finds it.
+"""Draws synthetic activations whose dictionary is known.
 
 row = sum over firing features i of magnitude_i * direction_i + bias + noise
 
-There are more features than dimensions, so they lie in superposition, and few of them fire on any row.
+There are more features than dimensions, so the features are in superposition; few of them fire on any row.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 
 def random_directions(n_features: int, d_in: int, seed: int, max_cosine: float | None = None) -> Tensor:
-    """Unit vectors (n_features, d_in), uniform on the sphere; with `max_cosine`, spread until no two exceed it.
+    """Return unit vectors (n_features, d_in), uniform on the sphere, or spread until no |cosine| exceeds `max_cosine`.
 
-    Spreading is gradient descent on the sum over pairs of ReLU(|cosine| - max_cosine)^2. Limits near the least possible
-    one, sqrt((n - d) / (d (n - 1))) by Welch 1974, are hard to reach: ValueError if it is not.
+    Spreading is gradient descent on the sum over pairs of ReLU(|cosine| - max_cosine)^2. The least possible limit is
+    sqrt((n - d) / (d (n - 1))) (Welch 1974); limits close to it may not be reached, which is a ValueError.
     """
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(n_features, d_in, generator=generator)
@@ -35,26 +35,26 @@ def random_directions(n_features: int, d_in: int, seed: int, max_cosine: float |
         cosines = (directions @ directions.T).fill_diagonal_(0)
         if cosines.abs().max() <= max_cosine:
             return directions
-        # aims a little below the limit, which would otherwise be approached for ever
+        # The target lies a little below the limit, because the limit itself would only be approached.
         directions -= 0.5 * torch.nn.functional.softshrink(cosines, 0.95 * max_cosine) @ directions
         directions /= directions.norm(dim=1, keepdim=True)
     raise ValueError(
-        f"max_cosine: {n_features} directions in {d_in} dimensions were not brought to {max_cosine} or below; raise it "
-        "or leave it out"
+        f"max_cosine: {n_features} directions in {d_in} dimensions could not be brought to {max_cosine} or below; "
+        "raise it or leave it out"
     )
 
 
 def zipf_weights(n_features: int, exponent: float) -> Tensor:
-    """Relative frequencies 1 / (i + 1)^exponent of features i = 0, 1, ..., (n_features,); exponent 0 is uniform."""
+    """Return relative frequencies 1 / (i + 1)^exponent of features i = 0, 1, ..., (n_features,); uniform for 0."""
     return torch.arange(1, n_features + 1, dtype=torch.float64) ** -exponent
 
 
 def scaled_to_sum(weights: Tensor, total: float) -> Tensor:
-    """Probabilities min(1, c * weights) with the c for which they sum to `total`, (n,)."""
+    """Return probabilities min(1, c * weights), (n,), with the c for which they sum to `total`."""
     if not 0 < total <= len(weights):
         raise ValueError(f"total: found {total}, expected more than 0 and at most {len(weights)}, the features")
     ordered = weights.sort(descending=True).values
-    # With the m largest at 1, c is what the others need: the right m is the first whose c leaves them at 1 or below.
+    # scales[m] is c if the m largest are at 1. The right m is the first whose c keeps all others at 1 or below.
     rest = ordered.flip(0).cumsum(0).flip(0)
     scales = (total - torch.arange(len(weights))).clamp_min(0) / rest
     first = int((scales * ordered <= 1 + 1e-12).int().argmax())
@@ -66,17 +66,17 @@ def scaled_to_sum(weights: Tensor, total: float) -> Tensor:
 
 @dataclass(frozen=True)
 class ToyModel:
-    """A dictionary and the law by which its features fire.
+    """A dictionary, and the law by which its features fire.
 
-    `directions` (n_features, d_in) of unit norm and `probabilities` (n_features,), the share of rows on which each
-    fires. Relations between features, each feature being in at most one kind:
+    `directions` (n_features, d_in) have unit norm; `probabilities` (n_features,) are the shares of rows on which the
+    features fire. Features can be related, each in one way at most:
 
     * `groups`, lists of features that tend to fire together: by a Gaussian copula, feature i fires where
       z_i < quantile(p_i), and the standard normals z of a group have pairwise correlation `correlation`. At 1 features
       of equal probability fire together or not at all.
-    * `exclusive_pairs`: one copula with z_j = -z_i, so that the two never fire together while p_i + p_j <= 1.
-    * `parents` (n_features,), the index of each feature's parent or -1: a child fires only where its parent does, with
-      probability p_child / p_parent there, so that its overall frequency is p_child.
+    * `exclusive_pairs`: a copula with z_j = -z_i, so that i and j never fire together while p_i + p_j <= 1.
+    * `parents` (n_features,), the index of each feature's parent or -1. A child fires only where its parent fires, with
+      probability p_child / p_parent, so that its overall frequency is p_child.
 
     Magnitudes of firing features are 1 + |standard normal| ("one_plus_normal") or uniform in (0, 1] ("uniform").
     `bias` (d_in,) is added to every row, and `noise_std` times a standard normal to every element.
@@ -109,7 +109,7 @@ class ToyModel:
 
 
 class Batch(NamedTuple):
-    """Rows and the activations of the true features that made them."""
+    """Rows, and the activations of the true features that they are made of."""
 
     rows: Tensor
     """(n, d_in)"""
@@ -118,7 +118,7 @@ class Batch(NamedTuple):
 
 
 class ToyModelGenerator:
-    """Draws rows from a ToyModel with a random generator of its own, so that nothing else changes what it draws."""
+    """Draws rows from a ToyModel. Its random generator is its own, so that its rows depend on `seed` alone."""
 
     def __init__(self, model: ToyModel, seed: int, device: torch.device | str = "cpu") -> None:
         self.model = model
@@ -134,7 +134,7 @@ class ToyModelGenerator:
         given_parent = torch.where(child, probabilities / probabilities[parents.clamp_min(0)], probabilities)
         self.thresholds = given_parent.float().to(self.device)
         self.quantiles = torch.special.ndtri(probabilities).float().to(self.device)
-        # Pairs lie first in `grouped`, as (i, j, i, j, ...).
+        # `grouped` begins with the pairs: i, j, i, j, ...
         members = [*model.exclusive_pairs, *model.groups]
         self.grouped = torch.tensor([i for group in members for i in group], dtype=torch.long, device=self.device)
         sizes = [len(group) for group in model.groups]
@@ -143,7 +143,7 @@ class ToyModelGenerator:
 
     @torch.no_grad()
     def next_batch(self, n: int) -> Batch:
-        """`n` independent rows and their truth."""
+        """Draw `n` independent rows and their true activations."""
         fires = self.firing(n)
         acts = torch.zeros(fires.shape, device=self.device)
         places = fires.flatten().nonzero().squeeze(1)
@@ -156,7 +156,7 @@ class ToyModelGenerator:
         return Batch(rows, acts)
 
     def firing(self, n: int) -> Tensor:
-        """Which features fire, bool (n, n_features)."""
+        """Draw which features fire on `n` rows, bool (n, n_features)."""
         shape = (n, len(self.thresholds))
         fires = torch.rand(shape, generator=self.generator, device=self.device) < self.thresholds
         if len(self.grouped):
@@ -166,9 +166,9 @@ class ToyModelGenerator:
         return fires
 
     def copula(self, n: int) -> Tensor:
-        """The normals of the features in `grouped`, (n, len(grouped)): z and -z for each pair, then the groups.
+        """Draw the normals of the features in `grouped`, (n, len(grouped)): z and -z for each pair, then the groups.
 
-        In a group z = sqrt(correlation) * (normal of the group) + sqrt(1 - correlation) * (its own normal).
+        In a group, z = sqrt(correlation) * (normal of the group) + sqrt(1 - correlation) * (its own normal).
         """
         n_pairs, n_groups = len(self.model.exclusive_pairs), len(self.model.groups)
         shared = torch.randn(n, n_pairs + n_groups, generator=self.generator, device=self.device)
@@ -178,6 +178,7 @@ class ToyModelGenerator:
         return torch.cat([pairs, common + math.sqrt(1 - self.model.correlation) * own], dim=1)
 
     def draw_magnitudes(self, n: int) -> Tensor:
+        """Draw the magnitudes of `n` firings, (n,), all above 0."""
         if self.model.magnitudes == "uniform":
-            return 1 - torch.rand(n, generator=self.generator, device=self.device)  # never 0
+            return 1 - torch.rand(n, generator=self.generator, device=self.device)
         return 1 + torch.randn(n, generator=self.generator, device=self.device).abs()

@@ -1,15 +1,16 @@
-"""One HTML page, readable offline, that shows how well an autoencoder found a known dictionary."""
+"""Draws one HTML page, readable offline, of how well an autoencoder found a known dictionary."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-MOST_FEATURES = 512  # in the matrix of cosines; with more, every other (or third, ...) feature is shown
+from sae_training.machine.files import write_text
+
+MOST_FEATURES = 512  # in the matrix of cosines; of more features, every second (or third, ...) is shown
 BLUE = "#2563eb"
 
 
@@ -17,8 +18,8 @@ def write_picture(path: Path, title: str, cosines: Tensor, matched: Tensor, f1: 
     """Write the page to `path`, whole or not at all.
 
     `cosines` (n_features, d_sae) of true directions with decoder rows; `matched` (n_features,), the latent of each
-    feature or -1; `f1` and `frequencies` (n_features,), of the true firing. Three plots: the histogram of each
-    feature's best cosine, F1 against frequency, and the cosines with features and their latents in the same order.
+    feature or -1; `f1` and `frequencies` (n_features,) of the true firing. The page has three plots: the histogram of
+    each feature's best cosine, F1 against frequency, and the cosines of matched features and latents in one order.
     """
     cosines, matched, f1, frequencies = (t.detach().cpu() for t in (cosines, matched, f1, frequencies))
     figure = make_subplots(
@@ -72,13 +73,11 @@ def write_picture(path: Path, title: str, cosines: Tensor, matched: Tensor, f1: 
     figure.update_yaxes(title_text="F1", range=[-0.03, 1.03], row=1, col=2)
     figure.update_xaxes(title_text="latent", showticklabels=False, row=1, col=3)
     figure.update_yaxes(title_text="feature", showticklabels=False, autorange="reversed", row=1, col=3)
-    partial = path.with_name(path.name + ".tmp")
-    figure.write_html(partial, include_plotlyjs=True)
-    os.replace(partial, path)
+    write_text(path, figure.to_html(include_plotlyjs=True))
 
 
 def matched_order(matched: Tensor) -> tuple[Tensor, Tensor]:
-    """The features that have a latent, at most MOST_FEATURES evenly taken, and their latents in the same order."""
+    """Return the features that have a latent, thinned evenly to MOST_FEATURES, and their latents in the same order."""
     with_latent = (matched >= 0).nonzero().flatten()
     stride = -(-len(with_latent) // MOST_FEATURES) or 1
     shown = with_latent[::stride]

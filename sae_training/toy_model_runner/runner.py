@@ -1,4 +1,4 @@
-"""Train an autoencoder on synthetic data whose dictionary is known, and score what it found.
+"""Trains an autoencoder on synthetic data whose dictionary is known, and scores what it found.
 
 toy_model_sae_runner(cfg) -> toy_model (the dictionary) -> train (SAETrainer, as for language models) -> score -> files
 """
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm, trange
 
-from sae_training.config.io import config_to_dict
-from sae_training.config.toy import SAEToyModelRunnerConfig, autoencoder_config
+from sae_training.config.io import config_to_dict, with_defaults
+from sae_training.config.toy import SAEToyModelRunnerConfig
 from sae_training.machine.files import write_text
 from sae_training.run.folder import RunFolder, free_folder
 from sae_training.run.logger import RunLogger
@@ -31,11 +31,8 @@ from sae_training.toy_model_runner.scores import score
 from sae_training.training.metrics import training_metrics
 from sae_training.training.trainer import SAETrainer
 
-SCORES_FILE = "scores.json"
-
-PICTURE_FILE = "picture.html"
-
-ROWS_FOR_B_DEC = 8192
+SCORES_FILE, PICTURE_FILE = "scores.json", "picture.html"
+ROWS_FOR_B_DEC = 8192  # that the decoder bias's starting value comes from
 
 
 class ToyModelResult(NamedTuple):
@@ -49,8 +46,8 @@ class ToyModelResult(NamedTuple):
 def toy_model_sae_runner(cfg: SAEToyModelRunnerConfig) -> ToyModelResult:
     """Draw a dictionary, train an autoencoder on rows made from it, and compare the two.
 
-    The folder (runs/<name>, with a number where that is taken) holds config.json, metrics.jsonl, scores.json,
-    picture.html and the weights, which `SparseAutoencoder.load_from_pretrained(folder)` reads.
+    The folder (runs/<name>, numbered if that name is taken) holds config.json, metrics.jsonl, scores.json, picture.html
+    and the weights, which `SparseAutoencoder.load_from_pretrained(folder)` reads.
     """
     model = toy_model(cfg)
     folder = RunFolder(free_folder(Path(cfg.run_dir) / cfg.resolved_run_name.replace("/", "_")), cfg)
@@ -71,7 +68,7 @@ def toy_model_sae_runner(cfg: SAEToyModelRunnerConfig) -> ToyModelResult:
 
 
 def toy_model(cfg: SAEToyModelRunnerConfig) -> ToyModel:
-    """The dictionary that `cfg` describes; its features in order: parents, children, groups, pairs, all others."""
+    """Return the dictionary that `cfg` describes. Its features in order: parents, children, groups, pairs, others."""
     n = cfg.n_features
     n_children = cfg.n_parents * cfg.children_per_parent
     first = cfg.n_parents + n_children
@@ -99,12 +96,12 @@ def toy_model(cfg: SAEToyModelRunnerConfig) -> ToyModel:
 
 
 def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> SparseAutoencoder:
-    """Train on fresh rows at every step; metrics and weights go to `folder`."""
-    sae_cfg = autoencoder_config(cfg)
+    """Train on fresh rows at every step, and write metrics and weights to `folder`."""
+    run_cfg = with_defaults(cfg)
     data = ToyModelGenerator(model, cfg.seed + 1, cfg.device)
-    sae = SparseAutoencoder(sae_cfg)
+    sae = SparseAutoencoder(run_cfg)
     sae.initialize_b_dec(data.next_batch(ROWS_FOR_B_DEC).rows, cfg.b_dec_init_method)
-    trainer = SAETrainer(sae, sae_cfg)
+    trainer = SAETrainer(sae, run_cfg)
     logger = RunLogger(
         folder,
         config=config_to_dict(cfg),
@@ -120,6 +117,7 @@ def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> Sparse
                 logger.log(training_metrics(result, trainer.tracker, rows), step, rows)
             if step % cfg.feature_sampling_window == 0:
                 trainer.tracker.start_new_window()
+    trainer.take_average()
     trainer.check_weights()
     sae.eval()
     sae.save_model(folder)

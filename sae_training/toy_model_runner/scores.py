@@ -1,96 +1,21 @@
-"""TODO."""
+"""Scores of how well an autoencoder found a dictionary that is known.
+
+true directions, decoder --cosines--> one latent for each feature --rows--> F1 of the pairs, dead latents, L0, variance
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.toy_model_runner.data import ToyModel, ToyModelGenerator
 from sae_training.training.metrics import explained_variance
 
-# ---------------------------------------------------------------------------------------------------------- the scores
-
-
-def cosine_matrix(directions: Tensor, W_dec: Tensor) -> Tensor:
-    """Cosine of each true direction (n, d_in) with each decoder row (m, d_in), as (n, m); a row of zeros has 0."""
-    return torch.nn.functional.normalize(directions, dim=1) @ torch.nn.functional.normalize(W_dec, dim=1).T
-
-
-def max_cosines(cosines: Tensor) -> Tensor:
-    """Best cosine of each true feature over the decoder rows, (n,); its mean is the MMCS of Sharkey et al. 2022."""
-    return cosines.max(dim=1).values
-
-
-def recovered_share(cosines: Tensor, at_least: float = 0.9) -> float:
-    """Share of the true features that some decoder row meets at this cosine or better."""
-    return (max_cosines(cosines) >= at_least).float().mean().item()
-
-
-def match_one_to_one(cosines: Tensor) -> Tensor:
-    """The latent matched to each feature, (n,), each latent at most once; -1 where there are too few latents.
-
-    Greedy: the pair of the largest cosine first, then the largest among those left. Each round takes all pairs that are
-    the best for both their feature and their latent, which is what taking them one by one would come to.
-    """
-    left = cosines.detach().clone()
-    matched = torch.full((left.shape[0],), -1, dtype=torch.long, device=left.device)
-    features = torch.arange(left.shape[0], device=left.device)
-    for _ in range(min(left.shape)):
-        best = left.max(dim=1)
-        mutual = (left.argmax(dim=0)[best.indices] == features) & (best.values > -torch.inf)
-        if not mutual.any():
-            break
-        matched[mutual] = best.indices[mutual]
-        left[mutual] = -torch.inf
-        left[:, best.indices[mutual]] = -torch.inf
-    return matched
-
-
-def f1_scores(hits: Tensor, true_firings: Tensor, latent_firings: Tensor) -> Tensor:
-    """F1 of each feature's latent as a detector of it, (n,): 2 hits / (true firings + latent firings), of counts (n,).
-
-    `hits` counts the rows on which both fire. NaN for a feature that neither fired nor was said to: nothing is known.
-    """
-    return 2 * hits.double() / (true_firings + latent_firings)
-
-
-class FiringCounts:
-    """Counts what `f1_scores` and `dead_fraction` need, over batches; `matched` (n,) as by `match_one_to_one`."""
-
-    def __init__(self, matched: Tensor, d_sae: int) -> None:
-        self.matched = matched
-        self.rows = 0
-        self.hits = torch.zeros(len(matched), dtype=torch.long, device=matched.device)
-        self.true_firings = torch.zeros_like(self.hits)
-        self.latent_firings = torch.zeros(d_sae, dtype=torch.long, device=matched.device)
-
-    def add(self, true_acts: Tensor, feature_acts: Tensor) -> None:
-        """One batch: true activations (rows, n) and latent activations (rows, d_sae)."""
-        truth, fires = true_acts > 0, feature_acts > 0
-        has_latent = self.matched >= 0
-        self.hits += (truth & fires[:, self.matched.clamp_min(0)]).sum(dim=0) * has_latent
-        self.true_firings += truth.sum(dim=0)
-        self.latent_firings += fires.sum(dim=0)
-        self.rows += len(true_acts)
-
-    def f1(self) -> Tensor:
-        """F1 of each feature, (n,); 0 for one that fired and has no latent."""
-        latent_firings = self.latent_firings[self.matched.clamp_min(0)] * (self.matched >= 0)
-        return f1_scores(self.hits, self.true_firings, latent_firings)
-
-    def true_frequencies(self) -> Tensor:
-        """Share of rows on which each feature fired, (n,)."""
-        return self.true_firings.double() / max(1, self.rows)
-
-    def dead_fraction(self) -> float:
-        """Share of latents that fired on no row."""
-        return (self.latent_firings == 0).double().mean().item()
-
-
-ROWS_AT_A_TIME = 4096
+ROWS_AT_A_TIME = 4096  # scored together
 
 
 class Scores(NamedTuple):
@@ -132,3 +57,76 @@ def score(sae: SparseAutoencoder, model: ToyModel, data: ToyModelGenerator, n_ro
         "explained_variance": explained_variance(torch.cat(rows), torch.cat(rows_out)).item(),
     }
     return Scores(figures, cosines, matched, f1, counts.true_frequencies())
+
+
+# --------------------------------------------------------------------------------------------------------- directions
+
+
+def cosine_matrix(directions: Tensor, W_dec: Tensor) -> Tensor:
+    """Cosine of each true direction (n, d_in) with each decoder row (m, d_in), (n, m); 0 for a row of zeros."""
+    return torch.nn.functional.normalize(directions, dim=1) @ torch.nn.functional.normalize(W_dec, dim=1).T
+
+
+def max_cosines(cosines: Tensor) -> Tensor:
+    """Best cosine of each true feature over the decoder rows, (n,); its mean is the MMCS of Sharkey et al. 2022."""
+    return cosines.max(dim=1).values
+
+
+def recovered_share(cosines: Tensor, at_least: float = 0.9) -> float:
+    """Share of the true features that have this cosine or a larger one with some decoder row."""
+    return (max_cosines(cosines) >= at_least).float().mean().item()
+
+
+def match_one_to_one(cosines: Tensor) -> Tensor:
+    """The latent matched to each feature, (n,), each latent at most once; -1 where there are too few latents.
+
+    The match has the largest sum of cosines of all matches (Hungarian algorithm).
+    """
+    features, latents = linear_sum_assignment(cosines.detach().cpu().numpy(), maximize=True)
+    matched = torch.full((len(cosines),), -1)
+    matched[torch.from_numpy(features)] = torch.from_numpy(latents)
+    return matched.to(cosines.device)
+
+
+# ------------------------------------------------------------------------------------------------------------- firing
+
+
+class FiringCounts:
+    """Firings over batches, as `f1_scores` and `dead_fraction` need them; `matched` (n,) as by `match_one_to_one`."""
+
+    def __init__(self, matched: Tensor, d_sae: int) -> None:
+        self.matched = matched
+        self.rows = 0
+        self.hits = torch.zeros(len(matched), dtype=torch.long, device=matched.device)
+        self.true_firings = torch.zeros_like(self.hits)
+        self.latent_firings = torch.zeros(d_sae, dtype=torch.long, device=matched.device)
+
+    def add(self, true_acts: Tensor, feature_acts: Tensor) -> None:
+        """Count a batch of true activations (rows, n) and latent activations (rows, d_sae)."""
+        truth, fires = true_acts > 0, feature_acts > 0
+        has_latent = self.matched >= 0
+        self.hits += (truth & fires[:, self.matched.clamp_min(0)]).sum(dim=0) * has_latent
+        self.true_firings += truth.sum(dim=0)
+        self.latent_firings += fires.sum(dim=0)
+        self.rows += len(true_acts)
+
+    def f1(self) -> Tensor:
+        """F1 of each feature, (n,); 0 for a feature that fired and has no latent."""
+        latent_firings = self.latent_firings[self.matched.clamp_min(0)] * (self.matched >= 0)
+        return f1_scores(self.hits, self.true_firings, latent_firings)
+
+    def true_frequencies(self) -> Tensor:
+        """Share of rows on which each feature fired, (n,)."""
+        return self.true_firings.double() / max(1, self.rows)
+
+    def dead_fraction(self) -> float:
+        """Share of latents that fired on no row."""
+        return (self.latent_firings == 0).double().mean().item()
+
+
+def f1_scores(hits: Tensor, true_firings: Tensor, latent_firings: Tensor) -> Tensor:
+    """F1 of each feature's latent as its detector, (n,): 2 hits / (true firings + latent firings), of counts (n,).
+
+    `hits` counts the rows on which both fire. NaN where neither ever fires, since nothing is known then.
+    """
+    return 2 * hits.double() / (true_firings + latent_firings)

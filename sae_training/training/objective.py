@@ -1,8 +1,11 @@
-"""What a training step minimises: reconstruction, sparsity penalty, and the remedy for dead latents.
+"""The losses of a training step by the sparse way: only active entries are ever computed in full.
 
-There is one definition and two ways to the latent codes in it: dense, where every pre-activation is at hand (what
-`SparseAutoencoder.forward` shows and what any architecture falls back to), and sparse, where only the active entries
-are ever computed in full (`selection`, `sparse_code`). Both give the same losses and gradients.
+`SparseAutoencoder.losses` defines what is minimised, from all pre-activations of a batch. `objective` gives the same
+losses and gradients, several times faster where few latents are active:
+
+    choose        sae_in (rows, d_in) -> the active entries, by a product in low precision that is never held whole
+    sparse_parts  the entries         -> pre-activations, activations and reconstructions
+    sae.add_up    these               -> Losses, as in the definition
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_training.kernels import triton_products as triton_kernels
+from sae_training.kernels import triton_products
 from sae_training.kernels.selection import Encoder, above_threshold, top_k_of_batch, top_k_of_rows
 from sae_training.kernels.sparse_code import (
     Code,
@@ -21,14 +24,8 @@ from sae_training.kernels.sparse_code import (
     pre_activations_at,
 )
 from sae_training.sparse_autoencoder import SparseAutoencoder, architectures
-from sae_training.sparse_autoencoder.losses import (
-    MULTI_TOPK_FACTOR,
-    Coefficients,
-    Losses,
-    Reconstruction,
-    add_up,
-    n_auxk_rows,
-)
+from sae_training.sparse_autoencoder.losses import MULTI_TOPK_FACTOR, Coefficients, Losses, Reconstruction
+from sae_training.sparse_autoencoder.remedies import n_auxk_rows
 
 
 def objective(
@@ -39,21 +36,22 @@ def objective(
     dead: Tensor | None = None,
     norm: Tensor | None = None,
 ) -> Losses:
-    """`sae.losses`, by the sparse way where the machine and the batch allow it."""
-    dead = dead if sae.has_work(dead) else None
-    sae_in = sae.sae_input(x)
+    """`sae.losses`, by the sparse way where the device has it and the batch is sparse enough.
+
+    `norm`: see `losses.reconstruction_loss`.
+    """
+    sae_in, dead = sae.sae_input(x), sae.to_revive(dead)
     entries = choose(sae, sae_in.detach(), coefficients.k)
     if entries is None:
         made = sae.dense_parts(sae_in, coefficients.k, dead)
     else:
         made = sparse_parts(sae, sae_in, entries, coefficients.k, dead)
-    penalty = sae.sparsity_penalty(made.pre, made.acts, coefficients.l1_coefficient)
-    return add_up(made, target, norm, penalty, sae.remedy_loss(sae_in, target, made, dead))
+    return sae.add_up(made, target, coefficients.l1_coefficient, norm)
 
 
 def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
     """The active latents of a batch `sae_in` (rows, d_in); None if the machine or the batch asks for the dense way."""
-    n = min(MULTI_TOPK_FACTOR * k if sae.multi_topk else k, sae.d_sae)
+    n = min(MULTI_TOPK_FACTOR * k if sae.full_cfg.multi_topk else k, sae.d_sae)
     if not has_sparse_way(sae, n):
         return None
     encoder = encoder_of(sae, sae_in, sae.W_enc.detach(), sae.b_enc.detach())
@@ -63,7 +61,7 @@ def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
         case "batchtopk":
             return top_k_of_batch(encoder, k)
         case "jumprelu":  # just below the threshold there is no activation, but a gradient to the threshold
-            limit = (sae.threshold - sae.jumprelu_bandwidth / 2).detach()
+            limit = (sae.threshold - sae.full_cfg.jumprelu_bandwidth / 2).detach()
             # Rounding the product, compared with limit - b_enc, must not hide an entry; one too many does no harm.
             margin = 2 * torch.finfo(sae.encoder_dtype).eps * (limit.abs() + sae.b_enc.detach().abs())
             return above_threshold(encoder, limit - margin)
@@ -90,7 +88,7 @@ def has_sparse_way(sae: SparseAutoencoder, n_active: int) -> bool:
     """
     if sae.device.type == "cpu":
         return sae.dtype in (torch.float32, torch.float64)
-    return sae.choice == "topk" and triton_kernels.use_triton(sae.device, sae.dtype, sae.d_sae, n_active)
+    return sae.choice == "topk" and triton_products.use_triton(sae.device, sae.dtype, sae.d_sae, n_active)
 
 
 def sparse_parts(
@@ -115,7 +113,7 @@ def sparse_parts(
     pre, aux_pre = Code(all_pre[: len(entries.latents)], entries), all_pre[len(entries.latents) :]
 
     multi = None
-    if sae.multi_topk:
+    if sae.full_cfg.multi_topk:
         multi, pre = pre, top_k_of_entries(pre, k)
     acts = pre.with_values(sae.activation(pre))
     to_decode = [by_prefix(acts, sae.matryoshka_widths)]
@@ -133,7 +131,7 @@ def sparse_parts(
     gate_out = None
     if sae.architecture == "gated":
         gate_out = pre.with_values(pre.values.relu()).decode(sae.W_dec.detach()) + baseline.detach()
-    return Reconstruction(pre, acts, sae_outs, multi_out, gate_out, error_hat)
+    return Reconstruction(sae_in, pre, acts, sae_outs, dead, multi_out, gate_out, error_hat)
 
 
 def dead_entries(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) -> Entries:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.types import WITH_PENALTY
 from sae_training.kernels.sparse_code import Code, CodeFigures
-from sae_training.machine.memory import keep_freed_memory
+from sae_training.machine.allocator import keep_freed_memory
 from sae_training.sparse_autoencoder import SparseAutoencoder
-from sae_training.sparse_autoencoder.architectures import PENALISED
 from sae_training.sparse_autoencoder.losses import Coefficients, Losses, centred_norm, wide
 from sae_training.training.dead_latents import FiringTracker
 from sae_training.training.objective import objective
@@ -78,7 +78,7 @@ class SAETrainer:
         if self.sae.has_unit_norm_decoder:
             self.sae.set_decoder_norm_to_unit_norm(unless=not_finite)
         self.update_average(step)
-        self.sae.track_inference_threshold(out.code, step)
+        track_inference_threshold(self.sae, out.code, step)
         self.tracker.update(out.code)
         return StepResult(target, out, lr, coefficients.l1_coefficient)
 
@@ -190,7 +190,7 @@ class SAETrainer:
         return cfg.resolved_lr * factor
 
     def l1_coefficient(self, step: int) -> float:
-        if self.cfg.architecture not in PENALISED:
+        if self.cfg.architecture not in WITH_PENALTY:
             return 0.0
         return self.cfg.l1_coefficient * warm_up_factor(step, self.cfg.l1_warm_up_steps)
 
@@ -224,3 +224,13 @@ class SAETrainer:
 def in_memory_order(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     """A parameter over the same memory whose rows lie one after the other: fused Adam copies others in every step."""
     return parameter if parameter.is_contiguous() else torch.nn.Parameter(parameter.detach().T)
+
+
+@torch.no_grad()
+def track_inference_threshold(sae: SparseAutoencoder, code: Code | CodeFigures, step: int) -> None:
+    """batchtopk: follow the smallest activation of each training batch, as a running mean over about 10 steps."""
+    if sae.choice != "batchtopk":
+        return
+    smallest = code.smallest_active()
+    new = torch.lerp(sae.inference_threshold, smallest.to(sae.dtype), max(0.1, 1 / (step + 1)))
+    sae.inference_threshold.copy_(torch.where(smallest.isfinite(), new, sae.inference_threshold))

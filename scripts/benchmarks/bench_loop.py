@@ -1,12 +1,12 @@
-"""How fast the whole live training loop is, against its floor and against sae-lens' own runner.
+"""Times the whole live training loop against its floor, and against sae-lens' own runner.
 
     python scripts/benchmarks/bench_loop.py                        SmolLM2-135M, TopK, as `make demo-smollm2`
     python scripts/benchmarks/bench_loop.py --peer --tokens 240000                    and sae-lens, as it is by default
     python scripts/benchmarks/bench_loop.py --peer default bfloat16 huggingface       and in other precisions
     python scripts/benchmarks/bench_loop.py --model demo --dataset demo --hook blocks.2.hook_resid_post
 
-A whole run (`language_model_sae_runner`, without the loading of the model) is timed against parts of it, for as many
-rows and steps. All take turns, --rounds times; the figures are medians, printed as JSON:
+A whole run (`language_model_sae_runner`, without the loading of the model) is timed against its parts, on as many rows
+and steps. Run and parts take turns, --rounds times. The JSON on stdout holds medians of:
 
     hf_forward_s  the bare transformers model in the same precision, cut after the hook's block, on batches of the same
                   shape: no hooks, no logits, no final norm
@@ -15,18 +15,16 @@ rows and steps. All take turns, --rounds times; the figures are medians, printed
     run_s         the whole run: checkpoints and logging as by default, no evaluation
 
 The floor is hf_forward_s + step_s. `ours_over_floor` is (tokens/s of the run) / (tokens/s of the floor): at most 1. A
-run ends with a part of its last buffer unread; `ours_over_floor_rows_served_only` is against a floor that harvests only
-what is served, which long runs approach. `ratio` is run_s / (forward_s + step_s): what store, loop, logging and
-checkpoints add. With --with-evals, `ratio_with_evals` is that of a run which evaluates as often, and on as many tokens,
-as it does by default.
+run ends with a part of its last buffer unread; the floor of `ours_over_floor_rows_served_only` harvests the served rows
+only, and long runs approach it. `ratio` is run_s / (forward_s + step_s): the cost of store, loop, logging and
+checkpoints. `ratio_with_evals` (--with-evals) is that of a run with the default evaluations.
 
---peer trains on the same text with the same model, hook, sizes and number of steps in sae-lens'
-LanguageModelSAETrainingRunner, in a process and an environment of its own (`bench_runner_peer.py`, whose VARIANTS can
-be named), again without loading and after a short run to warm up. Everything else is as by default there. That
-includes a buffer of 20 contexts, where ours holds n_batches_in_buffer * store_batch_size = 640: in short runs ours has
-many more rows to harvest (`rows_harvested`). --peer-config '{"n_batches_in_buffer": 640}' makes them equal.
-`ours_over_peer` is the ratio of tokens/s of whole runs; tokens_per_s_after_first_fill leaves out the time before the
-first step, which flatters whoever has filled the larger buffer in it.
+--peer trains with sae-lens' LanguageModelSAETrainingRunner on the same text, model, hook, sizes and number of steps, in
+a process and an environment of its own (`bench_runner_peer.py`, whose VARIANTS can be named), without loading and after
+a short warm-up. All else is that package's default, also its buffer of 20 contexts. Ours holds n_batches_in_buffer *
+store_batch_size = 640, so that in short runs ours harvests many more rows (`rows_harvested`); --peer-config
+'{"n_batches_in_buffer": 640}' makes them equal. `ours_over_peer` is the ratio of tokens/s of whole runs.
+`tokens_per_s_after_first_fill` leaves out the time before the first step, which favours the larger buffer.
 """
 
 from __future__ import annotations
@@ -61,7 +59,8 @@ from sae_training.lm_runner import language_model_sae_runner
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training.trainer import SAETrainer
 from scripts.benchmarks.bench_runner_peer import VARIANTS
-from scripts.benchmarks.bench_step import Failed, check_peer_pythons, cpu_name, last_lines, peer_pythons, show
+from scripts.benchmarks.bench_step import Failed, check_peer_pythons, last_lines, peer_pythons, show
+from scripts.benchmarks.machine import machine_facts
 from scripts.demo import DEMO, smollm2_config
 
 PEER = "sae-lens"
@@ -140,7 +139,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def bench_config(arguments: argparse.Namespace) -> LanguageModelSAERunnerConfig:
-    """The recipe of the demo, as it is but for evaluation."""
+    """Return the recipe of the demo without its evaluations."""
     own_model = arguments.model is not None
     cfg = LanguageModelSAERunnerConfig(**DEMO) if own_model else smollm2_config(arguments.tokens)
     changes: dict[str, Any] = {
@@ -154,8 +153,9 @@ def bench_config(arguments: argparse.Namespace) -> LanguageModelSAERunnerConfig:
 
 
 def rows_harvested(cfg: LanguageModelSAERunnerConfig) -> int:
-    """Rows that a run of this config takes from the language model: the first filling of the buffer, and refills until
-    what waits is enough to its end.
+    """Count the rows that a run of this config takes from the language model.
+
+    They are those of the first filling of the buffer, and of the refills until the rows in it are enough for the rest.
     """
     harvested, served, left = cfg.buffer_rows, 0, trained_tokens(cfg)
     while left > 0:
@@ -173,13 +173,13 @@ def trained_tokens(cfg: LanguageModelSAERunnerConfig) -> int:
 
 
 def bare_model(cfg: LanguageModelSAERunnerConfig, model: Any) -> Any:
-    """The same weights without hooks: the base model of transformers, with only the blocks that the hook needs."""
+    """Load the same weights without hooks: transformers' base model, with the blocks that the hook needs only."""
     site = find_hook_site(model, cfg.resolved_hook_point)
     folder = model.tokenizer.name_or_path
     config = AutoConfig.from_pretrained(folder)
     if site.stop_at_layer is not None:
         config.num_hidden_layers = site.stop_at_layer
-    with quiet_loading():  # not a word of the blocks that are in the file and not used
+    with quiet_loading():  # because transformers warns of the blocks in the file that are not used
         bare = AutoModel.from_pretrained(folder, config=config, dtype=model.cfg.dtype)
     for name in FINAL_NORMS:
         if site.stop_at_layer is not None and hasattr(bare, name):
@@ -211,7 +211,7 @@ def time_harvest_by(cfg: LanguageModelSAERunnerConfig, model: Any, forward: Call
 
 
 def batches_in_memory(cfg: LanguageModelSAERunnerConfig, model: Any) -> list[Tensor]:
-    """Batches of different real activations: all that the first filling of the buffer gives, or the run needs."""
+    """Return batches of real activations, all different: those of the first filling, or as many as the run needs."""
     n = min(cfg.total_training_steps, cfg.buffer_rows // cfg.train_batch_size)
     return list(ActivationsStore(cfg, model).sample(n * cfg.train_batch_size).x.split(cfg.train_batch_size))
 
@@ -287,7 +287,7 @@ def peer_request(
 
 
 def run_peer(python: str, request: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `bench_runner_peer.py` answers, or Failed if it cannot, or did not train as it should."""
+    """Return the answer of `bench_runner_peer.py`; raise Failed if it has none, or did not train as it should."""
     threads = str(torch.get_num_threads())
     env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "WANDB_MODE": "disabled"}
     if not arguments.peer_python:
@@ -330,8 +330,7 @@ def result(
         seconds[f"{PEER}/{variant}"] = statistics.median(one["seconds"] for one in runs)
         after_fill[f"{PEER}/{variant}"] = statistics.median(one["seconds"] - one["first_step_after_s"] for one in runs)
     return {
-        "cpu": cpu_name(),
-        "load_average": [round(load, 2) for load in os.getloadavg()],
+        **machine_facts(),
         "threads": torch.get_num_threads(),
         "device": cfg.device,
         "model": cfg.model_name,

@@ -1,24 +1,23 @@
 """Trains ours and other packages on the same rows in the same order, and evaluates all with one function of ours.
 
-    cd scripts/benchmarks
-    python bench_quality.py                               every system of SYSTEMS, one seed
-    python bench_quality.py --seeds 0 1 2 --continue      three seeds; what is in --results is not run again
-    python bench_quality.py --systems ours:topk 'ours:topk:{"optimizer": "signum", "lr": 0.009}' --save saes
-    python bench_quality.py --systems sae-lens:topk 'dictionary-learning:standard:{"l1_penalty": 0.1}'
+    python scripts/benchmarks/bench_quality.py                          every system of SYSTEMS, one seed
+    ... --seeds 0 1 2 --continue                                        three seeds; known results are not run again
+    ... --systems ours:topk 'ours:topk:{"optimizer": "signum", "lr": 0.009}' --save saes
+    ... --systems sae-lens:topk 'dictionary-learning:standard:{"l1_penalty": 0.1}'
 
-A system is PACKAGE:ARCHITECTURE, or PACKAGE:ARCHITECTURE:{JSON} with settings under the package's own names: for ours
-config fields, for dictionary-learning arguments of its trainer, for sae-lens and eai-sparsify fields of their two
-configs. Unless the JSON says otherwise, ours follows the recipe of the command line and the others the learning rate
-rules of their packages, with windows for dead latents, warm-ups and threshold measurements shortened so that they act
-within the run (`defaults`).
+A system is PACKAGE:ARCHITECTURE or PACKAGE:ARCHITECTURE:{JSON}, with settings under the package's own names: config
+fields of ours, arguments of dictionary-learning's trainer, fields of the two configs of sae-lens and eai-sparsify. What
+the JSON leaves out follows the command line's recipe for ours, and the package's own learning rate rule for the others,
+whose windows for dead latents, warm-ups and threshold measurements are shortened to act within the run (`defaults`).
 
-The rows are SmolLM2-135M's `blocks.8.hook_resid_post` in bfloat16 on State of the Union addresses in contexts of 128
-tokens, without the special tokens, shuffled once, and harvested once into a file that later calls read. Every system
-passes once over the same rows, scaled by one factor to a mean norm of sqrt(d_in); the seed is that of its starting
-weights. Each has its own process, and each peer its own virtual environment (as in `bench_step.py`).
+The rows are SmolLM2-135M's `blocks.8.hook_resid_post` on State of the Union addresses, in contexts of 128 tokens and
+without the special tokens; in bfloat16 where the processor multiplies in it, else in float32 (the protocol's
+`lm_dtype`). They are shuffled and harvested once, into a file that later calls read. Every system passes once over the
+same rows, scaled by one factor to a mean norm of sqrt(d_in). The seed is that of a system's starting weights. Each
+system has its own process, and each peer its own virtual environment (as in `bench_step.py`).
 
 A trained autoencoder comes back as plain tensors (`bench_workers.Plain`) in the units of the model, and is evaluated on
-held-out contexts in float32 (`evaluate`). The result is JSON on stdout and, a line per run, in --results; a table goes
+held-out contexts in float32 (`evaluate`). The result is JSON on stdout and, a line per run, in --results. A table goes
 to stderr.
 """
 
@@ -48,9 +47,9 @@ from sae_training.activations_store.position_rule import special_token_ids
 from sae_training.cli import RECIPE
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.harvest import at_site, put_back
-from sae_training.language_model.load import LanguageModel, load_language_model
+from sae_training.language_model.load import LanguageModel, language_model_dtype, load_language_model
 from sae_training.language_model.sites import find_hook_site
-from sae_training.run.evals import prompts_of_a_pass, run
+from sae_training.run.evals import forward_pass, prompts_of_a_pass
 from scripts.benchmarks.bench_step import (
     PEERS,
     Entry,
@@ -246,6 +245,7 @@ def source_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "text": arguments.text,
         "context_size": CONTEXT_SIZE,
         "held_out": arguments.held_out,
+        "lm_dtype": str(language_model_dtype("auto", arguments.device)).removeprefix("torch."),
         "shuffled_with_seed": 0,
     }
 
@@ -288,7 +288,7 @@ def harvest_rows(arguments: argparse.Namespace) -> None:
 
 def load_model(arguments: argparse.Namespace) -> LanguageModel:
     name = smollm2_model() if arguments.model == "smollm2" else arguments.model
-    return load_language_model(name, arguments.device, "bfloat16")
+    return load_language_model(name, arguments.device, "auto")
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -469,7 +469,7 @@ class HeldOut:
         for prompts in self.tokens.split(prompts_of_a_pass(self.tokens.shape[1], self.model)):
             keep = ~torch.isin(prompts, self.special)
             splice = partial(self.splice, keep=keep, change=change)
-            logits = run(self.model, prompts, (self.site,), (), [(self.site.name, splice)]).logits
+            logits = forward_pass(self.model, prompts, (self.site,), replacements=[(self.site.name, splice)]).logits
             for tokens, predicted in zip(prompts, logits, strict=True):  # one prompt at a time: float32 is large
                 total += torch.nn.functional.cross_entropy(predicted[:-1].float(), tokens[1:], reduction="sum").item()
         return total / self.tokens[:, 1:].numel()

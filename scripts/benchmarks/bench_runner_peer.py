@@ -1,13 +1,13 @@
-"""One whole training run of sae-lens' own runner, in its environment, for `bench_loop.py --peer`.
+"""Makes one whole training run of sae-lens' own runner, in its environment, for `bench_loop.py --peer`.
 
 Reads one JSON object from stdin and prints one to stdout; what the package prints goes to stderr.
 
     {"model": FOLDER, "layer": 8, "dataset": FILE.jsonl, "variant": "default", "d_in": 576, "d_sae": 4608, "k": 32,
      "steps": 58, "config": {...}}
 
-`config` holds fields of its LanguageModelSAERunnerConfig (batch, context and store batch sizes); what neither it nor
-VARIANTS names is as by default, but that nothing goes to wandb or to disk. The residual stream after block `layer` is
-read. A run of WARM_UP_STEPS steps comes first, untimed, in which the model is loaded. The reply:
+`config` holds fields of its LanguageModelSAERunnerConfig (batch, context and store batch sizes). Other fields are those
+of VARIANTS, or the defaults; nothing goes to wandb or to disk. The run reads the residual stream after block `layer`.
+An untimed run of WARM_UP_STEPS steps comes first, and loads the model. The reply:
 
     seconds            of runner.run()
     first_step_after_s of them before the first step: the first filling of the buffer
@@ -109,8 +109,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def let_in(folder: str) -> None:
-    """Make transformer_lens' HookedTransformer take a folder for a model's name: it can read one of Llama's
-    architecture, but refuses names that are not in its list.
+    """Make HookedTransformer accept `folder` as a model's name.
+
+    It can read a folder of Llama's architecture, but refuses names that are not in its list.
     """
     from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
@@ -118,7 +119,7 @@ def let_in(folder: str) -> None:
 
 
 def train(request: dict[str, Any], steps: int, model: Any = None) -> tuple[Any, Watch, tuple[float, float]]:
-    """The runner after its run, what was seen in it, and when runner.run() began and ended."""
+    """Train, and return the runner, what was seen in its run, and when runner.run() began and ended."""
     from datasets import load_dataset
     from sae_lens import LanguageModelSAETrainingRunner  # pyright: ignore[reportMissingImports]
     from sae_lens.training.activations_store import ActivationsStore  # pyright: ignore[reportMissingImports]

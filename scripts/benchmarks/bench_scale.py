@@ -1,14 +1,14 @@
-"""What it costs to train many autoencoders from one pass of the language model, and to train from a cache.
+"""Measures what many autoencoders from one pass of the language model cost, and what training from a cache costs.
 
     python scripts/benchmarks/bench_scale.py layers      all layers of SmolLM2-135M at once, d_sae 4 x d_in, TopK
     python scripts/benchmarks/bench_scale.py layers --hook hook_mlp_out                    inside each block
     python scripts/benchmarks/bench_scale.py sweep       four l1_coefficient x two lr in one run, against eight runs
     python scripts/benchmarks/bench_scale.py cache       rates, bytes and explained variance of each precision
 
-`layers` divides the time of the whole run by what of it the language model's bare forward and the steps take, timed
-inside the run, and its peak memory by the plan. `sweep` times one run of eight and runs of one, two of the eight, in
-turn. `cache` compares writing with harvesting alone, and reading with the steps that consume the rows; the explained
-variance is that of held-out text after training from each cache, for each of three seeds. JSON on stdout.
+`layers` divides the time of the whole run by the time that the language model's bare forward and the steps take in it,
+and the run's peak memory by the planned one. `sweep` times one run of eight autoencoders and runs of a single one (two
+of the eight), in turn. `cache` compares writing with harvesting alone, and reading with the steps that consume rows;
+explained variance is that of held-out text after training from each cache, for each of three seeds. JSON on stdout.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from sae_training.lm_runner import find_singles, run_config
 from sae_training.run.memory_plan import plan_memory
 from sae_training.training.trainer import SAETrainer
 from scripts.benchmarks.bench_loop import batches_in_memory, time_run, time_steps
+from scripts.benchmarks.machine import machine_facts
 from scripts.demo import smollm2_config
 
 SEEDS = (42, 43, 44)  # of the autoencoders whose explained variance is compared
@@ -65,7 +66,8 @@ def main() -> None:
                 measured = sweep(cfg, model, arguments.rounds)
             case _:
                 measured = cache(cfg, model, arguments.rounds, arguments.dtypes)
-    print(json.dumps({"threads": torch.get_num_threads(), "tokens": arguments.tokens, **measured}, indent=2))
+    facts = machine_facts() | {"threads": torch.get_num_threads(), "tokens": arguments.tokens}
+    print(json.dumps(facts | measured, indent=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -222,7 +224,7 @@ def figures_of_cache(
 
 
 def time_harvest(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
-    """Seconds to harvest as many tokens as a cache holds, from tokens in memory."""
+    """Return the seconds that harvesting as many tokens as a cache holds takes, from tokens in memory."""
     store = ActivationsStore(cfg, model)
     tokens = store.get_batch_tokens()
     start = time.perf_counter()
@@ -232,7 +234,7 @@ def time_harvest(cfg: LanguageModelSAERunnerConfig, model: Any) -> float:
 
 
 def held_out_variance(cfg: LanguageModelSAERunnerConfig, model: Any) -> list[float]:
-    """Of an autoencoder of each seed."""
+    """Train one autoencoder for each seed, and return the explained variances of held-out text."""
     found: list[float] = []
     for seed in SEEDS:
         run = run_config(dataclasses.replace(cfg, seed=seed, run_name=f"{cfg.run_name}-{seed}"), model)

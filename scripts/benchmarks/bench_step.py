@@ -1,16 +1,17 @@
 """Times one training step of ours and of other packages, against the dense matmuls that such a step is made of.
 
-    python scripts/benchmarks/bench_step.py     topk and standard, ours and the peers'
-    python scripts/benchmarks/bench_step.py --ours topk 'topk:{"encoder_matmul_dtype": "float32"}' --peers
-    python scripts/benchmarks/bench_step.py --ours topk --dead-share 0.5     AuxK too, on half of the latents
-    python scripts/benchmarks/bench_step.py --sweep --sweep-peers     how the step grows with width and sparsity
+    python scripts/benchmarks/bench_step.py             topk and standard, ours and the peers'
+    ... --ours topk 'topk:{"encoder_matmul_dtype": "float32"}' --peers
+    ... --ours topk --dead-share 0.5                    also with AuxK at work on half of the latents
+    ... --sweep --sweep-peers                           how the step grows with width and sparsity
 
-A step is all that a system's own trainer does with a batch that is in memory: forward, backward, optimizer, decoder
-norm, counters; float32 weights. Each system has its own process (`bench_workers.py`) and each peer its own virtual
-environment, installed at its first use into ~/.cache/sae-training/peers. All stay alive and take turns, one computing
-at a time; the figures are medians over the rounds. ReLU-type systems start with an encoder bias at which --l0 latents
-fire per row, and the learning rate is so small that it stays so. The floors are matmuls into memory that is there
-already. The result is JSON on stdout; a table goes to stderr.
+A step is all that a system's own trainer does with a batch in memory: forward, backward, optimizer, decoder norm,
+counters; weights are float32. Each system has its own process (`bench_workers.py`), and each peer its own virtual
+environment, installed at its first use into ~/.cache/sae-training/peers. All processes stay alive and take turns, so
+that one computes at a time; the figures are medians over the rounds. ReLU-type systems start with an encoder bias at
+which --l0 latents fire per row, and keep that L0 because the learning rate is tiny. The floors are matmuls into
+allocated memory; those in bfloat16 are left out where the processor has no instructions for it. The result is JSON on
+stdout; a table goes to stderr.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +28,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from sae_training.machine.precision import bfloat16_is_fast
+from scripts.benchmarks.machine import machine_facts
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = Path(__file__).resolve().with_name("bench_workers.py")
@@ -58,7 +61,7 @@ SWEEP_FACTOR_OF_KS = 28
 
 
 class Failed(Exception):
-    """A system that cannot be installed, built or run; the others go on."""
+    """Raised for a system that cannot be installed, built or run; the others go on."""
 
 
 @dataclass
@@ -154,7 +157,7 @@ def architecture_and_config(word: str) -> tuple[str, dict[str, Any]]:
 
 def entries(arguments: argparse.Namespace, peers: list[str]) -> list[Entry]:
     floors = FLOORS[:2] if arguments.sweep else FLOORS
-    found = [Entry(f"floor/{name}", "floors", name) for name in floors]
+    found = [Entry(f"floor/{name}", "floors", name) for name in floors if floor_problem(name, arguments.device) is None]
     for word, architecture, config in arguments.ours:
         found.append(Entry(f"ours/{word}", "ours", architecture, arguments.ours_config | config))
     architectures = arguments.peer_architectures
@@ -173,8 +176,15 @@ def entries(arguments: argparse.Namespace, peers: list[str]) -> list[Entry]:
     return found
 
 
+def floor_problem(name: str, device: str) -> str | None:
+    """Why a floor is not timed on `device`; None if it is."""
+    if not name.endswith("bfloat16") or bfloat16_is_fast(device):
+        return None
+    return f"bfloat16 products have no instructions of their own on this {device}, and would take minutes"
+
+
 def sweep_points(arguments: argparse.Namespace) -> list[tuple[int, int, float]]:
-    """(d_sae / d_in, k, L0): first the widths, then the sparsities at one width."""
+    """Return (d_sae / d_in, k, L0): first the widths, then the sparsities at one width."""
     factors = list(arguments.sweep_factors)
     middle = SWEEP_FACTOR_OF_KS if SWEEP_FACTOR_OF_KS in factors or not factors else factors[len(factors) // 2]
     widths = [(factor, arguments.k, arguments.l0) for factor in factors]
@@ -185,7 +195,7 @@ def sweep_points(arguments: argparse.Namespace) -> list[tuple[int, int, float]]:
 
 
 def peer_pythons(wanted: Iterable[str], given_words: list[str], left_out: dict[str, str]) -> dict[str, str]:
-    """The interpreter of each peer that is wanted and can be had; the others go into `left_out` with the reason.
+    """Return the interpreter of each wanted peer. Peers without one go into `left_out` with the reason.
 
     `given_words` are PEER=PYTHON.
     """
@@ -200,7 +210,7 @@ def peer_pythons(wanted: Iterable[str], given_words: list[str], left_out: dict[s
 
 
 def set_up(name: str) -> Path:
-    """The interpreter of a peer's virtual environment, made and filled unless it is complete."""
+    """Return the interpreter of a peer's virtual environment, which is made and filled first if it is incomplete."""
     peer, folder = PEERS[name], PEERS_FOLDER / name
     python, marker = folder / "bin" / "python", folder / "installed.txt"
     if marker.exists() and marker.read_text() == peer.requirement:
@@ -232,7 +242,7 @@ def last_lines(text: str) -> str:
 
 
 class Worker:
-    """A process that holds one system; see `bench_workers.py` for what it answers."""
+    """A process that holds one system; `bench_workers.py` says what it answers."""
 
     def __init__(self, entry: Entry, python: str, arguments: argparse.Namespace) -> None:
         self.entry = entry
@@ -254,7 +264,7 @@ class Worker:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # then there is no reply either
+            pass  # the missing reply says so below
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
@@ -276,7 +286,7 @@ def environment(entry: Entry, arguments: argparse.Namespace) -> dict[str, str]:
     threads = str(arguments.threads)
     env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "WANDB_MODE": "disabled"}
     if entry.system in ("ours", "floors"):
-        # another tree of ours may be put first
+        # PYTHONPATH comes first, so that another checkout of ours can be measured.
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(ROOT)]))
     elif not any(word.startswith(f"{entry.system}=") for word in arguments.peer_python):
         env.pop("PYTHONPATH", None)
@@ -284,7 +294,7 @@ def environment(entry: Entry, arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def measure(arguments: argparse.Namespace, pythons: dict[str, str], factor: int, k: int, l0: float) -> dict[str, Any]:
-    """Build every system at one size, let them take turns, and put the figures together."""
+    """Build every system at one size, let the systems take turns, and return their figures."""
     sizes = {
         "d_in": arguments.d_in,
         "d_sae": arguments.d_in * factor,
@@ -294,7 +304,8 @@ def measure(arguments: argparse.Namespace, pythons: dict[str, str], factor: int,
         "device": arguments.device,
     }
     show([f"d_in {sizes['d_in']}, d_sae {sizes['d_sae']}, batch {sizes['batch']}, k {k}, L0 {l0:g}"])
-    left_out: dict[str, str] = {}
+    problems = {f"floor/{name}": floor_problem(name, arguments.device) for name in FLOORS}
+    left_out = {name: problem for name, problem in problems.items() if problem is not None}
     workers: list[Worker] = []
     with ExitStack() as stack:
         for entry in entries(arguments, list(pythons)):
@@ -315,7 +326,7 @@ def measure(arguments: argparse.Namespace, pythons: dict[str, str], factor: int,
 
 
 def attempt(workers: list[Worker], left_out: dict[str, str], action: Callable[[Worker], None]) -> list[Worker]:
-    """Do `action` with each worker; the workers that could."""
+    """Do `action` with each worker, and return the workers that could."""
     able = []
     for worker in workers:
         try:
@@ -327,7 +338,7 @@ def attempt(workers: list[Worker], left_out: dict[str, str], action: Callable[[W
 
 
 def take_turn(worker: Worker, steps: int) -> None:
-    """One step that is not timed, as another worker has had the caches, and `steps` that are."""
+    """Take one step untimed, because another worker has filled the caches since, and `steps` timed ones."""
     worker.times += worker.ask(do="step", n=steps + 1)["ms"][1:]
 
 
@@ -374,26 +385,11 @@ def rounded(value: float | None) -> float | None:
 
 
 def machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "load_average": [round(load, 2) for load in os.getloadavg()],
-        "platform": platform.platform(),
-        "threads": arguments.threads,
-        "device": arguments.device,
-    }
+    return machine_facts() | {"threads": arguments.threads, "device": arguments.device}
 
 
 def rounds(arguments: argparse.Namespace) -> dict[str, int]:
     return {"rounds": arguments.rounds, "steps_per_round": arguments.steps}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -410,7 +406,7 @@ def table(result: dict[str, Any]) -> list[str]:
 
 
 def sweep_table(points: list[dict[str, Any]]) -> list[str]:
-    """Each system at each size, with its growth and the encoder matmul's since the first size it was timed at."""
+    """Lines for each system at each size, with its growth, and the encoder matmul's, since its first size."""
     labels = list(dict.fromkeys(label for point in points for label in point["systems"]))
     width = longest(labels)
     sizes = f"{'d_sae':>8}{'k':>5}{'L0':>8}"

@@ -1,7 +1,7 @@
-"""One system's training, built and run in its own process for `bench_step.py` and `bench_quality.py`.
+"""Builds and runs one system's training, in its own process, for `bench_step.py` and `bench_quality.py`.
 
-Runs in the virtual environment of the system it runs: each builder imports its own package, and only `ours` imports
-sae_training. Requests are JSON lines on stdin, replies JSON lines on stdout; what the packages print goes to stderr.
+The process lives in the virtual environment of its system: each builder imports its own package, and only `ours`
+imports sae_training. Requests are JSON lines on stdin, replies JSON lines on stdout; packages print to stderr.
 
     {"do": "build", "system": "sae-lens", "architecture": "topk", "sizes": {...}}    -> versions
     {"do": "step", "n": 3}                                                          -> {"ms": [...]}
@@ -80,7 +80,7 @@ class Sizes:
 
 @dataclass
 class Plain:
-    """A trained autoencoder in the form that all systems' are brought to; saved as one .safetensors.
+    """A trained autoencoder in one form for all systems; saved as one .safetensors.
 
     pre = (x - b_dec) @ W_enc + b_enc, or x @ W_enc + b_enc without `subtract_b_dec`; out = acts @ W_dec + b_dec; and
 
@@ -117,9 +117,9 @@ class System:
     before_step: Callable[[], object] = lambda: None
     """Called before each step, untimed."""
     start: Callable[[Tensor], object] = lambda rows: None
-    """Called with the first START_ROWS rows before a whole run: what the system does with data before it trains."""
+    """What the system does with data before it trains; called with the first START_ROWS rows of a whole run."""
     plain: Callable[[], Plain] | None = None
-    """The autoencoder as it is now; called at the end, as it may change the optimizer's state."""
+    """The autoencoder as it is now; called at the end, because it may change the optimizer's state."""
     config: Callable[[], dict[str, Any]] = dict
     """All settings, as the system itself holds them."""
 
@@ -128,7 +128,7 @@ class System:
 
 
 def floors(name: str, sizes: Sizes) -> System:
-    """Dense matmuls into memory that is there already: "encoder" or "six" (all of a dense step), and the dtype."""
+    """Dense matmuls into allocated memory: "encoder" or "six" (all of a dense step), then the dtype."""
     kind, dtype_name = name.split("-")
     dtype = getattr(torch, dtype_name)
     placed = {"dtype": dtype, "device": sizes.device}
@@ -158,7 +158,7 @@ def floors(name: str, sizes: Sizes) -> System:
 
 
 def cast_first(step: Callable[[Tensor], None], dtype: torch.dtype) -> Callable[[Tensor], None]:
-    """`step` on batches in `dtype`; each batch is cast once, in its first use (the untimed steps of `build`)."""
+    """Return `step` on batches in `dtype`; each batch is cast once, at its first use (the untimed steps of `build`)."""
     cast: dict[int, Tensor] = {}
 
     def run(x: Tensor) -> None:
@@ -187,7 +187,7 @@ def ours(architecture: str, sizes: Sizes) -> System:
         "architecture": architecture,
         "k": sizes.k,
         "train_batch_size": sizes.batch,
-        # the buffer, which is not used here, must hold two batches
+        # The config demands a buffer of two batches, which is not used here.
         "store_batch_size": 32,
         "context_size": 128,
         "n_batches_in_buffer": -(-2 * sizes.batch // (32 * 128)),
@@ -252,7 +252,7 @@ def commit(folder: Path) -> str:
 
 
 def sae_lens(architecture: str, sizes: Sizes) -> System:
-    """SAETrainer.step, with the package's defaults for all but sizes, learning rate and what `sizes.config` names."""
+    """SAETrainer.step with the package's defaults, but for sizes, learning rate and what `sizes.config` names."""
     from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
     from sae_lens.saes import (  # pyright: ignore[reportMissingImports]
         batchtopk_sae,
@@ -328,9 +328,10 @@ def settings_of(config_class: Any, settings: dict[str, Any]) -> tuple[dict[str, 
 
 
 def eai_sparsify(architecture: str, sizes: Sizes) -> System:
-    """What Trainer.fit does per batch to one SparseCoder, with loss "fvu" and no accumulation, wandb or language model:
-    its step is not a function of its own. Copying and masking the language model's output is left out, and so is
-    k_decay_steps. A learning rate of None is the rule of the package.
+    """The part of Trainer.fit that trains one SparseCoder on a batch: the package has no function for it.
+
+    The loss is "fvu". Left out: accumulation, wandb, the language model with the masking of its output, k_decay_steps.
+    A learning rate of None is the rule of the package.
     """
     from schedulefree import ScheduleFreeWrapper  # pyright: ignore[reportMissingImports]
     from sparsify.config import SparseCoderConfig, TrainConfig  # pyright: ignore[reportMissingImports]
@@ -403,8 +404,9 @@ def eai_sparsify(architecture: str, sizes: Sizes) -> System:
 
 
 def dictionary_learning(architecture: str, sizes: Sizes) -> System:
-    """The trainers' update(), with the package's defaults for all but sizes, learning rate, warm-ups and what
-    `sizes.config` names: arguments of the trainer, and its attribute dead_feature_threshold.
+    """The trainers' update() with the package's defaults, but for sizes, learning rate, warm-ups and `sizes.config`.
+
+    The latter holds arguments of the trainer, and its attribute dead_feature_threshold.
     """
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer  # pyright: ignore[reportMissingImports]
     from dictionary_learning.trainers.gdm import GatedSAETrainer  # pyright: ignore[reportMissingImports]
@@ -450,7 +452,7 @@ def dictionary_learning(architecture: str, sizes: Sizes) -> System:
     steps = count()
 
     def encode(x: Tensor) -> Tensor:
-        # by default these two encode with the threshold of inference
+        # By default these two encode with the threshold of inference.
         batch_wise = architecture in ("batchtopk", "matryoshka")
         return trainer.ae.encode(x, use_threshold=False) if batch_wise else trainer.ae.encode(x)
 
@@ -474,7 +476,7 @@ def dictionary_learning(architecture: str, sizes: Sizes) -> System:
                 return Plain(tensors, "topk", int(ae.k))
             case "standard" | "gated":
                 return Plain(tensors, "relu" if architecture == "standard" else "gated")
-            case _:  # negative where batchtopk has not measured one yet
+            case _:  # the threshold is negative until batchtopk has measured one
                 tensors["threshold"] = torch.as_tensor(ae.threshold).expand(sizes.d_sae)
                 return Plain(tensors, "threshold", subtract_b_dec=architecture != "jumprelu")
 
@@ -528,7 +530,7 @@ def mean_l0(encode: Callable[[Tensor], Tensor], x: Tensor) -> float:
 
 @torch.no_grad()
 def set_l0(system: System, x: Tensor, l0: float) -> None:
-    """Find, by bisection, the constant for all encoder biases with which about `l0` latents fire per row of `x`."""
+    """Set all encoder biases to the constant, found by bisection, with which about `l0` latents fire per row of `x`."""
     if system.module is None or system.encode is None:
         raise ValueError("L0 can only be set of an autoencoder")
     biases = [p for name, p in system.module.named_parameters() if name in ENCODER_BIASES]
@@ -566,7 +568,7 @@ def used_mib(device: str) -> float:
 
 
 def peak_mib(device: str) -> float:
-    """Highest use since `forget_peak` (on systems without /proc: since the start)."""
+    """Highest use since `forget_peak`, or since the start on systems without /proc."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     try:
@@ -581,14 +583,14 @@ def forget_peak(device: str) -> None:
         return
     try:
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # then the peak includes that of building
+    except OSError:  # the peak then includes that of building
         return
 
 
 def limit_memory() -> None:
-    """Let this process fail, rather than the machine, where a system needs more memory than is free now.
+    """Limit this process to the memory that is free now, so that it fails rather than the machine.
 
-    Not with CUDA, which reserves address space without end.
+    There is no limit with CUDA, which reserves more address space than any limit.
     """
     if torch.cuda.is_available():
         return
@@ -605,9 +607,9 @@ def limit_memory() -> None:
 
 
 def warm_up(builder: Callable[[str, Sizes], System], architecture: str, sizes: Sizes) -> None:
-    """Two steps of a very small system, so that imports and lazily loaded code do not count as memory of the step."""
+    """Take two steps of a very small system, so that imports and lazily loaded code do not count as a step's memory."""
     small = replace(sizes, d_in=8, d_sae=64, batch=16, k=2)
-    with suppress(ValueError, RuntimeError):  # of config fields that hold only for the true sizes
+    with suppress(ValueError, RuntimeError):  # config fields may fit the true sizes only
         system = builder(architecture, small)
         for x in planted_batches(small)[:2]:
             system.before_step()
@@ -629,7 +631,7 @@ class Worker:
         torch.manual_seed(0)
         self.before_mib = used_mib(device)
         self.system = BUILDERS[system](architecture, self.sizes)
-        # the first steps fill the optimizer's state and every cache
+        # The first steps fill the optimizer's state and every cache.
         self.steps(1)
         if architecture in RELU_TYPE:
             set_l0(self.system, self.batches[0], self.sizes.l0)

@@ -29,7 +29,8 @@ class Size(NamedTuple):
 
 
 SIZES = {"768": Size(16_384, 768, 24_576, 32), "4096": Size(8_192, 4_096, 131_072, 64)}
-TINY = {"768": Size(9, 20, 64, 3), "4096": Size(6, 37, 96, 4)}
+TINY = {"768": Size(9, 20, 64, 3)}  # the interpreter takes a second for what a GPU does in no time
+TINY_ODD = Size(6, 37, 96, 4)
 ODD = Size(130, 300, 4_001, 5)  # no width is a multiple of a block
 PAST_INT32 = Size(64, 4_096, 600_000, 8)  # a table of 2.46e9 numbers: its last positions do not fit into int32
 CHECKED_ROWS = 256  # of the large sizes, whose reference in float64 would not fit
@@ -46,7 +47,7 @@ def items(name: str, device: torch.device) -> Items:
     on_cpu = device.type == "cpu"
     dtypes = (torch.float32,) if on_cpu else (torch.float32, torch.bfloat16, torch.float16)
     sizes = TINY if on_cpu else SIZES
-    checked = {"odd": TINY["4096"] if on_cpu else ODD}
+    checked = {"odd": TINY_ODD if on_cpu else ODD}
     checked |= {at: size._replace(rows=min(size.rows, CHECKED_ROWS)) for at, size in sizes.items()}
     found: Items = {}
     for at, size in checked.items():

@@ -145,6 +145,8 @@ class Bench:
 
     def sparsify(self, architecture: str) -> Figures:
         forget_peak(self.device)
+        if self.device.type == "cpu":
+            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its own switch, read when it is imported
         system = BUILDERS["eai-sparsify"](architecture, self.sizes)
         steps = count()
         ms = median_ms(lambda: system.step(self.next_batch(steps)), self.device)

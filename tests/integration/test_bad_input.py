@@ -20,7 +20,7 @@ from torch import Tensor
 
 import sae_training
 from sae_training import cli
-from sae_training.config.io import save_config
+from sae_training.config.io import config_to_dict
 from sae_training.run import checkpoint
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training.trainer import SAETrainer, StepResult
@@ -41,8 +41,8 @@ RUNS = "runs"
 @pytest.fixture
 def train(small_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Train:
     """`sae-training train --config <the small run>` with flags added: exit code, stderr without the bars, stdout."""
-    config_file = tmp_path / "run.yaml"
-    save_config(small_config(), config_file)
+    config_file = tmp_path / "run.json"
+    config_file.write_text(json.dumps(config_to_dict(small_config())))
 
     def run(*flags: str) -> Answer:
         capsys.readouterr()
@@ -383,7 +383,7 @@ def test_second_process_on_a_run_folder_is_refused_and_sigterm_saves_the_first(
     train: Train, small_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long_run = ("--total-training-tokens", "1e9", "--wandb-log-frequency", "1")
-    command = [sys.executable, "-m", "sae_training", "train", "--config", str(tmp_path / "run.yaml"), *long_run]
+    command = [sys.executable, "-m", "sae_training", "train", "--config", str(tmp_path / "run.json"), *long_run]
     environment = {**os.environ, "PYTHONPATH": str(Path(sae_training.__file__).parent.parent)}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / RUNS / "run"

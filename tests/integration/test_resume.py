@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import Command
 from small import SMALL_RUN
 
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.config.io import save_config
+from sae_training.config.io import config_to_dict
 from sae_training.lm_runner import resume_run, run_config
 from sae_training.run.checkpoint import complete_checkpoints
+
+Process = Command | subprocess.Popen[str]
 
 N_KILLS = 10
 # 160 steps on a text of less than that: kills fall into refills, epochs, checkpoints and evaluations.
@@ -55,24 +58,18 @@ def config(text: Path, run_dir: Path, **changes: Any) -> LanguageModelSAERunnerC
     )
 
 
-def start(cfg: LanguageModelSAERunnerConfig, folder: Path) -> subprocess.Popen[str]:
+def start(cfg: LanguageModelSAERunnerConfig, folder: Path) -> Command:
     """The run in a process of its own, by the command line."""
     file = folder / "config.json"
-    save_config(cfg, file)
-    return subprocess.Popen(
-        [sys.executable, "-m", "sae_training", "train", "--config", str(file)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=one_thread_environment(),
-    )
+    file.write_text(json.dumps(config_to_dict(cfg)))
+    return Command(folder, "train", "--config", str(file))
 
 
 def one_thread_environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def step_of(run: Path, process: subprocess.Popen[str]) -> int:
+def step_of(run: Path, process: Process) -> int:
     """The last step that this process has written to status.json; -1 while it has not."""
     try:
         status = json.loads((run / "status.json").read_text())
@@ -81,7 +78,7 @@ def step_of(run: Path, process: subprocess.Popen[str]) -> int:
     return status["step"] if status["pid"] == process.pid else -1
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
+def wait_for(condition: Callable[[], bool], process: Process) -> bool:
     """Wait until `condition` holds (True) or the process ends (False)."""
     deadline = time.monotonic() + 180
     while not condition():
@@ -94,10 +91,12 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> b
 
 @pytest.fixture(scope="module")
 def uninterrupted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run by the command line as a user starts it, in a Python of its own."""
     folder = tmp_path_factory.mktemp("whole")
-    process = start(config(text, folder), folder)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    file = folder / "config.json"
+    file.write_text(json.dumps(config_to_dict(config(text, folder))))
+    command = [sys.executable, "-m", "sae_training", "train", "--config", str(file)]
+    subprocess.run(command, env=one_thread_environment(), timeout=300, check=True)
     return folder / "run"
 
 
@@ -126,7 +125,7 @@ def test_ten_kills_at_random_moments_change_nothing(text: Path, tmp_path: Path, 
             wait_for(lambda process=process, wanted=wanted: step_of(run, process) >= wanted, process)
             time.sleep(moments.uniform(0, 0.1))
             process.send_signal(signal.SIGKILL)
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate()
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, err
@@ -143,7 +142,7 @@ def test_signal_saves_and_says_how_to_go_on(
     process = start(cfg, tmp_path)
     assert wait_for(lambda: step_of(run, process) >= 20, process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert process.returncode == exit_code, err
     assert "Traceback" not in err
     assert f"{number.name}: finishing this step" in out
@@ -151,15 +150,10 @@ def test_signal_saves_and_says_how_to_go_on(
     (saved,) = complete_checkpoints(run / "checkpoints")
     assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
 
-    resumed = subprocess.run(
-        [sys.executable, "-m", "sae_training", "resume", str(run)],
-        capture_output=True,
-        text=True,
-        env=one_thread_environment(),
-        check=False,
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"after step {saved.name.removeprefix('step_')}" in resumed.stdout
+    resumed = Command(tmp_path, "resume", str(run))
+    out, err = resumed.communicate()
+    assert resumed.returncode == 0, err
+    assert f"after step {saved.name.removeprefix('step_')}" in out
     assert_same_run(uninterrupted, run)
 
 
@@ -181,7 +175,7 @@ def test_second_signal_stops_at_once(text: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate()
     assert process.returncode == 130
     assert not complete_checkpoints(run / "checkpoints")
 
@@ -225,6 +219,6 @@ def test_kill_before_the_first_checkpoint_starts_again_from_the_beginning(
     process.kill()
     process.communicate()
     process = start(cfg, tmp_path)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate()
     assert process.returncode == 0, err
     assert_same_run(uninterrupted, run)

@@ -176,6 +176,17 @@ def test_evaluate_run_repeats_the_final_evaluation(small_config: MakeConfig, dem
     assert again == {key: saved[key] for key in again}
 
 
+def test_run_that_holds_out_no_text_trains_without_an_evaluation(small_config: MakeConfig, demo_model: Any) -> None:
+    run = run_config(small_config(n_eval_batches=0), demo_model)
+    assert len(run.held_out) == 0
+    assert (run.folder.final / "sae.safetensors").is_file()
+    rows = read_metrics(run.folder.path)
+    assert not [key for row in rows for key in row if key.startswith(("metrics/ce_", "metrics/kl", "metrics/eval_"))]
+    assert list(json.loads((run.folder.final / "evaluation.json").read_text())) == ["sparsity/dead_features"]
+    with pytest.raises(ValueError, match="holds no text out .n_eval_batches=0."):
+        evaluate_run(run.folder.path)
+
+
 def test_fine_tuning_starts_from_the_given_weights_and_keeps_the_new_config(
     small_config: MakeConfig, demo_model: Any, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ from sae_training.config.io import FIELD_NAMES
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.sites import find_hook_site
 from scripts.benchmarks import bench_loop, bench_quality, bench_step, bench_workers
+from scripts.benchmarks.machine import VECTOR_FLAGS
 from scripts.demo import DEMO
 
 ROOT = Path(__file__).parents[2]
@@ -217,7 +218,8 @@ def benched() -> tuple[dict[str, Any], str]:
 
 def test_bench_step_times_ours_and_the_floors(benched: tuple[dict[str, Any], str]) -> None:
     systems = benched[0]["systems"]
-    assert list(systems) == [f"floor/{name}" for name in bench_step.FLOORS] + ["ours/topk", "ours/standard"]
+    floors = [f"floor/{name}" for name in bench_step.FLOORS if bench_step.floor_problem(name, "cpu") is None]
+    assert list(systems) == [*floors, "ours/topk", "ours/standard"]
     for row in systems.values():
         assert len(row["times_ms"]) == 2 * 2
         assert min(row["times_ms"]) <= row["median_ms"] <= max(row["times_ms"])
@@ -231,9 +233,24 @@ def test_bench_step_has_the_sparsity_that_was_asked_for(benched: tuple[dict[str,
 
 def test_bench_step_goes_on_without_a_peer_that_is_not_there(benched: tuple[dict[str, Any], str]) -> None:
     result, table = benched
-    assert set(result["left_out"]) == {"sae-lens/topk", "sae-lens/standard"}
+    peers = {name for name in result["left_out"] if not name.startswith("floor/")}
+    assert peers == {"sae-lens/topk", "sae-lens/standard"}
     assert "No such file" in result["left_out"]["sae-lens/topk"]
     assert "left out: sae-lens/topk" in table
+
+
+def test_bench_step_says_what_it_left_out_and_on_which_processor(
+    monkeypatch: pytest.MonkeyPatch, benched: tuple[dict[str, Any], str]
+) -> None:
+    machine = benched[0]["machine"]
+    assert machine["cpu"]
+    assert set(machine["vector_flags"]) <= set(VECTOR_FLAGS)
+    monkeypatch.setattr(bench_step, "bfloat16_is_fast", lambda device: False)
+    labels = [entry.label for entry in bench_step.entries(bench_step.parse(["--ours", "topk"]), [])]
+    assert labels == ["floor/encoder-float32", "floor/six-float32", "ours/topk"]
+    assert "bfloat16" in (bench_step.floor_problem("six-bfloat16", "cpu") or "")
+    monkeypatch.setattr(bench_step, "bfloat16_is_fast", lambda device: True)
+    assert bench_step.floor_problem("six-bfloat16", "cpu") is None
 
 
 def test_bench_step_sweeps_and_holds_latents_dead() -> None:

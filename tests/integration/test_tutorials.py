@@ -1,6 +1,7 @@
 """Every notebook in tutorials/ runs from top to bottom, in a folder of its own and at a small size.
 
-A cell tagged `parameters` holds a notebook's sizes; the tests set the names in PARAMETERS after it.
+A cell tagged `parameters` holds a notebook's sizes; the tests set the names in PARAMETERS after it. CHECKS holds what
+must be true of a notebook's variables at its end.
 """
 
 from __future__ import annotations
@@ -67,8 +68,12 @@ CHECKS = {
 }
 
 
+def test_every_notebook_has_checks() -> None:
+    assert {path.stem for path in NOTEBOOKS} == set(CHECKS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path) -> None:
-    wanted, check = CHECKS.get(path.stem, ([], lambda values: None))
+    wanted, check = CHECKS[path.stem]
     check(execute(path, tmp_path, wanted))

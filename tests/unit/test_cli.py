@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from sae_training import cli
-from sae_training.cli import main, parse, parse_train, spell_switches, table
+from sae_training.cli import main, parse, parse_train, table
 from sae_training.config import LanguageModelSAERunnerConfig as Config
-from sae_training.config.io import FIELD_NAMES, save_config
+from sae_training.config.checks import field_types, plain_value, plain_values
+from sae_training.config.io import FIELD_NAMES, config_to_dict
+from sae_training.config.values import read_value, without_retired_flags, written
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,17 +103,66 @@ def test_flag_value(words: list[str], name: str, value: Any) -> None:
     assert getattr(parse_train(words), name) == value
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ("--use_ghost_grads", True),
+        ("--use-ghost-grads", True),
+        ("--no-use-ghost-grads", False),
+        ("--no_use_ghost_grads", False),
+        ("--use_ghost_grads True", True),
+        ("--use_ghost_grads TRUE", True),
+        ("--use-ghost-grads=yes", True),
+        ("--use_ghost_grads=1", True),
+        ("--use_ghost_grads 1", True),
+        ("--use_ghost_grads False", False),
+        ("--use_ghost_grads=false", False),
+        ("--use_ghost_grads No", False),
+        ("--use_ghost_grads=0", False),
+    ],
+)
+def test_switch_may_be_spelt_as_people_and_programs_do(words: str, value: bool) -> None:
+    cfg = parse_train([*words.split(), "--auxk_coefficient=0", "demo", "text.jsonl"])
+    assert (cfg.use_ghost_grads, cfg.model_name, cfg.dataset_path) == (value, "demo", "text.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [("then_live", "then_live"), ("True", True), ("true", True), ("1", True), ("False", False)],
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_switch_with_a_third_value(words: str, value: Any, joined: bool) -> None:
+    flags = [f"--use_cached_activations={words}"] if joined else ["--use_cached_activations", words]
+    assert parse_train([*flags, "demo", "--cached_activations_path", "x"]).use_cached_activations == value
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [("--streaming None", None), ("--streaming=null", None), ("--streaming", True), ("--no-streaming", False)],
+)
+def test_switch_that_may_be_left_open(words: str, value: Any) -> None:
+    assert parse_train(words.split()).streaming is value
+
+
+@pytest.mark.parametrize("word", ["None", "none", "null"])
+def test_nothing_may_be_spelt_in_three_ways(word: str) -> None:
+    cfg = parse_train(["--run_name", word, "--d_in", word, "--clip_grad_norm", word])
+    assert (cfg.run_name, cfg.d_in, cfg.clip_grad_norm) == (None, None, None)
+
+
+def test_none_is_a_separator() -> None:
+    assert parse_train(["--sequence_separator_token", "none"]).sequence_separator_token == "none"
+    assert parse_train(["--sequence_separator_token", "50256"]).sequence_separator_token == 50256
+
+
 def test_command_line_of_a_wandb_agent() -> None:
     cfg = parse_train(["--lr=0.0004", "--k=64", "--use_ghost_grads=False", "--model_name=demo"])
     assert cfg == dataclasses.replace(RECIPE, lr=0.0004, k=64, model_name="demo")
 
 
 def test_switch_value_does_not_swallow_a_positional() -> None:
-    assert spell_switches(["--log-to-wandb", "False", "false", "demo"]) == [
-        "--no-log-to-wandb",
-        "false",
-        "demo",
-    ]
+    cfg = parse_train(["--log-to-wandb", "False", "false", "demo"])
+    assert (cfg.log_to_wandb, cfg.model_name, cfg.dataset_path) == (False, "false", "demo")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +218,7 @@ def test_file_gives_the_defaults_and_flags_win(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("error")
 def test_file_of_a_whole_config_is_that_config(tmp_path: Path) -> None:
     written = Config(dtype=torch.float64, d_in=64, run_name="x", lr="auto", architecture="topk")
-    save_config(written, tmp_path / "run.json")
+    (tmp_path / "run.json").write_text(json.dumps(config_to_dict(written)))
     assert parse_train([f"--config={tmp_path / 'run.json'}"]) == written
 
 
@@ -205,9 +257,9 @@ def test_verb(words: list[str], verb: cli.Verb) -> None:
     ("words", "answer"),
     [
         (["train", "--l1-coeficient", "3"], "--l1-coefficient"),
-        (["train", "--architecture", "top"], "did you mean topk?"),
+        (["train", "--architecture", "top"], "did you mean 'topk'?"),
         (["train", "--optimizer", "adan"], "'adam'"),
-        (["train", "--k", "1.5"], "expected one whole number"),
+        (["train", "--k", "1.5"], "found '1.5', expected a whole number"),
         (["trian"], "train, resume, eval, report"),
         (["resume"], "RUN"),
     ],
@@ -246,7 +298,8 @@ def test_help_of_train_shows_every_field_with_its_text() -> None:
 
 def test_every_field_has_one_line_of_help() -> None:
     # tyro breaks the help at each line end of the source
-    lines = Path(ROOT / "sae_training" / "config.py").read_text().splitlines()
+    files = [ROOT / "sae_training" / "config" / name for name in ("fields.py", "run.py")]
+    lines = [line for file in files for line in file.read_text().splitlines()]
     documented = {
         lines[i - 1].split(":")[0].strip()
         for i, line in enumerate(lines)
@@ -327,8 +380,10 @@ def test_errors_that_are_not_ours_are_not_hidden(runner: ModuleType) -> None:
         main(["resume", "runs/a"])
 
 
-def test_eval_prints_a_table(runner: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    vars(runner)["evaluate_run"] = lambda _: {"explained variance": 0.912345, "l0": 32}
+def test_eval_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    module = ModuleType("sae_training.run.evals")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    vars(module)["evaluate_run"] = lambda _: {"explained variance": 0.912345, "l0": 32}
     assert main(["eval", "runs/a"]) == 0
     assert capsys.readouterr().out == "explained variance  0.9123\nl0                  32\n"
 
@@ -347,6 +402,22 @@ def test_table_of_nothing_is_empty() -> None:
         ("--l1-coefficient 1e-3, 3e-3 --architecture standard", {"l1_coefficient": [1e-3, 3e-3]}),
         ("--hook_point blocks.{layer}.hook_mlp_out --layers 0, 2", {"hook_point_layer": [0, 2]}),
         ("--hook_point blocks.{layer}.hook_mlp_out --layers All", {"hook_point_layer": "all"}),
+        ("train.model demo --k 32 64", {"k": [32, 64], "model_name": "train.model", "dataset_path": "demo"}),
+        ("--k [16,32] demo", {"k": [16, 32], "model_name": "demo"}),
+        ("--k [16, 32] demo", {"k": [16, 32], "model_name": "demo"}),
+        ("--k=[16, 32] demo", {"k": [16, 32], "model_name": "demo"}),
+        ("--k [16] demo", {"k": [16], "model_name": "demo"}),
+        ("--k 2_0,3e1 demo", {"k": [20, 30], "model_name": "demo"}),
+        ("--lr auto 1e-3 demo", {"lr": ["auto", 1e-3], "model_name": "demo"}),
+        ("--seqpos_slice -8 128 demo", {"seqpos_slice": (-8, 128), "model_name": "demo"}),
+        ("--seqpos_slice () demo", {"seqpos_slice": (), "model_name": "demo"}),
+        ("--architecture topk batchtopk demo", {"architecture": ["topk", "batchtopk"], "model_name": "demo"}),
+        ("--dataset_path a.jsonl,b.jsonl demo", {"dataset_path": ["a.jsonl", "b.jsonl"], "model_name": "demo"}),
+        ("--dataset_path ['a','b'] demo", {"dataset_path": ["a", "b"], "model_name": "demo"}),
+        (
+            "--hook_point blocks.{layer}.hook_mlp_out --layers 4 8 12 demo text",
+            {"hook_point_layer": [4, 8, 12], "model_name": "demo", "dataset_path": "text"},
+        ),
     ],
 )
 def test_lists_may_be_written_apart(words: str, expected: dict[str, Any]) -> None:
@@ -354,8 +425,32 @@ def test_lists_may_be_written_apart(words: str, expected: dict[str, Any]) -> Non
     assert {name: getattr(cfg, name) for name in expected} == expected
 
 
+def test_every_default_is_read_back_from_the_text_that_help_shows() -> None:
+    types = field_types(Config)
+    for cfg in (Config(), RECIPE):
+        for name, value in config_to_dict(cfg).items():
+            assert plain_value(read_value(written(value), types[name]), types[name]) == plain_values(cfg)[name]
+
+
+def test_retired_flag_is_dropped_with_one_warning() -> None:
+    with pytest.warns(FutureWarning, match="sae: no longer a field of Toy") as caught:
+        verb = parse(["toy", "--sae", "jumprelu_init_threshold=0.5", "lr_decay_steps=10", "--k", "3"])
+    assert len(caught) == 1
+    assert isinstance(verb, cli.Toy)
+    assert (verb.jumprelu_init_threshold, verb.lr_decay_steps, verb.k) == (0.5, 10, 3)
+
+
+@pytest.mark.parametrize("words", ["--old demo", "--old=2 demo", "--old 2 demo", "--old False demo", "demo --old"])
+def test_value_of_a_retired_flag_goes_with_it(words: str) -> None:
+    class WithOldField:
+        RETIRED: ClassVar = {"old": "leave it out"}
+
+    with pytest.warns(FutureWarning, match="old: no longer a field of WithOldField; leave it out"):
+        assert without_retired_flags(words.split(), WithOldField) == ["demo"]
+
+
 @pytest.mark.parametrize("words", ["--grad-acc-steps 2,4", "--seqpos-slice 1:64"])
 def test_a_list_where_a_number_belongs_is_shown(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_train(words.split())
-    assert "expected one whole number" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "expected a whole number" in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -14,9 +14,8 @@ import torch
 
 from sae_training.config import CacheActivationsRunnerConfig
 from sae_training.config import LanguageModelSAERunnerConfig as Config
-from sae_training.config.checks import NOT_EMPTY, NOT_NEGATIVE, POSITIVE
 from sae_training.config.io import FIELD_NAMES
-from sae_training.config.rules import BUILT, RELATIONS, problems
+from sae_training.config.rules import BUILT, OF_LISTS, OF_SINGLE, parameters, problems
 
 MATS_DEFAULTS: dict[str, Any] = {
     "model_name": "gelu-2l",
@@ -64,7 +63,6 @@ OWN_DEFAULTS: dict[str, Any] = {
     "seqpos_slice": (),
     "max_activation_norm_multiple": None,
     "dataset_weights": (),
-    "tokenizer_processes": None,
     "sequence_separator_token": "auto",
     "multi_topk": False,
     "matryoshka_selection": "batchtopk",
@@ -238,7 +236,7 @@ def test_int_is_accepted_for_a_float() -> None:
             {"sequence_separator_token": "eot"},
             "sequence_separator_token: found 'eot', expected one of a whole number, auto, bos, eos, sep, none; did",
         ),
-        ({"tokenizer_processes": -1}, "tokenizer_processes: found -1, expected 0 or more; change it"),
+        ({"n_eval_batches": -1}, "n_eval_batches: found -1, expected 0 or more; change it"),
         ({"dataset_path": ["a", ""]}, "dataset_path: found '', expected some text"),
         ({"dataset_path": ["a", 1]}, "dataset_path: found 1 (int) in a list, expected text"),
         ({"lr": ["1e-3", 2e-3]}, "lr: found '1e-3' (str) in a list, expected a number"),
@@ -434,7 +432,7 @@ def test_unknown_keywords_are_named_all_at_once() -> None:
         Config(learning_rate=1, zzz=2)  # pyright: ignore
     assert str(caught.value).splitlines() == [
         "learning_rate: not a field of LanguageModelSAERunnerConfig; did you mean 'lr'?",
-        "zzz: not a field of LanguageModelSAERunnerConfig; see sae_training/config.py for the fields",
+        "zzz: not a field of LanguageModelSAERunnerConfig; see the files of sae_training/config for the fields",
     ]
 
 
@@ -454,9 +452,9 @@ def test_finished_config_has_no_problems() -> None:
     assert problems(Config(dtype=torch.bfloat16)) == []
 
 
-def test_tables_of_checks_name_only_fields() -> None:
-    named = {*POSITIVE, *NOT_NEGATIVE, *NOT_EMPTY, *BUILT, *(n for r in RELATIONS for n in r[0])}
-    assert named <= {*FIELD_NAMES, *(f.name for f in dataclasses.fields(CacheActivationsRunnerConfig))}
+def test_rules_ask_only_for_fields_and_all_are_asked_of_a_run() -> None:
+    named = {*BUILT, *(name for rule in (*OF_SINGLE, *OF_LISTS) for name in parameters(rule))}
+    assert named <= {*FIELD_NAMES, "d_sae"}
 
 
 def test_sizes_follow_from_the_fields() -> None:
@@ -563,3 +561,20 @@ def test_weights_of_a_cache_are_checked_too() -> None:
         CacheActivationsRunnerConfig(dataset_path=["a", "b"], dataset_weights=(1.0,))
     cfg = CacheActivationsRunnerConfig(dataset_path=("a", "b"), dataset_weights=[1, 2])  # pyright: ignore
     assert (cfg.dataset_path, cfg.dataset_weights) == (["a", "b"], (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (
+            {"hook_point_layer": [0, 1]},
+            r"hook_point: found 'blocks.0.hook_mlp_out' with layers \[0, 1\], expected {layer}",
+        ),
+        ({"seqpos_slice": (5, 5)}, r"seqpos_slice: found \[5, 5\] with context_size 128"),
+        ({"shard_size_mb": 0}, "shard_size_mb: found 0, expected more than 0"),
+        ({"context_size": 1}, "context_size: found 1, expected at least 2"),
+    ],
+)
+def test_config_of_a_cache_is_checked_as_a_run_is(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=f"^CacheActivationsRunnerConfig: 1 problem\n{line}"):
+        CacheActivationsRunnerConfig(**values)

@@ -1,24 +1,30 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from sae_training.config import CacheActivationsRunnerConfig
 from sae_training.config import LanguageModelSAERunnerConfig as Config
+from sae_training.config.checks import checked_names
+from sae_training.config.fields import OPTION_OF, Source
+from sae_training.config.files import read_config_values
 from sae_training.config.io import (
+    CACHE_FIELDS,
     FIELD_NAMES,
     WATCHING_FIELDS,
     config_differences,
     config_from_dict,
     config_to_dict,
-    load_config,
     option,
-    save_config,
     unknown_keys,
+    with_defaults,
 )
 
 UNUSUAL = Config(
@@ -53,30 +59,6 @@ def test_dict_round_trip() -> None:
     assert config_from_dict(config_to_dict(UNUSUAL)) == UNUSUAL
 
 
-@pytest.mark.parametrize("ending", ["json", "yaml", "yml"])
-def test_file_round_trip(ending: str, tmp_path: Path) -> None:
-    path = tmp_path / f"cfg.{ending}"
-    save_config(UNUSUAL, path)
-    assert load_config(path) == UNUSUAL
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("1e-4", 1e-4), ("1E-4", 1e-4), ("1.e-4", 1e-4), ("+4e-05", 4e-5), ("0.0001", 1e-4)],
-)
-def test_yaml_reads_every_spelling_of_a_number(text: str, value: float, tmp_path: Path) -> None:
-    path = tmp_path / "cfg.yaml"
-    path.write_text(f"lr: {text}\ntotal_training_tokens: 2e6\n")
-    cfg = load_config(path)
-    assert (cfg.lr, cfg.total_training_tokens) == (value, 2_000_000)
-
-
-def test_empty_yaml_is_the_defaults(tmp_path: Path) -> None:
-    path = tmp_path / "cfg.yaml"
-    path.write_text("# nothing yet\n")
-    assert load_config(path) == Config()
-
-
 def test_unknown_keys_are_named_all_at_once() -> None:
     with pytest.raises(ValueError) as caught:
         config_from_dict({"k": 4, "l1_coef": 1, "expansion_facto": 2})
@@ -95,41 +77,6 @@ def test_unknown_keys_of_a_foreign_file_are_dropped_and_listed() -> None:
 def test_known_keys_of_a_foreign_file_are_still_checked() -> None:
     with pytest.raises(ValueError, match="k: found 0, expected more than 0"):
         config_from_dict({"k": 0, "other": 1}, strict=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "error"),
-    [
-        ("cfg.yaml", "k: 0\n", "k: found 0, expected more than 0"),
-        ("cfg.yaml", "kk: 1\n", "kk: not a field of the config"),
-        ("cfg.yaml", "k: [1\n", "correct the file"),
-        ("cfg.json", "{", "correct the file"),
-        ("cfg.json", "[1]", "found a list, expected lines of `field: value`"),
-        ("cfg.toml", "k = 1", "found the ending '.toml', expected .yaml, .yml or .json"),
-    ],
-    ids=["value", "field", "yaml", "json", "list", "ending"],
-)
-def test_wrong_file_is_named_in_the_error(name: str, text: str, error: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_text(text)
-    with pytest.raises(ValueError) as caught:
-        load_config(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert str(caught.value).count(str(path)) <= 2  # yaml names the stream itself
-    assert error in str(caught.value)
-
-
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="none.yaml: no such config file"):
-        load_config(tmp_path / "none.yaml")
-
-
-def test_yaml_runs_no_code(tmp_path: Path) -> None:
-    path = tmp_path / "cfg.yaml"
-    path.write_text(f"k: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
-    with pytest.raises(ValueError, match="could not determine a constructor"):
-        load_config(path)
-    assert not (tmp_path / "made").exists()
 
 
 def test_differences_give_both_values() -> None:
@@ -162,3 +109,76 @@ def test_option_falls_back_to_the_default(name: str, value: Any) -> None:
 def test_option_knows_only_fields() -> None:
     with pytest.raises(AttributeError, match="did you mean 'expansion_factor'?"):
         option(Config(), "expansion_factors")
+
+
+# ---------------------------------------------------------------------------------------------------- other objects
+
+
+def test_run_config_is_left_as_it_is() -> None:
+    cfg = Config(k=5)
+    assert with_defaults(cfg) is cfg
+
+
+def test_object_has_the_defaults_of_what_it_lacks() -> None:
+    filled = with_defaults(SimpleNamespace(d_in=16, d_sae=48, k=[3], other=1))
+    assert (filled.d_in, filled.d_sae, filled.k, filled.lr, filled.dtype) == (16, 48, [3], 3e-4, torch.float32)
+    assert Config() == with_defaults(SimpleNamespace(d_in=512))
+
+
+def test_width_is_not_guessed() -> None:
+    assert with_defaults(SimpleNamespace(context_size=16)).d_in is None
+
+
+def test_cache_gives_its_source_and_keeps_its_files_to_itself() -> None:
+    cfg = CacheActivationsRunnerConfig(
+        context_size=16, store_batch_size=4, hook_point="blocks.1.hook_z", device="cuda", dtype="int8", seed=3
+    )
+    filled = with_defaults(cfg)
+    assert all(getattr(filled, f.name) == getattr(cfg, f.name) for f in dataclasses.fields(Source))
+    assert (filled.device, filled.d_in, filled.eval_dataset_path) == ("cuda", None, None)
+    assert (filled.use_cached_activations, filled.cached_activations_path) == (False, None)
+    assert (filled.dtype, filled.seed) == (torch.float32, 42)
+
+
+def test_marks_are_found_at_the_fields() -> None:
+    assert {"context_size", "dataset_weights", "lm_dtype"} <= {*CACHE_FIELDS}
+    assert not {"store_batch_size", "hook_point", "n_eval_batches"} & {*CACHE_FIELDS}
+    assert OPTION_OF["multi_topk"] == ("topk",)
+
+
+# ---------------------------------------------------------------------------------------------------- retired fields
+
+
+@checked_names
+@dataclass(kw_only=True)
+class WithOldFields:
+    RETIRED: ClassVar = {"old": "leave it out", "older": "use new"}
+    new: int = 1
+
+
+def test_retired_fields_are_dropped_with_one_warning_that_says_what_to_do() -> None:
+    with pytest.warns(FutureWarning) as caught:
+        assert WithOldFields(old=3, older=4, new=2).new == 2  # pyright: ignore
+    (warning,) = caught
+    assert str(warning.message).splitlines() == [
+        "old: no longer a field of WithOldFields; leave it out",
+        "older: no longer a field of WithOldFields; use new",
+    ]
+
+
+def test_retired_key_of_a_stored_run_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Source, "RETIRED", {"old": "leave it out"})
+    assert unknown_keys({"old": 1, "k": 2, "other": 3}) == ["other"]
+    with pytest.warns(FutureWarning, match="old: no longer a field of LanguageModelSAERunnerConfig"):
+        assert config_from_dict({"old": 1, "k": 2}) == Config(k=2)
+    (tmp_path / "cfg.yaml").write_text("old: 1\nk: 2\n")
+    with pytest.warns(FutureWarning, match="old: no longer a field") as caught:
+        assert read_config_values(tmp_path / "cfg.yaml") == {"k": 2}
+    assert len(caught) == 1
+    with pytest.warns(FutureWarning, match="old: no longer a field of CacheActivationsRunnerConfig"):
+        CacheActivationsRunnerConfig(old=1)  # pyright: ignore
+
+
+def test_tokenizer_processes_of_an_older_run_are_dropped() -> None:
+    with pytest.warns(FutureWarning, match="tokenizer_processes: no longer a field"):
+        assert config_from_dict({"tokenizer_processes": 4, "k": 2}) == Config(k=2)

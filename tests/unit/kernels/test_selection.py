@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_training.kernels import cpu as cpu_kernels
-from sae_training.kernels import selection
+from sae_training.kernels import cpu, selection
 from sae_training.kernels.selection import Encoder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -20,9 +19,9 @@ WIDTHS = (1, 5, 255, 256, 257, 1000, 8192)
 @pytest.fixture(params=["compiled", "plain torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "plain torch":
-        monkeypatch.setattr(cpu_kernels, "supports", lambda tile: False)
+        monkeypatch.setattr(cpu, "supports", lambda tile: False)
     else:
-        assert cpu_kernels.available()
+        assert cpu.available()
     return request.param
 
 
@@ -48,7 +47,7 @@ def test_top_k_takes_the_largest_sums(way: str, k: int, n: int, dtype: str) -> N
 def test_of_equal_numbers_the_first_are_taken() -> None:
     tile = torch.zeros(2, 1000)
     tile[1, 700] = 1.0
-    places = cpu_kernels.top_k(tile, torch.zeros(1000), 3)
+    places = cpu.top_k(tile, torch.zeros(1000), 3)
     assert [sorted(row) for row in places.tolist()] == [[0, 1, 2], [0, 1, 700]]
 
 
@@ -89,23 +88,20 @@ def test_a_tile_that_is_part_of_a_larger_tensor(way: str) -> None:
 def test_the_number_of_threads_changes_nothing(n_threads: int) -> None:
     tile, bias = random(64, 4096), random(4096, seed=1)
     before = torch.get_num_threads()
-    expected = cpu_kernels.top_k(tile, bias, 16), *cpu_kernels.above(tile, bias + 2)
+    expected = cpu.top_k(tile, bias, 16), *cpu.above(tile, bias + 2)
     torch.set_num_threads(n_threads)
     try:
-        found = cpu_kernels.top_k(tile, bias, 16), *cpu_kernels.above(tile, bias + 2)
+        found = cpu.top_k(tile, bias, 16), *cpu.above(tile, bias + 2)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("tile_latents", (8192, 100))
-def test_choices_of_a_batch_are_those_of_the_dense_pre_activations(
-    way: str, tile_latents: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(selection, "TILE_LATENTS", dict.fromkeys(DTYPES.values(), tile_latents))
-    monkeypatch.setattr(selection, "TILE_ELEMENTS", 8 * min(tile_latents, 350))
+def test_choices_of_a_batch_are_those_of_the_dense_pre_activations(way: str, tile_latents: int) -> None:
     x, W_enc, b_enc = random(50, 16), random(16, 350, seed=1), random(350, seed=2)
-    encoder, pre = Encoder(x, W_enc, b_enc, torch.float64), x.double() @ W_enc.double() + b_enc
+    encoder = Encoder(x, W_enc, b_enc, torch.float64, tile_latents, tile_rows=8)
+    pre = x.double() @ W_enc.double() + b_enc
 
     def mask(entries: selection.Entries | None) -> Tensor:
         assert entries is not None
@@ -124,7 +120,7 @@ def test_choices_of_a_batch_are_those_of_the_dense_pre_activations(
 @pytest.mark.parametrize("n", (0, 1, 1000))
 def test_entries_are_sorted_by_latent(n: int) -> None:
     latents = torch.randint(0, 40, (n,), generator=torch.Generator().manual_seed(0))
-    order, offsets = cpu_kernels.sort_by_latent(latents, 40)
+    order, offsets = cpu.sort_by_latent(latents, 40)
     assert order.tolist() == sorted(range(n), key=lambda entry: (int(latents[entry]), entry))
     assert offsets.tolist() == [int((latents < latent).sum()) for latent in range(41)]
 
@@ -137,9 +133,9 @@ def test_products_at_entries(d: int, dtype: str) -> None:
     expected = torch.stack(
         [(rows[r].double() * table[i].double()).sum() for r, i in zip((0, 0, 2, 2, 3), latents, strict=True)]
     )
-    found = cpu_kernels.row_products(rows, table, offsets, latents)
+    found = cpu.row_products(rows, table, offsets, latents)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 if dtype == "float32" else 1e-12)
-    nothing = cpu_kernels.row_products(rows, table, torch.zeros(5, dtype=torch.int64), latents[:0])
+    nothing = cpu.row_products(rows, table, torch.zeros(5, dtype=torch.int64), latents[:0])
     assert nothing.shape == (0,)
 
 
@@ -147,17 +143,17 @@ def test_products_at_entries(d: int, dtype: str) -> None:
 
 
 def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = cpu_kernels.compiled(tmp_path)
+    path = cpu.compiled(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    monkeypatch.setattr(cpu_kernels, "run_compiler", lambda *_: pytest.fail("compiled again"))
-    assert cpu_kernels.compiled(tmp_path) == path
+    monkeypatch.setattr(cpu, "run_compiler", lambda *_: pytest.fail("compiled again"))
+    assert cpu.compiled(tmp_path) == path
 
 
 def test_without_a_compiler_the_run_goes_on_and_says_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler was found.*\n.*apt install g\+\+"):
-        assert cpu_kernels.library.__wrapped__() is None
+        assert cpu.library.__wrapped__() is None
 
 
 def test_what_the_compiler_says_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,5 +163,5 @@ def test_what_the_compiler_says_is_shown(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.warns(UserWarning, match="cannot execute cc1plus"):
-        assert cpu_kernels.library.__wrapped__() is None
+        assert cpu.library.__wrapped__() is None
     assert list((tmp_path / "cache").rglob("*.so")) == []

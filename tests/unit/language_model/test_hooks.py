@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from block_helpers import as_written, hooked_blocks, ids
+from block_helpers import as_written, block_runs, hooked_blocks, ids
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, PhiConfig
 
@@ -46,7 +46,7 @@ def model() -> Any:
 
 @contextmanager
 def halved_mlp(model: Any, layer: int) -> Iterator[None]:
-    """With a hook of somebody else's, inside a block."""
+    """In here, a hook of somebody else inside block `layer` halves what its MLP returns."""
     point = model.hook_dict[f"blocks.{layer}.hook_mlp_out"]
     point.add_hook(lambda activations, hook: activations / 2)
     try:
@@ -65,9 +65,9 @@ def halve(activations: Tensor) -> Tensor:
 def test_places_inside_a_block_are_read_without_its_hook_points(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {f"blocks.{layer}.{name}" for layer in range(4) for name in TAPPED}
     expected = as_written(model, lambda: read_hooks(model, ids(), names, None))
-    ran = hooked_blocks(model, monkeypatch)
+    ran = block_runs(model, monkeypatch)
     found = read_hooks(model, ids(), names, None)
-    assert ran == []
+    assert hooked_blocks(ran) == []
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found, expected)
 
@@ -75,13 +75,13 @@ def test_places_inside_a_block_are_read_without_its_hook_points(model: Any, monk
 def test_other_places_are_read_from_a_second_run_of_the_block(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {f"blocks.{layer}.{name}" for layer in (1, 3) for name in UNTAPPED}
     expected = as_written(model, lambda: read_hooks(model, ids(), names, None))
-    ran = hooked_blocks(model, monkeypatch)
+    ran = block_runs(model, monkeypatch)
     torch.testing.assert_close(read_hooks(model, ids(), names, None), expected)
-    assert ran == [1, 3]
+    assert hooked_blocks(ran) == [1, 3]
 
 
 @pytest.mark.parametrize("name", [*TAPPED[:3], "attn.hook_z", "attn.hook_rot_q"])
-def test_what_is_read_does_not_depend_on_where_else_is_read(model: Any, name: str) -> None:
+def test_a_read_tensor_does_not_depend_on_where_else_is_read(model: Any, name: str) -> None:
     hooks = (name, "hook_mlp_out", "attn.hook_pattern", "hook_resid_post")
     names = {f"blocks.{i}.{hook}" for i in (0, 1, 3) for hook in hooks}
     together = read_hooks(model, ids(), names, 4)
@@ -90,23 +90,15 @@ def test_what_is_read_does_not_depend_on_where_else_is_read(model: Any, name: st
 
 
 def test_last_block_runs_once_where_only_its_inside_is_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    switch = switch_in(model.blocks[2])
-    assert switch is not None
-    ran: list[str] = []
-    for name in ("hooked", "twin", "tapped"):
-        forward = getattr(switch, name)
-
-        def counted(*args: Any, name: str = name, forward: Any = forward, **kwargs: Any) -> Any:
-            ran.append(name)
-            return forward(*args, **kwargs)
-
-        monkeypatch.setattr(switch, name, counted)
+    ran = block_runs(model, monkeypatch)
     read_hooks(model, ids(), {"blocks.2.attn.hook_rot_q"}, 3)
-    assert ran == ["hooked"]
+    assert ran == [(0, "twin"), (1, "twin"), (2, "hooked")]
+    ran.clear()
     read_hooks(model, ids(), {"blocks.2.attn.hook_rot_q", "blocks.2.hook_resid_post"}, 3)
-    assert ran == ["hooked", "hooked", "twin"]
+    assert ran[2:] == [(2, "hooked"), (2, "twin")]
+    ran.clear()
     read_hooks(model, ids(), {"blocks.2.hook_mlp_out", "blocks.2.hook_resid_post"}, 3)
-    assert ran[3:] == ["tapped"]
+    assert ran[2:] == [(2, "twin")]
 
 
 @pytest.mark.parametrize("name", ["blocks.1.hook_mlp_out", "blocks.1.attn.hook_pattern", "blocks.2.hook_resid_post"])
@@ -135,28 +127,28 @@ def test_hook_that_holds_float32_is_harvested_in_the_precision_of_the_model() ->
 
 @pytest.mark.parametrize("name", [*TAPPED, *UNTAPPED, "hook_resid_pre", "hook_resid_post"])
 @torch.inference_mode()
-def test_replacing_is_that_of_transformer_lens(model: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_replacing_equals_that_of_transformer_lens(model: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     full_name = f"blocks.2.{name}"
     fwd_hooks = [(full_name, lambda activations, hook: activations / 2)]
     expected = as_written(model, lambda: model.run_with_hooks(ids(), fwd_hooks=fwd_hooks))
-    ran = hooked_blocks(model, monkeypatch)
+    ran = block_runs(model, monkeypatch)
     with hooked(model, (), [(full_name, halve)]):
         found = model(ids())
     torch.testing.assert_close(found, expected)
-    assert ran == ([2] if name in UNTAPPED else [])
+    assert hooked_blocks(ran) == ([2] if name in UNTAPPED else [])
     assert not torch.allclose(model(ids()), expected)
 
 
 @pytest.mark.parametrize("name", ["hook_mlp_out", "attn.hook_z", "attn.hook_q", "ln2.hook_normalized"])
 @torch.inference_mode()
-def test_replacing_by_the_same_changes_no_bit(model: Any, name: str) -> None:
+def test_replacing_a_tensor_by_itself_changes_no_bit(model: Any, name: str) -> None:
     with hooked(model, (), [(f"blocks.{layer}.{name}", torch.clone) for layer in range(4)]):
         found = model(ids())
     assert torch.equal(found, model(ids()))
 
 
 @torch.inference_mode()
-def test_a_place_without_a_tap_sees_what_is_replaced_before_it(model: Any) -> None:
+def test_a_place_without_a_tap_shows_what_was_replaced_before_it(model: Any) -> None:
     patterns: list[Tensor] = []
     read = [("blocks.1.attn.hook_pattern", patterns.append)]
     for replacements in ([], [("blocks.1.attn.hook_q", halve)]):
@@ -193,7 +185,7 @@ def test_places_with_one_tap_are_replaced_in_the_order_of_the_model(model: Any) 
 
 
 @torch.inference_mode()
-def test_nothing_stays_after_an_error(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_hook_is_left_after_an_error(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = model(ids())
 
     def fail(activations: Tensor) -> None:
@@ -202,11 +194,11 @@ def test_nothing_stays_after_an_error(model: Any, monkeypatch: pytest.MonkeyPatc
     for name in ("hook_mlp_out", "attn.hook_pattern", "hook_resid_post"):
         with pytest.raises(RuntimeError, match="no"), hooked(model, [(f"blocks.1.{name}", fail)]):
             model(ids())
-    ran = hooked_blocks(model, monkeypatch)
+    ran = block_runs(model, monkeypatch)
     assert torch.equal(model(ids()), expected)
-    assert ran == []
+    assert hooked_blocks(ran) == []
     switches = [switch_in(block) for block in model.blocks]
-    assert all(switch is not None and not switch.beside and switch.instead is None for switch in switches)
+    assert all(switch is not None and not switch.planned for switch in switches)
 
 
 def test_one_block_is_hooked_once_at_a_time(model: Any) -> None:
@@ -264,13 +256,13 @@ def test_other_models_are_read_and_replaced_as_transformer_lens_does(other_model
     assert len(names) > 6
     without_twins = all(switch is None for switch in switches)  # fused weights: the processed ones are not in them
 
-    def in_their_way(function: Any) -> Any:
+    def in_its_own_way(function: Any) -> Any:
         return function() if without_twins else as_written(model, function)
 
-    expected = in_their_way(lambda: read_hooks(model, tokens, names, None))
+    expected = in_its_own_way(lambda: read_hooks(model, tokens, names, None))
     torch.testing.assert_close(read_hooks(model, tokens, names, None), expected, atol=1e-4, rtol=1e-3)
     for name in sorted(names & expected.keys()):
         fwd_hooks = [(name, lambda activations, hook: activations / 2)]
-        logits = in_their_way(lambda fwd_hooks=fwd_hooks: model.run_with_hooks(tokens, fwd_hooks=fwd_hooks))
+        logits = in_its_own_way(lambda fwd_hooks=fwd_hooks: model.run_with_hooks(tokens, fwd_hooks=fwd_hooks))
         with hooked(model, (), [(name, halve)]):
             torch.testing.assert_close(model(tokens), logits, atol=1e-3, rtol=1e-3)

@@ -9,18 +9,31 @@ from typing import Any
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sae_training.demo_data import DEMO_MODEL
 from sae_training.language_model.harvest import at_site, harvest, put_back
-from sae_training.language_model.load import language_model_dtype, load_language_model
+from sae_training.language_model.load import hooked_transformer_class, language_model_dtype, load_language_model
 from sae_training.language_model.sites import find_hook_site
 
 
-@pytest.fixture(scope="module")
-def hooked_model() -> HookedTransformer:
-    """A random HookedTransformer, as a user would pass one in."""
+@pytest.fixture(scope="module", params=["HookedTransformer", "TransformerBridge"])
+def small_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A random model of each class of TransformerLens, as a user would pass one in."""
+    if request.param == "TransformerBridge":
+        folder = tmp_path_factory.mktemp("small")
+        config = GPT2Config(
+            n_layer=2, n_embd=16, n_head=2, n_positions=32, n_inner=20, vocab_size=2560, bos_token_id=0, eos_token_id=0
+        )
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+        return load_language_model(str(folder), lm_dtype="float32")
+    HookedTransformer = hooked_transformer_class()
+    if HookedTransformer is None:
+        pytest.skip("this TransformerLens has no HookedTransformer")
+    from transformer_lens import HookedTransformerConfig
+
     cfg = HookedTransformerConfig(
         n_layers=2, d_model=16, n_heads=2, d_head=8, n_ctx=32, d_vocab=50, act_fn="gelu", seed=0, d_mlp=20
     )
@@ -70,19 +83,21 @@ def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LOAD_BY_NAME = """
 import json, sys, torch
-from sae_training.language_model import find_hook_site, load_language_model
-from sae_training.activations import harvest
+from sae_training.language_model.harvest import harvest
+from sae_training.language_model.load import load_language_model, load_tokenizer
+from sae_training.language_model.sites import find_hook_site
 ids = torch.arange(1, 11).unsqueeze(0)
-named = load_language_model("gpt2", lm_dtype="float32")
+named = load_language_model("GPT2-small", lm_dtype="float32")
 folder = load_language_model(sys.argv[1], lm_dtype="float32")
 site = find_hook_site(named, "blocks.1.hook_resid_pre")
 (a,), (b,) = harvest(named, ids, [site]), harvest(folder, ids, [find_hook_site(folder, site.name)])
 same = (a - b).abs().max().item()
-print(json.dumps([type(named).__name__, type(folder).__name__, same]))
+tokenizers = [load_tokenizer(name).get_vocab() for name in ("GPT2-small", "gpt2", sys.argv[1])]
+print(json.dumps([type(named).__name__, type(folder).__name__, same, tokenizers[0] == tokenizers[1] == tokenizers[2]]))
 """
 
 
-def test_known_name_is_a_hooked_transformer_and_a_folder_a_bridge_with_equal_activations(hub_cache: Path) -> None:
+def test_listed_name_and_folder_give_equal_activations_and_tokenizers(hub_cache: Path) -> None:
     snapshot = hub_cache / "hub" / "models--gpt2" / "snapshots" / "abc"
     done = subprocess.run(
         [sys.executable, "-c", LOAD_BY_NAME, str(snapshot)],
@@ -92,9 +107,11 @@ def test_known_name_is_a_hooked_transformer_and_a_folder_a_bridge_with_equal_act
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    named, folder, difference = json.loads(done.stdout.splitlines()[-1])
-    assert (named, folder) == ("HookedTransformer", "TransformerBridge")
+    named, folder, difference, same_tokenizer = json.loads(done.stdout.splitlines()[-1])
+    assert named == ("TransformerBridge" if hooked_transformer_class() is None else "HookedTransformer")
+    assert folder == "TransformerBridge"
     assert difference < 1e-5
+    assert same_tokenizer
 
 
 @pytest.mark.parametrize("name", ["no-such/model-anywhere", "gpt2-medium"])
@@ -116,7 +133,7 @@ def test_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
         load_language_model(str(tmp_path))
 
 
-def test_named_precision_is_taken_as_it_is() -> None:
+def test_named_precision_is_used_and_auto_chooses_one() -> None:
     assert language_model_dtype("float32", "cpu") == torch.float32
     assert language_model_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
 
@@ -138,24 +155,24 @@ def test_named_precision_is_taken_as_it_is() -> None:
         ("ln_final.hook_normalized", None, 16),
     ],
 )
-def test_harvest_equals_the_cached_activations(hooked_model: Any, hook: str, head: int | None, width: int) -> None:
-    site = find_hook_site(hooked_model, hook, head)
+def test_harvest_equals_the_cached_activations(small_model: Any, hook: str, head: int | None, width: int) -> None:
+    site = find_hook_site(small_model, hook, head)
     ids = tokens(7, 50)
-    (rows,) = harvest(hooked_model, ids, [site])
+    (rows,) = harvest(small_model, ids, [site])
     assert rows.shape == (2, 7, width) == (2, 7, site.d_in)
-    _, cache = hooked_model.run_with_cache(ids)
+    _, cache = small_model.run_with_cache(ids)
     whole = cache[hook]
     expected = whole if whole.ndim == 3 else whole[:, :, head] if head is not None else whole.flatten(2)
     torch.testing.assert_close(rows, expected)
 
 
-def test_residual_before_a_block_is_read_without_running_the_block(hooked_model: Any) -> None:
-    site = find_hook_site(hooked_model, "blocks.1.hook_resid_pre")
+def test_residual_before_a_block_is_read_without_running_the_block(small_model: Any) -> None:
+    site = find_hook_site(small_model, "blocks.1.hook_resid_pre")
     assert (site.read_name, site.stop_at_layer) == ("blocks.0.hook_resid_post", 1)
 
 
-def test_put_back_changes_only_what_at_site_reads(hooked_model: Any) -> None:
-    site = find_hook_site(hooked_model, "blocks.0.attn.hook_z", 1)
+def test_put_back_changes_only_what_at_site_reads(small_model: Any) -> None:
+    site = find_hook_site(small_model, "blocks.0.attn.hook_z", 1)
     whole = torch.randn(2, 3, 2, 8)
     changed = put_back(whole, torch.zeros(2, 3, 8), site)
     assert not at_site(changed, site).any()
@@ -163,22 +180,22 @@ def test_put_back_changes_only_what_at_site_reads(hooked_model: Any) -> None:
     assert whole[:, :, 1].any()
 
 
-def test_unknown_hook_lists_the_models_hooks_and_the_nearest(hooked_model: Any) -> None:
+def test_unknown_hook_lists_the_models_hooks_and_the_nearest(small_model: Any) -> None:
     listed = (
         r"Did you mean blocks\.1\.hook_resid_post\?\nIts hooks, for layer 0 to 1: .*blocks\.\{layer\}\.hook_resid_pre"
     )
     with pytest.raises(ValueError, match=listed):
-        find_hook_site(hooked_model, "blocks.1.hook_resid_pots")
+        find_hook_site(small_model, "blocks.1.hook_resid_pots")
 
 
-def test_block_beyond_the_last_gives_their_number(hooked_model: Any) -> None:
+def test_block_beyond_the_last_gives_their_number(small_model: Any) -> None:
     with pytest.raises(ValueError, match=r"names block 5, but this model has 2; choose a layer from 0 to 1"):
-        find_hook_site(hooked_model, "blocks.5.hook_resid_pre")
+        find_hook_site(small_model, "blocks.5.hook_resid_pre")
 
 
-def test_hook_without_one_vector_a_position_is_refused(hooked_model: Any) -> None:
+def test_hook_without_one_vector_a_position_is_refused(small_model: Any) -> None:
     with pytest.raises(ValueError, match="expected \\(prompts, positions, width\\)"):
-        find_hook_site(hooked_model, "blocks.0.attn.hook_pattern")
+        find_hook_site(small_model, "blocks.0.attn.hook_pattern")
 
 
 @pytest.mark.parametrize(
@@ -189,11 +206,19 @@ def test_hook_without_one_vector_a_position_is_refused(hooked_model: Any) -> Non
         ("blocks.0.hook_resid_pre", 0, None, "has no head axis"),
     ],
 )
-def test_wrong_width_or_head_names_both_values(
-    hooked_model: Any, hook: str, head: Any, d_in: Any, message: str
-) -> None:
+def test_wrong_width_or_head_names_both_values(small_model: Any, hook: str, head: Any, d_in: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        find_hook_site(hooked_model, hook, head, d_in)
+        find_hook_site(small_model, hook, head, d_in)
+
+
+def test_errors_about_a_target_name_the_fields_of_the_target(small_model: Any) -> None:
+    target = {"field": "target_hook_point", "width_field": "d_out"}
+    with pytest.raises(ValueError, match=r"^target_hook_point: this model has no hook 'blocks\.1\.hook_nothing'"):
+        find_hook_site(small_model, "blocks.1.hook_nothing", **target)
+    with pytest.raises(ValueError, match=r"^target_hook_point: .*attn\.hook_pattern has shape"):
+        find_hook_site(small_model, "blocks.0.attn.hook_pattern", **target)
+    with pytest.raises(ValueError, match=r"^d_out: got 99, but .* 16 wide; use d_out=16, or d_out=None"):
+        find_hook_site(small_model, "blocks.0.hook_mlp_out", d_in=99, **target)
 
 
 def test_no_weight_of_a_narrow_model_is_held_twice() -> None:

@@ -17,7 +17,7 @@ from sae_training.machine.interrupt import StopRequest
 # A step of training, in which Python runs no signal handlers; then saving, which takes a minute.
 LOOP = """
 import os, sys, time
-from sae_training.interrupt import StopRequest
+from sae_training.machine.interrupt import StopRequest
 
 def say(text):  # in one piece: StopRequest speaks in a thread of its own
     os.write(1, (text + "\\n").encode())

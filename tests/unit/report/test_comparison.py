@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from page_parser import Page
 
 from sae_training.report.comparison import by_layer, of_layer, write_comparison
 
@@ -33,7 +34,26 @@ def test_lines_by_layer_are_in_the_order_of_the_layers() -> None:
     assert found == {"k8": ([2, 10], [0.1, 0.0]), "k4": ([2], [0.2])}
 
 
-def test_page_has_lines_by_layer_where_there_are_several(tmp_path: Path) -> None:
-    assert "by layer" in write_comparison(tmp_path, evaluations("layer1", "layer2")).read_text()
-    assert "by layer" not in write_comparison(tmp_path, evaluations("k4", "k8")).read_text()
-    assert "by layer" not in write_comparison(tmp_path, evaluations("layer1-k4", "layer1-k8")).read_text()
+@pytest.mark.parametrize(
+    ("names", "by_layer"),
+    [(("layer1", "layer2"), True), (("k4", "k8"), False), (("layer1-k4", "layer1-k8"), False)],
+    ids=["two layers", "no layers", "one layer"],
+)
+def test_page_has_lines_by_layer_where_there_are_several(
+    names: tuple[str, ...], by_layer: bool, tmp_path: Path
+) -> None:
+    page = Page(write_comparison(tmp_path, evaluations(*names)))
+    by_l0 = ["Explained variance by L0", "CE score by L0"]
+    assert list(page.figures) == (["Explained variance by layer", "CE score by layer"] if by_layer else []) + by_l0
+    assert page.table == {
+        name: ["0.0000", "0.0", "0.0000"] if i == 0 else ["0.1000", "0.1", "0.1000"] for i, name in enumerate(names)
+    }
+
+
+def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
+    folder = tmp_path / "<b>run</b>"
+    folder.mkdir()
+    page = Page(write_comparison(folder, evaluations("k4 <script>", "k8 & co")))
+    assert page.open == []
+    assert page.texts["h1"] == ["<b>run</b>"]
+    assert list(page.table) == ["k4 <script>", "k8 & co"]

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from sae_training.activations_store import ActivationsStore
 from sae_training.demo_data import DEMO_HELD_OUT_TEXT, DEMO_MODEL
 from sae_training.language_model.harvest import harvest
-from sae_training.lm_runner import language_model_sae_runner
 from sae_training.run import evals
 from sae_training.run.evals import compare_predictions, evaluate, pattern_kl_sum
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -299,10 +298,3 @@ def test_one_head_leaves_the_others_alone(make_store: Make, tokens: Tensor) -> N
     expected = evaluate(sae, all_heads, tokens)["metrics/ce_loss_with_sae"]
     found = evaluate(autoencoder(one_head, "zero"), one_head, tokens)
     assert found["metrics/ce_loss_with_ablation"] == pytest.approx(expected, rel=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------------------ no tokens
-
-
-def test_run_that_holds_out_no_text_trains(small_config: Callable, demo_model: Any) -> None:
-    language_model_sae_runner(small_config(n_eval_batches=0), demo_model)

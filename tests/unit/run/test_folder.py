@@ -2,21 +2,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import sae_training
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_to_dict
-from sae_training.machine.paths import with_absolute_paths
-from sae_training.run.folder import RunFolder, RunFolderInUse, choose_run_folder, read_run_config
+from sae_training.run.folder import RunFolder, choose_run_folder, read_run_config
 
 Make = Callable[..., LanguageModelSAERunnerConfig]
 
@@ -160,77 +155,6 @@ def test_folder_without_config_is_not_a_run(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- lock
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from sae_training.config.io import config_from_dict
-from sae_training.run.folder import RunFolder
-import json
-
-folder = RunFolder(Path(sys.argv[1]), config_from_dict(json.loads(sys.argv[2])))
-if sys.argv[3] == "status":
-    folder.write_status("training", step=1)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def hold(small_config: Make, tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
-    """Starts a process that holds the run folder until it dies; "status": it has written its status.json."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(sae_training.__file__).parent.parent)}
-    started: list[subprocess.Popen[str]] = []
-
-    def start(status: str) -> subprocess.Popen[str]:
-        arguments = [str(tmp_path / "runs" / "run"), json.dumps(config_to_dict(small_config())), status]
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, *arguments],
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        started.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def test_second_process_is_refused_by_pid_and_host_until_the_first_is_killed(
-    small_config: Make, tmp_path: Path, hold: Callable
-) -> None:
-    holder = hold("status")
-    with pytest.raises(RunFolderInUse, match=f"process {holder.pid} on {socket.gethostname()} is training"):
-        RunFolder(tmp_path / "runs" / "run", small_config())
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    RunFolder(tmp_path / "runs" / "run", small_config()).release()
-
-
-def test_refusal_changes_nothing_in_the_folder(small_config: Make, tmp_path: Path, hold: Callable) -> None:
-    hold("status")
-    before = {p: p.read_bytes() for p in (tmp_path / "runs" / "run").iterdir()}
-    with pytest.raises(RunFolderInUse):
-        RunFolder(tmp_path / "runs" / "run", small_config(wandb_log_frequency=1))
-    assert {p: p.read_bytes() for p in (tmp_path / "runs" / "run").iterdir()} == before
-
-
-def test_holder_that_continues_a_run_is_named_and_not_the_one_that_died(
-    small_config: Make, tmp_path: Path, hold: Callable
-) -> None:
-    # Between taking the folder and its first status, a process fills its buffer, which can take minutes.
-    old = RunFolder(tmp_path / "runs" / "run", small_config())
-    old.write_status("training", step=1)
-    old.release()
-    holder = hold("no status yet")
-    with pytest.raises(RunFolderInUse) as caught:
-        RunFolder(tmp_path / "runs" / "run", small_config())
-    assert f"process {os.getpid()} " not in str(caught.value)
-    assert f"process {holder.pid} " in str(caught.value)
-
-
 def test_released_folder_can_be_taken_again_in_the_same_process(small_config: Make, tmp_path: Path) -> None:
     path = tmp_path / "runs" / "run"
     RunFolder(path, small_config()).release()
@@ -268,54 +192,6 @@ def test_choosing_under_a_file_is_no_error_of_its_own(small_config: Make, tmp_pa
     assert choose_run_folder(cfg) == tmp_path / "file" / "run"
 
 
-# ---------------------------------------------------------------------------------------------------------------- paths
-
-
-def test_local_paths_become_absolute(small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "text.txt").write_text("a")
-    monkeypatch.chdir(tmp_path)
-    cfg = with_absolute_paths(small_config(dataset_path="data/text.txt", model_name="./data"))
-    assert cfg.dataset_path == str(tmp_path / "data" / "text.txt")
-    assert cfg.model_name == str(tmp_path / "data")
-
-
-def test_local_file_named_without_a_folder_becomes_absolute(
-    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The store reads ./text.txt for this name, so a resume from elsewhere must find the same file.
-    (tmp_path / "text.txt").write_text("a")
-    (tmp_path / "sae.safetensors").write_text("a")
-    monkeypatch.chdir(tmp_path)
-    cfg = with_absolute_paths(small_config(dataset_path="text.txt", from_pretrained_path="sae.safetensors"))
-    assert cfg.dataset_path == str(tmp_path / "text.txt")
-    assert cfg.from_pretrained_path == str(tmp_path / "sae.safetensors")
-
-
-def test_local_paths_of_a_mixture_become_absolute(
-    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "text.txt").write_text("a")
-    monkeypatch.chdir(tmp_path)
-    cfg = with_absolute_paths(small_config(dataset_path=["text.txt", "owner/name", "demo"], dataset_weights=(1, 2, 3)))
-    assert cfg.dataset_path == [str(tmp_path / "text.txt"), "owner/name", "demo"]
-
-
-def test_home_is_filled_in(small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "text.txt").write_text("a")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert with_absolute_paths(small_config(dataset_path="~/text.txt")).dataset_path == str(tmp_path / "text.txt")
-
-
-def test_names_stay_names(small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A folder called like a bundled text or a known model does not stand in for it.
-    for name in ("demo", "gpt2"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path)
-    cfg = small_config(dataset_path="demo", model_name="gpt2", eval_dataset_path="owner/not-here")
-    assert with_absolute_paths(cfg) == cfg
-
-
 def test_start_that_fails_in_a_folder_that_was_there_deletes_nothing(small_config: Make, tmp_path: Path) -> None:
     path = tmp_path / "proj" / "results"
     path.mkdir(parents=True)
@@ -331,15 +207,3 @@ def test_start_that_fails_in_a_new_folder_leaves_none(small_config: Make, tmp_pa
     folder.discard_if_new()
     folder.release()
     assert not (tmp_path / "runs").exists()
-
-
-def test_bare_folder_names_that_hold_data_become_absolute(
-    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "my_model").mkdir()
-    (tmp_path / "my_model" / "config.json").write_text("{}")
-    (tmp_path / "my_text").mkdir()
-    (tmp_path / "my_text" / "a.txt").write_text("text")
-    monkeypatch.chdir(tmp_path)
-    cfg = with_absolute_paths(small_config(model_name="my_model", dataset_path="my_text"))
-    assert (cfg.model_name, cfg.dataset_path) == (str(tmp_path / "my_model"), str(tmp_path / "my_text"))

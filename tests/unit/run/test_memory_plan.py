@@ -51,9 +51,9 @@ def test_averages_of_weights_are_held_as_well(plan_of: Callable) -> None:
 def test_a_step_holds_gradients_and_what_its_rows_need(plan_of: Callable) -> None:
     weights = sizes(plan_of())[Kind.WEIGHTS]
     whole, parts = (sizes(plan_of(train_batch_size=128, micro_batch_size=micro))[Kind.STEP] for micro in (None, 16))
-    # Of a dense step, 9 tensors as wide as a row and 4 as wide as the code, in float32.
-    assert whole - weights == 128 * (9 * 256 + 4 * 512) * 4
-    assert parts - weights == 16 * (9 * 256 + 4 * 512) * 4
+    # Of a dense step, 9 tensors as wide as a row and 6 as wide as the code, in float32.
+    assert whole - weights == 128 * (9 * 256 + 6 * 512) * 4
+    assert parts - weights == 16 * (9 * 256 + 6 * 512) * 4
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_table(small_config: Callable) -> None:

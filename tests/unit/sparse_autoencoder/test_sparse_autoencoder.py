@@ -13,6 +13,7 @@ import torch
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.kernels.sparse_code import Code
 from sae_training.sparse_autoencoder import SparseAutoencoder
+from sae_training.training.trainer import track_inference_threshold
 
 Config = LanguageModelSAERunnerConfig
 
@@ -362,7 +363,7 @@ def test_batchtopk_follows_the_smallest_activation_of_training_batches() -> None
     sae = small(architecture="batchtopk")
     acts = [torch.tensor([[0.0, 2.0], [3.0, 0.0]]), torch.tensor([[1.0, 5.0], [0.0, 0.0]]), torch.zeros(2, 2)]
     for step, values in enumerate(acts):
-        sae.track_inference_threshold(Code(values), step)
+        track_inference_threshold(sae, Code(values), step)
     # The first batch sets it to 2, the second weighs 1/2; a batch without any activation leaves it.
     assert sae.inference_threshold.item() == pytest.approx(1.5)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sae_training.cli import main, parse
-from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.config.toy import NOT_FOR_TOYS, SHARED, autoencoder_config
+from sae_training.config.fields import Autoencoder, Optimisation
+from sae_training.config.io import with_defaults
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.toy_model_runner import SAEToyModelRunnerConfig, toy_model_sae_runner
 from sae_training.toy_model_runner.picture import matched_order
@@ -58,18 +58,35 @@ def test_defaults_are_valid_and_inert(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_autoencoder_config_has_the_shared_fields_the_sizes_and_the_options() -> None:
-    cfg = SAEToyModelRunnerConfig(**SMALL, lr=0.02, seed=5, sae={"adam_beta2": 0.99, "lr_decay_steps": 10})
-    sae_cfg = autoencoder_config(cfg)
-    assert (sae_cfg.d_in, sae_cfg.d_sae, sae_cfg.total_training_steps) == (16, 48, 300)
-    assert (sae_cfg.adam_beta2, sae_cfg.lr_decay_steps) == (0.99, 10)
-    for name in SHARED:
-        assert getattr(sae_cfg, name) == getattr(cfg, name)
+def test_saved_config_has_the_fields_of_the_toy_run_and_its_sizes() -> None:
+    cfg = SAEToyModelRunnerConfig(**SMALL, lr=0.02, seed=5, adam_beta2=0.99, lr_decay_steps=10)
+    run_cfg = with_defaults(cfg)
+    assert (run_cfg.d_in, run_cfg.d_sae, run_cfg.total_training_steps) == (16, 48, 300)
+    assert (run_cfg.model_name, run_cfg.hook_point) == ("toy-model", "rows")
+    for group in (Autoencoder, Optimisation):
+        for name in group.__dataclass_fields__:
+            assert getattr(run_cfg, name) == getattr(cfg, name)
 
 
-def test_names_that_are_not_for_toys_are_fields_of_the_main_config() -> None:
-    names = {f for f in LanguageModelSAERunnerConfig.__dataclass_fields__}
-    assert set(NOT_FOR_TOYS) <= names - set(SHARED)
+def test_fields_that_are_nothing_to_a_toy_run_are_unknown() -> None:
+    for name in ("dataset_path", "context_size", "grad_acc_steps", "normalize_activations", "resume", "parallel"):
+        with pytest.raises(TypeError, match=f"{name}: not a field of SAEToyModelRunnerConfig"):
+            SAEToyModelRunnerConfig(**{name: 1})
+
+
+def test_retired_sae_gives_its_values_to_the_fields_with_one_warning() -> None:
+    with pytest.warns(FutureWarning, match="sae: no longer a field of SAEToyModelRunnerConfig") as caught:
+        cfg = SAEToyModelRunnerConfig(sae={"adam_beta2": 0.99, "lr_decay_steps": 10}, lr_decay_steps=20)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert (cfg.adam_beta2, cfg.lr_decay_steps) == (0.99, 20)
+
+
+@pytest.mark.filterwarnings("ignore:sae")
+def test_retired_sae_is_checked_as_the_fields_are() -> None:
+    with pytest.raises(TypeError, match="adam_beta: not a field of SAEToyModelRunnerConfig; did you mean 'adam_beta2'"):
+        SAEToyModelRunnerConfig(sae={"adam_beta": 0.9})
+    assert problem_lines(sae={"clip_grad_norm": -1}) == ["clip_grad_norm: found -1, expected more than 0; change it"]
 
 
 def test_unknown_field_is_answered_with_the_nearest() -> None:
@@ -100,20 +117,18 @@ def test_unknown_field_is_answered_with_the_nearest() -> None:
             "max_cosine: found 0.05, expected more than 0.077, below which no 512 directions in 128 dimensions stay; "
             "raise it or leave it out",
         ),
-        ({"k": 2000}, "k: found 2000, expected at most d_sae = 1024 (d_in 128 x expansion_factor 8); lower k or"),
+        ({"k": 2000}, "k: found 2000, expected at most d_sae = 1024; lower k or raise d_sae"),
         (
             {"total_training_tokens": 5},
             "total_training_tokens: found 5, expected at least one batch of train_batch_size = 512",
         ),
-        ({"sae": 3}, "sae: found 3 (int), expected values by name; change it"),
-        ({"sae": {"lr": 3}}, "sae: lr is a field of SAEToyModelRunnerConfig itself; give it there"),
-        ({"sae": {"dataset_path": "x"}}, "sae: dataset_path has no meaning for a toy run; leave it out"),
+        ({"k": [2, 4]}, "k: found [2, 4] (list), expected a whole number; give one value"),
+        ({"clip_grad_norm": -1}, "clip_grad_norm: found -1, expected more than 0; change it"),
+        ({"lr_decay_steps": 9999}, "lr_decay_steps: found 9999, expected at most the run's 1500 steps"),
         (
-            {"sae": {"adam_beta": 0.9}},
-            "sae: adam_beta is not a field of LanguageModelSAERunnerConfig; did you mean 'adam_beta2'?",
+            {"multi_topk": True, "architecture": "standard"},
+            "multi_topk: found True with architecture standard, expected topk; set one of them",
         ),
-        ({"sae": {"clip_grad_norm": -1}}, "sae: clip_grad_norm: found -1, expected more than 0; change it"),
-        ({"sae": {"lr_decay_steps": 9999}}, "lr_decay_steps: found 9999, expected at most the run's 1500 steps"),
     ],
     ids=lambda part: "-".join(map(str, part)) if isinstance(part, dict) else "",
 )
@@ -123,9 +138,9 @@ def test_wrong_value_is_named_with_what_to_do(values: dict[str, Any], line: str)
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    lines = problem_lines(n_hidden=0, lr=-1, child_probability=2, sae={"x_y": 1, "adam_beta1": 2}, max_cosine=0)
+    lines = problem_lines(n_hidden=0, lr=-1, child_probability=2, adam_beta1=2, max_cosine=0)
     assert sorted(line.split(":")[0] for line in lines) == [
-        *("child_probability", "lr", "max_cosine", "n_hidden", "sae", "sae"),
+        *("adam_beta1", "child_probability", "lr", "max_cosine", "n_hidden"),
     ]
 
 
@@ -179,7 +194,7 @@ def test_small_dictionary_is_recovered(changes: dict[str, Any], tmp_path: Path) 
 
 
 def test_folder_holds_what_the_run_was(tmp_path: Path) -> None:
-    cfg = SAEToyModelRunnerConfig(**SHORT, run_dir=str(tmp_path / "runs"), wandb_log_frequency=8, sae={"auxk_k": 3})
+    cfg = SAEToyModelRunnerConfig(**SHORT, run_dir=str(tmp_path / "runs"), wandb_log_frequency=8, auxk_k=3)
     result = toy_model_sae_runner(cfg)
     assert result.folder == tmp_path / "runs" / "toy-topk-48-for-24-in-16"
     config = file(result, "config.json")["config"]
@@ -232,11 +247,11 @@ def test_matched_order_leaves_out_features_without_a_latent() -> None:
 
 def test_command_line_trains_and_prints_the_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [word for name, value in SHORT.items() for word in (f"--{name}", str(value))]
-    assert main(["toy", *flags, "--run-dir", str(tmp_path), "--sae", "clip_grad_norm=1e-1", "optimizer=adam"]) == 0
+    assert main(["toy", *flags, "--run-dir", str(tmp_path), "--clip_grad_norm", "1e-1", "--ema_decay=0.9"]) == 0
     *table, folder = capsys.readouterr().out.splitlines()
     assert table[0].startswith("recovered_share")
     config = json.loads((Path(folder) / "config.json").read_text())["config"]
-    assert config["sae"] == {"clip_grad_norm": 0.1, "optimizer": "adam"}
+    assert (config["clip_grad_norm"], config["ema_decay"]) == (0.1, 0.9)
 
 
 def test_command_line_defaults_are_those_of_the_config() -> None:
@@ -249,8 +264,7 @@ def test_command_line_defaults_are_those_of_the_config() -> None:
 @pytest.mark.parametrize(
     ("words", "code", "answer"),
     [
-        (["--sae", "clip"], 2, "found 'clip', expected NAME=VALUE"),
-        (["--sae", "k=3"], 1, "sae: k is a field of SAEToyModelRunnerConfig itself; give it there"),
+        (["--clip-grad-norm", "no"], 2, "found 'no', expected a number or None"),
         (["--d-sae", "100"], 1, "d_sae: found 100, expected a multiple of n_hidden = 128; 128 is the next"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.kernels import selection
+from sae_training.kernels.selection import Encoder
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.losses import Coefficients, Losses
+from sae_training.training import objective as objective_module
 from sae_training.training.objective import objective
+from sae_training.training.trainer import track_inference_threshold
 
 D_IN, D_SAE, ROWS, K = 6, 24, 40, 3
 BANDWIDTH, L1 = 0.2, 0.03
@@ -73,7 +76,7 @@ def batch() -> Tensor:
 def run(sae: SparseAutoencoder, dead: Tensor | None, sparse: bool) -> tuple[Losses, dict[str, Tensor]]:
     sae.zero_grad(set_to_none=True)
     x = batch()
-    losses = objective(sae, x, x, Coefficients(L1, K), dead, sparse)
+    losses = (objective if sparse else SparseAutoencoder.losses)(sae, x, x, Coefficients(L1, K), dead)
     losses.loss.backward()
     return losses, gradients(sae)
 
@@ -192,7 +195,7 @@ def test_a_dense_code_goes_the_dense_way(case: str) -> None:
 def test_auxk_gives_live_latents_no_gradient(case: str) -> None:
     sae = make(case, **REMEDIES["auxk"])
     x = batch()
-    objective(sae, x, x, Coefficients(L1, K), DEAD, sparse=True).ghost_grad_loss.backward()
+    objective(sae, x, x, Coefficients(L1, K), DEAD).ghost_grad_loss.backward()
     assert sae.W_enc.grad is not None and sae.W_dec.grad is not None
     assert not sae.W_enc.grad[:, ~DEAD].any()
     assert not sae.W_dec.grad[~DEAD].any()
@@ -213,8 +216,7 @@ def test_batchtopk_keeps_k_a_row_on_average_and_may_give_rows_more() -> None:
 def test_tiles_of_latents_change_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sae = make(case)
     whole, whole_gradients = run(sae, None, sparse=True)
-    monkeypatch.setattr(selection, "TILE_LATENTS", dict.fromkeys(selection.TILE_LATENTS, 7))
-    monkeypatch.setattr(selection, "TILE_ELEMENTS", 7 * 11)
+    monkeypatch.setattr(objective_module, "Encoder", partial(Encoder, tile_latents=7, tile_rows=11))
     tiled, tiled_gradients = run(sae, None, sparse=True)
     assert tiled.code.entries is not None
     torch.testing.assert_close(tiled.feature_acts, whole.feature_acts)
@@ -231,4 +233,5 @@ def test_a_code_without_any_active_latent_is_trained_on(case: str) -> None:
     assert not losses.feature_acts.any()
     torch.testing.assert_close(losses.sae_out, sae.b_dec.detach().expand(ROWS, D_IN))
     assert all(gradient.isfinite().all() for gradient in found.values())
-    sae.track_inference_threshold(losses.code, 0)
+    track_inference_threshold(sae, losses.code, 0)
+    assert all(weight.isfinite().all() for _, weight in sae.weights())

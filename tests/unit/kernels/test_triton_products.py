@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_training.kernels import selection, sparse_code, triton_selection
-from sae_training.kernels import triton_products as triton_kernels
+from sae_training.kernels import selection, sparse_code, triton_products, triton_selection
 from sae_training.kernels.sparse_code import Entries, fixed_size_entries, keys_of, offsets_of
 from sae_training.kernels.triton_products import INTERPRETED
 
@@ -103,7 +102,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 def test_row_products(code: str, d: int, dtype: str) -> None:
     entries = some_entries(CODES[code])
     rows, table = random(N_ROWS, d, dtype=DTYPES[dtype], seed=1), random(D_SAE, d, dtype=DTYPES[dtype], seed=2)
-    found = triton_kernels.row_products(rows, table, entries.latents, entries.rows)
+    found = triton_products.row_products(rows, table, entries.latents, entries.rows)
     assert found.dtype == rows.dtype
     assert_close(found, plain_row_products(rows, table, entries.latents, entries.rows))
 
@@ -115,7 +114,7 @@ def test_row_products(code: str, d: int, dtype: str) -> None:
 def test_sums_of_latents_in_each_row(code: str, d: int, dtype: str) -> None:
     entries = some_entries(CODES[code])
     values, table = random(len(entries.latents), dtype=DTYPES[dtype]), random(D_SAE, d, dtype=DTYPES[dtype], seed=2)
-    found = triton_kernels.bags(entries.latents, entries.offsets, values, table)
+    found = triton_products.bags(entries.latents, entries.offsets, values, table)
     assert found.dtype == table.dtype
     assert_close(found, plain_bags(entries.latents, entries.offsets, values, table))
 
@@ -133,19 +132,18 @@ LONG = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", (1, 37))
 @pytest.mark.parametrize("lengths", LONG)
-def test_sums_of_rows_for_each_latent(lengths: str, d: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if lengths != "one latent has all":
-        monkeypatch.setattr(triton_kernels, "CHUNK", CHUNK)
+def test_sums_of_rows_for_each_latent(lengths: str, d: int, dtype: str) -> None:
+    chunk = triton_products.CHUNK if lengths == "one latent has all" else CHUNK
     counts = torch.tensor(LONG[lengths])
     latents = torch.arange(D_SAE).repeat_interleave(counts).to(DEVICE)
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(DEVICE)
     row_of = torch.randint(50, (len(latents),), generator=torch.Generator().manual_seed(4)).to(DEVICE)
     rows, values = random(50, d, dtype=DTYPES[dtype], seed=1), random(len(latents), dtype=DTYPES[dtype])
-    found = triton_kernels.bags(row_of, offsets, values, rows, bag_of=latents)
+    found = triton_products.bags(row_of, offsets, values, rows, bag_of=latents, chunk=chunk)
     expected = plain_bags(row_of, offsets, values, rows)
     rounding = 1e-4 if dtype == "float32" else 2 * torch.finfo(torch.bfloat16).eps
     torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding * 10)
-    assert torch.equal(found, triton_kernels.bags(row_of, offsets, values, rows, bag_of=latents))
+    assert torch.equal(found, triton_products.bags(row_of, offsets, values, rows, bag_of=latents, chunk=chunk))
 
 
 @on_kernels
@@ -153,10 +151,10 @@ def test_tensors_that_do_not_lie_row_by_row() -> None:
     entries = some_entries([3] * N_ROWS)
     rows, table = random(37, N_ROWS, seed=1).T, random(D_SAE, 2 * 37, seed=2)[:, :37]
     expected = plain_row_products(rows, table, entries.latents, entries.rows)
-    assert_close(triton_kernels.row_products(rows, table, entries.latents, entries.rows), expected)
+    assert_close(triton_products.row_products(rows, table, entries.latents, entries.rows), expected)
     same = random(1).expand(len(entries.latents))
     expected = plain_bags(entries.latents, entries.offsets, same, table)
-    assert_close(triton_kernels.bags(entries.latents, entries.offsets, same, table), expected)
+    assert_close(triton_products.bags(entries.latents, entries.offsets, same, table), expected)
 
 
 SIXTEEN_BITS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -268,12 +266,12 @@ def test_the_kernels_compile_without_a_gpu(
     places = dict.fromkeys(("latents", "row_of", "indices", "bag_of", "offsets"), "*i64")
     numbers = dict.fromkeys(("rows_stride", "table_stride", "n", "d"), "i32")
     blocks = {"BLOCK_ENTRIES": 8, "BLOCK_D": 16 if of_one_column else 256}
-    chunked = blocks | {"CHUNK": triton_kernels.CHUNK}
+    chunked = blocks | {"CHUNK": triton_products.CHUNK}
     kernels = [
-        (triton_kernels.row_products_kernel, blocks),
-        (triton_kernels.chunks_kernel, chunked),
-        (triton_kernels.bags_kernel, chunked | {"HAS_CHUNKS": True}),
-        (triton_kernels.bags_kernel, chunked | {"HAS_CHUNKS": False}),
+        (triton_products.row_products_kernel, blocks),
+        (triton_products.chunks_kernel, chunked),
+        (triton_products.bags_kernel, chunked | {"HAS_CHUNKS": True}),
+        (triton_products.bags_kernel, chunked | {"HAS_CHUNKS": False}),
     ]
     for kernel, constants in kernels:
         if of_one_column:  # the compiler takes a 1 for a constant
@@ -300,7 +298,7 @@ def test_sparse_code_takes_the_kernels(code: str, monkeypatch: pytest.MonkeyPatc
 
     with_kernels = products()
     calls = []
-    monkeypatch.setattr(triton_kernels, "supports", lambda x: calls.append(x))
+    monkeypatch.setattr(triton_products, "supports", lambda x: calls.append(x))
     for found, plain in zip(with_kernels, products(), strict=True):
         torch.testing.assert_close(found, plain)
     assert len(calls) == 4
@@ -322,29 +320,29 @@ def test_offsets_and_rows_of_entries() -> None:
 
 
 def test_without_triton_nothing_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton_kernels.available.cache_clear()
-    monkeypatch.setattr(triton_kernels, "triton", None)
-    assert not triton_kernels.available(torch.device("cuda"))
-    assert not triton_kernels.use_triton(torch.device("cuda"), torch.float32, 2**20, 1)
-    triton_kernels.available.cache_clear()
+    triton_products.available.cache_clear()
+    monkeypatch.setattr(triton_products, "triton", None)
+    assert not triton_products.available(torch.device("cuda"))
+    assert not triton_products.use_triton(torch.device("cuda"), torch.float32, 2**20, 1)
+    triton_products.available.cache_clear()
 
 
 @only_once
 def test_the_cpu_keeps_torch() -> None:
-    assert not triton_kernels.supports(torch.zeros(1, 1))
+    assert not triton_products.supports(torch.zeros(1, 1))
 
 
 def test_a_triton_that_cannot_run_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Tensor) -> Tensor:
         raise RuntimeError("no C compiler")
 
-    triton_kernels.available.cache_clear()
-    monkeypatch.setattr(triton_kernels, "triton", SimpleNamespace())
-    monkeypatch.setattr(triton_kernels, "INTERPRETED", True)
-    monkeypatch.setattr(triton_kernels, "row_products", fails)
+    triton_products.available.cache_clear()
+    monkeypatch.setattr(triton_products, "triton", SimpleNamespace())
+    monkeypatch.setattr(triton_products, "INTERPRETED", True)
+    monkeypatch.setattr(triton_products, "row_products", fails)
     with pytest.warns(UserWarning, match="no C compiler"):
-        assert not triton_kernels.available(torch.device("cpu"))
-    triton_kernels.available.cache_clear()
+        assert not triton_products.available(torch.device("cpu"))
+    triton_products.available.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -360,17 +358,17 @@ def test_a_triton_that_cannot_run_is_a_warning(monkeypatch: pytest.MonkeyPatch) 
 def test_use_triton_goes_by_the_latents_for_each_active_one(
     dtype: torch.dtype, d_sae: int, k: int, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_kernels, "available", lambda device: True)
-    assert triton_kernels.use_triton(torch.device("cuda"), dtype, d_sae, k) == expected
+    monkeypatch.setattr(triton_products, "available", lambda device: True)
+    assert triton_products.use_triton(torch.device("cuda"), dtype, d_sae, k) == expected
 
 
 def test_dense_float32_products_in_tf32_need_sparser_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "available", lambda device: True)
+    monkeypatch.setattr(triton_products, "available", lambda device: True)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert not triton_kernels.use_triton(torch.device("cuda"), torch.float32, 1024, 32)
-        assert triton_kernels.use_triton(torch.device("cuda"), torch.float32, 4096, 32)
+        assert not triton_products.use_triton(torch.device("cuda"), torch.float32, 1024, 32)
+        assert triton_products.use_triton(torch.device("cuda"), torch.float32, 4096, 32)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -420,7 +418,7 @@ def losses_and_gradients(sae: Any, dead: Tensor | None, sparse: bool) -> dict[st
     sae.zero_grad(set_to_none=True)
     generator = torch.Generator().manual_seed(2)
     x = (2 * torch.randn(ROWS, sae.d_in, generator=generator) + 0.3).to(sae.device, sae.dtype)
-    losses = objective(sae, x, x, Coefficients(0.03, sae.k), dead, sparse)
+    losses = (objective if sparse else sae.__class__.losses)(sae, x, x, Coefficients(0.03, sae.k), dead)
     assert (losses.code.entries is not None) == sparse
     losses.loss.backward()
     gradients = {name: p.grad.clone() for name, p in sae.named_parameters()}
@@ -459,18 +457,17 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("remedy", ["none", "auxk"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_way_on_a_gpu_reads_nothing_off_the_device(case: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, with the parts that differ there put in; the products themselves are `triton_kernels`'."""
+    """On the CPU, with the parts that differ there put in; the products themselves are `triton_products`'."""
     from sae_training.training import objective
 
     monkeypatch.setattr(objective, "dead_entries", objective.dead_entries_of_all)
-    monkeypatch.setattr(objective, "has_work", lambda sae, dead: dead is not None)
+    monkeypatch.setattr("sae_training.sparse_autoencoder.SparseAutoencoder.to_revive", lambda self, dead: dead)
     monkeypatch.setattr(Entries, "rows", property(lambda self: keys_of(self.offsets, len(self.latents))))
     sae = autoencoder(torch.device("cpu"), "float64", **CASES[case], **REMEDIES[remedy])
     x = torch.randn(ROWS, D_IN, dtype=torch.float64)
     with NoWaiting():
-        losses = objective.objective(
-            sae, x, x, objective.Coefficients(0.0, K), None if remedy == "none" else MANY, sparse=True
-        )
+        dead = None if remedy == "none" else MANY
+        losses = objective.objective(sae, x, x, objective.Coefficients(0.0, K), dead)
         losses.loss.backward()
         losses.code.counts()
     assert losses.code.entries is not None
@@ -486,7 +483,7 @@ def test_the_sparse_way_equals_the_dense_way_in_the_interpreter(case: str, monke
     monkeypatch.setattr(objective, "dead_entries", objective.dead_entries_of_all)
     options = CASES.get(case, {"architecture": case})
     sae = autoencoder(torch.device("cpu"), "float32", **options, **REMEDIES["auxk"])
-    assert triton_kernels.supports(sae.W_dec)
+    assert triton_products.supports(sae.W_dec)
     dense, sparse = (losses_and_gradients(sae, MANY, sparse) for sparse in (False, True))
     torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-6)
 
@@ -531,7 +528,7 @@ def test_the_sparse_way_never_waits_for_the_gpu(case: str, remedy: str, dtype: s
     x, dead = torch.randn(ROWS, D_IN, device="cuda", dtype=sae.dtype), MANY.cuda()
     for check in (lambda: None, no_waiting):  # the first time compiles
         check()
-        losses = objective(sae, x, x, Coefficients(0.0, 1), None if remedy == "none" else dead, sparse=True)
+        losses = objective(sae, x, x, Coefficients(0.0, 1), None if remedy == "none" else dead)
         losses.loss.backward()
     torch.cuda.set_sync_debug_mode("default")
     assert (losses.code.entries is not None) == (dtype == "float32" or case != "topk multi")

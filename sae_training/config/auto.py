@@ -1,0 +1,51 @@
+"""What "auto" means, and what other numbers are worked out where a config leaves them open.
+
+The learning rate is
+
+    AUTO_LR / sqrt(d_sae / 2**14) / sqrt(max(1, steps / AUTO_LR_STEPS)), at most AUTO_LR_MAX:
+
+measured on SmolLM2, d_sae 4608, 500k rows in 122 to 976 steps (docs/benchmarks.md). At 100,000 steps the rule gives
+the 2e-4 / sqrt(d_sae / 2**14) that sparsify and dictionary_learning use for their long runs.
+"""
+
+from __future__ import annotations
+
+import math
+
+from sae_training.config.types import FIXED_K
+
+AUTO_LR = 3.7e-3
+AUTO_LR_STEPS = 250
+AUTO_LR_MAX = 1e-2
+AUTO_WARM_UP_SHARE = 0.25
+AUTO_WARM_UP_MAX_STEPS = 1000
+
+
+def auto_lr(d_sae: int | None, total_steps: int) -> float:
+    """Return the learning rate; ValueError while d_sae is not known."""
+    if d_sae is None:
+        raise ValueError(needs_d_in("lr", "auto"))
+    return min(AUTO_LR_MAX, AUTO_LR / math.sqrt(d_sae / 2**14 * max(1.0, total_steps / AUTO_LR_STEPS)))
+
+
+def auto_lr_warm_up_steps(total_steps: int) -> int:
+    """Return the steps of warm-up: a quarter of the run, at most 1000."""
+    return min(AUTO_WARM_UP_MAX_STEPS, int(AUTO_WARM_UP_SHARE * total_steps))
+
+
+def auto_auxk_coefficient(architecture: str) -> float:
+    """Return the weight of the AuxK loss: 1/4 with a fixed k, else 0."""
+    return 1 / 4 if architecture in FIXED_K else 0.0
+
+
+def auto_auxk_k(d_in: int) -> int:
+    """Return the power of two nearest to d_in / 2 on a log scale: 512 for 768, as in Gao et al. 2024."""
+    return 2 ** round(math.log2(max(1, d_in / 2)))
+
+
+def needs_d_in(field: str, value: str | None) -> str:
+    """Return the message for a number that cannot be worked out without d_in."""
+    return (
+        f"{field}: found {value!r} with d_in None, expected a known d_in to work it out; "
+        "set d_in, or load the model first and replace d_in by its width"
+    )

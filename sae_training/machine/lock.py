@@ -1,0 +1,38 @@
+"""Locks between processes. The operating system holds them, so a lock ends with its process, however that ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+class InUse(OSError):
+    """Another process holds the lock."""
+
+
+def exclusive(path: Path, busy: str) -> FileLock:
+    """The lock of the file `path`, taken until its `release()`. Raise InUse(busy) if another process has it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InUse(busy) from error
+    return lock
+
+
+@contextlib.contextmanager
+def lock_beside(folder: Path, field: str) -> Iterator[None]:
+    """Keep other processes from writing to `folder`, which need not exist. Errors name the config field `field`."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{field}: cannot make {folder.parent} ({error.strerror}); give another path.") from error
+    busy = f"{field}: another process is writing {folder}; wait for it."
+    lock = exclusive(folder.with_name(f".{folder.name}.lock"), busy)
+    try:
+        yield
+    finally:
+        lock.release()
