@@ -2,8 +2,8 @@
 
     batches of documents --a thread reads and tokenises the next one--> BatchesAhead --taken in order--> contexts
 
-A thread in this process is enough, because a fast tokenizer runs outside Python's lock and on several cores. Processes
-beside the run were never more than a fifth faster (docs/log.md).
+A thread in this process is enough, because a fast tokenizer runs outside Python's lock. On 2 busy cores, beside a
+forward pass of the demo model, the thread made over 80,000 tokens/s, several times what the model took (docs/log.md).
 """
 
 from __future__ import annotations

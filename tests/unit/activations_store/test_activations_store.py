@@ -68,7 +68,7 @@ def test_several_datasets_are_mixed(make_store: Make, tmp_path: Path) -> None:
     texts = [store.model.tokenizer.decode(row) for _ in range(50) for row in store.get_batch_tokens()]
     n_cats = sum("cat" in text for text in texts)
     assert 120 < n_cats < 180 and n_cats + sum("dog" in text for text in texts) == len(texts)
-    about = origin(store.cfg, store.model, 0)
+    about = origin(store.cfg, store.model, store.text.n_held_out)
     assert (about["dataset_path"], about["dataset_weights"]) == (paths, [0.75, 0.25])
 
 
