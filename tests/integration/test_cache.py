@@ -223,7 +223,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_kills_while_a_cache_is_written_change_nothing(tmp_path: Path) -> None:
-    changes = {"form": "both", "total_training_tokens": 200 * 64, "shard_size_mb": 1}
+    changes = {"form": "both", "total_training_tokens": 100 * 64, "shard_size_mb": 1}
 
     def job(path: str) -> Callable[[], Path]:
         folder = {"cached_activations_path": str(tmp_path / path)}

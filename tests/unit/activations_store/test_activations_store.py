@@ -17,6 +17,7 @@ from torch import Tensor
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.cache import origin
 from sae_training.activations_store.shuffle_buffer import ShuffleBuffer
+from sae_training.config import CacheActivationsRunnerConfig
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import load_language_model
 from sae_training.language_model.sites import merged
@@ -67,7 +68,7 @@ def test_several_datasets_are_mixed(make_store: Make, tmp_path: Path) -> None:
     texts = [store.model.tokenizer.decode(row) for _ in range(50) for row in store.get_batch_tokens()]
     n_cats = sum("cat" in text for text in texts)
     assert 120 < n_cats < 180 and n_cats + sum("dog" in text for text in texts) == len(texts)
-    about = origin(store.cfg, store.model, 0)
+    about = origin(store.cfg, store.model, store.text.n_held_out)
     assert (about["dataset_path"], about["dataset_weights"]) == (paths, [0.75, 0.25])
 
 
@@ -282,6 +283,15 @@ def test_duck_typed_config_of_the_mats_era_is_enough(demo_model: Any) -> None:
     assert store.cfg is cfg
     assert store.model is demo_model
     assert store.next_batch().shape == (32, 256)
+
+
+def test_cache_config_is_enough(make_store: Make, demo_model: Any) -> None:
+    names = ("model_name", "hook_point", "lm_dtype", "dataset_path", "context_size", "store_batch_size")
+    cfg = CacheActivationsRunnerConfig(**{name: SMALL_RUN[name] for name in names}, n_eval_batches=1, dtype="int8")
+    store, expected = ActivationsStore(cfg, demo_model), make_store()
+    tokens = store.get_batch_tokens()
+    assert torch.equal(tokens, expected.get_batch_tokens())
+    assert torch.equal(store.get_activations(tokens), expected.get_activations(tokens))
 
 
 def test_context_longer_than_the_models_names_both(make_store: Make) -> None:
