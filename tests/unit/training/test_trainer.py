@@ -365,9 +365,12 @@ def test_a_loss_that_was_not_finite_is_remembered() -> None:
 
 def test_finite_steps_pass_the_checks() -> None:
     trainer = make_trainer()
+    before = parameters(trainer)
     trainer.step(batch(), 0)
     trainer.check_finite()
     trainer.check_weights()
+    assert trainer.non_finite.item() == 0
+    assert all(not torch.equal(weight, before[name]) for name, weight in trainer.sae.weights())
 
 
 def test_weight_that_is_not_finite_is_named() -> None:
