@@ -88,9 +88,7 @@ class SparseAutoencoder(HookedRootModule):
         self.b_dec = nn.Parameter(torch.zeros(self.d_out, **placed))
 
         if self.architecture == "jumprelu":
-            self.log_threshold = nn.Parameter(
-                torch.full((self.d_sae,), math.log(known.jumprelu_init_threshold), **placed)
-            )
+            self.log_threshold = nn.Parameter(torch.full_like(self.b_enc, math.log(known.jumprelu_init_threshold)))
         if self.architecture == "gated":
             self.r_mag = nn.Parameter(torch.zeros(self.d_sae, **placed))
             self.b_mag = nn.Parameter(torch.zeros(self.d_sae, **placed))

@@ -164,9 +164,8 @@ def top_k_of_entries(code: Code, k: int) -> Code:
 
 
 def by_prefix(code: Code, widths: tuple[int, ...]) -> Code:
-    """Return the code on len(widths) * rows rows: the latents below widths[0] first, then those up to widths[1],
-    and so on. Decoded and added up, they give the reconstructions of the nested dictionaries.
-    """
+    """The code with len(widths) * rows rows: all rows with latents below widths[0], then again with those from there
+    to widths[1], and so on. Decoded and added up, they give the reconstructions of the nested dictionaries."""
     entries = code.entries
     if entries is None or len(widths) < 2:
         return code

@@ -203,8 +203,7 @@ def test_step_in_other_precisions_stays_in_them_and_learns(dtype: str) -> None:
     assert {weight.dtype for _, weight in trainer.sae.weights()} == {getattr(torch, dtype)}
 
 
-# ------------------------------------------------------------------------------------ the same step, written out
-# plainly
+# --------------------------------------------------------------------------------- the same step, written out plainly
 
 
 class PlainTrainer:
