@@ -4,7 +4,7 @@ sae_in       = x - b_dec
 hidden_pre   = sae_in @ W_enc + b_enc
 feature_acts = activation(hidden_pre)          which latents are active, and how: architectures.py
 sae_out      = feature_acts @ W_dec + b_dec
-loss         = mse_loss + penalty + remedy     architectures.py, losses.py, remedies.py
+loss         = mse_loss + penalty + remedy     architectures.py, losses.py, dead_latent_losses.py
 
 A transcoder (`cfg.target_hook_point`) predicts other activations than it reads, for example the output of an MLP from
 its input. Nothing is subtracted from its input (sae_in = x), and it may have a skip connection, sae_out + x @ W_skip.
@@ -29,6 +29,7 @@ from sae_training.kernels.sparse_code import Code
 from sae_training.machine.precision import encoder_dtype
 from sae_training.sparse_autoencoder import architectures
 from sae_training.sparse_autoencoder.architectures import sparsity_penalty
+from sae_training.sparse_autoencoder.dead_latent_losses import n_auxk_rows, remedy_loss
 from sae_training.sparse_autoencoder.hook_points import HookedRootModule, HookPoint
 from sae_training.sparse_autoencoder.losses import (
     MULTI_TOPK_FACTOR,
@@ -39,7 +40,6 @@ from sae_training.sparse_autoencoder.losses import (
     reconstruction_loss,
 )
 from sae_training.sparse_autoencoder.normalization import BY_ROW, normalize, restore
-from sae_training.sparse_autoencoder.remedies import n_auxk_rows, remedy_loss
 from sae_training.sparse_autoencoder.start_values import centre, centred_encoder, initial_weights
 
 CACHED_ROWS = 1024  # of the decoder, that stay in the processor's cache between two passes over them

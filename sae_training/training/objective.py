@@ -24,8 +24,8 @@ from sae_training.kernels.sparse_code import (
     pre_activations_at,
 )
 from sae_training.sparse_autoencoder import SparseAutoencoder, architectures
+from sae_training.sparse_autoencoder.dead_latent_losses import n_auxk_rows
 from sae_training.sparse_autoencoder.losses import MULTI_TOPK_FACTOR, Coefficients, Losses, Reconstruction
-from sae_training.sparse_autoencoder.remedies import n_auxk_rows
 
 
 def objective(
