@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +176,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in argv or os.environ.get("SAE_TRAINING_DEBUG") == "1"
     try:
-        run_verb(parse(argv))
+        with warnings.catch_warnings():  # what a user should change is said in a line, without our source code
+            warnings.showwarning = lambda message, *_: sys.stderr.write(f"warning: {message}\n")
+            verb = parse(argv)
+        run_verb(verb)
     except KeyboardInterrupt as stop:
         # the runner's own interruption says what was saved, and has the exit code that goes with the signal
         sys.stderr.write(f"{stop or 'stopped'}\n")

@@ -8,7 +8,11 @@ version=4.3.0
 python=${PYTHON:-$PWD/.venv/bin/python}
 overlay=$PWD/.venv/transformer-lens-$version
 
-[ -d "$overlay" ] || "$python" -m pip install --quiet --no-deps --target "$overlay" "transformer-lens==$version"
+if [ ! -d "$overlay" ]; then
+    rm -rf "$overlay.tmp" # an installation that was interrupted
+    "$python" -m pip install --quiet --no-deps --target "$overlay.tmp" "transformer-lens==$version"
+    mv "$overlay.tmp" "$overlay"
+fi
 export PYTHONPATH="$overlay:$PWD"
 [ "$("$python" -c 'from importlib.metadata import version; print(version("transformer-lens"))')" = "$version" ]
 

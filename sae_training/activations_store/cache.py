@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sae_training.config.fields import Source
-from sae_training.config.io import CACHE_FIELDS
+from sae_training.config.io import CACHE_FIELDS, config_to_dict
 from sae_training.language_model.load import LanguageModel, fingerprint, revision
 from sae_training.machine.files import write_text
 
@@ -36,11 +36,11 @@ FIELD_OF = {"model_fingerprint": "model_name"}
 
 def origin(cfg: Any, model: LanguageModel, n_held_out: int) -> dict[str, Any]:
     """Return what activations come from: MUST_AGREE, and what else is good to know."""
-    return {name: getattr(cfg, name) for name in CACHE_FIELDS} | {
+    values = config_to_dict(cfg)
+    return {name: values[name] for name in CACHE_FIELDS} | {
         "model_fingerprint": fingerprint(model),
         "lm_dtype": str(model.cfg.dtype).removeprefix("torch."),
         "dataset_weights": [weight / sum(cfg.dataset_weights) for weight in cfg.dataset_weights],
-        "seqpos_slice": list(cfg.seqpos_slice),
         "tokenizer": getattr(model.tokenizer, "name_or_path", None),
         "model_revision": revision(model),
         "n_held_out": n_held_out,

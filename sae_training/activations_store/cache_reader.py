@@ -190,7 +190,7 @@ class CachedReader:
         return concatenated(parts).__getitem__
 
     def sample(self, n: int) -> Taken:
-        """Look at up to `n` of those that come next."""
+        """Return up to `n` of the next rows or contexts, which are served all the same later."""
         return concatenated([self.shards.read(*place) for place in self.places(min(n, self.shards.n))]).__getitem__
 
     def places(self, n: int) -> list[tuple[int, int]]:

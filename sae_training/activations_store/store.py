@@ -2,9 +2,9 @@
 
     text --TrainingText--> contexts --LiveContexts--> activations --Passes--> rows --ShuffleBuffer--> batches
 
-A cache takes the place of the first part of this: its contexts that of the language model's passes, its rows, which are
-shuffled already, that of the buffer too. `open_source` puts the parts together. Any number of hooks are served at once,
-from the same passes and in the same order.
+The contexts of a cache replace the language model's passes. The rows of a cache replace the buffer too, because they
+are shuffled already. `open_source` puts the parts together. Any number of hooks are served at once, from the same
+passes and in the same order.
 
 With `normalize_activations="expected_average_only_in"` batches are scaled to a mean norm of sqrt(width), by factors
 that `measure_scales` measures once. `get_activations` gives the model's own units in any case.

@@ -132,7 +132,7 @@ def retired(cls: type[Any]) -> dict[str, str]:
 def without_retired(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values without those of retired fields, which one warning names.
 
-    A retired field that held values by name gives them to the fields of these names.
+    If a retired field held values by name, the fields of these names get them.
     """
     found = {name: advice for name, advice in retired(cls).items() if name in values}
     if found:

@@ -39,7 +39,7 @@ class Source:
     """Where activations come from: a language model, places in it, and text."""
 
     RETIRED: ClassVar[dict[str, str]] = {
-        "tokenizer_processes": "text is tokenised in a thread ahead of the run, whatever it says; leave it out",
+        "tokenizer_processes": "a thread tokenises ahead of the model; leave it out",
     }
 
     # Language model and the place in it

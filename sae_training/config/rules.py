@@ -20,7 +20,7 @@ from sae_training.config.types import FIXED_K, WITH_PENALTY
 
 Rule = Callable[..., str | None]
 
-# What this version does of each option that has values it does not know how to train yet.
+# The options of which this version trains only some values.
 BUILT: dict[str, tuple[object, ...]] = {
     "parallel": ("data",),
 }
@@ -196,7 +196,7 @@ def target_l0_in_parts(target_l0: float | None, micro_batch_size: int | None, gr
         return None
     return (
         f"target_l0: found {target_l0} with micro_batch_size {micro_batch_size}, grad_acc_steps "
-        f"{grad_acc_steps}, expected whole batches, of whose L0 the penalty is no sum; leave one out"
+        f"{grad_acc_steps}, expected neither, because it penalises the L0 of a whole batch; leave one out"
     )
 
 

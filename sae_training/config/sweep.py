@@ -25,7 +25,7 @@ def listed_fields(cfg: Any) -> list[str]:
 
 
 def is_several(cfg: Any) -> bool:
-    """Return whether the config describes several autoencoders (or, in a list of one value, might have)."""
+    """Return whether the config describes several autoencoders (a list of one value counts)."""
     return bool(listed_fields(cfg)) or getattr(cfg, "hook_point_layer", None) == "all"
 
 

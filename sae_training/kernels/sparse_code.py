@@ -137,7 +137,7 @@ def row_products(rows: Tensor, table: Tensor, entries: Entries) -> Tensor:
 
 @cache
 def hear_the_warning_of_sparse_csr() -> None:
-    """Make torch give its warning that sparse CSR tensors are in beta, which comes once a process, to nobody."""
+    """Use up torch's warning that sparse CSR tensors are in beta, given once a process, so that no user sees it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0], [], [], (0, 1))

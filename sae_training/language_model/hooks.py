@@ -92,7 +92,7 @@ def open_in_block(stack: ExitStack, switch: BlockSwitch, hooks: Sequence[Hook], 
 
 
 def forwards(switch: BlockSwitch, tapped: bool, untapped: bool, once: bool) -> tuple[Forward, ...]:
-    """What runs in a block with hooks inside, at taps, at hook points or both; the output of the last counts.
+    """Return what runs in a block that has hooks inside, in order; the output of the last counts.
 
     `once`: something is replaced, or nobody uses the output. Otherwise the output is always that of the block without
     hooks, so that reading a place changes no bit of another.

@@ -27,13 +27,12 @@ PLACE = 8  # bytes a row of the buffer, for its place in the random order (int64
 # What a step holds at its peak, in tensors of float32, measured on a CPU at d_in 256 and 768.
 MATRYOSHKA_PREFIXES = 5
 GRADIENTS_AND_ENCODER = 1.25  # of the weights: their gradients, and W_enc once more in 16 bits
-ROWS_OF_A_STEP = (
-    8  # tensors of (rows, d_in) at the peak of a sparse step: batch, target, reconstruction, gradients, ...
-)
+# Tensors of (rows, d_in) at the peak of a sparse step: batch, target, reconstruction, gradients, ...
+ROWS_OF_A_STEP = 8
 ROWS_OF_A_PREFIX = 4  # and for each further prefix of a matryoshka autoencoder
 BYTES_OF_AN_ENTRY = 80  # of a sparse code: value, index, gradients, and their sorted copies for the product by latent
 ROWS_OF_A_DENSE_STEP = 9
-# Tensors of (rows, d_sae), or entries of the half of it that is active when a run begins.
+# Tensors of (rows, d_sae), or entries of the half of it that is active when a run begins. Others: as many as the most.
 CODES_OF_A_DENSE_STEP = {"standard": 6, "jumprelu": 9, "gated": 10}
 
 USABLE_SHARE = 0.97  # of what is free; the system needs the rest
@@ -233,7 +232,8 @@ def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int) -> int:
     d_in, d_sae = sizes(cfg)
     rows = min(cfg.micro_batch_size or cfg.train_batch_size, cfg.tokens_per_step)
     if cfg.architecture not in FIXED_K:
-        return weights + (ROWS_OF_A_DENSE_STEP * d_in + CODES_OF_A_DENSE_STEP[cfg.architecture] * d_sae) * rows * FLOAT
+        codes = CODES_OF_A_DENSE_STEP.get(cfg.architecture, max(CODES_OF_A_DENSE_STEP.values()))
+        return weights + (ROWS_OF_A_DENSE_STEP * d_in + codes * d_sae) * rows * FLOAT
     prefixes = MATRYOSHKA_PREFIXES if cfg.architecture == "matryoshka" else 1
     tensors = (ROWS_OF_A_STEP + ROWS_OF_A_PREFIX * (prefixes - 1)) * d_in * FLOAT
     return int(GRADIENTS_AND_ENCODER * weights) + rows * (tensors + BYTES_OF_AN_ENTRY * cfg.k * prefixes)
@@ -262,7 +262,10 @@ def evaluation_bytes(
 
 
 def code_bytes(cfg: LanguageModelSAERunnerConfig, tokens: int) -> int:
-    """Dense codes, encoded and counted; where the largest are chosen, once more, and W_enc in 16 bits."""
+    """Return the bytes of an evaluation's dense codes: pre-activations, activations, and the mask that counts them.
+
+    With a fixed k there is one more, for the choice, and W_enc in 16 bits.
+    """
     d_in, d_sae = sizes(cfg)
     if cfg.architecture not in FIXED_K:
         return 3 * tokens * d_sae * FLOAT

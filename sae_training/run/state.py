@@ -50,7 +50,7 @@ class Member:
 
     @property
     def scales(self) -> tuple[float, float]:
-        """The factors of rows of its input, and of its target, before it is trained on them."""
+        """The factors by which training multiplies the rows of its input and of its target."""
         return self.store.scales[self.sites.input], self.store.scales[self.sites.target]
 
     @property

@@ -1,4 +1,4 @@
-"""Figures of a run beyond those of its steps. To look changes nothing: weights and batches are as they would have been.
+"""Figures of a run beyond those of its steps. Watching changes neither weights nor batches.
 
 The store's `sample` serves no rows, and evaluation has its own, held-out text.
 """

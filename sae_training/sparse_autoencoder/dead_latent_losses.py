@@ -51,7 +51,8 @@ def ghost_grad_loss(x: Tensor, sae_out: Tensor, dead_pre: Tensor, W_dec: Tensor)
       1. the norm of r in each row;
       2. g = exp(dead_pre) W_dec, scaled (without gradient) to half the norm of r;
       3. the squared error of g against r, over the row's centred norm of r;
-      4. rescaled element by element, without gradient, to the size of the MSE loss, so that only its gradient speaks;
+      4. rescaled element by element, without gradient, so that the value is that of the MSE loss and only the
+         gradient matters;
       5. the mean.
     The gradient reaches the dead columns of W_enc and b_enc, the dead rows of W_dec, and b_dec through the encoder's
     input. Source: Jermyn & Templeton, Ghost Grads, Transformer Circuits, January 2024.

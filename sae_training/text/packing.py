@@ -27,8 +27,8 @@ def lay_out(
     """The ids of a batch of chunks, one after the other, (n,) int64.
 
     bos_id: put before every document.
-    separator_id: put between two documents, unless one of them brings it. Where the first ends and the second begins
-        with it, the second loses its own.
+    separator_id: put between two documents, unless the first ends with it or the second begins with it. If both do,
+        the second loses its own.
     last_id: the id before this batch; None at the start of the stream.
     """
     parts = [np.empty(0, dtype=np.int64)]

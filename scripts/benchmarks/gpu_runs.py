@@ -25,7 +25,9 @@ import torch
 from scripts.benchmarks.gpu_parts import Figures, Items, Skip, forget_peak, peak_gib
 from scripts.benchmarks.machine import ROOT
 
-KERNEL_TESTS = ROOT / "tests" / "unit" / "kernels" / "test_triton.py"
+KERNEL_TESTS = tuple(
+    ROOT / "tests" / "unit" / "kernels" / f"test_triton_{name}.py" for name in ("products", "selection")
+)
 QUIET: dict[str, Any] = {"log_to_wandb": False, "checkpoint_every_minutes": None}
 
 
@@ -45,7 +47,7 @@ def items(name: str, device: torch.device) -> Items:
 def kernel_tests(device: torch.device) -> Figures:
     """All tests of the kernels that use a GPU where there is one, marked or not; they need torch, triton and pytest."""
     chosen = ("-m", "gpu") if device.type == "cpu" else ("-k", "not interpreter and not without_a_gpu")
-    return pytest_figures("--noconftest", *chosen, str(KERNEL_TESTS))
+    return pytest_figures("--noconftest", *chosen, *map(str, KERNEL_TESTS))
 
 
 def marked_tests() -> Figures:
@@ -54,7 +56,7 @@ def marked_tests() -> Figures:
     files = [file for file in sorted(tests.rglob("test_*.py")) if "mark.gpu" in file.read_text(encoding="utf-8")]
     import transformer_lens  # noqa: F401 - tests/conftest.py loads a model with it; skipped if it is missing
 
-    return pytest_figures("-m", "gpu", *(str(file) for file in files if file != KERNEL_TESTS))
+    return pytest_figures("-m", "gpu", *(str(file) for file in files if file not in KERNEL_TESTS))
 
 
 def pytest_figures(*words: str) -> Figures:

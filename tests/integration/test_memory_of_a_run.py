@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sae_training.config.io import save_config
+from sae_training.config.io import config_to_dict
 from sae_training.lm_runner import run_config
 from sae_training.run import memory_plan
 from sae_training.run.memory_plan import NotEnoughMemory
@@ -22,11 +22,11 @@ RUN = """
 import json, resource, sys
 from pathlib import Path
 from sae_training import lm_runner
-from sae_training.config.io import load_config
+from sae_training.config.io import config_from_dict
 
 plans = []
 lm_runner.check_memory = lambda plan, cfg, n_saes: plans.append(plan)
-lm_runner.run_config(load_config(Path(sys.argv[1])))
+lm_runner.run_config(config_from_dict(json.loads(Path(sys.argv[1]).read_text())))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"planned": plans[0].needed, "held": peak - plans[0].in_use}))
 """
@@ -49,7 +49,7 @@ def test_plan_is_near_the_peak_of_a_run_that_holds_hundreds_of_megabytes(
     case: str, small_config: Callable, tmp_path: Path
 ) -> None:
     file = tmp_path / "config.json"
-    save_config(small_config(**LARGE[case]), file)
+    file.write_text(json.dumps(config_to_dict(small_config(**LARGE[case]))))
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(file)],
         capture_output=True,

@@ -339,7 +339,8 @@ def test_values_that_do_not_fit_together(values: dict[str, Any], line: str) -> N
     ids=str,
 )
 def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
-    Config(**values)
+    cfg = Config(**values)
+    assert {name: getattr(cfg, name) for name in values} == values
 
 
 @pytest.mark.parametrize(
