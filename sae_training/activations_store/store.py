@@ -2,8 +2,8 @@
 
     text --TrainingText--> contexts --LiveContexts--> activations --Passes--> rows --ShuffleBuffer--> batches
 
-A cache takes the place of the first part of this: its contexts that of the language model's passes, its rows, which are
-shuffled already, that of the buffer too. `open_source` puts the parts together. Any number of hooks are served at once,
+`open_source` puts these parts together. Contexts of a cache take the place of LiveContexts. Rows of a cache were shuffled
+when they were written, so they take the place of everything before the batches. Any number of hooks are served at once,
 from the same passes and in the same order.
 
 With `normalize_activations="expected_average_only_in"` batches are scaled to a mean norm of sqrt(width), by factors
@@ -100,9 +100,7 @@ class ActivationsStore:
         return self.text.tokens.next_contexts(self.store_batch_size).to(self.device)
 
     def held_out_tokens(self) -> Tensor:
-        """Return contexts (n, context_size) that training never sees: of `eval_dataset_path`, or else 1 in 20 of the
-        training text.
-        """
+        """Return contexts (n, context_size) that training never sees (`TrainingText.held_out`)."""
         return self.text.held_out()
 
     def get_activations(self, tokens: Tensor) -> Tensor:
