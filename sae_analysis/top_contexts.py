@@ -21,9 +21,9 @@ class Context(NamedTuple):
 
 
 class TopContexts(NamedTuple):
-    """Of each latent, the share of tokens it fires on and its strongest tokens, strongest first.
+    """For each latent, the share of tokens on which it fires and its strongest tokens, strongest first.
 
-    density (d_sae,); activations (n, d_sae); prompts and positions (n, d_sae) say where in `tokens` they are.
+    density is (d_sae,), the others (n, d_sae): activations, and the prompts and positions in `tokens` where they are.
     """
 
     density: Tensor
@@ -34,9 +34,7 @@ class TopContexts(NamedTuple):
 
 @torch.no_grad()
 def find_top_contexts(sae: SparseAutoencoder, store: ActivationsStore, tokens: Tensor, n: int = 5) -> TopContexts:
-    """One pass over `tokens` (prompts, context), keeping of each latent its `n` highest tokens, one a prompt at
-    most.
-    """
+    """The `n` strongest tokens of each latent in `tokens` (prompts, context), at most one in each prompt."""
     best = torch.full((n, sae.d_sae), -1.0)
     best_prompt = torch.zeros(n, sae.d_sae, dtype=torch.long)
     best_position = torch.zeros(n, sae.d_sae, dtype=torch.long)
@@ -59,7 +57,7 @@ def find_top_contexts(sae: SparseAutoencoder, store: ActivationsStore, tokens: T
 def contexts_of(
     latent: int, found: TopContexts, store: ActivationsStore, tokens: Tensor, width: int = 10
 ) -> list[Context]:
-    """The top contexts of one latent as text, `width` tokens before each and half as many after."""
+    """The top contexts of one latent as text, with `width` tokens before each token and half as many after it."""
     contexts = []
     for activation, prompt, position in zip(
         found.activations[:, latent].tolist(), found.prompts[:, latent], found.positions[:, latent], strict=True
@@ -67,7 +65,7 @@ def contexts_of(
         if activation <= 0:
             continue
         row, at = tokens[prompt], int(position)
-        start = max(1, at - width)  # position 0 is the BOS
+        start = max(1, at - width)  # position 0 holds the BOS token
         text = [
             store.model.tokenizer.decode(part)
             for part in (row[start:at], row[at : at + 1], row[at + 1 :][: width // 2])
@@ -79,9 +77,10 @@ def contexts_of(
 def specific_latents(
     found: TopContexts, tokens: Tensor, n: int, rarest: float = 2e-4, commonest: float = 1e-2
 ) -> list[int]:
-    """`n` latents worth a first look, strongest first: rare but not too rare, and no two with the same strongest token.
+    """`n` latents worth a first look, strongest first, with densities from `rarest` to `commonest`.
 
-    Latents whose strongest tokens are all the same one are left out: they say little more than which token it was.
+    No two have the same strongest token. Latents whose strongest tokens are all the same are left out, because they say
+    little more than that token.
     """
     top_tokens = tokens[found.prompts, found.positions]  # (contexts, d_sae)
     varied = (top_tokens != top_tokens[0]).sum(dim=0) >= 2

@@ -26,9 +26,9 @@ from sae_training.machine.precision import encoder_dtype
 from sae_training.run.finish import finish
 from sae_training.run.folder import RunFolder, choose_run_folder, is_finished, is_member_folder, read_run_config
 from sae_training.run.memory_plan import check_memory, plan_memory
-from sae_training.run.run import Member, Run, check_finite
 from sae_training.run.save import save, save_weights_folder
 from sae_training.run.start import Singles, open_run
+from sae_training.run.state import Member, Run, check_finite
 from sae_training.run.watch import evaluate_now, log_norms, log_sparsity
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training.metrics import training_metrics

@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from sae_training.config.cache import CacheActivationsRunnerConfig
-from sae_training.config.checks import fields_marked, nearest, plain_values, retired, unknown_names
+from sae_training.config.checks import fields_marked, plain_values, retired, unknown_names
 from sae_training.config.fields import Source
 from sae_training.config.run import LanguageModelSAERunnerConfig
 from sae_training.config.types import IDENTIFIES_CACHE, WATCHES
@@ -50,14 +50,6 @@ def config_differences(a: Any, b: Any, ignore: Collection[str] = ()) -> dict[str
     """Return `{field: (value in a, value in b)}` for each field in which two run configs differ."""
     in_a, in_b = config_to_dict(a), config_to_dict(b)
     return {name: (in_a[name], in_b[name]) for name in FIELD_NAMES if name not in ignore and in_a[name] != in_b[name]}
-
-
-def option(cfg: object, name: str) -> Any:
-    """Return the config's value, or the default of the field where an older config lacks it."""
-    if name not in FIELD_NAMES:
-        guess = nearest(name, FIELD_NAMES)
-        raise AttributeError(f"{name}: not a config field; did you mean {guess!r}?")
-    return getattr(cfg, name) if hasattr(cfg, name) else getattr(_defaults(), name)
 
 
 def with_defaults(cfg: Any) -> LanguageModelSAERunnerConfig:

@@ -1,1 +1,1 @@
-"""Sparse codes, and the products and choices that make and use them: plain torch, compiled C++, Triton."""
+"""Sparse codes, the choice of active latents, and sparse products, in plain torch, compiled C++ and Triton."""

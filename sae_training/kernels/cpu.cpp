@@ -1,9 +1,8 @@
-// The parts of a sparse step that torch has no fast kernel for on a CPU. See cpu_kernels.py.
+// The parts of a sparse step for which torch has no fast kernel on a CPU. See cpu.py.
 //
-// Choices: a tile holds the encoder's product without the bias, which is added here, in float: the sum of a bfloat16 product and
-// its bias need not be rounded, and a product that has to add one takes a tenth longer. Sums are compared as integers
-// of the same order, so no option of the compiler can change a choice, and NaN counts as larger than every number, as
-// it does for torch.topk.
+// A tile holds the encoder's product without the bias. The bias is added here, in float, because a bfloat16 sum is
+// rounded, and because a product that adds the bias takes a tenth longer. Sums are compared as integers of the same
+// order, so that no option of the compiler can change a choice. NaN is larger than every number, as in torch.topk.
 
 #include <algorithm>
 #include <cstdint>
@@ -20,7 +19,7 @@ template <class To, class From> static inline To bits_as(From x) {
     return out;
 }
 
-// What a tile is made of: numbers as stored, as added (Float), and as compared (Key).
+// The numbers of a tile: as stored, as added (Float), and as compared (Key).
 struct BFloat16 {
     using Stored = uint16_t;
     using Float = float;
@@ -40,7 +39,7 @@ struct Float64 {
     static inline Float value(Stored x) { return x; }
 };
 
-// The bits of a positive float are in its order as they are; those of a negative one with all but the sign turned over.
+// An integer in the order of the floats: their bits, and for a negative float all bits but the sign flipped.
 template <class Number> static inline typename Number::Key key_of(typename Number::Float x) {
     using Key = typename Number::Key;
     const Key bits = bits_as<Key>(x);
@@ -50,8 +49,8 @@ template <class Number> static inline typename Number::Key key_of(typename Numbe
 
 // ------------------------------------------------------------------------------------------------- k of each row
 
-// The k-th largest of n keys, by bisection: the compiler makes whole vectors of the counting, and nothing here is
-// guessed wrong by the processor, which makes std::nth_element of as few numbers take twice as long.
+// The k-th largest of n keys, by bisection. The compiler vectorises the counting, and there are no branches for the
+// processor to mispredict; std::nth_element of so few numbers takes twice as long because of them.
 template <class Key> static Key kth_largest(const Key* keys, Index n, Index k) {
     Key low = std::numeric_limits<Key>::min(), high = std::numeric_limits<Key>::max();
     while (low < high) {
@@ -71,8 +70,8 @@ template <class Key> struct Candidate {
     }
 };
 
-// How many groups (places j, j + n_groups, j + 2 n_groups, ...) a row has: few, so that their maxima are quickly
-// sifted, but several times k. As many as numbers if that is no fewer.
+// The number of groups (places j, j + n_groups, j + 2 n_groups, ...) of a row: few, so that the k-th largest of their
+// maxima is found quickly, but at least 4 k and 256. Never more than there are numbers.
 static Index n_groups_for(Index n, Index k) {
     Index n_groups = 256;
     while (n_groups < 4 * k) n_groups *= 2;
@@ -86,7 +85,8 @@ template <class Number> struct Scratch {
     Scratch(Index n, Index n_groups) : maxima(n_groups), candidates(n + 1) {}
 };
 
-// The k largest numbers are no smaller than the k-th largest maximum of a group, and lie in groups whose maximum is not.
+// The k largest numbers are no smaller than the k-th largest of the groups' maxima, and lie in groups whose maxima are
+// no smaller either.
 template <class Number>
 static void top_k_of_row(
     const typename Number::Stored* row, const typename Number::Float* bias, Index n, Index k, Scratch<Number>& scratch,
@@ -119,7 +119,7 @@ static void top_k_of_row(
     for (Index i = 0; i < k; i++) out[i] = candidates[i].place;
 }
 
-// out[row * k] and on: places of the k largest sums of the row.
+// out[row * k] to out[row * k + k - 1]: places of the k largest sums of the row.
 template <class Number>
 static void top_k(
     const typename Number::Stored* tile, Index n_rows, Index n, const typename Number::Float* bias, Index k,
@@ -137,7 +137,7 @@ static void top_k(
 
 constexpr Index BLOCK = 64;
 
-// is_above[i] = 1 or 0 for each number of a block, which may end early.
+// is_above[i] = 1 or 0 for each of the `size` numbers of a block.
 template <class Number>
 static inline void compare(
     const typename Number::Stored* block, const typename Number::Float* limits, Index size, uint8_t* is_above
@@ -164,7 +164,7 @@ static void count_above(
     }
 }
 
-// places[offsets[row]] and on: their places, ascending.
+// places[offsets[row]] and on: the places of the row's numbers above their limits, ascending.
 template <class Number>
 static void places_above(
     const typename Number::Stored* tile, Index n_rows, Index n, const typename Number::Float* limits, int n_threads,
@@ -189,7 +189,8 @@ static void places_above(
 
 // ---------------------------------------------------------------------------------------------------- by latent
 
-// order: the entries by ascending latent, those of one latent as they were; offsets (d_sae + 1): where each one's are.
+// order: the entries by ascending latent, in their old order within a latent. offsets (d_sae + 1): where each latent's
+// entries begin in it.
 extern "C" void sort_by_latent(const Index* latents, Index n, Index d_sae, Index* offsets, Index* order) {
     std::fill(offsets, offsets + d_sae + 1, 0);
     for (Index e = 0; e < n; e++) offsets[latents[e] + 1]++;
@@ -200,8 +201,8 @@ extern "C" void sort_by_latent(const Index* latents, Index n, Index d_sae, Index
 
 // ----------------------------------------------------------------------------------------- products at the entries
 
-// out[e] = rows[row e] . table[latent e]. The next entry's row of the table is fetched from memory meanwhile: which one
-// it will be, the processor cannot guess.
+// out[e] = rows[row e] . table[latent e]. The next entry's row of the table is prefetched, because the processor cannot
+// predict which one it will be.
 template <class Number>
 static void row_products(
     const typename Number::Float* rows, const typename Number::Float* table, const Index* offsets,

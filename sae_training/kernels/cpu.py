@@ -1,9 +1,9 @@
-"""Compiled loops for the CPU: the choices of `selection` (the k largest of a row, what lies above a threshold), and of
-`sparse_code` the sort of the entries and their products with rows.
+"""Compiled loops for the CPU: the choices of `selection` (the k largest of a row, what is above a threshold), and the
+sort of entries and their products with rows for `sparse_code`.
 
-`cpu_kernels.cpp` is compiled when it is first needed, with the C++ compiler at hand ($CXX, c++, g++ or clang++), and
-kept in the user's cache. It takes about a second. Without a compiler `available` is False, and the caller takes plain
-torch, whose choice costs six times as much: a sixth of a TopK step.
+`cpu.cpp` is compiled when it is first needed, in about a second, by the machine's C++ compiler ($CXX, c++, g++ or
+clang++). The library is kept in the user's cache. Without a compiler `available` is False, and callers use plain torch,
+whose choice takes six times as long, a sixth of a TopK step.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ VECTORS = {
     "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "AVX2": ("-march=x86-64-v3",),
 }
-"""Not -march=native: a home folder may be shared by machines with different processors."""
+"""Not -march=native, because machines with different processors may share a home folder."""
 NUMBERS = {torch.bfloat16: "BFloat16", torch.float32: "Float32", torch.float64: "Float64"}
-"""Dtypes of a tile, and their names in the source."""
+"""The dtypes that a tile may have, with their names in cpu.cpp."""
 
 
 def available() -> bool:
@@ -43,9 +43,9 @@ def supports(tile: Tensor) -> bool:
 
 
 def top_k(tile: Tensor, bias: Tensor, k: int) -> Tensor:
-    """Places of the k largest numbers of each row of `tile` (rows, n) + `bias` (n,), (rows, k) int64, in no order.
+    """Places of the k largest numbers of each row of `tile` (rows, n) + `bias` (n,), as (rows, k) int64, in no order.
 
-    1 <= k <= n. Of equal numbers those that come first.
+    1 <= k <= n. Of equal numbers the first are taken.
     """
     tile, bias = tile.contiguous(), bias.to(float_dtype(tile)).contiguous()
     out = torch.empty(len(tile), k, dtype=torch.int64)
@@ -56,7 +56,7 @@ def top_k(tile: Tensor, bias: Tensor, k: int) -> Tensor:
 def above(tile: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     """Where `tile` (rows, n) is above `limits` (n,).
 
-    The places, row after row and ascending, and the offsets (rows + 1,) of the rows in them, int64 both.
+    The places, row after row and ascending, and the rows' offsets (rows + 1,) among them, both int64.
     """
     tile, limits = tile.contiguous(), limits.to(float_dtype(tile)).contiguous()
     offsets = torch.zeros(len(tile) + 1, dtype=torch.int64)
@@ -68,9 +68,9 @@ def above(tile: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sort_by_latent(latents: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
-    """The stable order (n,) of entries by their `latents` (n,), and the latents' offsets (d_sae + 1,) in it, int64 all.
+    """The stable order (n,) of entries by their `latents` (n,), and the latents' offsets (d_sae + 1,) in it, all int64.
 
-    By counting: torch.sort of 131,072 takes nine times as long.
+    Sorts by counting, because torch.sort of 131,072 entries takes nine times as long.
     """
     loaded, latents = library(), latents.contiguous()
     assert loaded is not None
@@ -84,7 +84,7 @@ def sort_by_latent(latents: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
 def row_products(rows: Tensor, table: Tensor, offsets: Tensor, latents: Tensor) -> Tensor:
     """(n,): rows[row e] . table[latents[e]], where row i has the entries offsets[i] to offsets[i + 1].
 
-    `rows` (n_rows, d) and `table` (d_sae, d) in float32 or float64 both.
+    `rows` (n_rows, d) and `table` (d_sae, d) are both in float32 or both in float64.
     """
     loaded, rows, table, latents = library(), rows.contiguous(), table.contiguous(), latents.contiguous()
     assert loaded is not None
@@ -96,7 +96,7 @@ def row_products(rows: Tensor, table: Tensor, offsets: Tensor, latents: Tensor) 
 
 
 def float_dtype(tile: Tensor) -> torch.dtype:
-    """What a tile's numbers are added and compared in."""
+    """The precision in which the numbers of a tile are added and compared."""
     return torch.promote_types(tile.dtype, torch.float32)
 
 
@@ -120,14 +120,14 @@ def threads() -> ctypes.c_int:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with a warning, where they cannot be compiled."""
+    """The compiled kernels, or None after a warning where they cannot be compiled."""
     try:
         return ctypes.CDLL(str(compiled(cache_folder())))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         shown = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         warnings.warn(
             f"The kernels for the CPU could not be compiled, so training steps take about a fifth longer: {shown}\n"
-            "A C++ compiler of this machine mends it (Debian and Ubuntu: apt install g++).",
+            "Installing a C++ compiler mends this (Debian and Ubuntu: apt install g++).",
             stacklevel=2,
         )
         return None
@@ -138,7 +138,7 @@ def cache_folder() -> Path:
 
 
 def compiled(folder: Path) -> Path:
-    """The shared library in `folder`, compiled first if it is not there for this source and these options."""
+    """The shared library in `folder` for this source, compiler and options, compiled if it is not there yet."""
     compiler = find_compiler()
     options = (*FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()))
     key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, options)).encode()).hexdigest()[:16]
@@ -148,7 +148,7 @@ def compiled(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / path.name
-        # Apple's compiler knows no OpenMP (one thread, then), old ones do not know these processors.
+        # Apple's compiler has no OpenMP (the kernels then use one thread); old compilers lack these processors.
         attempts = [(*options, "-fopenmp"), options, (*FLAGS, "-fopenmp"), FLAGS]
         for attempt in attempts:
             try:
@@ -157,7 +157,7 @@ def compiled(folder: Path) -> Path:
             except subprocess.CalledProcessError:
                 if attempt is attempts[-1]:
                     raise
-        made.replace(path)  # whole or not at all, whoever else compiles it at the same time
+        made.replace(path)  # atomically, because another process may be compiling the same
     return path
 
 

@@ -1,8 +1,8 @@
-"""Which latents are active: the encoder's product and the choice among its outputs, in pieces that stay in cache.
+"""Choose the active latents: the encoder's product and the choice among its outputs, in tiles that stay in cache.
 
-The pre-activations of a batch are (rows, d_sae), by far the largest tensor of a step, and nothing here ever holds more
-than a tile of them: 4 MB in bfloat16, 128 MB on a GPU. No gradient flows through a choice, so the tile can be in a
-lower precision than the weights; the values at the chosen latents are computed again in full
+The pre-activations of a batch are (rows, d_sae), by far the largest tensor of a step. Nothing here holds more than one
+tile of them: 4 MB in bfloat16 on a CPU, 128 MB on a GPU. No gradient flows through a choice, so tiles can be in a lower
+precision than the weights; the values at the chosen latents are computed again in full precision
 (`sparse_code.PreActivations`).
 """
 
@@ -16,25 +16,25 @@ from torch import Tensor
 from sae_training.kernels import cpu, triton_selection
 from sae_training.kernels.sparse_code import Code, Entries, concatenate, fixed_size_entries, offsets_of
 
-TILE_ELEMENTS = 2**21
+TILE_ELEMENTS = 2**21  # of a tile on a CPU
 TILE_LATENTS = {torch.bfloat16: 8192, torch.float16: 8192, torch.float32: 2048, torch.float64: 2048}
 """Latents of a tile on a CPU, by precision.
 
-Product and choice of 4096 rows, d_in 512, d_sae 8192, in ms: tiles of 8192 / 2048 latents take 120 / 148 in bfloat16,
-362 / 290 in float32, whose products repack the weights anew for each tile of few rows.
+Product and choice for 4096 rows, d_in 512, d_sae 8192, with tiles of 8192 / 2048 latents: 120 / 148 ms in bfloat16,
+362 / 290 ms in float32, because float32 products repack the weights for every tile and wide tiles have few rows.
 """
-GPU_TILE_ELEMENTS = 2**26  # all latents of a few hundred rows: large products, few launches
-SAMPLE_ROWS = 32  # from which `top_k_of_batch` estimates its threshold
+GPU_TILE_ELEMENTS = 2**26  # all latents of some hundred rows, for large products and few launches
+SAMPLE_ROWS = 32  # `top_k_of_batch` estimates its threshold from so many
 TOO_DENSE = 0.2
-"""Share of active latents from which a step is done densely.
+"""Share of active latents above which a step goes the dense way.
 
-Time of a sparse ReLU step over that of a dense one, d_in 512, batch 4096, 2 CPU cores, d_sae 4096 / 8192: at a share of
-0.05 0.25 / 0.24, at 0.1 0.46 / 0.50, at 0.15 0.63 / 0.71, at 0.2 0.86 / 0.89, at 0.3 1.04 / 1.17.
+Time of a sparse ReLU step over that of a dense one (d_in 512, batch 4096, 2 CPU cores, d_sae 4096 / 8192), by the share
+of active latents: 0.05: 0.25 / 0.24; 0.1: 0.46 / 0.50; 0.15: 0.63 / 0.71; 0.2: 0.86 / 0.89; 0.3: 1.04 / 1.17.
 """
 
 
 class Encoder:
-    """The encoder's weights in the precision of the product, for one batch `sae_in` (rows, d_in)."""
+    """The encoder's product for one batch `sae_in` (rows, d_in), with weights in precision `dtype`, tile by tile."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Encoder:
     def tiles(self, rows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first latent, product (rows, tile_latents), bias (tile_latents,)) for a chunk of rows.
 
-        A product that adds the bias takes a tenth longer on a CPU, where `cpu` adds it for nothing.
+        The bias is separate because a product that adds it takes a tenth longer on a CPU, and `cpu` adds it for free.
         """
         for start in range(0, self.d_sae, self.tile_latents):
             tile = slice(start, start + self.tile_latents)
@@ -86,7 +86,7 @@ def best_latents(encoder: Encoder, rows: Tensor, k: int) -> Tensor:
     for first_latent, tile, bias in encoder.tiles(rows):
         places = top_k(tile, bias, k)
         latents.append(places + first_latent)
-        if encoder.tile_latents < encoder.d_sae:  # the best of each tile meet once more
+        if encoder.tile_latents < encoder.d_sae:  # the k best of the row are among the k best of each tile
             values.append(tile.gather(1, places) + bias[places])
     if not values:
         return latents[0]
@@ -101,11 +101,11 @@ def top_k(tile: Tensor, bias: Tensor, k: int) -> Tensor:
 
 
 def top_k_by_groups(x: Tensor, k: int) -> Tensor:
-    """`top_k` in plain torch.
+    """`top_k` in plain torch, on a CPU three times faster than `topk` of whole rows.
 
-    The k largest numbers lie in the k groups with the largest maxima, so a row of 8,192 is brought down to 256 maxima,
-    then to 32 groups of 32, and these in the same way: three times faster on a CPU than `topk` of the whole row. With
-    groups j, j + n_groups, j + 2 n_groups, ... the maximum is one of whole vectors.
+    The k largest numbers of a row lie in the k groups with the largest maxima. So a row of 8,192 is reduced to 256
+    maxima, then to the 32 best groups of 32 numbers, and these in the same way. Groups have the places j, j + n_groups,
+    j + 2 n_groups, ..., so that the maxima of all groups are maxima of whole vectors.
     """
     n_rows, n = x.shape
     n_groups = n
@@ -125,10 +125,9 @@ def top_k_by_groups(x: Tensor, k: int) -> Tensor:
 
 
 def above_threshold(encoder: Encoder, threshold: Tensor | float) -> Entries | None:
-    """All latents with a pre-activation above `threshold` (a number, or one per latent (d_sae,)).
+    """All latents with a pre-activation above `threshold`, a number or one for each latent (d_sae,).
 
-    None if there are so many of them that dense products are cheaper: the first chunk of rows, a random sample of the
-    batch, decides.
+    None if they are so many that dense products are faster, judged by the first chunk of rows (a random sample).
     """
     parts = []
     for first_row, rows in encoder.chunks():
@@ -139,7 +138,7 @@ def above_threshold(encoder: Encoder, threshold: Tensor | float) -> Entries | No
 
 
 def rows_above(encoder: Encoder, rows: Tensor, threshold: Tensor | float) -> Code:
-    """The latents of some rows with pre-activations above the threshold, and these, from the product of the choice."""
+    """The pre-activations of some rows above the threshold, in the precision of the encoder's product."""
     limits = threshold - encoder.bias
     tiles = []
     for first_latent, tile, bias in encoder.tiles(rows):
@@ -151,7 +150,7 @@ def rows_above(encoder: Encoder, rows: Tensor, threshold: Tensor | float) -> Cod
 
 
 def side_by_side(codes: list[Code]) -> Code:
-    """The codes of the same rows over ever higher latents as one."""
+    """One code from codes of the same rows, each over higher latents than the one before."""
     parts = [code.at_entries for code in codes]
     order = torch.cat([part.rows for part in parts]).argsort(stable=True)
     latents = torch.cat([part.latents for part in parts])[order]
@@ -160,7 +159,7 @@ def side_by_side(codes: list[Code]) -> Code:
 
 
 def above(tile: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    """Where `tile` (rows, n) is above `limits` (n,): the places, row after row, and the rows' offsets in them."""
+    """Where `tile` (rows, n) is above `limits` (n,): the places, row after row, and the rows' offsets (rows + 1,)."""
     if cpu.supports(tile):
         return cpu.above(tile, limits)
     row, place = (tile > limits).nonzero(as_tuple=True)
@@ -173,8 +172,8 @@ def above(tile: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
 def top_k_of_batch(encoder: Encoder, k: int) -> Entries:
     """The k * rows largest positive pre-activations of the whole batch (Bussmann et al. 2024).
 
-    A few rows give a low estimate of the smallest one kept; whatever lies above it in any row is collected, and the
-    largest of these are the answer. Should the estimate prove too high, 0 takes its place.
+    A few rows give a low estimate of the smallest one to keep. All pre-activations above the estimate are collected,
+    and the largest of them kept. If the estimate was too high, everything above 0 is collected instead.
     """
     n_rows = len(encoder.sae_in)
     wanted = k * n_rows

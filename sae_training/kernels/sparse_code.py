@@ -1,7 +1,7 @@
-"""Sparse latent codes: which latents are active on which rows, and the products that need nothing else.
+"""Sparse latent codes: which latents are active on which rows, and the products at these entries.
 
-A dense autoencoder step is six products of 2 * rows * d_in * d_sae operations. Only the encoder's forward product must
-look at every latent; with n active entries the other five cost 2 * n * d_in each:
+A dense autoencoder step is six products of 2 * rows * d_in * d_sae operations. Only the encoder's forward product needs
+every latent. With n active entries each of the other five costs 2 * n * d_in:
 
     pre-activations   values[e] = x[row e] . W_enc[:, latent e] + b_enc[latent e]
     decode            out[row]  = sum of values[e] * W_dec[latent e] over the row's entries
@@ -9,18 +9,18 @@ look at every latent; with n active entries the other five cost 2 * n * d_in eac
     dL/dW_dec[latent]           = sum of values[e] * dL/dout[row e] over the latent's entries
     dL/dW_enc[:, latent]        = sum of dL/dvalues[e] * x[row e] over the latent's entries
 
-Both weight gradients go through the entries latent by latent: one sort, shared. The gradient of b_dec through the
-encoder's input is a matrix-vector product, since every row's input holds the same -b_dec.
+Both weight gradients read the entries latent by latent, after one sort for both. The gradient of b_dec through the
+encoder's input is a matrix-vector product, because every row's input holds the same -b_dec.
 
-`row_products` and `bags` are the two products that the device decides on: kernels of torch or `cpu` on the CPU,
-of `triton_products` on CUDA. Nothing here reads a number off the device to go on.
+`row_products` and `bags` choose their kernels by device: those of torch or `cpu` on the CPU, of `triton_products` on
+CUDA. Nothing here waits for the device to read a number off it.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -30,14 +30,12 @@ from torch.nn import functional as F
 
 from sae_training.kernels import cpu, triton_products
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # said once a process, to no one's use
-
 
 class ByLatent(NamedTuple):
     """The entries in the order of their latents."""
 
     order: Tensor
-    """(n,) int64: which entry comes where."""
+    """(n,) int64: the number of the entry at each position."""
     latents: Tensor
     rows: Tensor
     offsets: Tensor
@@ -46,7 +44,7 @@ class ByLatent(NamedTuple):
 
 @dataclass(frozen=True)
 class Entries:
-    """The active (row, latent) pairs of a batch, row after row; their values live in tensors (n,) beside it."""
+    """The n active (row, latent) pairs of a batch, row after row. Their values are separate tensors (n,)."""
 
     latents: Tensor
     """(n,) int64: the latent of each entry."""
@@ -61,7 +59,7 @@ class Entries:
     @cached_property
     def rows(self) -> Tensor:
         """(n,) int64: the row of each entry."""
-        if self.offsets.device.type != "cpu":  # there repeat_interleave may wait for the device, to check the counts
+        if self.offsets.device.type != "cpu":  # repeat_interleave may wait for a device, to check the counts
             return keys_of(self.offsets, len(self.latents))
         positions = torch.arange(self.n_rows)
         return positions.repeat_interleave(self.offsets.diff(), output_size=len(self.latents))
@@ -85,7 +83,7 @@ class Entries:
 
     def sum_by_latent(self, values: Tensor) -> Tensor:
         """(d_sae,): the sum of each latent's values."""
-        if triton_products.supports(values):  # index_add_ adds in another order each time there
+        if triton_products.supports(values):  # because index_add_ on CUDA adds in another order each time
             return sum_of_rows(values, values.new_ones(self.n_rows, 1), self).squeeze(1)
         return torch.zeros(self.d_sae, dtype=values.dtype, device=values.device).index_add_(0, self.latents, values)
 
@@ -101,7 +99,7 @@ def keys_of(offsets: Tensor, n: int) -> Tensor:
 
 
 def concatenate(parts: list[Entries]) -> Entries:
-    """The rows of all parts under each other."""
+    """The entries of all parts, the rows of one part after those of the part before."""
     if len(parts) == 1:
         return parts[0]
     ends = torch.cat([part.offsets[-1:] for part in parts]).cumsum(0)
@@ -110,7 +108,7 @@ def concatenate(parts: list[Entries]) -> Entries:
 
 
 def fixed_size_entries(latents: Tensor, d_sae: int) -> Entries:
-    """Entries from `latents` (rows, k): k to a row."""
+    """Entries from `latents` (rows, k), k on each row."""
     n_rows, k = latents.shape
     offsets = torch.arange(0, n_rows * k + 1, k, device=latents.device)
     return Entries(latents.flatten(), offsets, d_sae)
@@ -126,18 +124,27 @@ def row_products(rows: Tensor, table: Tensor, entries: Entries) -> Tensor:
     if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
         if cpu.available():
             return cpu.row_products(rows, table, entries.offsets, entries.latents)
+        hear_the_warning_of_sparse_csr()
         size = (entries.n_rows, entries.d_sae)
         zeros = torch.zeros(len(entries.latents), dtype=rows.dtype)
         where = torch.sparse_csr_tensor(entries.offsets, entries.latents, zeros, size, check_invariants=False)
         return torch.sparse.sampled_addmm(where, rows, table.T, beta=0.0).values()
-    # Elsewhere: gathered in pieces of at most 64 MB, so that (n, d) is never held at once.
+    # Gathered in pieces of at most 64 MB (float32), so that (n, d) is never held at once.
     n = max(1, 2**24 // rows.shape[1])
     pieces = zip(entries.rows.split(n), entries.latents.split(n), strict=True)
     return torch.cat([torch.linalg.vecdot(rows[r], table[latent]) for r, latent in pieces])
 
 
+@cache
+def hear_the_warning_of_sparse_csr() -> None:
+    """Make torch give its warning that sparse CSR tensors are in beta, which comes once a process, to nobody."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0], [], [], (0, 1))
+
+
 def sum_of_latents(values: Tensor, table: Tensor, entries: Entries) -> Tensor:
-    """(n_rows, d): in each row, the sum of values[e] * table[latent e]."""
+    """(n_rows, d): for each row, the sum of values[e] * table[latent e]."""
     return bags(entries.latents, entries.offsets, values, table)
 
 
@@ -148,9 +155,9 @@ def sum_of_rows(values: Tensor, rows: Tensor, entries: Entries) -> Tensor:
 
 
 def bags(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor, bag_of: Tensor | None = None) -> Tensor:
-    """Weighted sums of rows of `table`, one for each stretch of `indices` between two `offsets`.
+    """Weighted sums of rows of `table`, one for each bag, which is a stretch of `indices` between two `offsets`.
 
-    `bag_of` (n,) names the stretch of each index where some are very long.
+    `bag_of` (n,), the bag of each index, is needed where some bags are very long.
     """
     if triton_products.supports(table):
         return triton_products.bags(indices, offsets, weights, table, bag_of)
@@ -160,7 +167,7 @@ def bags(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor, bag_o
 
 
 class PreActivations(Function):
-    """`pre_activations_at`; gradients reach the four parameters."""
+    """`pre_activations_at`, with gradients to b_dec, W_enc and b_enc."""
 
     @staticmethod
     def forward(ctx: Any, sae_in: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor, entries: Entries) -> Any:
@@ -178,12 +185,12 @@ class PreActivations(Function):
 
 
 def pre_activations_at(entries: Entries, sae_in: Tensor, b_dec: Tensor | None, W_enc: Tensor, b_enc: Tensor) -> Tensor:
-    """(n,) pre-activations at the entries. `sae_in` (n_rows, d_in) already is x - b_dec (x, if `b_dec` is None)."""
+    """(n,) pre-activations at the entries of `sae_in` (n_rows, d_in), which is x - b_dec, or x if `b_dec` is None."""
     return PreActivations.apply(sae_in, b_dec, W_enc, b_enc, entries)  # pyright: ignore[reportReturnType]
 
 
 class Decode(Function):
-    """The rows' sums of values[e] * W_dec[latent e], (n_rows, d_in)."""
+    """(n_rows, d_in): for each row, the sum of values[e] * W_dec[latent e]."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, entries: Entries) -> Any:
@@ -205,7 +212,7 @@ class Decode(Function):
 
 @dataclass(frozen=True)
 class Code:
-    """The latent activations of a batch: `values` (rows, d_sae), or (n,) at `entries`."""
+    """Latent activations (or pre-activations) of a batch: `values` (rows, d_sae), or (n,) at `entries`."""
 
     values: Tensor
     entries: Entries | None = None
@@ -216,12 +223,12 @@ class Code:
 
     @property
     def at_entries(self) -> Entries:
-        """The entries of a code that has them."""
+        """The entries, for code that works only with sparse codes."""
         assert self.entries is not None
         return self.entries
 
     def at(self, parameter: Tensor) -> Tensor:
-        """A parameter (d_sae,), broadcast over the rows or picked for each entry."""
+        """The values of a parameter (d_sae,) in a shape that fits `values`."""
         return parameter if self.entries is None else parameter.index_select(0, self.entries.latents)
 
     def with_values(self, values: Tensor) -> Code:
@@ -259,7 +266,7 @@ class Code:
 
 
 class CodeFigures:
-    """What is asked of the code of a batch that went through in parts, none of which is kept."""
+    """Statistics of a batch's code, accumulated over micro-batches whose codes are not kept."""
 
     def __init__(self) -> None:
         self.n_rows = 0
@@ -282,5 +289,5 @@ class CodeFigures:
         return self.sums[2]
 
     def smallest_active(self) -> Tensor:
-        """The mean of the parts' smallest, each of which was chosen by itself."""
+        """The mean over parts of their smallest, because latents were chosen in each part separately."""
         return torch.stack(self.smallest).mean()

@@ -5,17 +5,17 @@ Two products make up all five of a sparse step:
     row_products  out[e] = rows[row e] . table[latent e]                          one number for each entry
     bags          out[b] = sum of weights[e] * table[index e] over bag b's entries, one row for each bag
 
-The bags are the rows of a batch (decode) or the latents (weight gradients). All sums are in float32, and their order
-follows from the data alone: no atomics, and block sizes that are fixed rather than found by timing. Two runs on the
-same kind of device give the same bits, which exact resume needs.
+The bags are the rows of a batch (decode) or the latents (weight gradients). All sums are in float32. Their order
+depends on the data alone: there are no atomics, and block sizes are fixed, not found by timing. Two runs on the same
+kind of device therefore give the same bits, which exact resume needs.
 
-They are off unless SAE_TRAINING_TRITON=1 is in the environment: they compile for sm_80 and sm_90 and are exact in
-Triton's interpreter, but no GPU has run or timed them yet. Triton is optional: where it is missing, or cannot compile,
-`available` is False, and the caller takes plain torch. With TRITON_INTERPRET=1 in the environment at import the kernels
-run in the interpreter, on CPU tensors too.
+The kernels are off unless SAE_TRAINING_TRITON=1 is in the environment: they compile for sm_80 and sm_90 and are exact
+in Triton's interpreter, but no GPU has run or timed them yet. Where Triton is missing or cannot compile, `available` is
+False, and callers use plain torch. With TRITON_INTERPRET=1 in the environment at import the kernels run in the
+interpreter, on CPU tensors too.
 """
 
-# Triton looks for the annotation tl.constexpr, which is no type.
+# Triton needs the annotation tl.constexpr, which is not a type.
 # pyright: reportInvalidTypeForm=false
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 BLOCK_ENTRIES = 8  # entries that a program reads at once
-MAX_BLOCK_D = 256  # columns of a program at most: wider rows take several programs, or a loop
+MAX_BLOCK_D = 256  # columns of a program at most; wider rows take several programs, or a loop
 CHUNK = 256
-"""Entries of a chunk: whole chunks inside one bag are summed by a program of their own, so that a latent that is active
-on every row keeps no program busy for longer than 2 * CHUNK entries and its chunks' sums."""
+"""Entries of a chunk. A program of its own sums each whole chunk inside one bag, so that for a latent that is active on
+every row no program sums more than 2 * CHUNK entries and the chunks' sums."""
 
 SPARSE_FROM = {"float32": 32, "tf32": 128, "bfloat16": 128}
-"""Latents per active latent from which the sparse way is the faster one, by precision of the dense products."""
+"""d_sae / k from which the sparse way is faster, by precision of the dense products."""
 
 
 # ---------------------------------------------------------------------------------------------------------- when to use
@@ -58,7 +58,7 @@ SPARSE_FROM = {"float32": 32, "tf32": 128, "bfloat16": 128}
 
 @cache
 def available(device: torch.device) -> bool:
-    """Whether the kernels run on `device`: CUDA, with a Triton that can compile, or the interpreter anywhere."""
+    """Whether the kernels run on `device`: on CUDA if they are on and compile, in the interpreter anywhere."""
     wanted = INTERPRETED or (device.type == "cuda" and os.environ.get("SAE_TRAINING_TRITON") == "1")
     if triton is None or not wanted:
         return False
@@ -66,7 +66,7 @@ def available(device: torch.device) -> bool:
         one = torch.ones(1, 1, device=device)
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         row_products(one, one, zero, zero)
-    except Exception as error:  # no C compiler, no Python headers, too old a GPU: the run goes on without kernels
+    except Exception as error:  # for example no C compiler, no Python headers, or too old a GPU
         warnings.warn(f"Triton cannot run on {device}: no sparse kernels there. {error}", stacklevel=2)
         return False
     return True
@@ -86,9 +86,9 @@ def use_triton(device: torch.device, dtype: torch.dtype, d_sae: int, k: int) -> 
         dense    6 products, 12 d_sae / F, and about 9 passes over the (rows, d_sae) activations, 9 d_sae s / (W d_in)
         sparse   1 product in bfloat16, 2 d_sae / F, 3 passes, and 4 gathers of k rows, 4 k s / W
 
-    s being the bytes of a number. They are equal at d_sae / k = 24 in float32, and for d_in = 768 at about 113 in TF32
-    and 128 in bfloat16; wider inputs have fewer passes for each product (171 in bfloat16 for very wide ones), while
-    dictionaries that fit into the L2 cache (50 MB) have cheaper gathers. SPARSE_FROM rounds these. Not measured.
+    where s is the bytes of a number. The two are equal at d_sae / k = 24 in float32, and for d_in = 768 at about 113 in
+    TF32 and 128 in bfloat16. For wider inputs passes cost less beside products (171 in bfloat16 for very wide ones);
+    for dictionaries that fit into the L2 cache (50 MB) gathers cost less. SPARSE_FROM rounds these. Not measured.
     """
     if dtype not in DTYPES or not available(device):
         return False
@@ -109,7 +109,7 @@ def float32_products_are_tf32() -> bool:
 def row_products(rows: Tensor, table: Tensor, latents: Tensor, row_of: Tensor) -> Tensor:
     """(n,): rows[row_of[e]] . table[latents[e]], from `rows` (n_rows, d), `table` (d_sae, d) and indices (n,) int64.
 
-    A program takes BLOCK_ENTRIES entries, whatever rows they lie on: a row with many entries weighs on nobody.
+    A program takes a fixed number of entries from any rows, so that rows with many entries do not slow others down.
     """
     rows, table, n, d = unit_stride(rows), unit_stride(table), len(latents), rows.shape[1]
     latents, row_of = latents.contiguous(), row_of.contiguous()
@@ -131,12 +131,12 @@ def bags(
     bag_of: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """(n_bags, d): in each bag, the sum of weights[e] * table[indices[e]] over its entries; `table` (m, d).
+    """(n_bags, d): for each bag, the sum of weights[e] * table[indices[e]] over its entries; `table` is (m, d).
 
-    Bag b has the entries offsets[b] to offsets[b + 1] of `indices` and `weights` (n,). A bag's sum is one program's
-    work, for each block of columns. Where bags differ much in size, `bag_of` (n,), the bag of each entry, lets whole
-    chunks of the long ones be summed beforehand: two stages instead of atomic additions, whose order changes from run
-    to run. Their scratch is (n / CHUNK, d).
+    Bag b has the entries offsets[b] to offsets[b + 1] of `indices` and `weights` (n,). One program sums a bag, for each
+    block of columns. Where bags differ much in size, give `bag_of` (n,), the bag of each entry: whole chunks of `chunk`
+    entries inside long bags are then summed first, into (n / chunk, d) of scratch memory. The two stages stand in for
+    atomic additions, whose order changes from run to run.
     """
     table, n, d, n_bags = unit_stride(table), len(indices), table.shape[1], len(offsets) - 1
     indices, weights = indices.contiguous(), weights.contiguous()  # an expanded gradient has a stride of 0
@@ -156,12 +156,12 @@ def bags(
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """`x` (n, d) with the numbers of a row next to each other."""
+    """`x` (n, d) with the numbers of each row next to each other in memory."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def block_of(n: int, limit: int) -> int:
-    """The power of two from `n` on, between 16 and `limit`."""
+    """The smallest power of two that is at least `n`, but between 16 and `limit`."""
     return min(limit, max(16, 1 << (n - 1).bit_length()))
 
 
@@ -170,7 +170,7 @@ def cdiv(n: int, size: int) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
-# Positions are int64 throughout: d_sae * d and n both pass 2^31 in large runs.
+# Positions are int64 throughout, because d_sae * d and n both exceed 2^31 in large runs.
 
 
 @jit
@@ -210,7 +210,7 @@ def chunks_kernel(
     indices, weights, bag_of, table, table_stride, sums, d,
     CHUNK: tl.constexpr, BLOCK_ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """sums[c] of chunk c (entries c * CHUNK to (c + 1) * CHUNK), if it lies in one bag; else it stays unwritten."""
+    """sums[c] of each chunk c (entries c * CHUNK to (c + 1) * CHUNK) that lies in one bag; others are not written."""
     chunk = tl.program_id(0).to(tl.int64)
     start = chunk * CHUNK
     if tl.load(bag_of + start) == tl.load(bag_of + start + CHUNK - 1):
@@ -228,7 +228,7 @@ def bags_kernel(
     indices, weights, offsets, table, table_stride, sums, out, d,
     HAS_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[b]: entries up to the first whole chunk in the bag, the sums of its whole chunks, entries after the last."""
+    """out[b]: the bag's entries before its first whole chunk, plus the sums of its whole chunks, plus entries after."""
     bag = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = columns < d

@@ -1,16 +1,16 @@
 """The encoder's product and the choice of the k largest of each row, fused, as GPU kernels in Triton.
 
-torch.topk reads every pre-activation several times, after one kernel has written them and another added the bias. Here
-the product's own kernel adds the bias and leaves, beside the tile, the maximum of each GROUP latents. The k largest
-numbers lie in the k groups with the largest maxima (of equal ones, whichever), so one small kernel run twice does the
-rest: it picks k of the maxima, then k of the numbers of their groups. Of a tile of 8,192 latents a row with k = 32
-thus reads 512 maxima and 512 numbers again, not 8,192.
+torch.topk reads every pre-activation several times, after one kernel wrote them and another one added the bias. Here
+the product's kernel adds the bias, and writes the maximum of each GROUP latents beside the tile. The k largest numbers
+of a row lie in the k groups with the largest maxima, so a second kernel, run twice, finishes the choice: it picks k of
+the maxima, then k of the numbers in their groups. For 8,192 latents and k = 32 it reads 512 maxima and 512 numbers of a
+row again, not 8,192.
 
-The choice is by bisection over the bits of the numbers: no sorting, and the same result each time. The CPU's reference
-is `selection.top_k_by_groups`. As with the other kernels (`triton_products`), no GPU has run or timed these yet.
+The choice is made by bisection over the bits of the numbers, without sorting, and with the same result each time.
+`selection.top_k_by_groups` is the reference on the CPU. No GPU has run or timed these kernels yet.
 """
 
-# Triton looks for the annotation tl.constexpr, which is no type.
+# Triton needs the annotation tl.constexpr, which is not a type.
 # pyright: reportInvalidTypeForm=false
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 from sae_training.kernels import triton_products
 from sae_training.kernels.triton_products import block_of, cdiv, jit, tl
 
-GROUP = 16  # latents: 32 bytes of a tile in 16 bits, which is what a GPU reads at least
+GROUP = 16  # latents of a group: 32 bytes of a 16-bit tile, the least that a GPU reads
 BLOCK_ROWS, BLOCK_LATENTS, BLOCK_D = 128, 128, 64
 MAX_CANDIDATES = 16384  # numbers that one program compares
 
 
 def supports(rows: Tensor, d_sae: int, k: int) -> bool:
-    """Whether `encode_top_k` works for `rows` (n, d), which come in the precision of the product."""
+    """Whether `encode_top_k` works for `rows` (n, d), given in the precision of the product."""
     # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
     dtypes = (torch.float16,) if triton_products.INTERPRETED else (torch.float16, torch.bfloat16)
     fits = max(cdiv(d_sae, GROUP), k * GROUP) <= MAX_CANDIDATES
@@ -37,7 +37,8 @@ def supports(rows: Tensor, d_sae: int, k: int) -> bool:
 def encode_top_k(rows: Tensor, table: Tensor, bias: Tensor, k: int) -> Tensor:
     """Places of the k largest of each row of `rows` (n, d) @ `table` (d_sae, d).T + `bias` (d_sae,), (n, k) int64.
 
-    k <= d_sae; rows and table in the same 16-bit precision, in which the sums are compared. In no order.
+    The places of a row are in no order. k <= d_sae. `rows` and `table` have the same 16-bit precision, as do the sums
+    when they are compared.
     """
     rows, table, bias = rows.contiguous(), table.contiguous(), bias.contiguous()
     (n, d), d_sae = rows.shape, len(table)
@@ -80,7 +81,7 @@ def encode_kernel(
 ):  # fmt: skip
     """tile (n, d_sae) = rows @ table.T + bias, and maxima (n, n_groups) of each GROUP latents of it.
 
-    Programs with the same latents follow each other, so that their part of the table is read once.
+    Programs for the same latents run one after the other, so that their part of the table is read once.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     latent = tl.program_id(1).to(tl.int64) * BLOCK_LATENTS + tl.arange(0, BLOCK_LATENTS)
@@ -108,7 +109,7 @@ def top_k_kernel(
     numbers, groups, out, width, n_groups, n_candidates, k,
     HAS_GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (n, k): places of the k largest of the candidates in a row of `numbers` (n, width), which have 16 bits."""
+    """out (n, k): places of the k largest candidates of each row of `numbers` (n, width), which have 16 bits."""
     row = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, BLOCK)
     exists = candidate < n_candidates
@@ -116,7 +117,7 @@ def top_k_kernel(
     if HAS_GROUPS:
         place = tl.load(groups + row * n_groups + candidate // GROUP, exists, 0) * GROUP + candidate % GROUP
         exists = exists & (place < width)
-    # Bits of the numbers as integers of the same order: of those below 0, all but the sign are turned over.
+    # The bits as integers in the order of the numbers: for numbers below 0, all bits but the sign are flipped.
     bits = tl.load(numbers + row * width + place, exists, 0.0).to(tl.int16, bitcast=True).to(tl.int32)
     key = tl.where(exists, bits ^ ((bits >> 15) & 0x7FFF), -(2**15) - 1)
 

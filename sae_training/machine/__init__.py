@@ -1,1 +1,1 @@
-"""What depends on the computer: files that are whole or absent, paths, memory, precision, signals."""
+"""What depends on the computer: files, locks, paths, memory, precision, signals."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, politely: the first asks the loop to save and stop, the second stops at once."""
+"""Ctrl-C and SIGTERM: the first asks the loop to save and stop, the second stops at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training was asked to stop, and did, after saving. `exit_code` is the shell's for that signal (130, 143)."""
+    """Training stopped because it was asked to, after saving. `exit_code` is the shell's for the signal (130, 143)."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -22,13 +22,13 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is noted in `signal`, and a second one ends the process.
+    """A context in which the first SIGINT or SIGTERM is noted in `signal`, and a second one ends the process.
 
     Python runs signal handlers between two bytecodes of the main thread, so during a long matrix product two signals
-    would count as one, seconds late. The interpreter's wakeup file gets a byte for each at once; a thread reads it.
-    Ending at once loses nothing: every file of a run is written whole or not at all, and its lock is the system's. In a
-    notebook or an interactive session, a second signal raises KeyboardInterrupt instead, to keep the session.
-    Outside the main thread nothing is installed.
+    would count as one, seconds late. The interpreter writes a byte for each signal to its wakeup file at once, and a
+    thread reads it there. Ending the process loses nothing, because every file of a run is written whole or not at all,
+    and the system releases its lock. In a notebook or an interactive session a second signal raises KeyboardInterrupt
+    instead, so that the session goes on. Outside the main thread the context does nothing.
     """
 
     def __init__(self, notify: Callable[[str], None]) -> None:
@@ -56,7 +56,7 @@ class StopRequest:
             for number, handler in self.previous.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self.previous_wakeup)
-            os.close(self.write_end)  # the watcher reads the end of the file, and ends
+            os.close(self.write_end)  # so that the watcher reads the end of the file, and ends
             self.watcher.join()
             os.close(self.read_end)
             self.installed = False
@@ -76,7 +76,7 @@ class StopRequest:
             os._exit(128 + number)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Python's own handler: late after a long operation, when the watcher has seen more, or earlier than it."""
+        """Python's handler, which may run before the watcher has seen the signal, or long after."""
         self.n_handled += 1
         if self.at_once or (self.n_handled > 1 and is_interactive()):
             raise KeyboardInterrupt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -13,13 +13,13 @@ class InUse(OSError):
     """Another process holds the lock."""
 
 
-def exclusive(path: Path, busy: str) -> FileLock:
-    """The lock of the file `path`, taken until its `release()`. Raise InUse(busy) if another process has it."""
+def exclusive(path: Path, busy: Callable[[], str]) -> FileLock:
+    """Take the lock of the file `path`, until its `release()`. Raise InUse(busy()) if another process has it."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise InUse(busy) from error
+        raise InUse(busy()) from error
     return lock
 
 
@@ -30,8 +30,9 @@ def lock_beside(folder: Path, field: str) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{field}: cannot make {folder.parent} ({error.strerror}); give another path.") from error
-    busy = f"{field}: another process is writing {folder}; wait for it."
-    lock = exclusive(folder.with_name(f".{folder.name}.lock"), busy)
+    lock = exclusive(
+        folder.with_name(f".{folder.name}.lock"), lambda: f"{field}: another process is writing {folder}; wait for it."
+    )
     try:
         yield
     finally:

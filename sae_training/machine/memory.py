@@ -13,7 +13,7 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:
-    """Bytes in use by this process, and bytes it can still get, on the device (or on the machine)."""
+    """Bytes that this process uses, and bytes that it can still allocate, on a CUDA device or else on the machine."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
@@ -24,7 +24,7 @@ def memory_of(device: torch.device) -> tuple[int, int]:
 
 
 def limit_of_container() -> float:
-    """Bytes that the container allows; infinite outside of one."""
+    """Bytes that the container allows; infinite outside a container."""
     for path in CGROUP_LIMITS:
         try:
             text = Path(path).read_text(encoding="ascii").strip()

@@ -13,8 +13,8 @@ from sae_training.machine.files import write_text
 from sae_training.report.comparison import comparison_table, write_comparison
 from sae_training.report.run_page import write_report
 from sae_training.report.summary import summary
-from sae_training.run.run import Run, check_finite
 from sae_training.run.save import save_weights_folder
+from sae_training.run.state import Run, check_finite
 from sae_training.run.watch import evaluate_now, log_sparsity
 from sae_training.training.schedules import due
 

@@ -16,23 +16,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import WATCHING_FIELDS, config_differences, config_from_dict, config_to_dict
 from sae_training.config.sweep import is_several
 from sae_training.formats.run_files import CHECKPOINTS, FINAL, RUN_CONFIG_FILE, STATUS_FILE
 from sae_training.machine.files import write_text
+from sae_training.machine.lock import InUse, exclusive
 
 LOCK_FILE = ".lock"
 
 HOLDER_FILE = ".holder.json"
 
 PACKAGES = ("sae-training", "torch", "transformer-lens", "transformers", "datasets")
-
-
-class RunFolderInUse(OSError):
-    """Another process is training in the folder."""
 
 
 class RunFolder:
@@ -44,14 +39,10 @@ class RunFolder:
         self.made_parent = not path.parent.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(path / LOCK_FILE)
-            self.lock.acquire(timeout=0)
+            self.lock = exclusive(path / LOCK_FILE, lambda: in_use(path))
             write_text(path / HOLDER_FILE, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        except Timeout as error:
-            raise RunFolderInUse(
-                f"{path}: {current_holder(path)} is training in this folder. Wait for it, or give this run another "
-                'run_name, or resume="never" for a new folder.'
-            ) from error
+        except InUse:
+            raise
         except OSError as error:
             raise type(error)(
                 f"run_dir: cannot write to {path} ({error.strerror}); set run_dir to a folder you may write to."
@@ -174,12 +165,17 @@ def read_run_config(folder: Path) -> LanguageModelSAERunnerConfig:
     return config_from_dict(json.loads(path.read_text(encoding="utf-8"))["config"])
 
 
-def current_holder(folder: Path) -> str:
+def in_use(folder: Path) -> str:
+    """Say which process is training in the folder, and what to do."""
     try:
         holder = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']}"
+        who = f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError):
-        return "another process"
+        who = "another process"
+    return (
+        f"{folder}: {who} is training in this folder. Wait for it, or give this run another run_name, or "
+        'resume="never" for a new folder.'
+    )
 
 
 def installed_version(package: str) -> str:

@@ -17,7 +17,7 @@ from sae_training.formats.run_files import EVALUATION_FILE
 from sae_training.language_model.load import fingerprint
 from sae_training.machine.files import write_safetensors, write_text
 from sae_training.run import checkpoint
-from sae_training.run.run import Member, Run, check_finite
+from sae_training.run.state import Member, Run, check_finite
 
 
 def save(run: Run) -> Path | None:

@@ -20,7 +20,7 @@ from sae_training.run import checkpoint
 from sae_training.run.folder import RunFolder, write_config
 from sae_training.run.logger import RunLogger
 from sae_training.run.progress import Progress
-from sae_training.run.run import Member, Run
+from sae_training.run.state import Member, Run
 from sae_training.run.wandb_mirror import WandbOptions
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.conversions import fold_decoder_norms, fold_input_scale

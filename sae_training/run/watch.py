@@ -6,7 +6,7 @@ The store's `sample` serves no rows, and evaluation has its own, held-out text.
 from __future__ import annotations
 
 from sae_training.run.evals import evaluate_together
-from sae_training.run.run import Member, Run
+from sae_training.run.state import Member, Run
 from sae_training.training.metrics import sparsity_metrics
 
 NORM_ROWS = 8_192  # of the buffer, whose norms the report shows

@@ -9,9 +9,9 @@
 | jumprelu     | pre > threshold of the latent   | pre                    | L0; its distance from a target; tanh |
 | gated        | pre > 0 (the gate)              | `gated_activation`     | L1 of ReLU(pre)                      |
 
-`pre` are pre-activations, (rows, d_sae), or (n,) at the entries of a sparse code. All functions take both: a parameter
-with one number per latent comes as `at(parameter)`, of a shape that fits. At inference batchtopk uses the threshold
-that training measured, so that a row's code does not depend on the rows beside it.
+`pre` are pre-activations, (rows, d_sae), or (n,) at the entries of a sparse code. All functions take both forms: a
+parameter (d_sae,) is passed as `at(parameter)` (`Code.at`), in a shape that fits. At inference batchtopk uses the
+threshold that training measured, so that a row's code does not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class JumpReLU(Function):
 
 
 class Step(Function):
-    """1 where pre > threshold, else 0: the L0 norm's summand.
+    """1 where pre > threshold, else 0; summed, the L0 norm (same source).
 
-    Pseudo-derivative with respect to the threshold: -(1 / bandwidth) rectangle((pre - threshold) / bandwidth); none
-    with respect to pre (same source).
+    The pseudo-derivative with respect to the threshold is -(1 / bandwidth) rectangle((pre - threshold) / bandwidth).
+    There is none with respect to pre.
     """
 
     @staticmethod
@@ -88,16 +88,16 @@ def sum_to(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 
 def gated_activation(pre: Tensor, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
-    """Magnitudes where the gate pre is open; encoder weights are shared up to e^r_mag (arXiv 2404.16014).
+    """ReLU(e^r_mag (pre - b_enc) + b_mag) where the gate is open (pre > 0), else 0 (arXiv 2404.16014).
 
-    The gate's step has no gradient: it learns from its penalty and from the auxiliary loss.
+    The gate's step has no gradient: the gate learns from its penalty and from the auxiliary loss.
     """
     magnitude = (r_mag.exp() * (pre - b_enc) + b_mag).relu()
     return torch.where(pre > 0, magnitude, 0.0)
 
 
 class PrefixSums(Function):
-    """`prefix_sums`; autograd's way back through cumsum turns the whole tensor over, twice."""
+    """`prefix_sums` with a gradient of its own, because autograd's for cumsum reverses the whole tensor twice."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, baseline: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Autoencoders in another form that compute the same: for exchange, for inference, for comparison."""
+"""Convert autoencoders to other forms of the same function, for exchange, inference and comparison."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sae_training.sparse_autoencoder.normalization import BY_ROW
 
 @torch.no_grad()
 def fold_decoder_norms(sae: SparseAutoencoder) -> SparseAutoencoder:
-    """The same function with decoder rows of unit norm: what W_dec's rows lose in length, the activations gain.
+    """The same function with decoder rows of unit norm: activations are multiplied by the norms that rows had before.
 
-    For architectures whose activation scales with the pre-activation: standard, jumprelu (its thresholds scale along)
-    and gated. A fixed k chooses by size among all latents, which scaling would change: ValueError unless the rows have
-    unit norm already. Rows of zeros stay.
+    This works for standard, gated and jumprelu (whose thresholds are multiplied too), because their activations scale
+    with the pre-activations. A fixed k chooses latents by size, which scaling would change: such an autoencoder is
+    returned as it is if its rows have unit norm already, else ValueError is raised. Rows of zeros stay zero.
     """
     norms = sae.W_dec.norm(dim=1)
     norms = torch.where(norms > 0, norms, 1.0)
@@ -48,10 +48,10 @@ def fold_decoder_norms(sae: SparseAutoencoder) -> SparseAutoencoder:
 
 @torch.no_grad()
 def fold_input_scale(sae: SparseAutoencoder, scale: float, target_scale: float | None = None) -> SparseAutoencoder:
-    """The autoencoder for raw activations x, given one trained on scale * x: codes and outputs come in raw units.
+    """The autoencoder for raw activations x, from one trained on scale * x; its codes and outputs are in raw units.
 
-    The decoder's rows keep their norms. A transcoder may have been trained to predict target_scale * target; None is
-    `scale`. 1 / scale turns it back.
+    The decoder's rows keep their norms. `target_scale` is the factor of a transcoder's targets in training; None means
+    `scale`. Folding by 1 / scale undoes it.
     """
     target_scale = scale if target_scale is None else target_scale
     for name, factor in (("scale", scale), ("target_scale", target_scale)):
@@ -83,10 +83,10 @@ def fold_input_scale(sae: SparseAutoencoder, scale: float, target_scale: float |
 
 @torch.no_grad()
 def to_jumprelu(sae: SparseAutoencoder, rows: Tensor | None = None) -> SparseAutoencoder:
-    """A jumprelu autoencoder in place of a fixed k: a latent is active where its pre-activation exceeds one threshold.
+    """A jumprelu autoencoder in place of one with a fixed k: latents are active above one threshold, the same for all.
 
-    For batchtopk that is what inference does anyway, and the function stays the same. topk and matryoshka with topk
-    have no such threshold: it is taken from `rows` (n, d_in), so that k are active a row on average.
+    batchtopk uses such a threshold at inference, so its function stays the same. For topk, and matryoshka with topk,
+    the threshold is chosen so that on average k latents are active on each of `rows` (n, d_in).
     """
     if sae.architecture not in FIXED_K:
         raise ValueError(f"to_jumprelu: found architecture {sae.architecture}, expected one of {', '.join(FIXED_K)}.")
@@ -106,7 +106,7 @@ def to_jumprelu(sae: SparseAutoencoder, rows: Tensor | None = None) -> SparseAut
 
 
 def with_architecture(cfg: Any, architecture: str) -> Any:
-    """The config with another architecture, and without the options that only the old one has."""
+    """The config with another architecture; options that this one does not have take their defaults."""
     changed = copy.copy(cfg)
     others = [name for name, owners in OPTION_OF.items() if architecture not in owners]
     defaults = {name: getattr(LanguageModelSAERunnerConfig, name) for name in others}

@@ -4,7 +4,7 @@ sae_in       = x - b_dec
 hidden_pre   = sae_in @ W_enc + b_enc
 feature_acts = activation(hidden_pre)          which latents are active, and how: architectures.py
 sae_out      = feature_acts @ W_dec + b_dec
-loss         = mse_loss + penalty + remedy     architectures.py, losses.py, remedies.py
+loss         = mse_loss + penalty + remedy     architectures.py, losses.py, dead_latent_losses.py
 
 A transcoder (`cfg.target_hook_point`) predicts other activations than it reads, for example the output of an MLP from
 its input. Nothing is subtracted from its input (sae_in = x), and it may have a skip connection, sae_out + x @ W_skip.
@@ -29,6 +29,7 @@ from sae_training.kernels.sparse_code import Code
 from sae_training.machine.precision import encoder_dtype
 from sae_training.sparse_autoencoder import architectures
 from sae_training.sparse_autoencoder.architectures import sparsity_penalty
+from sae_training.sparse_autoencoder.dead_latent_losses import n_auxk_rows, remedy_loss
 from sae_training.sparse_autoencoder.hook_points import HookedRootModule, HookPoint
 from sae_training.sparse_autoencoder.losses import (
     MULTI_TOPK_FACTOR,
@@ -39,10 +40,9 @@ from sae_training.sparse_autoencoder.losses import (
     reconstruction_loss,
 )
 from sae_training.sparse_autoencoder.normalization import BY_ROW, normalize, restore
-from sae_training.sparse_autoencoder.remedies import n_auxk_rows, remedy_loss
 from sae_training.sparse_autoencoder.start_values import centre, centred_encoder, initial_weights
 
-CACHED_ROWS = 1024  # rows of the decoder that stay in the processor's cache from one pass over them to the next
+CACHED_ROWS = 1024  # of the decoder, that stay in the processor's cache between two passes over them
 
 
 class SparseAutoencoder(HookedRootModule):
@@ -62,14 +62,13 @@ class SparseAutoencoder(HookedRootModule):
         super().__init__()
         self.cfg = cfg
         self.full_cfg = known = with_defaults(cfg)
-        """`cfg`, with defaults for what it lacks."""
         check_config(known)
         self.d_in: int = cfg.d_in
         self.d_sae: int = cfg.d_sae
         self.is_transcoder = known.target_hook_point is not None
-        self.d_out = self.d_in if known.d_out is None or not self.is_transcoder else known.d_out
+        self.d_out = (known.d_out if self.is_transcoder else None) or self.d_in
         self.dtype = known.dtype
-        self.device = torch.device(cfg.device)
+        self.device = torch.device(known.device)
         self.architecture = known.architecture
         self.normalization = known.normalize_activations
         self.k = known.k
@@ -80,9 +79,8 @@ class SparseAutoencoder(HookedRootModule):
         """How the active latents are chosen: by the architecture, or in one of matryoshka's two ways."""
         self.encoder_dtype = encoder_dtype(known.encoder_matmul_dtype, self.dtype, self.device)
 
-        W_enc, W_dec = initial_weights(
-            self.d_in, self.d_sae, self.d_out, self.architecture, self.is_transcoder, known.seed
-        )
+        sizes = (self.d_in, self.d_sae, self.d_out)
+        W_enc, W_dec = initial_weights(*sizes, known.architecture, self.is_transcoder, known.seed)
         placed = {"dtype": self.dtype, "device": self.device}
         self.W_enc = nn.Parameter(W_enc.T.contiguous().to(**placed).T)
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, **placed))
@@ -90,8 +88,7 @@ class SparseAutoencoder(HookedRootModule):
         self.b_dec = nn.Parameter(torch.zeros(self.d_out, **placed))
 
         if self.architecture == "jumprelu":
-            start = math.log(known.jumprelu_init_threshold)
-            self.log_threshold = nn.Parameter(torch.full((self.d_sae,), start, **placed))
+            self.log_threshold = nn.Parameter(torch.full_like(self.b_enc, math.log(known.jumprelu_init_threshold)))
         if self.architecture == "gated":
             self.r_mag = nn.Parameter(torch.zeros(self.d_sae, **placed))
             self.b_mag = nn.Parameter(torch.zeros(self.d_sae, **placed))
@@ -110,13 +107,12 @@ class SparseAutoencoder(HookedRootModule):
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations (..., d_sae) of activations (..., d_in)."""
-        check_width(x, "d_in", self.d_in)
         return self.activate(self.pre_activations(self.sae_input(self.normalize(x))), self.k)
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
         """Reconstruction (..., d_out) of latent activations (..., d_sae).
 
-        A skip connection, and normalisation row by row, need the activations `x` (..., d_in) that were encoded as well.
+        A skip connection and normalisation row by row also need the activations `x` (..., d_in) that were encoded.
         """
         return self.restore(self.hook_sae_out(feature_acts @ self.W_dec + self.baseline(x)), x)
 
@@ -136,7 +132,7 @@ class SparseAutoencoder(HookedRootModule):
         return restore(rows, x.to(self.device), self.normalization)
 
     def baseline(self, x: Tensor | None) -> Tensor:
-        """The reconstruction that no active latent leaves: b_dec (d_out,), and with a skip connection x @ W_skip."""
+        """The reconstruction without any active latent: b_dec (d_out,), plus x @ W_skip with a skip connection."""
         if not self.has_skip_connection:
             return self.b_dec
         if x is None:
@@ -148,7 +144,7 @@ class SparseAutoencoder(HookedRootModule):
         return hasattr(self, "W_skip")
 
     def sae_input(self, x: Tensor) -> Tensor:
-        """What the encoder multiplies, (..., d_in), of (normalised) activations."""
+        """Input (..., d_in) of the encoder's product, from activations (..., d_in) as `normalize` returns them."""
         check_width(x, "d_in", self.d_in)
         x = x.to(self.dtype)
         return self.hook_sae_in(x if self.is_transcoder else x - self.b_dec)
@@ -169,7 +165,7 @@ class SparseAutoencoder(HookedRootModule):
         return self.hook_hidden_post(acts)
 
     def activation(self, pre: Code) -> Tensor:
-        """Activations of the pre-activations that are chosen, of the shape of `pre.values`."""
+        """Activations (in the shape of `pre.values`) of pre-activations, for latents that are active."""
         match self.architecture:
             case "jumprelu":
                 return architectures.jumprelu(pre.values, pre.at(self.threshold), self.full_cfg.jumprelu_bandwidth)
@@ -189,7 +185,7 @@ class SparseAutoencoder(HookedRootModule):
         return self.decode(self.encode(x), x)
 
     def forward(self, x: Tensor, dead_neuron_mask: Tensor | None = None, target: Tensor | None = None) -> ForwardOutput:
-        """Reconstruct activations `x` (..., d_in), and return all losses; each leading index is one row.
+        """Reconstruct activations `x` (..., d_in), and return all losses; leading dimensions count as rows.
 
         `dead_neuron_mask` (d_sae,) bool marks the latents that the remedy for dead latents (ghost gradients or AuxK)
         revives, in training mode only; None means none. A transcoder's losses need the activations `target`
@@ -200,10 +196,8 @@ class SparseAutoencoder(HookedRootModule):
         target = x if target is None else target
         check_width(x, "d_in", self.d_in)
         check_width(target, "d_out", self.d_out)
-        rows = self.normalize(x).reshape(-1, self.d_in)
-        target = self.normalize(target).reshape(-1, self.d_out)
-        coefficients = Coefficients(self.full_cfg.l1_coefficient, self.k)
-        losses = self.losses(rows, target, coefficients, dead_neuron_mask)
+        rows, target = self.normalize(x).reshape(-1, self.d_in), self.normalize(target).reshape(-1, self.d_out)
+        losses = self.losses(rows, target, Coefficients(self.full_cfg.l1_coefficient, self.k), dead_neuron_mask)
         return ForwardOutput(
             self.restore(losses.sae_out.view(*x.shape[:-1], self.d_out), x),
             losses.feature_acts.view(*x.shape[:-1], self.d_sae),
@@ -254,10 +248,7 @@ class SparseAutoencoder(HookedRootModule):
         return Losses(made.sae_outs[-1], made.acts, mse_loss + penalty + remedy, mse_loss, penalty, remedy)
 
     def to_revive(self, dead: Tensor | None) -> Tensor | None:
-        """The mask `dead` (d_sae,) if a remedy has work with it, else None.
-
-        Off the CPU it counts as having work, because asking would wait for the device.
-        """
+        """`dead` (d_sae,) if a remedy has work with it, else None. Off the CPU it always has, as asking would wait."""
         has_remedy = self.training and (self.full_cfg.use_ghost_grads or self.auxk_coefficient > 0)
         if dead is None or not has_remedy or (dead.device.type == "cpu" and not dead.any()):
             return None
@@ -287,16 +278,16 @@ class SparseAutoencoder(HookedRootModule):
 
     @torch.no_grad()
     def set_decoder_norm_to_unit_norm(self, unless: Tensor | bool = False) -> None:
-        """Divide each row of W_dec by its L2 norm; a row of zeros stays zero, and all rows do where `unless` is true.
+        """Divide each row of W_dec by its L2 norm; do nothing if `unless` is true. A row of zeros stays zero.
 
-        Dividing rows of unit norm once more moves them by a rounding error, hence `unless`, read on the device.
+        `unless` is read on the device. Dividing rows of unit norm again would move them by a rounding error.
         """
         norms = self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.dtype).tiny)
         self.W_dec.div_(torch.where(torch.as_tensor(unless, device=norms.device), 1.0, norms))
 
     @torch.no_grad()
     def remove_gradient_parallel_to_decoder_directions(self) -> None:
-        """Take from W_dec's gradient what would only stretch or shrink its (unit) rows."""
+        """Remove from W_dec's gradient the part that would only change the length of its (unit) rows."""
         if self.W_dec.grad is None:
             raise ValueError("W_dec has no gradient: call backward() first.")
         for gradient, rows in zip(self.W_dec.grad.split(CACHED_ROWS), self.W_dec.split(CACHED_ROWS), strict=True):
@@ -354,6 +345,5 @@ def check_config(cfg: LanguageModelSAERunnerConfig) -> None:
 
 def check_width(x: Tensor, name: str, width: int) -> None:
     if x.shape[-1] != width:
-        raise ValueError(
-            f"activations: the last dimension of {tuple(x.shape)} is {x.shape[-1]}, expected {name} = {width}."
-        )
+        found = f"the last dimension of {tuple(x.shape)} is {x.shape[-1]}"
+        raise ValueError(f"activations: {found}, expected {name} = {width}.")

@@ -1,11 +1,11 @@
-"""Activations brought to one size, each by itself, before they are encoded; reconstructions brought back.
+"""Normalise activations row by row before they are encoded, and bring reconstructions back to the rows' sizes.
 
     layer_norm   (x - mean(x)) / std(x), as a LayerNorm without its weights
     unit_norm    x * sqrt(d_in) / |x|
 
-Both leave a row with norm sqrt(d_in), the size that `expected_average_only_in` gives rows on average. That one is a
-single factor, which the saved weights absorb; these differ from row to row, so the autoencoder itself carries them, and
-decoding takes the activations too. (SAELens keeps them from the last `encode`, and decodes with whatever that was.)
+Both give every row the norm sqrt(d_in), which `expected_average_only_in` gives rows on average. That mode is one factor
+for all rows, so the saved weights absorb it. These factors differ from row to row, so the autoencoder applies them
+itself, and decoding needs the activations too. (SAELens keeps the factors of the last `encode` for the next `decode`.)
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 BY_ROW = ("layer_norm", "unit_norm")
-EPSILON = 1e-5  # added to a row's root mean square: rows of zeros stay zeros
+EPSILON = 1e-5  # added to a row's root mean square, so that rows of zeros stay zeros
 
 
 def normalize(x: Tensor, mode: str) -> Tensor:
-    """Rows (..., d_in) of norm sqrt(d_in), in float32 at least; as they are if the mode is not one of BY_ROW."""
+    """Rows (..., d_in) with norm sqrt(d_in), in float32 at least; `x` itself if the mode is not one of BY_ROW."""
     if mode not in BY_ROW:
         return x
     mean, size = centre_and_size(x, mode)
@@ -26,7 +26,7 @@ def normalize(x: Tensor, mode: str) -> Tensor:
 
 
 def restore(rows: Tensor, x: Tensor, mode: str) -> Tensor:
-    """What `rows` (..., d_in) in the units of `normalize(x, mode)` are in the units of `x`."""
+    """`rows` (..., d_in), given in the units of `normalize(x, mode)`, in the units of `x`."""
     if mode not in BY_ROW:
         return rows
     mean, size = centre_and_size(x, mode)
@@ -34,7 +34,7 @@ def restore(rows: Tensor, x: Tensor, mode: str) -> Tensor:
 
 
 def centre_and_size(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """Each (..., 1), in float32 at least."""
+    """The mean that `mode` subtracts from each row and the size it divides by, both (..., 1) in float32 at least."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = x.mean(dim=-1, keepdim=True) if mode == "layer_norm" else torch.zeros_like(x[..., :1])
     return mean, (x - mean).pow(2).mean(dim=-1, keepdim=True).sqrt() + EPSILON

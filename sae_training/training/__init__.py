@@ -1,1 +1,1 @@
-"""The training step: losses the fast way, gradients, optimizer, dead latents."""
+"""The training step: losses by the sparse way, gradients, optimizer, dead latents."""

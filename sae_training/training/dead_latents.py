@@ -1,4 +1,4 @@
-"""Which latents still fire: one set of counters for the remedies, the metrics and the saved firing frequencies."""
+"""Counters of which latents fire, for the remedies, the metrics and the saved firing frequencies."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sae_training.kernels.sparse_code import Code, CodeFigures
 class FiringTracker:
     """Counts, for each latent, the steps and tokens since it last fired and how often it fires.
 
-    A latent fires on a row when its activation is above zero, and is dead when it has not fired for more than
-    `dead_window` steps (or, if given, for more than `dead_window_tokens` tokens). Frequencies are counted in windows
-    that the caller ends; the last one is kept until the next ends, so that there is always a stable figure. `revived`
-    counts how often a dead latent fired again.
+    A latent fires on a row when its activation is above zero. It is dead when it has not fired for more than
+    `dead_window` steps (or, if given, for more than `dead_window_tokens` tokens). `revived` counts how often a dead
+    latent fired again. Frequencies are counted in windows that the caller ends. The last full window is kept beside the
+    current one, so that frequencies never come from a few tokens only.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class FiringTracker:
         return self.steps_since_fired > self.dead_window
 
     def restart(self, latents: Tensor) -> None:
-        """Count the latents numbered `latents` as if they had just fired (they were resampled), but not as revived."""
+        """Treat the latents with these numbers as if they had just fired (they were resampled), but not as revived."""
         self.steps_since_fired[latents] = 0
         self.tokens_since_fired[latents] = 0
 
@@ -62,10 +62,9 @@ class FiringTracker:
         self.window_tokens = 0
 
     def log_frequency(self) -> Tensor:
-        """log10 of the share of tokens on which each latent fired, (d_sae,) float32 on the CPU.
+        """log10 of the share of tokens on which each latent fired, (d_sae,) float32 on the CPU; -10 if it never did.
 
-        Over the last full window and what has come since, so that neither a short run nor the first steps of a
-        window give a figure from almost no tokens. A latent that never fired has -10.
+        Counts the last full window and the current one.
         """
         fired = (self.fired + self.fired_last_window).cpu().double()
         tokens = self.window_tokens + self.last_window_tokens

@@ -1,4 +1,4 @@
-"""What a training step reports: figures of one batch, under the names that dashboards of the mats era use."""
+"""Figures of a training step, under the names that dashboards of the mats era use."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from sae_training.training.trainer import StepResult
 
 
 def explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
-    """1 - sum of squared errors / sum of squares around the mean row, over all rows and elements (rows, d) at once.
+    """1 - sum of squared errors / sum of squares around the mean row, over all rows and elements of (rows, d).
 
-    The global form: rows of large norm count by their share of the variance. A mean over rows of each row's own ratio
-    would let near-constant rows dominate.
+    In this form rows of large norm count by their share of the variance. In a mean over rows of each row's own ratio,
+    near-constant rows would dominate.
     """
     x, x_hat = x.float(), x_hat.float()
     return 1 - (x_hat - x).pow(2).sum() / (x - x.mean(dim=0)).pow(2).sum()
 
 
 def row_explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
-    """The same for each row alone, (rows,): 1 - the row's squared error / its squared distance from the mean row."""
+    """For each row, (rows,): 1 - its squared error / its squared distance from the mean row."""
     x, x_hat = x.float(), x_hat.float()
     return 1 - (x_hat - x).pow(2).sum(dim=-1) / (x - x.mean(dim=0)).pow(2).sum(dim=-1)
 
 
 @torch.no_grad()
 def training_metrics(result: StepResult, tracker: FiringTracker, n_training_tokens: int) -> dict[str, float]:
-    """The figures of a step, read off the device. `losses/l1_loss` is the L1 norm, without its coefficient."""
+    """The figures of a step, read off the device. `losses/l1_loss` is the L1 norm without its coefficient."""
     out = result.out
     figures = {
         "losses/mse_loss": out.mse_loss,
@@ -48,7 +48,7 @@ def training_metrics(result: StepResult, tracker: FiringTracker, n_training_toke
 
 
 def sparsity_metrics(log_frequency: Tensor, dead_feature_threshold: float) -> dict[str, float]:
-    """Summary of log10 firing frequencies (d_sae,): their mean, and how many latents fire more rarely than a limit."""
+    """Summary of log10 firing frequencies (d_sae,): their mean, and how many latents fire less than some limits."""
     frequency = 10 ** log_frequency.double() - 1e-10
     return {
         "sparsity/below_dead_feature_threshold": int((frequency < dead_feature_threshold).sum()),

@@ -24,8 +24,8 @@ from sae_training.kernels.sparse_code import (
     pre_activations_at,
 )
 from sae_training.sparse_autoencoder import SparseAutoencoder, architectures
+from sae_training.sparse_autoencoder.dead_latent_losses import n_auxk_rows
 from sae_training.sparse_autoencoder.losses import MULTI_TOPK_FACTOR, Coefficients, Losses, Reconstruction
-from sae_training.sparse_autoencoder.remedies import n_auxk_rows
 
 
 def objective(
@@ -50,7 +50,7 @@ def objective(
 
 
 def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
-    """The active latents of a batch `sae_in` (rows, d_in); None if the machine or the batch asks for the dense way."""
+    """The active latents of a batch `sae_in` (rows, d_in), or None if the device or the batch needs the dense way."""
     n = min(MULTI_TOPK_FACTOR * k if sae.full_cfg.multi_topk else k, sae.d_sae)
     if not has_sparse_way(sae, n):
         return None
@@ -60,9 +60,9 @@ def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
             return top_k_of_rows(encoder, n)
         case "batchtopk":
             return top_k_of_batch(encoder, k)
-        case "jumprelu":  # just below the threshold there is no activation, but a gradient to the threshold
+        case "jumprelu":  # entries just below the threshold have no activation, but give the threshold a gradient
             limit = (sae.threshold - sae.full_cfg.jumprelu_bandwidth / 2).detach()
-            # Rounding the product, compared with limit - b_enc, must not hide an entry; one too many does no harm.
+            # The margin keeps a rounded product from missing entries; entries too many do no harm.
             margin = 2 * torch.finfo(sae.encoder_dtype).eps * (limit.abs() + sae.b_enc.detach().abs())
             return above_threshold(encoder, limit - margin)
         case _:
@@ -70,10 +70,10 @@ def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
 
 
 def encoder_of(sae: SparseAutoencoder, sae_in: Tensor, W_enc: Tensor, b_enc: Tensor) -> Encoder:
-    """The encoder's product for `sae_in` (rows, d_in) with these weights, which may be those of some latents only.
+    """The encoder's product for `sae_in` (rows, d_in) with these weights, which may be those of only some latents.
 
-    A transcoder's input is not centred: in a low precision its mean, and b_enc against it, would cost the digits of
-    what differs from row to row. So rows come without their mean, whose product goes into the bias.
+    A transcoder's input is not centred. In low precision a large mean, which b_enc balances, would cost the digits that
+    differ from row to row. So the mean row is subtracted from the rows, and its product is added to the bias.
     """
     if sae.is_transcoder:
         mean = sae_in.mean(dim=0)
@@ -82,9 +82,9 @@ def encoder_of(sae: SparseAutoencoder, sae_in: Tensor, W_enc: Tensor, b_enc: Ten
 
 
 def has_sparse_way(sae: SparseAutoencoder, n_active: int) -> bool:
-    """Whether the sparse way works on the device, and pays with `n_active` latents a row.
+    """Whether the sparse way works on the device, and is faster there with `n_active` active latents a row.
 
-    On a GPU only for a fixed number on each row: how many others there are, only the device knows, and asking waits.
+    On a GPU it works only for a fixed number on each row, because reading any other number off the device would wait.
     """
     if sae.device.type == "cpu":
         return sae.dtype in (torch.float32, torch.float64)
@@ -94,7 +94,8 @@ def has_sparse_way(sae: SparseAutoencoder, n_active: int) -> bool:
 def sparse_parts(
     sae: SparseAutoencoder, sae_in: Tensor, entries: Entries, k: int, dead: Tensor | None
 ) -> Reconstruction:
-    # AuxK's entries ride along as more rows of the same code, so that all weight gradients come from one pass.
+    """All that the losses need of a batch `sae_in` (rows, d_in), from its pre-activations at `entries`."""
+    # AuxK's entries are more rows of the same code, so that all weight gradients come from one pass.
     aux = None
     if dead is not None and sae.auxk_coefficient > 0:
         choose_dead = dead_entries if dead.device.type == "cpu" else dead_entries_of_all
@@ -120,7 +121,7 @@ def sparse_parts(
     if multi is not None:
         to_decode.append(multi.with_values(multi.values.relu()))
     if aux is not None and dead is not None:
-        # Live latents, which `dead_entries_of_all` may hold, take no part.
+        # The factor removes live latents, which `dead_entries_of_all` may have chosen.
         to_decode.append(Code(aux_pre.relu() * dead[aux.latents], aux))
     outs = decode_together(to_decode, sae.W_dec)
 
@@ -144,9 +145,9 @@ def dead_entries(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) -> Entrie
 
 
 def dead_entries_of_all(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) -> Entries:
-    """`dead_entries` without asking which latents are dead: the live ones' bias is -inf.
+    """`dead_entries` without asking the device which latents are dead: live ones get a bias of -inf.
 
-    Always k_aux to a row; where fewer latents are dead, live ones fill the rest.
+    Each row has k_aux entries; if fewer latents are dead, the others are live ones.
     """
     bias = sae.b_enc.detach().masked_fill(~dead, -torch.inf)
     encoder = encoder_of(sae, sae_in[: n_auxk_rows(len(sae_in))], sae.W_enc.detach(), bias)
@@ -154,7 +155,7 @@ def dead_entries_of_all(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) ->
 
 
 def top_k_of_entries(code: Code, k: int) -> Code:
-    """The k largest of the entries of each row, of which there is the same number on every row."""
+    """The k largest entries of each row of a code with the same number of entries on every row."""
     entries = code.at_entries
     per_row = code.values.view(entries.n_rows, -1)
     values, places = per_row.topk(k, dim=1, sorted=False)
@@ -163,7 +164,8 @@ def top_k_of_entries(code: Code, k: int) -> Code:
 
 
 def by_prefix(code: Code, widths: tuple[int, ...]) -> Code:
-    """The entries of latents below widths[0] on all rows, then on as many new rows those below widths[1], and so on."""
+    """The code with len(widths) * rows rows: all rows with latents below widths[0], then again with those from there
+    to widths[1], and so on. Decoded and added up, they give the reconstructions of the nested dictionaries."""
     entries = code.entries
     if entries is None or len(widths) < 2:
         return code
@@ -176,6 +178,6 @@ def by_prefix(code: Code, widths: tuple[int, ...]) -> Code:
 
 
 def decode_together(codes: list[Code], W_dec: Tensor) -> list[Tensor]:
-    """The reconstructions (rows, d_out), without baseline, of several codes, from one product."""
+    """The reconstructions (rows, d_out) of several codes, without baseline, from one product."""
     together = Code(torch.cat([code.values for code in codes]), concatenate([code.at_entries for code in codes]))
     return list(together.decode(W_dec).split([code.n_rows for code in codes]))

@@ -1,4 +1,4 @@
-"""The optimizer, and its schedules: each a pure function of the step, so that there is nothing to save or restore."""
+"""The optimizers: Adam, Adam with moments in 8 bits, and Signum."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 import torch
 
+from sae_training.training.adam8bit import make_adam8bit
+
 
 def make_optimizer(
     name: str, parameters: Iterable[torch.nn.Parameter], lr: float, betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
-    """adam, adam8bit, or signum (which uses the first of `betas`).
+    """The optimizer named adam, adam8bit or signum (which uses only the first of `betas`).
 
-    They leave parameters and moments as they are in a step where their attribute `found_inf` (a scalar tensor) is 1.
-    Adam goes over each parameter once, fused: on a CPU 3 to 10 times faster than a loop over tensor operations.
+    In a step where its attribute `found_inf` (a scalar tensor) is 1, it leaves parameters and moments as they are. Adam
+    is fused, one pass over each parameter: on a CPU 3 to 10 times faster than a loop over tensor operations.
     """
     check_installed(name)
     match name:
         case "adam":
             return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
         case "adam8bit":
-            from sae_training.training.adam8bit import Adam8bit
-
-            return Adam8bit(parameters, lr=lr, betas=betas)
+            return make_adam8bit(parameters, lr, betas)
         case "signum":
             return Signum(parameters, lr=lr, momentum=betas[0])
         case other:
@@ -32,7 +32,7 @@ def make_optimizer(
 
 
 def check_installed(name: str) -> None:
-    """ImportError, with what to install, if the optimizer `name` needs a package that is not there."""
+    """Raise ImportError, saying what to install, if the optimizer `name` needs a package that is not installed."""
     if name == "adam8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(
             "optimizer: adam8bit needs bitsandbytes, which is not installed; pip install bitsandbytes, or use adam."
@@ -40,16 +40,16 @@ def check_installed(name: str) -> None:
 
 
 def moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """All that the optimizer keeps of a parameter between steps (adam8bit's tables, the same for all, left out)."""
+    """What the optimizer keeps for a parameter between steps, without adam8bit's tables, which are the same for all."""
     state = optimizer.state[parameter]
     return {key: torch.as_tensor(value) for key, value in state.items() if not key.startswith("qmap")}
 
 
 class Signum(torch.optim.Optimizer):
-    """Each step moves every number by the learning rate, along the sign of the running mean of its gradient.
+    """Moves every number by the learning rate along the sign of the running mean of its gradient.
 
-    Bernstein et al. 2018 (arXiv 1802.04434). One moment instead of Adam's two. A latent that seldom fires moves as far
-    as one that often does, which leaves few latents dead.
+    Source: Bernstein et al. 2018 (arXiv 1802.04434). It keeps one moment, Adam two. A latent that seldom fires moves as
+    far as one that often fires, which leaves few latents dead.
     """
 
     found_inf: torch.Tensor

@@ -1,4 +1,4 @@
-"""Resampling: dead latents start anew as directions that the autoencoder reconstructs badly.
+"""Resampling: dead latents start again, along directions that the autoencoder reconstructs badly.
 
 Source: Bricken et al. 2023, Towards Monosemanticity, appendix on neuron resampling.
 """
@@ -13,7 +13,7 @@ from sae_training.sparse_autoencoder import SparseAutoencoder
 
 NOT_BY_LATENT = ("b_dec", "W_skip")  # the parameters that do not belong to latents
 ENCODER_NORM_SHARE = 0.2  # of the live latents' mean encoder norm
-ROWS_AT_A_TIME = 512  # encoded densely, to find their errors
+ROWS_AT_A_TIME = 512  # because their errors are found the dense way
 
 
 @torch.no_grad()
@@ -26,22 +26,25 @@ def resample(
     method: str,
     generator: torch.Generator,
 ) -> Tensor:
-    """Give each dead latent (`dead`, (d_sae,) bool) a new direction from rows `x` (n, d_in); returns their numbers.
+    """Give each dead latent (`dead`, (d_sae,) bool) a new direction from rows `x` (n, d_in); return their numbers.
 
-    A row is drawn without replacement with a probability proportional to its squared error ("l2"), or to the square
-    of that ("anthropic"). Then, with u the unit vector along row - b_dec:
-      W_dec[latent] = u, W_enc[:, latent] = u * share * mean encoder norm of the live latents, b_enc[latent] = 0
-    (a transcoder's W_dec[latent] lies along what the row is to become, `target` (n, d_out), less b_dec and what a skip
-    connection adds, and its encoder along the row less the mean row, from which b_enc measures), share being 0.2, so
-    that newcomers do not disturb the loss, or 1 for a fixed k, where they would never be chosen; jumprelu's threshold
-    becomes the live latents' median, gated's magnitudes start anew. `by_latent` are the optimizer's moments (d_sae,
-    ...), set to 0 there, and averaged weights by name, which take the new values. With fewer rows of any error than
-    dead latents, the first of these get one.
+    For each latent a row is drawn without replacement, with a probability proportional to its squared error ("l2") or
+    to the square of that ("anthropic"). Then, where u is the unit vector along row - b_dec:
+
+        W_dec[latent] = u    W_enc[:, latent] = u * share * mean encoder norm of the live latents    b_enc[latent] = 0
+
+    share is 0.2, so that new latents do not disturb the loss, but 1 for a fixed k, which would not choose them
+    otherwise. For a transcoder W_dec[latent] lies along the row's `target` (n, d_out) less b_dec and less what a skip
+    connection adds; its encoder lies along the row less the mean row, and b_enc makes the mean row's pre-activation 0.
+    jumprelu's threshold becomes the median of the live latents', gated's magnitudes start again.
+
+    `by_latent` holds the optimizer's moments (d_sae, ...), which become 0 for these latents, and averaged weights by
+    name, which take the new values. If fewer rows have an error than latents are dead, only the first latents get one.
     """
     numbers = dead.nonzero().flatten()
     if len(numbers) == 0:
         return numbers
-    x, target = sae.normalize(x), sae.normalize(target)  # `reconstruct` does it once more: roundings
+    x, target = sae.normalize(x), sae.normalize(target)  # `reconstruct` repeats it, which changes roundings only
     pairs = zip(x.split(ROWS_AT_A_TIME), target.split(ROWS_AT_A_TIME), strict=True)
     weight = torch.cat([(wanted - sae.reconstruct(rows)).double().pow(2).sum(dim=1) for rows, wanted in pairs])
     weight = weight.pow(2) if method == "anthropic" else weight

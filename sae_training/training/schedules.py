@@ -1,4 +1,4 @@
-"""TODO."""
+"""Schedules: pure functions of the step, so that there is no state to save or restore."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ WITH_WARM_UP = ("constantwithwarmup", "linearwarmupdecay", "cosineannealingwarmu
 
 
 def warm_up_factor(step: int, warm_up_steps: int) -> float:
-    """1/W at step 0, 2/W at step 1, ... 1 from step W - 1 on; always 1 without warm-up."""
+    """With W = `warm_up_steps`: 1/W at step 0, 2/W at step 1, ..., 1 from step W - 1 on. Always 1 for W = 0."""
     return min(1.0, (step + 1) / warm_up_steps) if warm_up_steps > 0 else 1.0
 
 
 def annealed_k(step: int, k: int, d_sae: int, anneal_steps: int) -> int:
-    """Active latents per row in a step: in a line from min(d_sae / 2, 8k) at step 0 to k from `anneal_steps` on."""
+    """Active latents per row: falls linearly from min(d_sae / 2, 8k) at step 0 to k at `anneal_steps`, then stays k."""
     if step >= anneal_steps:
         return k
     start = max(k, min(d_sae // 2, 8 * k))
@@ -35,19 +35,19 @@ def lr_factor(
     end_factor: float = 0.1,
     n_restart_cycles: int = 1,
 ) -> float:
-    """What the learning rate is multiplied by in optimizer step `step` (0 is the first, total_steps - 1 the last).
+    """The factor on the learning rate in optimizer step `step` (0 is the first, total_steps - 1 the last).
 
     | name                        | after the warm-up, over the steps left                                    |
     |-----------------------------|---------------------------------------------------------------------------|
     | constant                    | 1 (no warm-up)                                                            |
     | constantwithwarmup          | 1                                                                         |
-    | linearwarmupdecay           | a line from 1 to 0, reached one step after the last                       |
+    | linearwarmupdecay           | linear from 1 to 0, which it reaches one step after the last              |
     | cosineannealing             | half a cosine from 1 to `end_factor` (no warm-up)                         |
     | cosineannealingwarmup       | half a cosine from 1 to `end_factor`                                      |
     | cosineannealingwarmrestarts | `n_restart_cycles` such half cosines, each from 1 again (no warm-up)      |
 
-    The warm-up rises from 1 / warm_up_steps to 1. Whatever the schedule, the last `decay_steps` steps also fall in a
-    line to 0. Beyond the last step the factor stays where the schedule ended. None is the old name of "constant".
+    The warm-up rises from 1 / warm_up_steps to 1. With any schedule, the factor also falls linearly to 0 over the last
+    `decay_steps` steps. After the last step it stays where the schedule ended. None is the old name of "constant".
     """
     name = scheduler_name or "constant"
     if name not in SCHEDULERS:
@@ -71,7 +71,7 @@ def main_factor(name: str, position: int, length: int, end_factor: float, n_cycl
         case "cosineannealing" | "cosineannealingwarmup":
             return cosine(progress, end_factor)
         case "cosineannealingwarmrestarts":
-            if progress == 1.0:  # beyond the end: the last cycle's end, not the start of one more
+            if progress == 1.0:  # after the last step: the end of the last cycle, not the start of another
                 return end_factor
             return cosine(progress * n_cycles % 1.0, end_factor)
         case _:
@@ -83,9 +83,10 @@ def cosine(progress: float, end_factor: float) -> float:
 
 
 def due(step: int, every: int | None) -> bool:
+    """Whether something that happens every `every` steps (None or 0: never) happens after `step` steps."""
     return every is not None and every > 0 and step % every == 0
 
 
 def snapshot_steps(cfg: LanguageModelSAERunnerConfig) -> set[int]:
-    """`n_checkpoints` steps that cut the run into equal parts; the end of the last part is the final save."""
+    """`n_checkpoints` steps that divide the run into equal parts; at the end of the last part is the final save."""
     return {cfg.total_training_steps * i // (cfg.n_checkpoints + 1) for i in range(1, cfg.n_checkpoints + 1)} - {0}

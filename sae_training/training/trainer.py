@@ -1,4 +1,4 @@
-"""One autoencoder in training: its optimizer, its counters, and the step."""
+"""Train one autoencoder: the step, with the optimizer and the counters that it needs."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from sae_training.training.schedules import annealed_k, lr_factor, warm_up_facto
 
 
 class StepResult(NamedTuple):
-    """What a step leaves for logging; the tensors are detached and nothing has been read off the device yet."""
+    """What logging needs of a step. The tensors are detached, and nothing has been read off the device."""
 
     target: Tensor
-    """What was to be reconstructed, (rows, d_out), normalised as the autoencoder does."""
+    """The activations to reconstruct, (rows, d_out), as `SparseAutoencoder.normalize` returns them."""
     out: Losses
     lr: float
     l1_coefficient: float
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss, or a weight, became NaN or infinite."""
+    """The loss, a gradient or a weight became NaN or infinite."""
 
 
 class SAETrainer:
-    """Trains `sae` on batches; everything but the counters and the optimizer's moments follows from the step."""
+    """Trains `sae` on batches. Moments, counters and averages are its state; all else is a function of the step."""
 
     def __init__(self, sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig) -> None:
         self.sae = sae
         self.cfg = cfg
         self.masters = {name: in_memory_order(p) for name, p in sae.named_parameters()}
-        """The parameters as the optimizer sees them: the same numbers, W_enc as (d_sae, d_in)."""
+        """The parameters as the optimizer sees them: over the same memory, with W_enc as (d_sae, d_in)."""
         betas = (cfg.adam_beta1, cfg.adam_beta2)
         self.optimizer = make_optimizer(cfg.optimizer, self.masters.values(), cfg.resolved_lr, betas)
         self.tracker = FiringTracker(
@@ -54,11 +54,11 @@ class SAETrainer:
         self.non_finite = torch.zeros((), device=sae.device)
         keep_freed_memory()
 
-    @torch.enable_grad()  # notebooks often switch gradients off for all that follows
+    @torch.enable_grad()  # because notebooks often switch gradients off for good
     def step(self, x: Tensor, step: int, target: Tensor | None = None) -> StepResult:
         """One optimizer step (the `step`-th, from 0) on a batch of activations (rows, d_in).
 
-        A transcoder learns to predict `target` (rows, d_out); for an autoencoder it is x itself.
+        A transcoder learns to predict `target` (rows, d_out). An autoencoder's target is x itself.
         """
         if self.sae.is_transcoder and target is None:
             raise ValueError("target: a transcoder's step needs the activations it predicts: step(x, step, target).")
@@ -83,11 +83,11 @@ class SAETrainer:
         return StepResult(target, out, lr, coefficients.l1_coefficient)
 
     def backward(self, x: Tensor, target: Tensor, coefficients: Coefficients) -> Losses:
-        """The losses of a batch, whose gradients are then in the parameters: whole, or in parts of micro_batch_size
-        (with grad_acc_steps, of train_batch_size).
+        """Compute the losses of a batch, and leave their gradients in the parameters.
 
-        Parts have the gradient of the whole batch, their row norms being those of the batch, except that batchtopk then
-        chooses k a row in each part, and that remedies for dead latents look at each part by itself.
+        The batch goes through whole, or in parts of micro_batch_size rows (with grad_acc_steps, of train_batch_size).
+        Parts give the gradient of the whole batch, because they use its row norms, with two exceptions: batchtopk
+        chooses k latents a row within each part, and remedies for dead latents see each part alone.
         """
         dead = self.tracker.dead()
         size = self.cfg.micro_batch_size or (self.cfg.train_batch_size if self.cfg.grad_acc_steps > 1 else len(x))
@@ -107,8 +107,9 @@ class SAETrainer:
         return Losses(torch.cat(outs), code, *torch.stack(scalars).sum(dim=0))
 
     def resample(self, x: Tensor, target: Tensor, step: int) -> int:
-        """Give dead latents new directions from rows `x` (n, d_in) and what they are to become, `target` (n, d_out),
-        after `step` finished steps; returns how many.
+        """Give dead latents new directions from rows `x` (n, d_in) and their `target` (n, d_out); return how many.
+
+        `step` is the number of finished steps. See `resampling.resample`.
         """
         method = self.cfg.feature_sampling_method
         assert method is not None
@@ -118,60 +119,62 @@ class SAETrainer:
         return len(numbers)
 
     def by_latent(self) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """What each latent has beside its weights: the optimizer's moments (d_sae, ...), and averaged weights."""
+        """Values that belong to latents beside their weights: moments (d_sae, ...), and averaged weights by name."""
         masters = {name: master for name, master in self.masters.items() if name not in NOT_BY_LATENT}
         found = [value for master in masters.values() for value in moments(self.optimizer, master).values()]
         return [moment for moment in found if moment.ndim], self.average
 
     def gradient_sum(self) -> Tensor:
-        """A number that is not finite if any gradient is not.
+        """A scalar that is not finite if any gradient is not.
 
-        A matrix' gradient is made of the same numbers as those of the biases, times activations that the loss has
-        seen: only in float16 can it overflow alone, so elsewhere its 16 MB and more need not be read.
+        Only the biases' gradients are read, except in float16. A matrix's gradient is made of the same numbers times
+        activations that the loss has seen, so only in float16 can it overflow alone; it has 16 MB and more to read.
         """
         narrow = self.sae.dtype == torch.float16
         gradients = [p.grad for p in self.sae.parameters() if p.grad is not None and (p.ndim == 1 or narrow)]
         return torch.stack([gradient.sum(dtype=torch.float32) * 0 for gradient in gradients]).sum()
 
     def update(self, lr: float, not_finite: Tensor) -> None:
-        """The optimizer step, skipped on the device itself where the loss is not finite: no wait for the host."""
+        """Do the optimizer's step. Where the loss is not finite, the device skips it by itself, without waiting."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # The optimizer reads this attribute, and leaves parameters and moments as they are where it is 1.
+        # Where this attribute is 1, the optimizer leaves parameters and moments as they are.
         setattr(self.optimizer, "found_inf", not_finite.float())  # noqa: B010 - not declared, so pyright wants it so
         for name, parameter in self.sae.named_parameters():
             gradient, master = parameter.grad, self.masters[name]
             master.grad = gradient if gradient is None or master is parameter else gradient.T
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)  # their memory serves the next autoencoder of the run
+        self.optimizer.zero_grad(set_to_none=True)  # because the next autoencoder of the run can use their memory
         self.sae.zero_grad(set_to_none=True)
         self.non_finite += not_finite
 
     @torch.no_grad()
     def update_average(self, step: int) -> None:
-        """Exponential moving average of the weights; young averages forget faster: decay is at most (n + 1) / (n + 10)
-        after n steps, so that none is left of the random start."""
+        """Update the exponential moving average of the weights, if there is one.
+
+        The decay is at most (n + 1) / (n + 10) after n steps, so that nothing is left of the random start.
+        """
         for name, parameter in self.sae.named_parameters() if self.average else ():
             decay = min(float(self.cfg.ema_decay or 0), (step + 1) / (step + 10))
             self.average[name].lerp_(parameter, 1 - decay)
 
     @torch.no_grad()
     def take_average(self) -> None:
-        """Put the averaged weights, if there are any, in place of the last step's; training ends with this."""
+        """Replace the weights by their averages, if there are any, at the end of training."""
         for name, parameter in self.sae.named_parameters() if self.average else ():
             parameter.copy_(self.average[name])
         if self.average and self.sae.has_unit_norm_decoder:
             self.sae.set_decoder_norm_to_unit_norm()
 
     def check_finite(self) -> None:
-        """Raise NonFiniteLoss if any step so far had a loss that was not finite. Reads one number off the device."""
+        """Raise NonFiniteLoss if the loss of any step so far was not finite. Reads one number off the device."""
         if self.non_finite.item():
             raise NonFiniteLoss(
                 "the loss is not finite, or a gradient (NaN or infinite); the weights were not updated with it"
             )
 
     def check_weights(self) -> None:
-        """Raise NonFiniteLoss if a weight is not finite: an update can overflow before any loss shows it."""
+        """Raise NonFiniteLoss if a weight is not finite, because an update can overflow before a loss shows it."""
         for name, weight in self.sae.weights():
             if not weight.isfinite().all():
                 raise NonFiniteLoss(f"{name} holds values that are not finite (NaN or infinite)")
@@ -222,7 +225,7 @@ class SAETrainer:
 
 
 def in_memory_order(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """A parameter over the same memory whose rows lie one after the other: fused Adam copies others in every step."""
+    """A parameter over the same memory that is contiguous, because fused Adam copies any other in every step."""
     return parameter if parameter.is_contiguous() else torch.nn.Parameter(parameter.detach().T)
 
 

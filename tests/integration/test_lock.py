@@ -15,7 +15,8 @@ import pytest
 
 import sae_training
 from sae_training.config.io import config_to_dict
-from sae_training.run.folder import RunFolder, RunFolderInUse
+from sae_training.machine.lock import InUse
+from sae_training.run.folder import RunFolder
 
 HOLD = """
 import json, sys
@@ -52,7 +53,7 @@ def test_folder_is_refused_while_another_process_holds_it_and_free_once_that_is_
         for said in ("held\n", "status\n"):
             assert holder.stdout.readline() == said
             before = {file: file.read_bytes() for file in path.iterdir()}
-            with pytest.raises(RunFolderInUse) as caught:
+            with pytest.raises(InUse) as caught:
                 RunFolder(path, small_config(wandb_log_frequency=1))
             assert f"process {holder.pid} on {socket.gethostname()} is training" in str(caught.value)
             assert {file: file.read_bytes() for file in path.iterdir()} == before

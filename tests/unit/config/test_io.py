@@ -22,7 +22,6 @@ from sae_training.config.io import (
     config_differences,
     config_from_dict,
     config_to_dict,
-    option,
     unknown_keys,
     with_defaults,
 )
@@ -102,13 +101,8 @@ def test_watching_fields_are_fields_and_leave_out_what_trains() -> None:
     ("name", "value"),
     [("d_in", 16), ("architecture", "standard"), ("dtype", torch.float32), ("auxk_k", None)],
 )
-def test_option_falls_back_to_the_default(name: str, value: Any) -> None:
-    assert option(SimpleNamespace(d_in=16), name) == value
-
-
-def test_option_knows_only_fields() -> None:
-    with pytest.raises(AttributeError, match="did you mean 'expansion_factor'?"):
-        option(Config(), "expansion_factors")
+def test_an_object_has_the_defaults_of_fields_that_it_lacks(name: str, value: Any) -> None:
+    assert getattr(with_defaults(SimpleNamespace(d_in=16)), name) == value
 
 
 # ---------------------------------------------------------------------------------------------------- other objects

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from sae_training.sparse_autoencoder.dead_latent_losses import auxk_loss, ghost_grad_loss
 from sae_training.sparse_autoencoder.losses import centred_norm, mean_normalised_error, normalised_squared_error
-from sae_training.sparse_autoencoder.remedies import auxk_loss, ghost_grad_loss
 
 
 def test_normalised_squared_error_by_hand() -> None:

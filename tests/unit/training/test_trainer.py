@@ -203,8 +203,7 @@ def test_step_in_other_precisions_stays_in_them_and_learns(dtype: str) -> None:
     assert {weight.dtype for _, weight in trainer.sae.weights()} == {getattr(torch, dtype)}
 
 
-# ------------------------------------------------------------------------------------ the same step, written out
-# plainly
+# --------------------------------------------------------------------------------- the same step, written out plainly
 
 
 class PlainTrainer:
@@ -365,9 +364,12 @@ def test_a_loss_that_was_not_finite_is_remembered() -> None:
 
 def test_finite_steps_pass_the_checks() -> None:
     trainer = make_trainer()
+    before = parameters(trainer)
     trainer.step(batch(), 0)
     trainer.check_finite()
     trainer.check_weights()
+    assert trainer.non_finite.item() == 0
+    assert all(not torch.equal(weight, before[name]) for name, weight in trainer.sae.weights())
 
 
 def test_weight_that_is_not_finite_is_named() -> None:
