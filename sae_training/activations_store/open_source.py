@@ -63,7 +63,10 @@ Live = TypeVar("Live", ShuffleBuffer, LiveContexts)
 
 
 class ThenLive(Generic[Live]):
-    """Takes from `cached` as long as enough is left there, then from `live`, whose token ids come from `tokens`."""
+    """Takes from `cached` while enough is left there, then from `live`, whose token ids come from `tokens`.
+
+    Live contexts go on where the cache stops in the text.
+    """
 
     def __init__(self, cached: CachedReader, live: Live, tokens: TokenStream) -> None:
         self.cached, self.live, self.tokens = cached, live, tokens

@@ -100,9 +100,7 @@ class ActivationsStore:
         return self.text.tokens.next_contexts(self.store_batch_size).to(self.device)
 
     def held_out_tokens(self) -> Tensor:
-        """Return contexts (n, context_size) that training never sees: of `eval_dataset_path`, or else 1 in 20 of the
-        training text.
-        """
+        """Return contexts (n, context_size) that training never sees (`TrainingText.held_out`)."""
         return self.text.held_out()
 
     def get_activations(self, tokens: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class TrainingText:
         )
 
     def held_out(self) -> Tensor:
-        """Return contexts (n, context_size) that training never sees, of eval_dataset_path or else of this text."""
+        """Return contexts (n, context_size) that training never sees: of `eval_dataset_path`, or else 1 in 20 here."""
         if self.cfg.eval_dataset_path is None:
             return self.tokens.held_out_contexts()
         n_contexts = self.cfg.n_eval_batches * self.cfg.store_batch_size
