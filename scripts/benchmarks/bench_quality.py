@@ -273,7 +273,7 @@ def harvest_rows(arguments: argparse.Namespace) -> None:
     done, norm_sum = 0, 0.0
     while done < len(rows):
         tokens = store.get_batch_tokens()
-        new = store.get_activations(tokens)[store.keeps(tokens)][: len(rows) - done].cpu()
+        new = store.get_activations(tokens)[store.keeps(tokens)][: len(rows) - done].cpu().to(rows.dtype)
         rows[places[done : done + len(new)]] = new
         norm_sum += new.float().norm(dim=1).double().sum().item()
         done += len(new)
