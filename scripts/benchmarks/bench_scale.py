@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from sae_training.lm_runner import find_singles, run_config
 from sae_training.run.memory_plan import plan_memory
 from sae_training.training.trainer import SAETrainer
 from scripts.benchmarks.bench_loop import batches_in_memory, time_run, time_steps
+from scripts.benchmarks.bench_workers import peak_mib
 from scripts.benchmarks.machine import machine_facts
 from scripts.demo import smollm2_config
 
@@ -92,7 +92,7 @@ def layers(cfg: LanguageModelSAERunnerConfig, model: Any, hook: str, rounds: int
         start = time.perf_counter()
         run_config(dataclasses.replace(several, run_dir=folder), model)
         whole = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_mib("cpu") * 2**20
     forward = spent["harvest"] * bare_over_harvest
     return {
         "hook": hook,
