@@ -32,8 +32,8 @@ from sae_training.run.state import Member, Run, check_finite
 from sae_training.run.watch import evaluate_now, log_norms, log_sparsity
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training.metrics import training_metrics
-from sae_training.training.optim import check_installed
 from sae_training.training.schedules import due, snapshot_steps
+from sae_training.training.trainer import check_trainable
 
 RESAMPLE_ROWS = 16_384  # of the buffer, from which resampling draws its directions
 
@@ -54,7 +54,7 @@ def language_model_sae_runner(
 
 def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None) -> Run:
     """Do what `language_model_sae_runner` does, and return the whole run: its folder, store, members and figures."""
-    check_installed(cfg.optimizer)
+    check_trainable(cfg)
     cfg = with_absolute_paths(cfg)
     lm: LanguageModel = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype) if model is None else model
     cfg = with_layers(cfg, lm.cfg.n_layers)
@@ -71,6 +71,7 @@ def resume_run(path: str | Path) -> Run:
     """Continue the unfinished run in the folder `path`, with the config it was started with."""
     path = Path(path)
     cfg = read_run_config(path)
+    check_trainable(cfg)
     if is_member_folder(path):
         raise ValueError(f"{path}: is one of several that are trained together; resume {path.parent}.")
     if is_finished(path):

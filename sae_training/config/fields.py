@@ -143,7 +143,7 @@ class Autoencoder:
     """Starting value of the decoder bias, from the first buffer of activations."""
 
     dtype: Dtype = cast("Dtype", "float32")
-    """Precision of the autoencoder's weights: float32, bfloat16, float16 or float64."""
+    """Precision that a step computes in: float32, bfloat16 or float64; weights stay float32 at least."""
 
     encoder_matmul_dtype: PrecisionName = "auto"
     """Precision in which training chooses latents; auto is bfloat16 where that is fast."""

@@ -29,6 +29,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from sae_training.kernels import cpu, triton_products
+from sae_training.machine.precision import at_least_float32
 
 
 class ByLatent(NamedTuple):
@@ -245,7 +246,7 @@ class Code:
 
     def l1(self) -> Tensor:
         """Mean over rows of the sum of |activations|, a scalar."""
-        return self.values.abs().sum() / self.n_rows
+        return self.values.abs().sum(dtype=at_least_float32(self.values.dtype)) / self.n_rows
 
     def l0(self) -> Tensor:
         """Mean number of active latents per row, a scalar."""

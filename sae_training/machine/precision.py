@@ -16,6 +16,11 @@ def bfloat16_is_fast(device: torch.device | str) -> bool:
             return False
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of weights, moments and sums where a step computes in `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def encoder_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Precision in which training chooses latents: the one named, or for "auto" bfloat16 where that is fast."""
     if name != "auto":

@@ -16,6 +16,7 @@ from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import FIXED_K
 from sae_training.machine.memory import gigabytes, memory_of
+from sae_training.machine.precision import at_least_float32
 from sae_training.run.evals import prompts_of_a_pass
 
 # Optimizer state in units of the weights (float32). 8-bit moments have a scale for each 256 of them.
@@ -213,7 +214,7 @@ def weight_bytes(cfg: LanguageModelSAERunnerConfig) -> int:
     d_in, d_sae = sizes(cfg)
     d_out = cfg.d_out or d_in
     skip = d_in * d_out if cfg.skip_connection else 0
-    return (d_sae * (d_in + d_out + 2) + d_out + skip) * cfg.dtype.itemsize
+    return (d_sae * (d_in + d_out + 2) + d_out + skip) * at_least_float32(cfg.dtype).itemsize
 
 
 def each_of(weights: list[int]) -> str:
@@ -230,6 +231,8 @@ def buffer_bytes(store: ActivationsStore, width: int) -> int:
 def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int) -> int:
     """Gradients, tensors of rows, and the code: sparse where k latents are chosen, else dense."""
     d_in, d_sae = sizes(cfg)
+    if cfg.dtype.itemsize < FLOAT:
+        weights *= 2  # because there are copies of the weights and of their gradients, at half the size
     rows = min(cfg.micro_batch_size or cfg.train_batch_size, cfg.tokens_per_step)
     if cfg.architecture not in FIXED_K:
         codes = CODES_OF_A_DENSE_STEP.get(cfg.architecture, max(CODES_OF_A_DENSE_STEP.values()))

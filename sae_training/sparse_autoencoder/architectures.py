@@ -24,6 +24,7 @@ from torch.autograd import Function
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import WITH_PENALTY
+from sae_training.machine.precision import at_least_float32
 from sae_training.sparse_autoencoder.losses import Reconstruction
 
 
@@ -120,7 +121,7 @@ class PrefixSums(Function):
 
 def prefix_sums(parts: Tensor, baseline: Tensor) -> Tensor:
     """b + parts[0], b + parts[0] + parts[1], ... for `parts` (n, rows, d) and the baseline b, (d,) or (rows, d)."""
-    return PrefixSums.apply(parts, baseline)  # pyright: ignore[reportReturnType]
+    return PrefixSums.apply(parts.to(baseline.dtype), baseline)  # pyright: ignore[reportReturnType]
 
 
 def top_k_mask(pre: Tensor, k: int) -> Tensor:
@@ -162,16 +163,21 @@ def sparsity_penalty(
     """
     pre, acts = made.pre, made.acts
     if cfg.architecture not in WITH_PENALTY:
-        return torch.zeros((), dtype=acts.values.dtype, device=acts.values.device)
+        return torch.zeros((), dtype=at_least_float32(acts.values.dtype), device=acts.values.device)
     penalised = pre.values.relu() if cfg.architecture == "gated" else acts.values
     if cfg.scale_sparsity_penalty_by_decoder_norm:
         penalised = penalised * acts.at(W_dec.norm(dim=1))
     if threshold is None:
-        return l1_coefficient * lp_penalty(penalised, cfg.lp_norm).sum() / acts.n_rows
+        return l1_coefficient * total(lp_penalty(penalised, cfg.lp_norm)) / acts.n_rows
     if cfg.jumprelu_sparsity_loss_mode == "tanh":
-        return l1_coefficient * (cfg.jumprelu_tanh_scale * penalised).tanh().sum() / acts.n_rows
-    l0 = step_above(pre.values, pre.at(threshold), cfg.jumprelu_bandwidth).sum() / acts.n_rows
+        return l1_coefficient * total((cfg.jumprelu_tanh_scale * penalised).tanh()) / acts.n_rows
+    l0 = total(step_above(pre.values, pre.at(threshold), cfg.jumprelu_bandwidth)) / acts.n_rows
     return l1_coefficient * (l0 if cfg.target_l0 is None else (l0 / cfg.target_l0 - 1).pow(2))
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum, in float32 at least, because bfloat16 has three digits."""
+    return values.sum(dtype=at_least_float32(values.dtype))
 
 
 def lp_penalty(acts: Tensor, p: float) -> Tensor:

@@ -28,7 +28,7 @@ def remedy_loss(
 
     It is 0 if no latent is to be revived.
     """
-    sae_in, sae_out, dead = made.sae_in, made.sae_outs[-1], made.dead
+    sae_in, sae_out, dead = made.sae_in.to(W_enc.dtype), made.sae_outs[-1], made.dead
     if dead is None:
         return torch.zeros((), dtype=target.dtype, device=target.device)
     if made.error_hat is not None:

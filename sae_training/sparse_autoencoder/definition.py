@@ -26,7 +26,7 @@ from sae_training import formats
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import with_defaults
 from sae_training.kernels.sparse_code import Code
-from sae_training.machine.precision import encoder_dtype
+from sae_training.machine.precision import at_least_float32, encoder_dtype
 from sae_training.sparse_autoencoder import architectures
 from sae_training.sparse_autoencoder.architectures import sparsity_penalty
 from sae_training.sparse_autoencoder.dead_latent_losses import n_auxk_rows, remedy_loss
@@ -52,7 +52,8 @@ class SparseAutoencoder(HookedRootModule):
     Parameters: W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_out) with rows of unit norm, and b_dec (d_out,).
     d_out is d_in except for transcoders. jumprelu has log_threshold (d_sae,) too, gated r_mag and b_mag (d_sae,), and a
     skip connection W_skip (d_in, d_out). W_enc lies in memory latent by latent, as W_dec does, so that a latent's
-    weights are one stretch of memory.
+    weights are one stretch of memory. All are float32, or float64 if `cfg.dtype` is. A narrower dtype is the one that
+    training computes in (`training.mixed_precision`); for inference in it, call `to(dtype)`.
     """
 
     inference_threshold: Tensor
@@ -67,8 +68,6 @@ class SparseAutoencoder(HookedRootModule):
         self.d_sae: int = cfg.d_sae
         self.is_transcoder = known.target_hook_point is not None
         self.d_out = (known.d_out if self.is_transcoder else None) or self.d_in
-        self.dtype = known.dtype
-        self.device = torch.device(known.device)
         self.architecture = known.architecture
         self.normalization = known.normalize_activations
         self.k = known.k
@@ -77,11 +76,12 @@ class SparseAutoencoder(HookedRootModule):
         self.matryoshka_widths = architectures.matryoshka_widths(known, self.d_sae)
         self.choice = known.matryoshka_selection if known.architecture == "matryoshka" else known.architecture
         """How the active latents are chosen: by the architecture, or in one of matryoshka's two ways."""
-        self.encoder_dtype = encoder_dtype(known.encoder_matmul_dtype, self.dtype, self.device)
+        device = torch.device(known.device)
+        self.encoder_dtype = encoder_dtype(known.encoder_matmul_dtype, known.dtype, device)
 
         sizes = (self.d_in, self.d_sae, self.d_out)
         W_enc, W_dec = initial_weights(*sizes, known.architecture, self.is_transcoder, known.seed)
-        placed = {"dtype": self.dtype, "device": self.device}
+        placed = {"dtype": at_least_float32(known.dtype), "device": device}
         self.W_enc = nn.Parameter(W_enc.T.contiguous().to(**placed).T)
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, **placed))
         self.W_dec = nn.Parameter(W_dec.to(**placed))
@@ -102,6 +102,15 @@ class SparseAutoencoder(HookedRootModule):
         self.hook_hidden_post = HookPoint()
         self.hook_sae_out = HookPoint()
         self.setup()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.b_dec.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.b_dec.device
 
     # ------------------------------------------------------------------------------------------------- the function
 
@@ -137,7 +146,7 @@ class SparseAutoencoder(HookedRootModule):
             return self.b_dec
         if x is None:
             raise ValueError("x: this transcoder has a skip connection, so decode needs its input: decode(acts, x).")
-        return x.to(self.dtype) @ self.W_skip + self.b_dec
+        return x.to(self.W_skip.dtype) @ self.W_skip + self.b_dec
 
     @property
     def has_skip_connection(self) -> bool:
@@ -150,7 +159,7 @@ class SparseAutoencoder(HookedRootModule):
         return self.hook_sae_in(x if self.is_transcoder else x - self.b_dec)
 
     def pre_activations(self, sae_in: Tensor) -> Tensor:
-        return self.hook_hidden_pre(sae_in @ self.W_enc + self.b_enc)
+        return self.hook_hidden_pre(sae_in.to(self.W_enc.dtype) @ self.W_enc + self.b_enc)
 
     def activate(self, pre: Tensor, k: int) -> Tensor:
         """Latent activations of all pre-activations (..., d_sae)."""

@@ -14,8 +14,9 @@ from sae_training.machine.allocator import keep_freed_memory
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.losses import Coefficients, Losses, centred_norm, wide
 from sae_training.training.dead_latents import FiringTracker
+from sae_training.training.mixed_precision import check_dtype
 from sae_training.training.objective import objective
-from sae_training.training.optim import make_optimizer, moments
+from sae_training.training.optim import check_installed, make_optimizer, moments
 from sae_training.training.resampling import NOT_BY_LATENT, resample
 from sae_training.training.schedules import annealed_k, lr_factor, warm_up_factor
 
@@ -38,6 +39,7 @@ class SAETrainer:
     """Trains `sae` on batches. Moments, counters and averages are its state; all else is a function of the step."""
 
     def __init__(self, sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig) -> None:
+        check_trainable(cfg)
         self.sae = sae
         self.cfg = cfg
         self.masters = {name: in_memory_order(p) for name, p in sae.named_parameters()}
@@ -127,11 +129,10 @@ class SAETrainer:
     def gradient_sum(self) -> Tensor:
         """A scalar that is not finite if any gradient is not.
 
-        Only the biases' gradients are read, except in float16. A matrix's gradient is made of the same numbers times
-        activations that the loss has seen, so only in float16 can it overflow alone; it has 16 MB and more to read.
+        Only the biases' gradients are read, because a matrix's gradient, with 16 MB and more to read, is made of the
+        same numbers times activations that the loss has seen.
         """
-        narrow = self.sae.dtype == torch.float16
-        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None and (p.ndim == 1 or narrow)]
+        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None and p.ndim == 1]
         return torch.stack([gradient.sum(dtype=torch.float32) * 0 for gradient in gradients]).sum()
 
     def update(self, lr: float, not_finite: Tensor) -> None:
@@ -218,10 +219,18 @@ class SAETrainer:
         self.sae.load_state_dict(state["weights"])
         for full_name, value in state["optimizer"].items():
             key, name = full_name.split(".", 1)
+            if value.is_floating_point():
+                value = wide(value)  # because checkpoints of earlier versions hold moments in the config's dtype
             self.optimizer.state[self.masters[name]][key] = value.to(self.sae.device)
         self.tracker.load_state_dict(state["tracker"])
         for name, average in self.average.items():
             average.copy_(state["average"][name])
+
+
+def check_trainable(cfg: LanguageModelSAERunnerConfig) -> None:
+    """Raise ValueError or ImportError if no step can be made with the config's dtype or optimizer."""
+    check_dtype(cfg.dtype)
+    check_installed(cfg.optimizer)
 
 
 def in_memory_order(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

@@ -121,9 +121,14 @@ def test_one_dimension_equals_a_batch_of_one_and_is_finite(architecture: str) ->
 
 @ARCHITECTURES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_forward_runs_in_the_dtype_of_the_config(architecture: str, dtype: torch.dtype) -> None:
-    out = small(architecture=architecture, dtype=dtype)(rows(5))
-    assert out.sae_out.dtype == out.loss.dtype == dtype
+def test_forward_runs_in_the_dtype_of_the_weights(architecture: str, dtype: torch.dtype) -> None:
+    out = small(architecture=architecture).to(dtype)(rows(5))
+    assert out.sae_out.dtype == dtype
+
+
+@pytest.mark.parametrize(("dtype", "of_weights"), [("float32", "float32"), ("bfloat16", "float32"), ("float64",) * 2])
+def test_weights_are_float32_at_least(dtype: str, of_weights: str) -> None:
+    assert small(dtype=dtype).dtype == getattr(torch, of_weights)
 
 
 @pytest.mark.parametrize("remedy", [{"use_ghost_grads": True}, {"auxk_coefficient": 1 / 32, "auxk_k": 2}])

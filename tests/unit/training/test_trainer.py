@@ -195,12 +195,12 @@ def test_tracker_counts_the_steps_activations() -> None:
     assert trainer.tracker.window_tokens == ROWS
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_step_in_other_precisions_stays_in_them_and_learns(dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "of_weights"), [("bfloat16", "float32"), ("float64", "float64")])
+def test_step_in_other_precisions_learns(dtype: str, of_weights: str) -> None:
     trainer = make_trainer(dtype=dtype, lr=1e-2)
     losses = [trainer.step(batch(), step).out.loss.item() for step in range(30)]
     assert losses[-1] < losses[0]
-    assert {weight.dtype for _, weight in trainer.sae.weights()} == {getattr(torch, dtype)}
+    assert {weight.dtype for _, weight in trainer.sae.weights()} == {getattr(torch, of_weights)}
 
 
 # --------------------------------------------------------------------------------- the same step, written out plainly
@@ -343,15 +343,6 @@ def test_loss_that_is_not_finite_is_told(value: float) -> None:
     trainer, _, _ = step_into(value, {})
     with pytest.raises(NonFiniteLoss, match="the loss is not finite"):
         trainer.check_finite()
-
-
-def test_a_matrix_gradient_that_overflows_alone_in_float16_is_seen() -> None:
-    trainer = make_trainer(dtype="float16")
-    trainer.sae(batch().half()).loss.backward()
-    assert torch.isfinite(trainer.gradient_sum())
-    assert trainer.sae.W_dec.grad is not None
-    trainer.sae.W_dec.grad[0, 0] = torch.inf
-    assert not torch.isfinite(trainer.gradient_sum())
 
 
 def test_a_loss_that_was_not_finite_is_remembered() -> None:
