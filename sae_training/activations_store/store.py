@@ -32,6 +32,7 @@ from sae_training.config.io import with_defaults
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.sites import HookSite, Sites, check_context_size, find_sites
+from sae_training.machine.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class ActivationsStore:
         self.cfg, self.model = cfg, model
         cfg = with_defaults(cfg)
         self.device = torch.device(cfg.device)
-        self.dtype: torch.dtype = cfg.dtype
-        """The precision of what is served."""
+        self.dtype = at_least_float32(cfg.dtype)
+        """The dtype of what is served: float32, or float64 if the config's is."""
         self.store_batch_size, self.train_batch_size = cfg.store_batch_size, cfg.train_batch_size
         self.rows_per_step = cfg.tokens_per_step
         self.sites = find_sites(cfg, model) if sites is None else sites
@@ -104,7 +105,7 @@ class ActivationsStore:
         return self.text.held_out()
 
     def get_activations(self, tokens: Tensor) -> Tensor:
-        """Return the activations of token ids (prompts, context), (prompts, context, d_in), in the config's dtype."""
+        """Return the activations of token ids (prompts, context), (prompts, context, d_in), in the store's dtype."""
         (activations,) = harvest(self.model, tokens, self.sites.inputs[:1])
         return activations.to(self.dtype).clone()
 
@@ -118,7 +119,7 @@ class ActivationsStore:
     # -------------------------------------------------------------------------------------------------------- batches
 
     def next_batch(self) -> Tensor:
-        """Return the next random batch, (train_batch_size, d_in), in the config's dtype."""
+        """Return the next random batch, (train_batch_size, d_in), in the store's dtype."""
         self.advance()
         return self.batch(self.sites).x
 
@@ -137,29 +138,27 @@ class ActivationsStore:
             self.latest = sites, self.serve(self.taken, sites)
         return self.latest[1]
 
-    def sample(self, n_rows: int, sites: Sites | None = None, dtype: torch.dtype | None = None) -> Batch:
+    def sample(self, n_rows: int, sites: Sites | None = None) -> Batch:
         """Return up to `n_rows` random rows of the buffer (the next rows of a cache), which can still be served."""
-        return self.serve(self.source.sample(n_rows), sites or self.sites, dtype)
+        return self.serve(self.source.sample(n_rows), sites or self.sites)
 
-    def serve(self, taken: Taken, sites: Sites, dtype: torch.dtype | None = None) -> Batch:
-        """Return what was taken for an autoencoder's sites, scaled, in `dtype` (None: the config's)."""
-        dtype = dtype or self.dtype
-        wide = torch.promote_types(dtype, torch.float32)  # because raw activations can be too large for float16
+    def serve(self, taken: Taken, sites: Sites) -> Batch:
+        """Return what was taken for an autoencoder's sites, scaled."""
         rows: dict[HookSite, Tensor] = {}
         for site in sites.all:
             raw, scale = to_device(taken(site.name), self.device), self.scales[site]
-            rows[site] = (raw if scale == 1 else raw.to(wide) * scale).to(dtype)
+            rows[site] = raw.to(self.dtype) if scale == 1 else raw.to(self.dtype) * scale
         return Batch(tuple(rows[site] for site in sites.inputs), tuple(rows[site] for site in sites.targets))
 
     def measure_scales(self, n_rows: int, sites: Sites) -> None:
         """Scale what is served of the sites, from now on, to a mean norm of sqrt(width) over up to `n_rows` rows."""
         for site in sites.all:
             self.scales[site] = 1.0
-            norm = self.sample(n_rows, Sites((site,), (site,)), torch.float32).x.norm(dim=1).mean().item()
+            norm = self.sample(n_rows, Sites((site,), (site,))).x.float().norm(dim=1).mean().item()
             if not 0 < norm < math.inf:
                 raise ValueError(
                     f"normalize_activations: found a mean norm of {norm} at {site.name}, expected a number above 0; "
-                    "choose another hook, or a wider dtype."
+                    "choose another hook."
                 )
             self.scales[site] = site.d_in**0.5 / norm
 
