@@ -67,6 +67,7 @@ class TrainingText:
             vocab_size=self.model.cfg.d_vocab,
             notify=self.notify,
             separator=self.cfg.sequence_separator_token,
+            pack_sequences=self.cfg.pack_sequences,
         )
 
     def held_out(self) -> Tensor:

@@ -91,6 +91,9 @@ class Source:
     sequence_separator_token: IdentifiesCache[Literal["auto", "bos", "eos", "sep", "none"] | NotNegative[int]] = "auto"
     """Token between two documents, by name or id; auto is BOS with prepend_bos, else none."""
 
+    pack_sequences: IdentifiesCache[bool] = True
+    """False: one document a context, padded, never joined; the rest of a long one gets the next."""
+
     exclude_special_tokens: IdentifiesCache[bool] = False
     """Leave out the activations at special tokens (BOS, EOS, padding)."""
 

@@ -300,6 +300,16 @@ def no_positions(seqpos_slice: tuple[int, ...], context_size: int) -> str | None
     )
 
 
+def separator_between_nothing(pack_sequences: bool, sequence_separator_token: str | int) -> str | None:
+    """Refuse a separator where no documents are joined."""
+    if pack_sequences or sequence_separator_token in ("auto", "none"):
+        return None
+    return (
+        f"sequence_separator_token: found {sequence_separator_token!r} with pack_sequences False, expected auto or "
+        "none: no document comes after another in a context; leave one out"
+    )
+
+
 def weights_without_datasets(dataset_weights: tuple[float, ...], dataset_path: str | list[str]) -> str | None:
     """Refuse weights of another number than there are data sets."""
     paths, weights = dataset_path, dataset_weights
@@ -375,6 +385,7 @@ OF_SINGLE: tuple[Rule, ...] = (
     head_of_a_transcoder,
     batch_too_large,
     no_positions,
+    separator_between_nothing,
     weights_without_datasets,
     too_few_tokens,
     decay_too_long,

@@ -61,6 +61,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "k_anneal_steps": 0,
     "layer_stride": 1,
     "seqpos_slice": (),
+    "pack_sequences": True,
     "max_activation_norm_multiple": None,
     "dataset_weights": (),
     "sequence_separator_token": "auto",
