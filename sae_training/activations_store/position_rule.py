@@ -24,8 +24,8 @@ class PositionRule:
 
     excluded_ids: Tensor | None = None
     """Positions with one of these token ids are left out."""
-    seqpos_slice: tuple[int, ...] = ()
-    """Start, stop and perhaps step of the positions that are kept; () keeps all."""
+    seqpos_slice: tuple[int | None, ...] = ()
+    """Start, stop and perhaps step of the positions that are kept of a sequence, padding aside; () keeps all."""
     max_norm: float | None = None
     """Positions whose activations have a larger norm are left out."""
     padded: bool = False
@@ -51,7 +51,7 @@ class PositionRule:
         return keep & (activations.float().norm(dim=-1) <= self.max_norm).to(tokens.device)
 
 
-def positions_kept(context_size: int, seqpos_slice: tuple[int, ...]) -> Tensor:
+def positions_kept(context_size: int, seqpos_slice: tuple[int | None, ...]) -> Tensor:
     """Return bool masks (context_size + 1, context_size): row n for a sequence of n tokens, whose slice is kept."""
     kept = torch.zeros(context_size + 1, context_size, dtype=torch.bool)
     for n in range(context_size + 1):

@@ -289,14 +289,14 @@ def batch_too_large(
     )
 
 
-def no_positions(seqpos_slice: tuple[int, ...], context_size: int) -> str | None:
+def no_positions(seqpos_slice: tuple[int | None, ...], context_size: int) -> str | None:
     """Refuse a slice of positions that is none, or takes none."""
-    right = len(seqpos_slice) in (2, 3) and 0 not in seqpos_slice[2:]
+    right = seqpos_slice == (None,) or len(seqpos_slice) in (2, 3) and 0 not in seqpos_slice[2:]
     if not seqpos_slice or right and len(range(context_size)[slice(*seqpos_slice)]) > 0:
         return None
     return (
         f"seqpos_slice: found {list(seqpos_slice)} with context_size {context_size}, expected start and stop, perhaps "
-        f"a step, that take some positions; 1,{context_size} for instance takes all but the first"
+        "a step, that take some positions; 1,None for instance takes all but the first, -1,None the last"
     )
 
 
