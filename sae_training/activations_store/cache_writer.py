@@ -156,7 +156,7 @@ class CacheWriter:
             for i in range(progress["passes"], self.n_passes):
                 tokens = self.store.get_batch_tokens()
                 with compiled_blocks():
-                    activations = harvest(self.store.model, tokens, self.store.sites.all)
+                    activations = harvest(self.store.model, tokens, self.store.sites.all, self.store.padded)
                 commits = (i + 1) % self.passes_per_commit == 0 or i + 1 == self.n_passes or stop.signal is not None
                 waiting.append(thread.submit(self.write_pass, i, tokens, activations))
                 while len(waiting) > (0 if commits else PASSES_AHEAD):

@@ -51,7 +51,7 @@ def cached_reader(
     path = Path(cfg.cached_activations_path or "")
     shards = open_cache(path, origin(cfg, model, text.n_held_out), widths)
     try:
-        text.documents.check_position(shards.manifest.progress["tokens"]["source"])
+        text.tokens.check_state(shards.manifest.progress["tokens"])
     except ValueError as error:
         raise ValueError(
             f"cached_activations_path: {path} was written from another text: {error}, or write another cache."

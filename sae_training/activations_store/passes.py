@@ -35,7 +35,9 @@ class LiveContexts:
     def take(self, n: int, n_left: int | None = None) -> Taken:
         tokens = self.tokens.next_contexts(n)
         with compiled_blocks():
-            activations = harvest(self.model, to_device(tokens, self.device), self.sites)
+            activations = harvest(
+                self.model, to_device(tokens, self.device), self.sites, padded=not self.tokens.pack_sequences
+            )
         names = [site.name for site in self.sites]
         return {"tokens": tokens, **dict(zip(names, activations, strict=True))}.__getitem__
 

@@ -12,6 +12,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.sites import HookSite
+from sae_training.language_model.tokenizer import tokenizer_of
 from sae_training.text.stream import TokenStream
 
 NORM_TOKENS = 8_192  # over which the median norm is taken
@@ -23,23 +24,24 @@ class PositionRule:
 
     excluded_ids: Tensor | None = None
     """Positions with one of these token ids are left out."""
-    seqpos_slice: tuple[int, ...] = ()
-    """Start, stop and perhaps step of the positions that are kept; () keeps all."""
+    seqpos_slice: tuple[int | None, ...] = ()
+    """Start, stop and perhaps step of the positions that are kept of a sequence, padding aside; () keeps all."""
     max_norm: float | None = None
     """Positions whose activations have a larger norm are left out."""
+    padded: bool = False
+    """Ids below 0 are padding at the ends of contexts, and left out."""
 
     def keeps_all(self) -> bool:
-        return self.excluded_ids is None and not self.seqpos_slice and self.max_norm is None
+        return not (self.padded or self.seqpos_slice) and self.excluded_ids is None and self.max_norm is None
 
     def __call__(self, tokens: Tensor, activations: Tensor | None = None) -> Tensor:
         """Return a bool mask like `tokens` (prompts, positions), on their device: true where a position is kept.
 
         A rule with `max_norm` needs the `activations` (prompts, positions, width) too, else it raises ValueError.
         """
-        keep = torch.ones_like(tokens, dtype=torch.bool)
+        keep = tokens >= 0 if self.padded else torch.ones_like(tokens, dtype=torch.bool)
         if self.seqpos_slice:
-            keep.zero_()
-            keep[:, torch.arange(tokens.shape[1])[slice(*self.seqpos_slice)]] = True
+            keep = positions_kept(tokens.shape[1], self.seqpos_slice).to(tokens.device)[keep.sum(dim=1)]
         if self.excluded_ids is not None:
             keep &= ~torch.isin(tokens, self.excluded_ids.to(tokens.device))
         if self.max_norm is None:
@@ -47,6 +49,14 @@ class PositionRule:
         if activations is None:
             raise ValueError("activations: max_activation_norm_multiple is about their norms; give them too.")
         return keep & (activations.float().norm(dim=-1) <= self.max_norm).to(tokens.device)
+
+
+def positions_kept(context_size: int, seqpos_slice: tuple[int | None, ...]) -> Tensor:
+    """Return bool masks (context_size + 1, context_size): row n for a sequence of n tokens, whose slice is kept."""
+    kept = torch.zeros(context_size + 1, context_size, dtype=torch.bool)
+    for n in range(context_size + 1):
+        kept[n, range(n)[slice(*seqpos_slice)]] = True
+    return kept
 
 
 def position_rule(
@@ -60,12 +70,14 @@ def position_rule(
     if cfg.max_activation_norm_multiple is not None:
         contexts = tokens.first_contexts(math.ceil(NORM_TOKENS / cfg.context_size)).to(torch.device(cfg.device))
         passes = contexts.split(cfg.store_batch_size)
-        norms = torch.cat([harvest(model, prompts, [site])[0].float().norm(dim=-1) for prompts in passes])
-        max_norm = cfg.max_activation_norm_multiple * norms.median().item()
+        found = [harvest(model, prompts, [site], not cfg.pack_sequences)[0] for prompts in passes]
+        norms = torch.cat([activations.float().norm(dim=-1) for activations in found])
+        max_norm = cfg.max_activation_norm_multiple * norms[contexts >= 0].median().item()
     excluded_ids = special_token_ids(model) if cfg.exclude_special_tokens else None
-    return PositionRule(excluded_ids, tuple(cfg.seqpos_slice), max_norm)
+    return PositionRule(excluded_ids, tuple(cfg.seqpos_slice), max_norm, not cfg.pack_sequences)
 
 
 def special_token_ids(model: LanguageModel) -> Tensor:
-    """Return the ids that the tokenizer calls special (BOS, EOS, padding, ...)."""
-    return torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.long)
+    """Return the ids that the tokenizer calls special (BOS, EOS, padding, ...); none without a tokenizer."""
+    tokenizer = tokenizer_of(model)
+    return torch.tensor([] if tokenizer is None else sorted(set(tokenizer.all_special_ids)), dtype=torch.long)

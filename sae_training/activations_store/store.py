@@ -82,6 +82,8 @@ class ActivationsStore:
         """The dtype of what is served: float32, or float64 if the config's is."""
         self.store_batch_size, self.train_batch_size = cfg.store_batch_size, cfg.train_batch_size
         self.rows_per_step = cfg.tokens_per_step
+        self.padded = not cfg.pack_sequences
+        """Whether contexts end with padding, ids below 0."""
         self.sites = find_sites(cfg, model) if sites is None else sites
         self.scales = dict.fromkeys(self.sites.all, 1.0)
         """What rows of each site are multiplied by before they are served."""
@@ -97,7 +99,10 @@ class ActivationsStore:
     # --------------------------------------------------------------------------------------- tokens and activations
 
     def get_batch_tokens(self) -> Tensor:
-        """Return the next contexts of the training text, (store_batch_size, context_size), on the config's device."""
+        """Return the next contexts of the training text, (store_batch_size, context_size), on the config's device.
+
+        With `pack_sequences=False` the id -1 fills a context after the end of its sequence; `keeps` is false there.
+        """
         return self.text.tokens.next_contexts(self.store_batch_size).to(self.device)
 
     def held_out_tokens(self) -> Tensor:
@@ -106,7 +111,7 @@ class ActivationsStore:
 
     def get_activations(self, tokens: Tensor) -> Tensor:
         """Return the activations of token ids (prompts, context), (prompts, context, d_in), in the store's dtype."""
-        (activations,) = harvest(self.model, tokens, self.sites.inputs[:1])
+        (activations,) = harvest(self.model, tokens, self.sites.inputs[:1], self.padded)
         return activations.to(self.dtype).clone()
 
     def keeps(self, tokens: Tensor, activations: Tensor | None = None) -> Tensor:

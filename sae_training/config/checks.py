@@ -74,6 +74,11 @@ def list_types(hint: Any) -> list[Any]:
     return [option for option in options(hint) if typing.get_origin(option) in (list, tuple)]
 
 
+def is_slice(hint: Any) -> bool:
+    """Return whether an annotation is that of a slice."""
+    return bool(list_types(hint)) and type(None) in single_types(hint) and list_types(hint) == list(options(hint))
+
+
 def single_types(hint: Any) -> list[Any]:
     """Return the types that one value may have: those beside lists, or of the elements where there are only lists."""
     lists = list_types(hint)
@@ -161,11 +166,24 @@ def plain_value(value: Any, hint: Any) -> Any:
         value = list(value) if isinstance(value, range) else value.tolist()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if is_slice(hint) and isinstance(value, slice | str):
+        return slice_parts(value)
     if isinstance(value, float) and value.is_integer() and int in options(hint) and float not in options(hint):
         return int(value)  # 2e6 tokens
     if isinstance(value, (list, tuple)):
         return tuple(value) if [typing.get_origin(option) for option in list_types(hint)] == [tuple] else list(value)
     return value
+
+
+def slice_parts(value: slice | str) -> Any:
+    """Return start, stop and, if there is one, step of a slice or its text (-1: or ::2); other text as it is."""
+    if isinstance(value, slice):
+        return (value.start, value.stop) if value.step is None else (value.start, value.stop, value.step)
+    words = value.strip().strip("[]()'\"").split(":")
+    try:
+        return tuple(int(word) if word.strip() else None for word in words) if len(words) > 1 else value
+    except ValueError:
+        return value
 
 
 def value_problems(values: Mapping[str, Any], cls: type[Any]) -> dict[str, str]:
@@ -270,7 +288,7 @@ def described(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return ", ".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return "a list of whole numbers" if options(typing.get_args(hint)[0]) == (int,) else "a list of numbers"
+        return "a list of numbers" if float in options(typing.get_args(hint)[0]) else "a list of whole numbers"
     names = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
     return names.get(hint, "None")
 

@@ -29,6 +29,7 @@ from sae_training.config.types import (
     Positive,
     PrecisionName,
     SchedulerName,
+    Slice,
     Text,
     at_least,
 )
@@ -91,11 +92,14 @@ class Source:
     sequence_separator_token: IdentifiesCache[Literal["auto", "bos", "eos", "sep", "none"] | NotNegative[int]] = "auto"
     """Token between two documents, by name or id; auto is BOS with prepend_bos, else none."""
 
+    pack_sequences: IdentifiesCache[bool] = True
+    """False: one document a context, padded, never joined; the rest of a long one gets the next."""
+
     exclude_special_tokens: IdentifiesCache[bool] = False
     """Leave out the activations at special tokens (BOS, EOS, padding)."""
 
-    seqpos_slice: IdentifiesCache[tuple[int, ...]] = ()
-    """Positions of a context to keep: start, stop and perhaps step, as in a Python slice."""
+    seqpos_slice: IdentifiesCache[Slice] = ()
+    """Positions of a context to keep, as in a Python slice: 1: or -1: (the last) or 0,64,2."""
 
     max_activation_norm_multiple: IdentifiesCache[Annotated[float, at_least(1)] | None] = None
     """Leave out activations longer than this multiple of the median, say 10; None keeps all."""

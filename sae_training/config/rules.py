@@ -289,14 +289,24 @@ def batch_too_large(
     )
 
 
-def no_positions(seqpos_slice: tuple[int, ...], context_size: int) -> str | None:
+def no_positions(seqpos_slice: tuple[int | None, ...], context_size: int) -> str | None:
     """Refuse a slice of positions that is none, or takes none."""
-    right = len(seqpos_slice) in (2, 3) and 0 not in seqpos_slice[2:]
+    right = seqpos_slice == (None,) or len(seqpos_slice) in (2, 3) and 0 not in seqpos_slice[2:]
     if not seqpos_slice or right and len(range(context_size)[slice(*seqpos_slice)]) > 0:
         return None
     return (
         f"seqpos_slice: found {list(seqpos_slice)} with context_size {context_size}, expected start and stop, perhaps "
-        f"a step, that take some positions; 1,{context_size} for instance takes all but the first"
+        "a step, that take some positions; 1,None for instance takes all but the first, -1,None the last"
+    )
+
+
+def separator_between_nothing(pack_sequences: bool, sequence_separator_token: str | int) -> str | None:
+    """Refuse a separator where no documents are joined."""
+    if pack_sequences or sequence_separator_token in ("auto", "none"):
+        return None
+    return (
+        f"sequence_separator_token: found {sequence_separator_token!r} with pack_sequences False, expected auto or "
+        "none: no document comes after another in a context; leave one out"
     )
 
 
@@ -375,6 +385,7 @@ OF_SINGLE: tuple[Rule, ...] = (
     head_of_a_transcoder,
     batch_too_large,
     no_positions,
+    separator_between_nothing,
     weights_without_datasets,
     too_few_tokens,
     decay_too_long,

@@ -5,6 +5,7 @@ A type checker sees the plain types. At run time `checks` reads the marks:
     k: OneOrMany[Positive[int]] = 32                 values are checked against the range
     wandb_project: OnlyWatches[str] = "..."          a run may be continued with another value
     context_size: IdentifiesCache[int] = 128         a cache and the run that reads it must agree
+    seqpos_slice: Slice = ()                         -1: and slice(-1, None) are (-1, None)
     multi_topk: Annotated[bool, OnlyIn("topk")]      refused, if changed, with another architecture
 """
 
@@ -120,6 +121,8 @@ UpToOne = Annotated[T, Limit(lambda value: 0 < value <= 1, "more than 0 and at m
 ZeroToOne = Annotated[T, Limit(lambda value: 0 <= value <= 1, "0 to 1")]
 Text = Annotated[str, Limit(lambda value: bool(value.strip()), "some text", "give one or leave the field out")]
 Device = Annotated[str, Limit(names_device, "a device", choices=DEVICES)]
+
+Slice = tuple[int | None, ...]  # the only list with None, which may also be written as in Python: -1:
 
 OnlyWatches = Annotated[T, WATCHES]
 IdentifiesCache = Annotated[T, IDENTIFIES_CACHE]

@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 from sae_training.config.checks import (
     described,
+    is_slice,
     list_types,
     not_a_choice,
     options,
     reads_as_number,
     retired,
     single_types,
+    slice_parts,
     without_retired,
 )
 
@@ -31,8 +33,10 @@ def read_value(text: str, hint: Any) -> Any:
     """Return the value that a text stands for in a field of this annotation; ValueError says what it may be.
 
     32, 2e6 and 2_000_000 are numbers; true, False, yes and 0 are switches; None and null are None; where lists are
-    allowed, 16,32 and [16, 32] are lists, and () is an empty one.
+    allowed, 16,32 and [16, 32] are lists, and () is an empty one; where slices are, -1: is -1,None.
     """
+    if is_slice(hint) and isinstance(parts := slice_parts(text), tuple):
+        return list(parts)
     if not list_types(hint):
         return _read_single(text.strip(), single_types(hint))
     is_list = text.lstrip().startswith(("[", "(")) or list_types(hint) == list(options(hint))

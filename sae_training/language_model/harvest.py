@@ -13,15 +13,17 @@ from sae_training.language_model.sites import HookSite
 
 
 @torch.inference_mode()
-def harvest(model: LanguageModel, tokens: Tensor, sites: Sequence[HookSite]) -> list[Tensor]:
+def harvest(model: LanguageModel, tokens: Tensor, sites: Sequence[HookSite], padded: bool = False) -> list[Tensor]:
     """Activations (prompts, positions, width) at each site, in the model's precision, for ids (prompts, positions).
+
+    `padded`: ids below 0 are padding at the ends of prompts, and masked out of attention.
 
     Where the hook has a head axis, they are those of the head that the site names, or of all heads side by side. Hooks
     that hold float32 in a narrower model (normalised activations do) are rounded to the model's precision.
     """
     layers = [site.stop_at_layer for site in sites]
     stop_at_layer = None if None in layers else max(layer for layer in layers if layer is not None)
-    found = read_hooks(model, tokens, {site.read_name for site in sites}, stop_at_layer)
+    found = read_hooks(model, tokens, {site.read_name for site in sites}, stop_at_layer, padded)
     return [at_site(found[site.read_name], site).to(model.cfg.dtype) for site in sites]
 
 

@@ -25,16 +25,32 @@ NamedLook = tuple[str, Look]
 
 
 @torch.inference_mode()
-def read_hooks(model: LanguageModel, tokens: Tensor, names: Set[str], stop_at_layer: int | None) -> dict[str, Tensor]:
-    """The tensors at the hooks `names`, from a pass that stops before the block `stop_at_layer` (None: never)."""
+def read_hooks(
+    model: LanguageModel, tokens: Tensor, names: Set[str], stop_at_layer: int | None, padded: bool = False
+) -> dict[str, Tensor]:
+    """The tensors at the hooks `names`, from a pass that stops before the block `stop_at_layer` (None: never).
+
+    `padded` as for `inputs_of`.
+    """
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> NamedLook:
         return name, lambda activations: found.update({name: activations})
 
     with hooked(model, map(keep, names), last=last_block_if_unread(names, stop_at_layer)):
-        model(tokens, return_type=None, stop_at_layer=stop_at_layer)
+        model(**inputs_of(tokens, padded), return_type=None, stop_at_layer=stop_at_layer)
     return found
+
+
+def inputs_of(tokens: Tensor, padded: bool) -> dict[str, Tensor]:
+    """The arguments of a pass over `tokens` (prompts, positions).
+
+    `padded`: ids below 0 are padding at the ends of prompts, which no position attends to. (What is computed there
+    means nothing.) Without, no mask is made, because attention is faster so.
+    """
+    if not padded:
+        return {"input": tokens}
+    return {"input": tokens.clamp_min(0), "attention_mask": (tokens >= 0).long()}
 
 
 @dataclass(frozen=True)

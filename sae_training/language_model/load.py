@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from sae_training.demo_data import bundled_model
+from sae_training.language_model.tokenizer import for_bridge, give_back, read_tokenizer
 from sae_training.language_model.twins import skip_hook_points
 from sae_training.machine.paths import first_line
 from sae_training.machine.precision import bfloat16_is_fast
@@ -79,15 +80,29 @@ def official_name(name: str) -> str | None:
 
 def boot_bridge(name: str, device: str) -> TransformerBridge:
     name = official_name(name) or name
-    hf_model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    hf_model, info = loaded
+    check_weights(name, sorted(info["missing_keys"]))
+    tokenizer = read_tokenizer(name)
     model = TransformerBridge.boot_transformers(
-        name, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=torch.float32
+        name, hf_model=hf_model, tokenizer=for_bridge(tokenizer), device=device, dtype=torch.float32
     )
     model.enable_compatibility_mode(disable_warnings=True)
     model.eval()
+    give_back(model, tokenizer)
     skip_hook_points(model)
     return model
+
+
+def check_weights(name: str, missing: list[str]) -> None:
+    """Raise ValueError for weights that the files lack, because transformers makes up random ones for them."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"model_name: the files of {name!r} lack the weights {missing[0]}{more}, for which transformers makes up "
+            "random numbers; expected all weights of the language model, its unembedding included; save it with "
+            "AutoModelForCausalLM."
+        )
 
 
 def cast_weights(model: LanguageModel, dtype: torch.dtype) -> None:
@@ -153,9 +168,17 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of the model that `load_language_model` loads by this name, without the model."""
     source = bundled_model(name)
     try:
-        return AutoTokenizer.from_pretrained(official_name(source) or source)
+        tokenizer = read_tokenizer(official_name(source) or source)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"model_name: {source!r} has no tokenizer here, nor on the hub: {error}") from error
+        raise FileNotFoundError(
+            f"model_name: {source!r} has no tokenizer here, nor on the hub: {first_line(error)}"
+        ) from error
+    if tokenizer is None:
+        raise FileNotFoundError(
+            f"model_name: {source!r} holds no tokenizer files, expected tokenizer.json or another vocabulary; save the "
+            "model's tokenizer there with tokenizer.save_pretrained."
+        )
+    return tokenizer
 
 
 def check_tokenizer_fits(model: LanguageModel, name: str) -> None:

@@ -7,6 +7,7 @@ Sums are taken over all tokens before any ratio, so that no figure is a mean of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.store import without_cache
 from sae_training.language_model.harvest import at_site, put_back
-from sae_training.language_model.hooks import NamedLook, hooked
+from sae_training.language_model.hooks import NamedLook, hooked, inputs_of
 from sae_training.language_model.load import LanguageModel, load_language_model
 from sae_training.language_model.sites import HookSite, Sites
 from sae_training.run.folder import read_run_config
@@ -82,13 +83,14 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
         return site.name, lambda activations: seen.update({site: at_site(activations, site)})
 
     sites = dict.fromkeys(site for each in evaluated for site in each.sites.all)
-    clean = forward_pass(store.model, prompts, sites, map(look_at, sites))
+    clean = forward_pass(store.model, prompts, sites, map(look_at, sites), padded=store.padded)
     keep = store.keeps(prompts, seen[evaluated[0].sites.input])  # a rule about norms is for runs with one input site
     for target_site in dict.fromkeys(each.sites.target for each in evaluated):
         of_site = [each for each in evaluated if each.sites.target == target_site]
         zeros = replacing(target_site, torch.zeros_like(seen[target_site]), keep)
         heads = dict.fromkeys(each.sites.input for each in of_site)
-        ablated = compare(clean, forward_pass(store.model, prompts, heads, replacements=[zeros]), prompts)
+        zeroed = forward_pass(store.model, prompts, heads, replacements=[zeros], padded=store.padded)
+        ablated = compare(clean, zeroed, prompts)
         for each in of_site:
             x = seen[each.sites.input]
             feature_acts = each.sae.encode(x)
@@ -96,7 +98,7 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
             each.moments.add(feature_acts[keep], sae_out[keep], seen[target_site].to(each.sae.dtype)[keep])
             del feature_acts  # the largest tensor of all, which the next pass does not need
             new = replacing(target_site, sae_out, keep)
-            changed = forward_pass(store.model, prompts, each.sites.inputs, replacements=[new])
+            changed = forward_pass(store.model, prompts, each.sites.inputs, replacements=[new], padded=store.padded)
             each.sums.add(prompts, each.sites.input, compare(clean, changed, prompts), ablated)
 
 
@@ -126,8 +128,9 @@ def forward_pass(
     sites: Iterable[HookSite],
     reads: Iterable[NamedLook] = (),
     replacements: Iterable[NamedLook] = (),
+    padded: bool = False,
 ) -> Outputs:
-    """Run the model on `prompts`, with hooks that read and hooks that replace."""
+    """Run the model on `prompts`, with hooks that read and hooks that replace; `padded` as for `inputs_of`."""
     patterns: dict[HookSite, Tensor] = {}
 
     def keep_pattern(site: HookSite) -> NamedLook:
@@ -137,7 +140,7 @@ def forward_pass(
 
     looks = [keep_pattern(site) for site in sites if site.head_index is not None]
     with hooked(model, [*reads, *looks], replacements):
-        return Outputs(model(prompts, return_type="logits"), patterns)
+        return Outputs(model(**inputs_of(prompts, padded), return_type="logits"), patterns)
 
 
 # --------------------------------------------------------------------------------------------- clean against changed
@@ -157,31 +160,39 @@ class Comparison:
 
 
 def compare(clean: Outputs, changed: Outputs, prompts: Tensor) -> Comparison:
-    pattern_kl = {site: pattern_kl_sum(clean.patterns[site], pattern) for site, pattern in changed.patterns.items()}
+    is_token = prompts >= 0
+    pattern_kl = {
+        site: pattern_kl_sum(clean.patterns[site], pattern, is_token) for site, pattern in changed.patterns.items()
+    }
     return Comparison(*compare_predictions(clean.logits, changed.logits, prompts), pattern_kl)
 
 
 def compare_predictions(clean: Tensor, changed: Tensor, prompts: Tensor) -> tuple[float, float, float]:
     """Return sums over predicted tokens: clean and changed cross-entropy, and KL(clean || changed), in nats.
 
-    `clean` and `changed` are logits (prompts, positions, vocab); the last position predicts no token that we hold. The
-    prompts come one by one, because the float32 tensors of one are so small that their memory is used for the next.
+    `clean` and `changed` are logits (prompts, positions, vocab); the last position predicts no token that we hold, and
+    padding (ids below 0, at the end) is not predicted. The prompts come one by one, because the float32 tensors of one
+    are so small that their memory is used for the next.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for tokens, clean_logits, changed_logits in zip(prompts, clean, changed, strict=True):
-        following = tokens[1:].unsqueeze(1)
-        before = clean_logits[:-1].float().log_softmax(dim=-1)
-        after = changed_logits[:-1].float().log_softmax(dim=-1)
+        following = tokens[1:][tokens[1:] >= 0].unsqueeze(1)
+        before = clean_logits[: len(following)].float().log_softmax(dim=-1)
+        after = changed_logits[: len(following)].float().log_softmax(dim=-1)
         kl = torch.linalg.vecdot(before.exp(), before - after)
         sums += torch.stack([-before.gather(1, following).sum(), -after.gather(1, following).sum(), kl.sum()]).cpu()
     clean_sum, changed_sum, kl_sum = sums.tolist()
     return clean_sum, changed_sum, kl_sum
 
 
-def pattern_kl_sum(clean: Tensor, changed: Tensor) -> float:
-    """Return the sum over queries of KL(clean || changed), in bits, for patterns (prompts, queries, keys)."""
+def pattern_kl_sum(clean: Tensor, changed: Tensor, is_token: Tensor) -> float:
+    """Return the sum over queries of KL(clean || changed), in bits, for patterns (prompts, queries, keys).
+
+    Only queries where `is_token` (prompts, queries) count.
+    """
     clean, changed = clean.float(), changed.float()
-    terms = torch.where(clean > 0, clean * (clean.log2() - changed.clamp_min(1e-30).log2()), 0)
+    counts = (clean > 0) & is_token.unsqueeze(-1)
+    terms = torch.where(counts, clean * (clean.log2() - changed.clamp_min(1e-30).log2()), 0)
     return terms.sum().item()
 
 
@@ -204,14 +215,14 @@ class Sums:
     pattern_kl_ablation: float = 0.0
 
     def add(self, prompts: Tensor, site: HookSite, with_sae: Comparison, ablated: Comparison) -> None:
-        self.tokens += prompts[:, 1:].numel()
+        self.tokens += int((prompts[:, 1:] >= 0).sum())
         self.ce_clean += with_sae.ce_clean
         self.ce_sae += with_sae.ce
         self.ce_ablation += ablated.ce
         self.kl_sae += with_sae.kl
         self.kl_ablation += ablated.kl
         if site in with_sae.pattern_kl:
-            self.queries += prompts.numel()
+            self.queries += int((prompts >= 0).sum())
             self.pattern_kl_sae += with_sae.pattern_kl[site]
             self.pattern_kl_ablation += ablated.pattern_kl[site]
 
@@ -258,14 +269,15 @@ class Evaluated:
     def figures(self) -> dict[str, float]:
         """Return the table of `evaluate`."""
         sums, rows = self.sums, self.moments
-        clean, with_sae, ablated = (total / sums.tokens for total in (sums.ce_clean, sums.ce_sae, sums.ce_ablation))
+        n_predicted = sums.tokens or math.nan  # sequences of one token predict none
+        clean, with_sae, ablated = (total / n_predicted for total in (sums.ce_clean, sums.ce_sae, sums.ce_ablation))
         result = {
             "metrics/ce_loss_without_sae": clean,
             "metrics/ce_loss_with_sae": with_sae,
             "metrics/ce_loss_with_ablation": ablated,
             "metrics/CE_loss_score": (ablated - with_sae) / (ablated - clean) if ablated != clean else float("nan"),
-            "metrics/kl_with_sae": sums.kl_sae / sums.tokens,
-            "metrics/kl_with_ablation": sums.kl_ablation / sums.tokens,
+            "metrics/kl_with_sae": sums.kl_sae / n_predicted,
+            "metrics/kl_with_ablation": sums.kl_ablation / n_predicted,
             "metrics/eval_explained_variance": 1 - rows.squared_error / rows.variance(),
             "metrics/eval_l0": rows.l0 / rows.n_rows,
             "metrics/l2_norm": rows.out_norm / rows.n_rows,

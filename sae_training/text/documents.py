@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sae_training.machine.paths import first_line
+from sae_training.text.masks import counting_ids
 
 # A JSON-safe place in a data set. Only Documents knows what the keys mean.
 Position = dict[str, Any]
@@ -57,6 +58,9 @@ class Documents:
     is exact if the shuffle has a seed.
 
     ends_with: what has run out where the documents end, if that is not all of `given`.
+    masks: columns that say which token ids count (`masks`); the others are dropped.
+    are_whole: rows are known to be whole documents, and no pieces of a running text.
+    parts: those of a mixture.
     """
 
     def __init__(
@@ -67,6 +71,9 @@ class Documents:
         given: Given,
         ends_with: str | None = None,
         max_chunk_length: int = MAX_CHUNK_LENGTH,
+        masks: tuple[str, ...] = (),
+        are_whole: bool = False,
+        parts: tuple[Documents, ...] = (),
     ) -> None:
         self.dataset = dataset
         self.column = column
@@ -74,6 +81,9 @@ class Documents:
         self.given = given
         self.ends_with = ends_with or given.name
         self.max_chunk_length = max_chunk_length
+        self.masks = masks
+        self.are_whole = are_whole
+        self.parts = parts
         # Only a map-style data set has a length.
         self.n_rows: int | None = len(dataset) if hasattr(dataset, "__len__") else None
         if self.n_rows is not None:
@@ -92,7 +102,25 @@ class Documents:
             "row": 0,
             "offset": 0,
         }
+        if self.masks:
+            position["masks"] = list(self.masks)
         return position | {"stream": None} if self._kind == "stream" else position
+
+    def content_of(self, row: Any, number: int) -> Any:
+        """The text or the ids of row `number`, without masked ids; None if it has none."""
+        try:
+            return counting_ids(row, self.column, self.masks)
+        except ValueError as error:
+            raise ValueError(f"{self.given.field}: row {number} of {self.given.name}: {error}") from error
+
+    def sample(self) -> Iterator[tuple[int, Any, bool]]:
+        """(number, row with all columns, whether it is the last) of evenly spaced rows, or of the first of a stream."""
+        if self.n_rows is not None:
+            yield from ((row, self.dataset[row], row == self.n_rows - 1) for row in _spaced(self.n_rows))
+            return
+        rows = itertools.pairwise(itertools.chain(independent_copy(self.dataset), [None]))
+        for number, (row, following) in enumerate(itertools.islice(rows, _SAMPLE_ROWS)):
+            yield number, row, following is None
 
     @functools.cached_property
     def fingerprint(self) -> str | None:
@@ -100,8 +128,8 @@ class Documents:
         if self.n_rows is None:
             return None
         digest = hashlib.sha256()
-        for row in dict.fromkeys(i * (self.n_rows - 1) // (_SAMPLE_ROWS - 1) for i in range(_SAMPLE_ROWS)):
-            content = self.dataset[row][self.column]
+        for row in _spaced(self.n_rows):
+            content = self.content_of(self.dataset[row], row)
             content = () if content is None else content
             parts = [content[i * len(content) // _SAMPLE_PLACES :][:100] for i in range(_SAMPLE_PLACES)]
             digest.update(repr((len(content), parts, content[-100:])).encode())
@@ -110,13 +138,15 @@ class Documents:
     def check_position(self, position: Position) -> None:
         """Raise ValueError for a position that was taken from another data set."""
         start = self.start()
-        for key in ("kind", "column", "is_tokenized", "n_rows", "content"):
-            found, expected = start[key], position.get(key)
+        for key in ("kind", "column", "masks", "is_tokenized", "n_rows", "content"):
+            found, expected = start.get(key), position.get(key)
             if found == expected or key == "content" and expected is None:  # earlier versions saved no "content"
                 continue
             advice = "use the same dataset_path, streaming and dataset_text_column as when the position was saved"
             if key == "content":
                 advice = "the text itself has changed since; use the text as it was"
+            if key == "masks" and expected is None:
+                advice = "ids that these columns mask were read then; remove the columns, or begin anew without the ids"
             raise ValueError(
                 f"the saved position is of a source with {key} {expected!r}, but {self.given.name} has {key} "
                 f"{found!r}; {advice}"
@@ -142,7 +172,7 @@ class Documents:
         here = position | {"offset": 0}
         for row in range(position["row"], self.n_rows or 0):
             after = here | {"row": row + 1}
-            yield self.dataset[row][self.column], here, after
+            yield self.content_of(self.dataset[row], row), here, after
             here = after
 
     def _stream(self, position: Position) -> Iterator[tuple[Any, Position, Position]]:
@@ -167,8 +197,13 @@ class Documents:
             after = here | {"row": row + 1}
             if self._kind == "stream":
                 after["stream"] = stream.state_dict()
-            yield example[self.column], here, after
+            yield self.content_of(example, row), here, after
             here = after
+
+
+def _spaced(n_rows: int) -> list[int]:
+    """Up to _SAMPLE_ROWS numbers of rows, evenly spaced, the first and the last among them."""
+    return list(dict.fromkeys(i * (n_rows - 1) // (_SAMPLE_ROWS - 1) for i in range(_SAMPLE_ROWS)))
 
 
 def independent_copy(dataset: Any) -> Any:

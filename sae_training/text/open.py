@@ -25,7 +25,9 @@ from datasets.exceptions import DatasetsError
 from sae_training.demo_data import bundled_text
 from sae_training.machine.paths import first_line
 from sae_training.text.columns import find_column, has_transform
-from sae_training.text.documents import Documents, Given, pieces
+from sae_training.text.documents import Documents, Given, independent_copy, pieces
+from sae_training.text.masks import MASKS, mask_columns
+from sae_training.text.pretokenized import INFO_FILE
 from sae_training.text.tokenize import Tokenize
 
 _BUILDER_OF_SUFFIX = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -45,9 +47,11 @@ _MAX_TEXT_FILE_BYTES = 2**31 - 1
 # Fixed, because a resumed run needs the documents of a mixture in the same order.
 _MIXTURE_SEED = 42
 
+_INTEGERS = datasets.List(datasets.Value("int64"))
+
 _FEATURES = {
     "text": datasets.Features({"text": datasets.Value("string")}),
-    "tokens": datasets.Features({"tokens": datasets.List(datasets.Value("int64"))}),
+    "tokens": datasets.Features({"tokens": _INTEGERS}),
 }
 
 # Untyped, because the overloads of load_dataset accept no variable for `streaming`.
@@ -107,13 +111,17 @@ def open_documents(
         raise given.empty()
     if streaming and isinstance(found, datasets.Dataset):
         found = found.to_iterable_dataset()
-    if has_transform(found):
-        column, is_tokenized = find_column(found, text_column, given)
-    else:
-        found = found.with_format(None)
-        column, is_tokenized = find_column(found, text_column, given)
-        found = found.select_columns([column])
-    return Documents(found, column, is_tokenized, given)
+    is_transformed = has_transform(found)
+    found = found if is_transformed else found.with_format(None)
+    column, is_tokenized = find_column(found, text_column, given)
+    features = None if is_transformed else found.features
+    rows = independent_copy(found) if is_tokenized and features is None else ()
+    masks = mask_columns(features, rows) if is_tokenized else ()
+    if not is_transformed and (features is not None or not masks):
+        # Rows of a stream without features may lack some of the masks, for which select_columns raises KeyError.
+        found = found.select_columns(list(dict.fromkeys([column, *masks])))
+    are_whole = isinstance(dataset, str | Path) and (Path(dataset).expanduser() / INFO_FILE).is_file()
+    return Documents(found, column, is_tokenized, given, masks=masks, are_whole=are_whole)
 
 
 def open_mixture(
@@ -150,8 +158,12 @@ def open_mixture(
         found = [one.to_iterable_dataset() if isinstance(one, datasets.Dataset) else one for one in found]
     if any(one.features is None or one.features != found[0].features for one in found):
         # Only where needed, because a cast writes all rows of a map-style data set anew.
-        features = _FEATURES[column]
-        found = [one if one.features == features else one.cast(features) for one in found]
+        wanted = [_FEATURES[column] | {mask: _INTEGERS for mask in part.masks} for part in parts]
+        found = [
+            one if one.features == features else one.cast(datasets.Features(features))
+            for one, features in zip(found, wanted, strict=True)
+        ]
+    masks = tuple(mask for mask in MASKS if any(mask in part.masks for part in parts))
     shares = np.asarray(weights if weights else [1.0] * len(parts), dtype=np.float64)
     mixed = datasets.interleave_datasets(
         found, probabilities=(shares / shares.sum()).tolist(), seed=_MIXTURE_SEED, stopping_strategy="first_exhausted"
@@ -159,7 +171,13 @@ def open_mixture(
     names = [part.given.name for part in parts]
     listed = f"{', '.join(names[:-1])} and {names[-1]}"
     return Documents(
-        mixed, column, tokenized[0], Given(field, f"the mixture of {listed}"), ends_with=f"the first of {listed}"
+        mixed,
+        column,
+        tokenized[0],
+        Given(field, f"the mixture of {listed}"),
+        ends_with=f"the first of {listed}",
+        masks=masks,
+        parts=tuple(parts),
     )
 
 

@@ -3,7 +3,8 @@
     ids of each document --lay_out--> one batch --append--> the ids not packed yet --pack--> contexts
 
 Contexts must not depend on where batches begin, so `lay_out` is told the id before the batch, and `append` shortens
-runs of BOS that cross the border.
+runs of BOS that cross the border. With `one_by_one` in place of `pack` no context holds parts of two documents. There
+`lay_out` puts PADDING before each document.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 Separator = Literal["auto", "bos", "eos", "sep", "none"] | int
+
+PADDING = -1
+"""Fills contexts after the end of a document. No token has this id; the language model sees none of it."""
 
 
 def lay_out(
@@ -78,8 +82,42 @@ def pack(ids: np.ndarray, context_size: int, bos_id: int | None, limit: int) -> 
     return rows[:n_rows], used
 
 
+def one_by_one(
+    ids: np.ndarray, context_size: int, bos_id: int | None, limit: int, is_end: bool
+) -> tuple[np.ndarray, int]:
+    """(contexts (n, context_size), number of ids they used), each from one document, with PADDING after its end.
+
+    ids: documents, with PADDING before each. A document longer than a context goes on in the next one.
+    is_end: nothing follows, so that the last document is whole.
+    With `bos_id`, every context begins with it, once, as in `pack`.
+    """
+    rows = np.full((limit, context_size), PADDING, dtype=np.int64)
+    starts = np.flatnonzero(ids == PADDING)
+    n_rows = used = 0
+    while n_rows < limit and used < len(ids):
+        first, begins = used, ids[used] == PADDING
+        first += begins
+        while bos_id is not None and first < len(ids) and ids[first] == bos_id and (begins or first == used):
+            first += 1
+        n_put = int(bos_id is not None)
+        following = np.searchsorted(starts, first)
+        is_whole = is_end or following < len(starts)
+        end = int(starts[following]) if following < len(starts) else len(ids)
+        if not is_whole and end - first < context_size - n_put:
+            break
+        end = min(end, first + context_size - n_put)
+        if end > first:
+            rows[n_rows, :n_put] = 0 if bos_id is None else bos_id
+            rows[n_rows, n_put : n_put + end - first] = ids[first:end]
+            n_rows += 1
+        used = end
+    return rows[:n_rows], used
+
+
 def bos_id_of(tokenizer: Any) -> int | None:
-    """The id that starts contexts: BOS, else EOS; None, with a warning, where the tokenizer has neither."""
+    """The id that starts contexts: BOS, else EOS; None without a tokenizer, and, with a warning, if it has neither."""
+    if tokenizer is None:
+        return None
     for name in ("bos_token_id", "eos_token_id"):
         token_id = getattr(tokenizer, name, None)
         if token_id is not None:

@@ -20,7 +20,17 @@ from torch import Tensor
 
 from sae_training.text.ahead import BatchesAhead
 from sae_training.text.documents import Chunk, Documents, Position
-from sae_training.text.packing import Separator, append, bos_id_of, lay_out, pack, separator_id_of
+from sae_training.text.packing import (
+    PADDING,
+    Separator,
+    append,
+    bos_id_of,
+    lay_out,
+    one_by_one,
+    pack,
+    separator_id_of,
+)
+from sae_training.text.rows import are_running_text, sample_of, tell_masks
 from sae_training.text.tokenize import Tokenize, tokenizer_function
 
 _logger = logging.getLogger("sae_training")
@@ -37,7 +47,9 @@ class TokenStream:
     n_held_out, held_out_every: contexts held_out_every - 1, 2 * held_out_every - 1, ... of an epoch, n_held_out of
         them, are for evaluation and never come from `next_contexts`.
     vocab_size: ids from here on are an error; None checks nothing.
-    notify: called once, with a message, when the data has ended and a second epoch begins.
+    pack_sequences: False puts one document, or a part of a longer one, into each context, and PADDING after it.
+    notify: called with a message when the data has ended and a second epoch begins, and with what rows of token ids
+        were found to be.
     batch_characters, batch_tokens: how much of a text, or of token ids, is read at a time. Contexts do not depend on
         these.
     """
@@ -55,6 +67,7 @@ class TokenStream:
         separator: Separator = "auto",
         batch_characters: int = 1_000_000,
         batch_tokens: int = 250_000,
+        pack_sequences: bool = True,
     ) -> None:
         bos_id = bos_id_of(tokenizer) if prepend_bos else None
         smallest = 1 if bos_id is None else 2
@@ -67,15 +80,25 @@ class TokenStream:
         self.context_size = context_size
         self.n_held_out = n_held_out
         self.held_out_every = held_out_every
+        self.pack_sequences = pack_sequences
         self._documents = documents
+        document_bos_id = bos_id if separator == "auto" else None
+        self._is_running_text = False
+        is_judged = documents.is_tokenized and pack_sequences
+        if documents.masks or is_judged and document_bos_id is not None:
+            sample = sample_of(documents)
+            tell_masks(documents, sample, notify)
+            if is_judged and document_bos_id is not None:
+                self._is_running_text = are_running_text(documents, sample, document_bos_id, notify)
         self._source = _TokenSource(
             documents,
             list if documents.is_tokenized else tokenizer_function(tokenizer),
             bos_id,
-            bos_id if separator == "auto" else None,
+            PADDING if not pack_sequences else None if self._is_running_text else document_bos_id,
             None if separator == "auto" else separator_id_of(tokenizer, separator, vocab_size),
             vocab_size,
             batch_tokens if documents.is_tokenized else batch_characters,
+            pack_sequences,
         )
         self._notify = notify
         self.epoch = 0
@@ -87,7 +110,10 @@ class TokenStream:
         return self._contexts.place.context_index
 
     def next_contexts(self, n: int) -> Tensor:
-        """The next n training contexts, int64 (n, context_size). An error uses up none."""
+        """The next n training contexts, int64 (n, context_size), with PADDING after the end of one.
+
+        An error uses up none.
+        """
         before = self.epoch, self._contexts.place
         taken = [np.empty((0, self.context_size), dtype=np.int64)]
         n_missing = n
@@ -133,11 +159,23 @@ class TokenStream:
             "pending": torch.from_numpy(place.pending.copy()),
             "source": json.loads(json.dumps(place.position)),
         }
+        if self._is_running_text:
+            state["running_text"] = True
         return state if self._source.separator_id is None else state | {"last_id": place.last_id}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state` was taken. Raises ValueError if `state` is of another data set."""
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if `state` is of another data set, or of rows that were read in another way."""
         self._documents.check_position(state["source"])
+        if bool(state.get("running_text")) != self._is_running_text:
+            ways = ("documents, with BOS between them", "one running text")
+            raise ValueError(
+                f"the saved position is of rows read as {ways[not self._is_running_text]}, but those of "
+                f"{self._documents.given.name} are read as {ways[self._is_running_text]} now; begin anew"
+            )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state` was taken. Raises ValueError as `check_state` does."""
+        self.check_state(state)
         self.epoch = state["epoch"]
         pending = state["pending"].cpu().numpy().copy()
         place = _Place(state["context_index"], pending, state["source"], state.get("last_id"))
@@ -170,6 +208,8 @@ class TokenStream:
     def _require_a_context(self, end: _Place) -> None:
         if end.context_index == 0:
             given = self._documents.given
+            if not self.pack_sequences:
+                raise ValueError(f"{given.field}: {given.name} holds no token; give a text that does")
             raise ValueError(
                 f"{given.field}: {given.name} holds {len(end.pending)} tokens in all, but one context takes "
                 f"context_size={self.context_size}; give more text or a smaller context_size"
@@ -202,16 +242,20 @@ class _Contexts:
 
     def take(self, limit: int) -> np.ndarray:
         """The next contexts, between 1 and `limit` of them; none at the end of the data."""
+        is_end = False
         while True:
             place = self.place
-            rows, n_used = pack(place.pending, self._context_size, self._source.bos_id, limit)
+            rows, n_used = self._source.contexts(place.pending, self._context_size, limit, is_end)
             if len(rows) > 0:
                 n_behind = place.context_index + len(rows)
                 self.place = replace(place, context_index=n_behind, pending=place.pending[n_used:])
                 return rows
-            batch = next(self._batches, None)
+            batch = None if is_end else next(self._batches, None)
             if batch is None:
-                return rows
+                if is_end:
+                    return rows
+                is_end = True
+                continue
             ids, position = batch
             pending = append(place.pending, ids, self._source.document_bos_id)
             last_id = int(pending[-1]) if len(pending) > 0 else place.last_id
@@ -230,6 +274,8 @@ class _TokenSource:
     vocab_size: int | None
     batch_length: int
     """How many characters, or ids of a data set of token ids, are read at a time."""
+    joins: bool
+    """Whether a context may hold parts of several documents."""
 
     def __post_init__(self) -> None:
         if self.bos_id is not None and self.vocab_size is not None and self.bos_id >= self.vocab_size:
@@ -240,12 +286,18 @@ class _TokenSource:
         ahead = BatchesAhead(self._read(position), self.tokenize)
         while (batch := ahead.next()) is not None:
             chunks, ids_of_chunk = batch
+            self._check_ids(np.concatenate(ids_of_chunk))
             starts = [chunk.starts_document for chunk in chunks]
             ids = lay_out(ids_of_chunk, starts, self.document_bos_id, self.separator_id, last_id)
-            self._check_ids(ids)
             if len(ids) > 0:
                 last_id = int(ids[-1])
             yield ids, chunks[-1].next_position
+
+    def contexts(self, ids: np.ndarray, context_size: int, limit: int, is_end: bool) -> tuple[np.ndarray, int]:
+        """(up to `limit` contexts of `ids`, number of ids they used). `is_end`: the data ends with `ids`."""
+        if self.joins:
+            return pack(ids, context_size, self.bos_id, limit)
+        return one_by_one(ids, context_size, self.bos_id, limit, is_end)
 
     def _read(self, position: Position) -> Iterator[list[Chunk]]:
         chunks: list[Chunk] = []
@@ -260,10 +312,10 @@ class _TokenSource:
             yield chunks
 
     def _check_ids(self, ids: np.ndarray) -> None:
-        if self.vocab_size is None or len(ids) == 0:
+        if len(ids) == 0:
             return
         given, column = self.documents.given, self.documents.column
-        if ids.max() >= self.vocab_size:
+        if self.vocab_size is not None and ids.max() >= self.vocab_size:
             found = f"the tokenizer gave, on {given.name},"
             if self.documents.is_tokenized:
                 found = f"{given.name} has, in column {column!r},"

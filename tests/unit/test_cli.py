@@ -411,6 +411,14 @@ def test_table_of_nothing_is_empty() -> None:
         ("--lr auto 1e-3 demo", {"lr": ["auto", 1e-3], "model_name": "demo"}),
         ("--seqpos_slice -8 128 demo", {"seqpos_slice": (-8, 128), "model_name": "demo"}),
         ("--seqpos_slice () demo", {"seqpos_slice": (), "model_name": "demo"}),
+        ("--seqpos_slice -1: demo", {"seqpos_slice": (-1, None), "model_name": "demo"}),
+        ("--seqpos_slice=1: demo demo", {"seqpos_slice": (1, None), "dataset_path": "demo"}),
+        ("--seqpos_slice :-1 demo", {"seqpos_slice": (None, -1), "model_name": "demo"}),
+        ("--seqpos_slice ::4", {"seqpos_slice": (None, None, 4)}),
+        ("--seqpos_slice -1,None demo", {"seqpos_slice": (-1, None), "model_name": "demo"}),
+        ("--seqpos_slice -1 None demo", {"seqpos_slice": (-1, None), "model_name": "demo"}),
+        ("--seqpos_slice=[-1, null] demo", {"seqpos_slice": (-1, None), "model_name": "demo"}),
+        ("--seqpos_slice=(None, -3) demo", {"seqpos_slice": (None, -3), "model_name": "demo"}),
         ("--architecture topk batchtopk demo", {"architecture": ["topk", "batchtopk"], "model_name": "demo"}),
         ("--dataset_path a.jsonl,b.jsonl demo", {"dataset_path": ["a.jsonl", "b.jsonl"], "model_name": "demo"}),
         ("--dataset_path ['a','b'] demo", {"dataset_path": ["a", "b"], "model_name": "demo"}),
@@ -449,7 +457,7 @@ def test_value_of_a_retired_flag_goes_with_it(words: str) -> None:
         assert without_retired_flags(words.split(), WithOldField) == ["demo"]
 
 
-@pytest.mark.parametrize("words", ["--grad-acc-steps 2,4", "--seqpos-slice 1:64"])
+@pytest.mark.parametrize("words", ["--grad-acc-steps 2,4", "--seqpos-slice 1:b"])
 def test_a_list_where_a_number_belongs_is_shown(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_train(words.split())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 
 from sae_training.config import CacheActivationsRunnerConfig
 from sae_training.config import LanguageModelSAERunnerConfig as Config
-from sae_training.config.io import FIELD_NAMES
+from sae_training.config.io import FIELD_NAMES, config_from_dict, config_to_dict
 from sae_training.config.rules import BUILT, OF_LISTS, OF_SINGLE, parameters, problems
 
 MATS_DEFAULTS: dict[str, Any] = {
@@ -61,6 +62,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "k_anneal_steps": 0,
     "layer_stride": 1,
     "seqpos_slice": (),
+    "pack_sequences": True,
     "max_activation_norm_multiple": None,
     "dataset_weights": (),
     "sequence_separator_token": "auto",
@@ -380,14 +382,43 @@ def test_option_of_another_architecture_is_refused(values: dict[str, Any], messa
     assert str(raised.value).splitlines()[1:] == [message]
 
 
-@pytest.mark.parametrize("bounds", [(1,), (5, 5), (0, 128, 0), (1, 2, 3, 4), (200, 300)])
+@pytest.mark.parametrize(
+    "bounds", [(1,), (-1,), (5, 5), (0, 128, 0), (1, 2, 3, 4), (200, 300), (128, None), (None, 0), (None, None, 0)]
+)
 def test_a_slice_without_positions_is_refused(bounds: tuple[int, ...]) -> None:
     assert only_problem(seqpos_slice=bounds).startswith(f"seqpos_slice: found {list(bounds)} with context_size 128")
 
 
-@pytest.mark.parametrize("bounds", [(), (1, 128), (-8, 128), (0, -1), (0, 128, 4)])
-def test_slices_of_positions(bounds: tuple[int, ...]) -> None:
-    assert Config(seqpos_slice=bounds).seqpos_slice == bounds
+@pytest.mark.parametrize(
+    ("given", "bounds"),
+    [
+        *[(bounds, bounds) for bounds in [(), (1, 128), (-8, 128), (0, -1), (0, 128, 4), (-1, None), (None,)]],
+        ("-1:", (-1, None)),
+        ("1:", (1, None)),
+        (":-1", (None, -1)),
+        ("[::2]", (None, None, 2)),
+        (" -3 : ", (-3, None)),
+        (slice(-1, None), (-1, None)),
+        (slice(4), (None, 4)),
+        (slice(1, None, 2), (1, None, 2)),
+        ([-1, None], (-1, None)),
+    ],
+)
+def test_slices_of_positions(given: Any, bounds: tuple[int | None, ...]) -> None:
+    cfg = Config(seqpos_slice=given)
+    assert cfg.seqpos_slice == bounds
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(cfg)))) == cfg
+
+
+@pytest.mark.parametrize("given", ["last", "a:b", -1, ["1", None], (1.5, None)])
+def test_what_is_no_slice_is_refused(given: Any) -> None:
+    assert "expected a list of whole numbers" in only_problem(seqpos_slice=given)
+
+
+@pytest.mark.parametrize("separator", ["bos", "eos", 5])
+def test_separator_is_refused_where_no_documents_are_joined(separator: Any) -> None:
+    line = only_problem(pack_sequences=False, sequence_separator_token=separator)
+    assert line.startswith(f"sequence_separator_token: found {separator!r} with pack_sequences False, expected auto")
 
 
 @pytest.mark.parametrize(

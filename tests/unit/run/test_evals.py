@@ -198,7 +198,9 @@ def test_pattern_kl_sum_is_in_bits_and_skips_masked_keys() -> None:
     # Query 0 sees one key: 0 bits. Query 1: (1, 0) against (1/4, 3/4): log2(4) = 2 bits.
     clean = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
     changed = torch.tensor([[[1.0, 0.0], [0.25, 0.75]]])
-    assert pattern_kl_sum(clean, changed) == pytest.approx(2)
+    both = torch.ones(1, 2, dtype=torch.bool)
+    assert pattern_kl_sum(clean, changed, both) == pytest.approx(2)
+    assert pattern_kl_sum(clean, changed, torch.tensor([[True, False]])) == 0, "query 1 is padding"
 
 
 # ------------------------------------------------------------------------------------------------------ leaves no trace

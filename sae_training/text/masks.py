@@ -1,0 +1,66 @@
+"""Which ids of a row count, in data sets of token ids: other columns of the row say it.
+
+    attention_mask        0 at padding
+    special_tokens_mask   1 at BOS, EOS, padding and the like
+    labels                -100 where an id is no target
+
+Ids that one of them masks are dropped, wherever in the row they stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+MASKS = ("attention_mask", "special_tokens_mask", "labels")
+
+_ROWS_TO_SNIFF = 100
+
+
+def mask_columns(columns: Mapping[str, Any] | None, rows: Any) -> tuple[str, ...]:
+    """The columns of a data set that can be masks.
+
+    columns: their features; None if these are not known, and the first of `rows` tell.
+    """
+    if columns is None:
+        names = {name for row in islice(rows, _ROWS_TO_SNIFF) for name, value in row.items() if _is_list(value)}
+        return tuple(name for name in MASKS if name in names)
+    return tuple(name for name in MASKS if hasattr(columns.get(name), "feature"))
+
+
+def counting_ids(row: Mapping[str, Any], column: str, masks: Sequence[str]) -> Any:
+    """The ids in `column` of a row, without those that a mask of the row masks; None if the row has none.
+
+    Raises ValueError for a mask that does not fit the ids.
+    """
+    ids = row[column]
+    if ids is None or not masks:
+        return ids
+    keep = np.ones(len(ids), dtype=bool)
+    for mask in masks:
+        if row.get(mask) is not None:
+            keep &= _keeps(mask, row[mask], len(ids), column)
+    return ids if keep.all() else np.asarray(ids)[keep].tolist()
+
+
+def _keeps(mask: str, values: Any, n: int, column: str) -> np.ndarray:
+    array = np.asarray(values)
+    is_mask = array.ndim == 1 and (array.dtype.kind in "biuf" or array.size == 0)
+    if mask == "labels" and (not is_mask or len(array) != n and -100 not in array):
+        return np.ones(n, dtype=bool)  # labels of another kind: the class of a row, for instance
+    if not is_mask or len(array) != n:
+        found = f"{len(array)} values" if is_mask else f"{type(values).__name__} values that are no list of numbers"
+        raise ValueError(
+            f"{mask}: found {found} for {n} ids in column {column!r}, expected a number for each id; correct the "
+            f"column, or remove it to read all ids"
+        )
+    if mask == "labels":
+        return array != -100
+    return array == 0 if mask == "special_tokens_mask" else array != 0
+
+
+def _is_list(value: Any) -> bool:
+    return value is not None and not isinstance(value, str | bytes | dict) and np.asarray(value).ndim > 0
