@@ -16,6 +16,7 @@ from sae_training.config.sweep import variants, with_layers
 from sae_training.language_model.compile import compile_blocks
 from sae_training.language_model.load import LanguageModel, load_language_model
 from sae_training.language_model.sites import find_sites, merged
+from sae_training.machine.files import disk_named
 from sae_training.machine.interrupt import StopRequest
 from sae_training.machine.lock import lock_beside
 from sae_training.machine.paths import with_absolute_paths
@@ -35,6 +36,7 @@ def cache_activations_runner(
     sites = merged(find_sites(single, lm) for single in singles)
     store = ActivationsStore(singles[0], lm, dataset, sites=sites, notify=tqdm.write)
     folder = Path(cfg.cached_activations_path).expanduser()
-    with lock_beside(folder, "cached_activations_path"), StopRequest(tqdm.write) as stop:
+    then = f"Once there is room, the same command continues {folder}."
+    with lock_beside(folder, "cached_activations_path"), disk_named(folder, then=then), StopRequest(tqdm.write) as stop:
         CacheWriter(cfg, folder, store, origin(source, lm, store.text.n_held_out)).write(stop)
     return folder

@@ -193,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_verb(verb)
     except KeyboardInterrupt as stop:
         # the runner's own interruption says what was saved, and has the exit code that goes with the signal
-        sys.stderr.write(f"{stop or 'stopped'}\n")
+        stopped = str(stop) or "Stopped. The same command begins anew, or goes on from what is saved."
+        sys.stderr.write(f"{stopped}\n")
         return getattr(stop, "exit_code", 130)
     except BrokenPipeError:
         # the reader of a pipe (`| head`) has left; at its last flush the interpreter would complain once more

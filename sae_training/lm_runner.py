@@ -21,7 +21,7 @@ from sae_training.language_model.compile import compile_blocks
 from sae_training.language_model.load import LanguageModel, language_model_dtype, load_language_model
 from sae_training.language_model.sites import find_sites, merged, with_widths
 from sae_training.machine.interrupt import StopRequest, TrainingInterrupted
-from sae_training.machine.paths import with_absolute_paths
+from sae_training.machine.paths import command, with_absolute_paths
 from sae_training.machine.precision import encoder_dtype
 from sae_training.run.finish import finish
 from sae_training.run.folder import RunFolder, choose_run_folder, is_finished, is_member_folder, read_run_config
@@ -179,7 +179,7 @@ def stop_here(run: Run, stop: StopRequest) -> None:
     where = f"saved {saved}" if saved else "NOT saved (see above)"
     raise TrainingInterrupted(
         f"Stopped by {stop.signal.name} after step {run.step} of {run.cfg.total_training_steps}, {where}. The same "
-        f"command continues it, and so does: python -m sae_training resume {run.folder.path}",
+        f"command continues it, and so does: {command('resume', run.folder.path)}",
         exit_code=128 + stop.signal,
     )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from sae_training.demo_data import bundled_model
 from sae_training.language_model.twins import skip_hook_points
+from sae_training.machine.files import NotEnoughDisk, disk_named
 from sae_training.machine.paths import first_line
 from sae_training.machine.precision import bfloat16_is_fast
 
@@ -120,7 +122,10 @@ def load_by_name(load: Callable[..., LanguageModel], name: str, device: str) -> 
             "(config.json, model.safetensors, tokenizer.json)."
         )
     try:
-        return load(name, device=device)
+        with disk_named(Path(HF_HUB_CACHE)):
+            return load(name, device=device)
+    except NotEnoughDisk:
+        raise
     except OSError as error:
         raise FileNotFoundError(
             f"model_name: could not load {name!r}. It is not a folder on this machine, and the Hugging Face hub gave: "
@@ -153,7 +158,10 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of the model that `load_language_model` loads by this name, without the model."""
     source = bundled_model(name)
     try:
-        return AutoTokenizer.from_pretrained(official_name(source) or source)
+        with disk_named(Path(HF_HUB_CACHE)):
+            return AutoTokenizer.from_pretrained(official_name(source) or source)
+    except NotEnoughDisk:
+        raise
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"model_name: {source!r} has no tokenizer here, nor on the hub: {error}") from error
 
