@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,11 +67,17 @@ def contexts_of(
         row, at = tokens[prompt], int(position)
         start = max(1, at - width)  # position 0 holds the BOS token
         text = [
-            store.model.tokenizer.decode(part)
+            as_text(part, store.model.tokenizer)
             for part in (row[start:at], row[at : at + 1], row[at + 1 :][: width // 2])
         ]
         contexts.append(Context(activation, *text))
     return contexts
+
+
+def as_text(ids: Tensor, tokenizer: Any) -> str:
+    """The text of ids (n,); the numbers themselves without a tokenizer. Padding, below 0, has none."""
+    ids = ids[ids >= 0]
+    return " ".join(map(str, ids.tolist())) if tokenizer is None else tokenizer.decode(ids)
 
 
 def specific_latents(

@@ -12,6 +12,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.sites import HookSite
+from sae_training.language_model.tokenizer import tokenizer_of
 from sae_training.text.stream import TokenStream
 
 NORM_TOKENS = 8_192  # over which the median norm is taken
@@ -67,5 +68,6 @@ def position_rule(
 
 
 def special_token_ids(model: LanguageModel) -> Tensor:
-    """Return the ids that the tokenizer calls special (BOS, EOS, padding, ...)."""
-    return torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.long)
+    """Return the ids that the tokenizer calls special (BOS, EOS, padding, ...); none without a tokenizer."""
+    tokenizer = tokenizer_of(model)
+    return torch.tensor([] if tokenizer is None else sorted(set(tokenizer.all_special_ids)), dtype=torch.long)

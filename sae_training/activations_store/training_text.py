@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.load import LanguageModel
+from sae_training.language_model.tokenizer import tokenizer_of
 from sae_training.text.documents import Documents
 from sae_training.text.open import open_documents, open_mixture
 from sae_training.text.pretokenized import check_tokenizer
@@ -22,6 +24,13 @@ class TrainingText:
         self, cfg: LanguageModelSAERunnerConfig, model: LanguageModel, dataset: Any, notify: Callable[[str], None]
     ) -> None:
         self.cfg, self.model, self.notify = cfg, model, notify
+        self.tokenizer = tokenizer_of(model)
+        if self.tokenizer is None:
+            warnings.warn(
+                f"model_name: {cfg.model_name!r} has no tokenizer, so no BOS is put before contexts and no ids are "
+                "special; token ids are read as they are, and text cannot be read",
+                stacklevel=3,
+            )
         self.documents = self.open(cfg.dataset_path if dataset is None else dataset)
         self.n_held_out = cfg.n_eval_batches * cfg.store_batch_size if cfg.eval_dataset_path is None else 0
         """How many contexts training skips because the run is evaluated on them."""
@@ -37,15 +46,21 @@ class TrainingText:
         }
         paths = dataset if isinstance(dataset, list) else [dataset]
         for path in paths:
-            check_tokenizer(path, self.model.tokenizer, field)
+            check_tokenizer(path, self.tokenizer, field)
         if isinstance(dataset, list) and dataset is self.cfg.dataset_path:
             return open_mixture(dataset, self.cfg.dataset_weights, **how)
         return open_documents(dataset, **how)
 
     def stream(self, documents: Documents, n_held_out: int = 0) -> TokenStream:
+        if self.tokenizer is None and not documents.is_tokenized:
+            raise ValueError(
+                f"model_name: {self.cfg.model_name!r} has no tokenizer, but {documents.given.field} "
+                f"{documents.given.name} holds text (column {documents.column!r}); put the tokenizer's files into the "
+                "model's folder (tokenizer.save_pretrained), or give token ids."
+            )
         return TokenStream(
             documents,
-            self.model.tokenizer,
+            self.tokenizer,
             self.cfg.context_size,
             prepend_bos=self.cfg.prepend_bos,
             n_held_out=n_held_out,

@@ -21,14 +21,17 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from sae_training.demo_data import bundled_model
+from sae_training.language_model.tokenizer import for_bridge, give_back, read_tokenizer
 from sae_training.language_model.twins import skip_hook_points
 from sae_training.machine.files import NotEnoughDisk, disk_named
 from sae_training.machine.paths import first_line
 from sae_training.machine.precision import bfloat16_is_fast
+
+PLAIN_TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on."
 
 LanguageModel = Any  # HookedTransformer or TransformerBridge: they share methods, not a base class
 
@@ -51,7 +54,7 @@ def load_language_model(name: str, device: str = "cpu", lm_dtype: str = "auto") 
         cast_weights(model, language_model_dtype(lm_dtype, device))
     model.eval()
     model.requires_grad_(False)
-    check_tokenizer_fits(model, name)
+    check_tokenizer_fits(model.tokenizer, model.cfg.d_vocab, name)
     return model
 
 
@@ -81,15 +84,29 @@ def official_name(name: str) -> str | None:
 
 def boot_bridge(name: str, device: str) -> TransformerBridge:
     name = official_name(name) or name
-    hf_model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    hf_model, info = loaded
+    check_weights(name, sorted(info["missing_keys"]))
+    tokenizer = read_tokenizer(name)
     model = TransformerBridge.boot_transformers(
-        name, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=torch.float32
+        name, hf_model=hf_model, tokenizer=for_bridge(tokenizer), device=device, dtype=torch.float32
     )
     model.enable_compatibility_mode(disable_warnings=True)
     model.eval()
+    give_back(model, tokenizer)
     skip_hook_points(model)
     return model
+
+
+def check_weights(name: str, missing: list[str]) -> None:
+    """Raise ValueError for weights that the files lack, because transformers makes up random ones for them."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"model_name: the files of {name!r} lack the weights {missing[0]}{more}, for which transformers makes up "
+            "random numbers; expected all weights of the language model, its unembedding included; save it with "
+            "AutoModelForCausalLM."
+        )
 
 
 def cast_weights(model: LanguageModel, dtype: torch.dtype) -> None:
@@ -159,22 +176,35 @@ def load_tokenizer(name: str) -> Any:
     source = bundled_model(name)
     try:
         with disk_named(Path(HF_HUB_CACHE)):
-            return AutoTokenizer.from_pretrained(official_name(source) or source)
+            tokenizer = read_tokenizer(official_name(source) or source)
     except NotEnoughDisk:
         raise
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"model_name: {source!r} has no tokenizer here, nor on the hub: {error}") from error
+        raise FileNotFoundError(
+            f"model_name: {source!r} has no tokenizer here, nor on the hub: {first_line(error)}"
+        ) from error
+    if tokenizer is None:
+        raise FileNotFoundError(
+            f"model_name: {source!r} holds no tokenizer files, expected tokenizer.json or another vocabulary; save the "
+            "model's tokenizer there with tokenizer.save_pretrained."
+        )
+    return tokenizer
 
 
-def check_tokenizer_fits(model: LanguageModel, name: str) -> None:
-    if model.tokenizer is None:
+def check_tokenizer_fits(tokenizer: Any, d_vocab: int, name: str) -> None:
+    """Raise ValueError if the model has no ids for most of a plain text, so that the tokenizer is another model's.
+
+    Single ids that it lacks do no harm while they do not occur, such as that of an added padding token; in a text they
+    are refused where the text is read.
+    """
+    if tokenizer is None:
         return
-    highest = max(model.tokenizer.get_vocab().values())
-    if highest >= model.cfg.d_vocab:
+    ids = tokenizer(PLAIN_TEXT, add_special_tokens=False)["input_ids"]
+    unknown = [i for i in ids if i >= d_vocab]
+    if 2 * len(unknown) > len(ids):
         raise ValueError(
-            f"model_name: the tokenizer of {name!r} has token ids up to {highest}, but the model knows only "
-            f"{model.cfg.d_vocab} tokens (ids up to {model.cfg.d_vocab - 1}); use the tokenizer the model was "
-            "trained with."
+            f"model_name: the tokenizer of {name!r} gives token ids up to {max(unknown)} for {PLAIN_TEXT!r}, but the "
+            f"model knows only {d_vocab} tokens (ids up to {d_vocab - 1}); use the tokenizer the model was trained with."
         )
 
 

@@ -79,7 +79,9 @@ def pack(ids: np.ndarray, context_size: int, bos_id: int | None, limit: int) -> 
 
 
 def bos_id_of(tokenizer: Any) -> int | None:
-    """The id that starts contexts: BOS, else EOS; None, with a warning, where the tokenizer has neither."""
+    """The id that starts contexts: BOS, else EOS; None without a tokenizer, and, with a warning, if it has neither."""
+    if tokenizer is None:
+        return None
     for name in ("bos_token_id", "eos_token_id"):
         token_id = getattr(tokenizer, name, None)
         if token_id is not None:
