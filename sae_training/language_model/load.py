@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from sae_training.demo_data import bundled_model
@@ -84,7 +85,12 @@ def official_name(name: str) -> str | None:
 
 def boot_bridge(name: str, device: str) -> TransformerBridge:
     name = official_name(name) or name
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    config = AutoConfig.from_pretrained(name)
+    if (getattr(config, "pad_token_id", None) or 0) >= getattr(config, "vocab_size", math.inf):
+        config.pad_token_id = None  # because torch makes no table of embeddings with a padding token that is not in it
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype=torch.float32, output_loading_info=True
+    )
     hf_model, info = loaded
     check_weights(name, sorted(info["missing_keys"]))
     tokenizer = read_tokenizer(name)
@@ -194,17 +200,18 @@ def load_tokenizer(name: str) -> Any:
 def check_tokenizer_fits(tokenizer: Any, d_vocab: int, name: str) -> None:
     """Raise ValueError if the model has no ids for most of a plain text, so that the tokenizer is another model's.
 
-    Single ids that it lacks do no harm while they do not occur, such as that of an added padding token; in a text they
+    Single ids that it lacks, such as that of an added padding token, do no harm while they do not occur. In a text they
     are refused where the text is read.
     """
-    if tokenizer is None:
-        return
-    ids = tokenizer(PLAIN_TEXT, add_special_tokens=False)["input_ids"]
-    unknown = [i for i in ids if i >= d_vocab]
-    if 2 * len(unknown) > len(ids):
+    ids: list[int] = []
+    if tokenizer is not None:
+        with suppress(Exception):  # because a tokenizer of chess moves knows no letters, and need not
+            ids = tokenizer(PLAIN_TEXT, add_special_tokens=False)["input_ids"]
+    if tokenizer is not None and 2 * sum(i >= d_vocab for i in ids) > len(ids):
         raise ValueError(
-            f"model_name: the tokenizer of {name!r} gives token ids up to {max(unknown)} for {PLAIN_TEXT!r}, but the "
-            f"model knows only {d_vocab} tokens (ids up to {d_vocab - 1}); use the tokenizer the model was trained with."
+            f"model_name: the tokenizer of {name!r} has token ids up to {max(tokenizer.get_vocab().values())}, but the "
+            f"model knows only {d_vocab} tokens (ids up to {d_vocab - 1}), too few for a plain text; use the tokenizer "
+            "the model was trained with."
         )
 
 
