@@ -2,8 +2,9 @@
 
 `HookedTransformer` serves the names that TransformerLens lists, with its usual weight processing, because autoencoders
 of the mats era expect it. Every other model, local folders included, is a `TransformerBridge` in compatibility mode,
-which processes the weights in the same way. TransformerLens 4 has the bridge only. The rest of the package uses what
-both classes share: the forward with `stop_at_layer`, `hook_dict`, `run_with_hooks`, `tokenizer`, `cfg`.
+which processes the weights in the same way. TransformerLens 4 has the bridge only. `model_processing` "none" leaves the
+weights as they are: `from_pretrained_no_processing`, or the bridge without compatibility mode. The rest of the package
+uses what both classes share: the forward with `stop_at_layer`, `hook_dict`, `run_with_hooks`, `tokenizer`, `cfg`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +41,25 @@ LanguageModel = Any  # HookedTransformer or TransformerBridge: they share method
 # ----------------------------------------------------------------------------------------------------------- loading
 
 
-def load_language_model(name: str, device: str = "cpu", lm_dtype: str = "auto") -> LanguageModel:
+def load_language_model(
+    name: str, device: str = "cpu", lm_dtype: str = "auto", model_processing: str = "default"
+) -> LanguageModel:
     """Load a frozen language model, ready for `read_hooks` and for all that TransformerLens does with it.
 
     `name` is a TransformerLens name, a local folder in Hugging Face layout, a Hugging Face name, or "demo" for the
     bundled model. The weights are processed (LayerNorm folded, writing weights centred) in float32 and only then cast,
-    because folding in bfloat16 moves the activations by 1%. Raise FileNotFoundError if there is no such model, and
-    ValueError if its tokenizer has ids that the model does not know.
+    because folding in bfloat16 moves the activations by 1%. In models with LayerNorm (GPT-2, Pythia) the rows of the
+    residual stream are then those of transformers' `output_hidden_states` minus their mean; in models with RMSNorm
+    (Llama, SmolLM2) they are the same. With `model_processing` "none" they are the same in all.
+
+    Raise FileNotFoundError if there is no such model, and ValueError if its tokenizer is another model's.
     """
     source = bundled_model(name)
     hooked = hooked_transformer_class()
-    load = boot_bridge if hooked is None or official_name(source) is None else hooked.from_pretrained
+    processed = model_processing == "default"
+    load: Callable[..., LanguageModel] = partial(boot_bridge, processed=processed)
+    if hooked is not None and official_name(source) is not None:
+        load = hooked.from_pretrained if processed else hooked.from_pretrained_no_processing
     with quiet_loading():
         model = load_by_name(load, source, device)
         cast_weights(model, language_model_dtype(lm_dtype, device))
@@ -57,6 +67,15 @@ def load_language_model(name: str, device: str = "cpu", lm_dtype: str = "auto") 
     model.requires_grad_(False)
     check_tokenizer_fits(model.tokenizer, model.cfg.d_vocab, name)
     return model
+
+
+def model_of(cfg: Any, model: LanguageModel | None = None, device: str | None = None) -> LanguageModel:
+    """Return the language model that a config names, on its device or another, or `model`, which stands in for it."""
+    processing = getattr(cfg, "model_processing", "default")  # notebooks of the mats era have configs of their own
+    if model is not None:
+        check_processing(model, processing)
+        return model
+    return load_language_model(cfg.model_name, device or str(cfg.device), getattr(cfg, "lm_dtype", "auto"), processing)
 
 
 def language_model_dtype(lm_dtype: str, device: str) -> torch.dtype:
@@ -83,7 +102,7 @@ def official_name(name: str) -> str | None:
     return None
 
 
-def boot_bridge(name: str, device: str) -> TransformerBridge:
+def boot_bridge(name: str, device: str, processed: bool = True) -> TransformerBridge:
     name = official_name(name) or name
     config = AutoConfig.from_pretrained(name)
     if (getattr(config, "pad_token_id", None) or 0) >= getattr(config, "vocab_size", math.inf):
@@ -97,11 +116,33 @@ def boot_bridge(name: str, device: str) -> TransformerBridge:
     model = TransformerBridge.boot_transformers(
         name, hf_model=hf_model, tokenizer=for_bridge(tokenizer), device=device, dtype=torch.float32
     )
-    model.enable_compatibility_mode(disable_warnings=True)
+    if processed:
+        model.enable_compatibility_mode(disable_warnings=True)
     model.eval()
     give_back(model, tokenizer)
     skip_hook_points(model)
     return model
+
+
+def check_processing(model: LanguageModel, model_processing: str) -> None:
+    """Warn if a model that the caller gives was processed otherwise than the config says, which a later load obeys."""
+    found = is_processed(model)
+    if found is not None and found != (model_processing == "default"):
+        wanted = "default" if found else "none"
+        warnings.warn(
+            f"model_processing: found {model_processing!r} with a model whose weights TransformerLens has "
+            f"{'' if found else 'not '}processed; set it to {wanted!r}, so that it is loaded in the same way later",
+            stacklevel=3,
+        )
+
+
+def is_processed(model: LanguageModel) -> bool | None:
+    """Return whether TransformerLens has processed the weights; None if that cannot be told."""
+    if hasattr(model, "original_model"):
+        return getattr(model, "_weights_processed", None)
+    if getattr(model.cfg, "original_architecture", None) is None:  # made by hand, of no model that could be loaded
+        return None
+    return str(model.cfg.normalization_type).endswith("Pre")  # what folding makes of LN and RMS
 
 
 def check_weights(name: str, missing: list[str]) -> None:
