@@ -14,8 +14,9 @@ from sae_training.config import CacheActivationsRunnerConfig
 from sae_training.config.io import with_defaults
 from sae_training.config.sweep import variants, with_layers
 from sae_training.language_model.compile import compile_blocks
-from sae_training.language_model.load import LanguageModel, load_language_model
+from sae_training.language_model.load import LanguageModel, model_of
 from sae_training.language_model.sites import find_sites, merged
+from sae_training.machine.files import disk_named
 from sae_training.machine.interrupt import StopRequest
 from sae_training.machine.lock import lock_beside
 from sae_training.machine.paths import with_absolute_paths
@@ -28,13 +29,14 @@ def cache_activations_runner(
 
     `model` and `dataset` stand in for those that the config names.
     """
-    lm: LanguageModel = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype) if model is None else model
+    lm: LanguageModel = model_of(cfg, model)
     compile_blocks(lm, cfg.compile_lm)
     source = with_defaults(with_layers(with_absolute_paths(cfg), lm.cfg.n_layers))
     singles = list(variants(source).values())
     sites = merged(find_sites(single, lm) for single in singles)
     store = ActivationsStore(singles[0], lm, dataset, sites=sites, notify=tqdm.write)
     folder = Path(cfg.cached_activations_path).expanduser()
-    with lock_beside(folder, "cached_activations_path"), StopRequest(tqdm.write) as stop:
+    then = f"Once there is room, the same command continues {folder}."
+    with lock_beside(folder, "cached_activations_path"), disk_named(folder, then=then), StopRequest(tqdm.write) as stop:
         CacheWriter(cfg, folder, store, origin(source, lm, store.text.n_held_out)).write(stop)
     return folder

@@ -28,7 +28,16 @@ from sae_training.config.files import read_config_values
 from sae_training.config.io import FIELD_NAMES, config_from_dict
 from sae_training.config.toy import SAEToyModelRunnerConfig
 from sae_training.config.types import OneOrMany
-from sae_training.config.values import in_one_word, is_readable, metavar, read_value, without_retired_flags, written
+from sae_training.config.values import (
+    in_one_word,
+    is_no_name,
+    is_readable,
+    metavar,
+    read_value,
+    reads_as,
+    without_retired_flags,
+    written,
+)
 
 # What `train` starts from without a config file; the class itself keeps the defaults of the mats era.
 RECIPE: dict[str, Any] = {
@@ -89,7 +98,8 @@ class Train(LanguageModelSAERunnerConfig, ModelAndText, Common, ConfigFile):
     rules, then a line to 0, no training on special tokens (BOS), a GPU if there is one, no Weights & Biases; for a
     transcoder also batches at a mean norm of sqrt(d). With --config FILE the file's values are the defaults, and
     fields that the file leaves out have the defaults of LanguageModelSAERunnerConfig; flags win over both. A switch is
-    written --flag, --no-flag or --flag False; a list is written 4,8,12 or 4 8 12.
+    written --flag, --no-flag or --flag with true, false, yes, no, on, off, 1 or 0; a list is written 4,8,12, 4 8 12 or
+    [4, 8, 12]; nothing is written None or null.
     """
 
     def __post_init__(self) -> None:
@@ -174,15 +184,17 @@ Verb = Train | Resume | Eval | Report | Cache | Pretokenize | Toy
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; wrong flags leave through SystemExit(2)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    debug = "--debug" in argv or os.environ.get("SAE_TRAINING_DEBUG") == "1"
+    debug = False
     try:
+        debug = wants_tracebacks(argv)
         with warnings.catch_warnings():  # what a user should change is said in a line, without our source code
             warnings.showwarning = lambda message, *_: sys.stderr.write(f"warning: {message}\n")
             verb = parse(argv)
         run_verb(verb)
     except KeyboardInterrupt as stop:
         # the runner's own interruption says what was saved, and has the exit code that goes with the signal
-        sys.stderr.write(f"{stop or 'stopped'}\n")
+        stopped = str(stop) or "Stopped. The same command begins anew, or goes on from what is saved."
+        sys.stderr.write(f"{stopped}\n")
         return getattr(stop, "exit_code", 130)
     except BrokenPipeError:
         # the reader of a pipe (`| head`) has left; at its last flush the interpreter would complain once more
@@ -197,6 +209,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write("\n".join([f"error: {error}", *notes]) + "\n")
         return 1
     return 0
+
+
+def wants_tracebacks(words: Sequence[str]) -> bool:
+    """Return whether the words or the environment ask for tracebacks; the other words may be wrong."""
+    given = [word for word in in_one_word(words, {"debug": bool}) if word.startswith("--debug=")]
+    value = given[-1].partition("=")[2] if given else os.environ.get("SAE_TRAINING_DEBUG", "")
+    return reads_as(value, bool) and read_value(value, bool)
 
 
 def run_verb(verb: Verb) -> None:
@@ -258,7 +277,7 @@ def parse(argv: Sequence[str]) -> Verb:
             for verb, cls in VERBS.items()
         )
     ]
-    return tyro.cli(
+    verb = tyro.cli(
         verbs,
         args=[name, *words],
         prog="sae-training",
@@ -266,6 +285,14 @@ def parse(argv: Sequence[str]) -> Verb:
         registry=registry,
         config=(FlagConversionOff,),
     )
+    for name in ("model", "dataset"):
+        word = getattr(verb, name, None)
+        if word is not None and is_no_name(word) and not Path(word).exists():
+            raise ValueError(
+                f"{name.upper()}: found {word!r}, expected the name or path of a {name}; a value stands right after "
+                f"its flag, a list with commas (4,8,12), and a folder of this name is written ./{word}"
+            )
+    return verb
 
 
 def parse_train(argv: Sequence[str]) -> LanguageModelSAERunnerConfig:

@@ -18,10 +18,10 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.sweep import is_several, variants, with_layers
 from sae_training.formats.run_files import SNAPSHOTS
 from sae_training.language_model.compile import compile_blocks
-from sae_training.language_model.load import LanguageModel, language_model_dtype, load_language_model
+from sae_training.language_model.load import LanguageModel, language_model_dtype, model_of
 from sae_training.language_model.sites import find_sites, merged, with_widths
 from sae_training.machine.interrupt import StopRequest, TrainingInterrupted
-from sae_training.machine.paths import with_absolute_paths
+from sae_training.machine.paths import command, with_absolute_paths
 from sae_training.machine.precision import encoder_dtype
 from sae_training.run.finish import finish
 from sae_training.run.folder import RunFolder, choose_run_folder, is_finished, is_member_folder, read_run_config
@@ -56,7 +56,7 @@ def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = 
     """Do what `language_model_sae_runner` does, and return the whole run: its folder, store, members and figures."""
     check_trainable(cfg)
     cfg = with_absolute_paths(cfg)
-    lm: LanguageModel = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype) if model is None else model
+    lm: LanguageModel = model_of(cfg, model)
     cfg = with_layers(cfg, lm.cfg.n_layers)
     cfg = with_precisions(cfg)
     if cfg.cached_activations_path is not None and cfg.use_cached_activations is False:
@@ -79,7 +79,7 @@ def resume_run(path: str | Path) -> Run:
             f"its autoencoders are in folders of {path}" if is_several(cfg) else f"its autoencoder is in {path}/final"
         )
         raise ValueError(f"{path}: this run is finished; {where}.")
-    model = load_language_model(cfg.model_name, cfg.device, cfg.lm_dtype)
+    model = model_of(cfg)
     return run_in_folder(path, cfg, find_singles(cfg, model), model, None)
 
 
@@ -180,7 +180,7 @@ def stop_here(run: Run, stop: StopRequest) -> None:
     where = f"saved {saved}" if saved else "NOT saved (see above)"
     raise TrainingInterrupted(
         f"Stopped by {stop.signal.name} after step {run.step} of {run.cfg.total_training_steps}, {where}. The same "
-        f"command continues it, and so does: python -m sae_training resume {run.folder.path}",
+        f"command continues it, and so does: {command('resume', run.folder.path)}",
         exit_code=128 + stop.signal,
     )
 

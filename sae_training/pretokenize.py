@@ -59,7 +59,11 @@ def pretokenize(
         raise ValueError(f"dataset_path: {documents.given.name} holds token ids already; train on it as it is.")
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    n = save_tokenized(documents, tokenizer_function(tokenizer), partial, n_processes or os.cpu_count() or 1)
-    write_text(partial / INFO_FILE, json.dumps(info | {"n_documents": n}, indent=1) + "\n")
-    os.replace(partial, folder)
+    try:
+        n = save_tokenized(documents, tokenizer_function(tokenizer), partial, n_processes or os.cpu_count() or 1)
+        write_text(partial / INFO_FILE, json.dumps(info | {"n_documents": n}, indent=1) + "\n")
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return folder

@@ -8,7 +8,7 @@ from typing import Any
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.store import without_cache
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.language_model.load import LanguageModel, load_language_model
+from sae_training.language_model.load import LanguageModel, model_of
 from sae_training.language_model.sites import find_sites, with_widths
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
@@ -28,8 +28,7 @@ class LMSparseAutoencoderSessionloader:
     def load_session(self, model: LanguageModel | None = None, dataset: Any = None) -> Session:
         """Return a session with a new, untrained autoencoder."""
         cfg = self.cfg
-        if model is None:
-            model = load_language_model(cfg.model_name, str(cfg.device), getattr(cfg, "lm_dtype", "auto"))
+        model = model_of(cfg, model)
         if isinstance(cfg, LanguageModelSAERunnerConfig):
             cfg = with_widths(cfg, find_sites(cfg, model))
         return model, SparseAutoencoder(cfg), ActivationsStore(cfg, model, dataset)
@@ -45,7 +44,9 @@ class LMSparseAutoencoderSessionloader:
         """Return the session of a run folder, a checkpoint folder, a .safetensors, or an old .pt / .pkl.gz.
 
         The saved config names the language model, the text and the device; `model`, `dataset` and `device` stand in for
-        them. Without `device`, a saved device that this machine lacks becomes the CPU.
+        them. Without `device`, a saved device that this machine lacks becomes the CPU. The model is processed as in the
+        run (`model_processing`): by default its residual stream is centred, and so are the rows that the autoencoder
+        expects. To use it on the hidden states of transformers, subtract from each row its mean.
         """
         sae = SparseAutoencoder.load_from_pretrained(path, device)
         sae.eval()

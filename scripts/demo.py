@@ -20,6 +20,8 @@ from sae_analysis.top_contexts import contexts_of, find_top_contexts, specific_l
 from sae_training.cli import RECIPE
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.lm_runner import run_config
+from sae_training.machine.interrupt import without_traceback
+from sae_training.machine.paths import command
 from sae_training.utils import LMSparseAutoencoderSessionloader
 from scripts.demo_data.demo_text import fetch_package, read_documents, write_atomically
 
@@ -69,8 +71,11 @@ def main() -> None:
     parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M instead of the bundled model")
     parser.add_argument("--tokens", type=int, default=500_000, help="training tokens, with --smollm2")
     arguments = parser.parse_args()
-    cfg = smollm2_config(arguments.tokens) if arguments.smollm2 else demo_config()
-    show_latents(run_config(cfg).folder.path)
+    with without_traceback():
+        cfg = smollm2_config(arguments.tokens) if arguments.smollm2 else demo_config()
+        folder = run_config(cfg).folder.path
+        with without_traceback(f"The autoencoder is trained and saved: {command('eval', folder)} measures it again."):
+            show_latents(folder)
 
 
 def show_latents(folder: Path, n_latents: int = 6) -> None:

@@ -34,6 +34,7 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the repository need not be installed
 
+from sae_training.machine.interrupt import without_traceback  # noqa: E402
 from scripts.benchmarks.machine import machine_facts  # noqa: E402
 
 PARTS = {
@@ -232,4 +233,5 @@ def write_whole(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with without_traceback("gpu_check.md and gpu_check.json hold the parts that ended; the same command begins anew."):
+        sys.exit(main())

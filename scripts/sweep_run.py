@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from sae_training.cli import parse_train
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.lm_runner import language_model_sae_runner
-from sae_training.machine.interrupt import TrainingInterrupted
+from sae_training.machine.interrupt import without_traceback
 
 
 def config(flags: Sequence[str]) -> LanguageModelSAERunnerConfig:
@@ -32,11 +32,8 @@ def config(flags: Sequence[str]) -> LanguageModelSAERunnerConfig:
 
 
 def main(flags: Sequence[str]) -> None:
-    try:
+    with without_traceback():  # the agent stops a run that the sweep gives up
         language_model_sae_runner(config(flags))
-    except TrainingInterrupted as stop:  # the agent stops a run that the sweep gives up
-        print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":

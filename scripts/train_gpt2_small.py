@@ -9,6 +9,7 @@ import torch
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.lm_runner import language_model_sae_runner
+from sae_training.machine.interrupt import without_traceback
 
 
 def config() -> LanguageModelSAERunnerConfig:
@@ -54,4 +55,5 @@ def config() -> LanguageModelSAERunnerConfig:
 
 
 if __name__ == "__main__":
-    language_model_sae_runner(config())
+    with without_traceback():
+        language_model_sae_runner(config())

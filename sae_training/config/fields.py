@@ -63,6 +63,9 @@ class Source:
     lm_dtype: IdentifiesCache[PrecisionName] = "auto"
     """Precision of the frozen model; auto is bfloat16 where that is fast, else float32."""
 
+    model_processing: IdentifiesCache[Literal["default", "none"]] = "default"
+    """default: weights folded and centred by TransformerLens; none: as transformers has them."""
+
     compile_lm: bool = False
     """Run the frozen model through torch.compile; takes a minute, and needs a C++ compiler."""
 

@@ -2,56 +2,80 @@
 
 `HookedTransformer` serves the names that TransformerLens lists, with its usual weight processing, because autoencoders
 of the mats era expect it. Every other model, local folders included, is a `TransformerBridge` in compatibility mode,
-which processes the weights in the same way. TransformerLens 4 has the bridge only. The rest of the package uses what
-both classes share: the forward with `stop_at_layer`, `hook_dict`, `run_with_hooks`, `tokenizer`, `cfg`.
+which processes the weights in the same way. TransformerLens 4 has the bridge only. `model_processing` "none" leaves the
+weights as they are: `from_pretrained_no_processing`, or the bridge without compatibility mode. The rest of the package
+uses what both classes share: the forward with `stop_at_layer`, `hook_dict`, `run_with_hooks`, `tokenizer`, `cfg`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from sae_training.demo_data import bundled_model
 from sae_training.language_model.tokenizer import for_bridge, give_back, read_tokenizer
 from sae_training.language_model.twins import skip_hook_points
+from sae_training.machine.files import NotEnoughDisk, disk_named
 from sae_training.machine.paths import first_line
 from sae_training.machine.precision import bfloat16_is_fast
+
+PLAIN_TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on."
 
 LanguageModel = Any  # HookedTransformer or TransformerBridge: they share methods, not a base class
 
 # ----------------------------------------------------------------------------------------------------------- loading
 
 
-def load_language_model(name: str, device: str = "cpu", lm_dtype: str = "auto") -> LanguageModel:
+def load_language_model(
+    name: str, device: str = "cpu", lm_dtype: str = "auto", model_processing: str = "default"
+) -> LanguageModel:
     """Load a frozen language model, ready for `read_hooks` and for all that TransformerLens does with it.
 
     `name` is a TransformerLens name, a local folder in Hugging Face layout, a Hugging Face name, or "demo" for the
     bundled model. The weights are processed (LayerNorm folded, writing weights centred) in float32 and only then cast,
-    because folding in bfloat16 moves the activations by 1%. Raise FileNotFoundError if there is no such model, and
-    ValueError if its tokenizer has ids that the model does not know.
+    because folding in bfloat16 moves the activations by 1%. In models with LayerNorm (GPT-2, Pythia) the rows of the
+    residual stream are then those of transformers' `output_hidden_states` minus their mean; in models with RMSNorm
+    (Llama, SmolLM2) they are the same. With `model_processing` "none" they are the same in all.
+
+    Raise FileNotFoundError if there is no such model, and ValueError if its tokenizer is another model's.
     """
     source = bundled_model(name)
     hooked = hooked_transformer_class()
-    load = boot_bridge if hooked is None or official_name(source) is None else hooked.from_pretrained
+    processed = model_processing == "default"
+    load: Callable[..., LanguageModel] = partial(boot_bridge, processed=processed)
+    if hooked is not None and official_name(source) is not None:
+        load = hooked.from_pretrained if processed else hooked.from_pretrained_no_processing
     with quiet_loading():
         model = load_by_name(load, source, device)
         cast_weights(model, language_model_dtype(lm_dtype, device))
     model.eval()
     model.requires_grad_(False)
-    check_tokenizer_fits(model, name)
+    check_tokenizer_fits(model.tokenizer, model.cfg.d_vocab, name)
     return model
+
+
+def model_of(cfg: Any, model: LanguageModel | None = None, device: str | None = None) -> LanguageModel:
+    """Return the language model that a config names, on its device or another, or `model`, which stands in for it."""
+    processing = getattr(cfg, "model_processing", "default")  # notebooks of the mats era have configs of their own
+    if model is not None:
+        check_processing(model, processing)
+        return model
+    return load_language_model(cfg.model_name, device or str(cfg.device), getattr(cfg, "lm_dtype", "auto"), processing)
 
 
 def language_model_dtype(lm_dtype: str, device: str) -> torch.dtype:
@@ -78,20 +102,47 @@ def official_name(name: str) -> str | None:
     return None
 
 
-def boot_bridge(name: str, device: str) -> TransformerBridge:
+def boot_bridge(name: str, device: str, processed: bool = True) -> TransformerBridge:
     name = official_name(name) or name
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    config = AutoConfig.from_pretrained(name)
+    if (getattr(config, "pad_token_id", None) or 0) >= getattr(config, "vocab_size", math.inf):
+        config.pad_token_id = None  # because torch makes no table of embeddings with a padding token that is not in it
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype=torch.float32, output_loading_info=True
+    )
     hf_model, info = loaded
     check_weights(name, sorted(info["missing_keys"]))
     tokenizer = read_tokenizer(name)
     model = TransformerBridge.boot_transformers(
         name, hf_model=hf_model, tokenizer=for_bridge(tokenizer), device=device, dtype=torch.float32
     )
-    model.enable_compatibility_mode(disable_warnings=True)
+    if processed:
+        model.enable_compatibility_mode(disable_warnings=True)
     model.eval()
     give_back(model, tokenizer)
     skip_hook_points(model)
     return model
+
+
+def check_processing(model: LanguageModel, model_processing: str) -> None:
+    """Warn if a model that the caller gives was processed otherwise than the config says, which a later load obeys."""
+    found = is_processed(model)
+    if found is not None and found != (model_processing == "default"):
+        wanted = "default" if found else "none"
+        warnings.warn(
+            f"model_processing: found {model_processing!r} with a model whose weights TransformerLens has "
+            f"{'' if found else 'not '}processed; set it to {wanted!r}, so that it is loaded in the same way later",
+            stacklevel=3,
+        )
+
+
+def is_processed(model: LanguageModel) -> bool | None:
+    """Return whether TransformerLens has processed the weights; None if that cannot be told."""
+    if hasattr(model, "original_model"):
+        return getattr(model, "_weights_processed", None)
+    if getattr(model.cfg, "original_architecture", None) is None:  # made by hand, of no model that could be loaded
+        return None
+    return str(model.cfg.normalization_type).endswith("Pre")  # what folding makes of LN and RMS
 
 
 def check_weights(name: str, missing: list[str]) -> None:
@@ -135,7 +186,10 @@ def load_by_name(load: Callable[..., LanguageModel], name: str, device: str) -> 
             "(config.json, model.safetensors, tokenizer.json)."
         )
     try:
-        return load(name, device=device)
+        with disk_named(Path(HF_HUB_CACHE)):
+            return load(name, device=device)
+    except NotEnoughDisk:
+        raise
     except OSError as error:
         raise FileNotFoundError(
             f"model_name: could not load {name!r}. It is not a folder on this machine, and the Hugging Face hub gave: "
@@ -168,7 +222,10 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of the model that `load_language_model` loads by this name, without the model."""
     source = bundled_model(name)
     try:
-        tokenizer = read_tokenizer(official_name(source) or source)
+        with disk_named(Path(HF_HUB_CACHE)):
+            tokenizer = read_tokenizer(official_name(source) or source)
+    except NotEnoughDisk:
+        raise
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"model_name: {source!r} has no tokenizer here, nor on the hub: {first_line(error)}"
@@ -181,15 +238,21 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def check_tokenizer_fits(model: LanguageModel, name: str) -> None:
-    if model.tokenizer is None:
-        return
-    highest = max(model.tokenizer.get_vocab().values())
-    if highest >= model.cfg.d_vocab:
+def check_tokenizer_fits(tokenizer: Any, d_vocab: int, name: str) -> None:
+    """Raise ValueError if the model has no ids for most of a plain text, so that the tokenizer is another model's.
+
+    Single ids that it lacks, such as that of an added padding token, do no harm while they do not occur. In a text they
+    are refused where the text is read.
+    """
+    ids: list[int] = []
+    if tokenizer is not None:
+        with suppress(Exception):  # because a tokenizer of chess moves knows no letters, and need not
+            ids = tokenizer(PLAIN_TEXT, add_special_tokens=False)["input_ids"]
+    if tokenizer is not None and 2 * sum(i >= d_vocab for i in ids) > len(ids):
         raise ValueError(
-            f"model_name: the tokenizer of {name!r} has token ids up to {highest}, but the model knows only "
-            f"{model.cfg.d_vocab} tokens (ids up to {model.cfg.d_vocab - 1}); use the tokenizer the model was "
-            "trained with."
+            f"model_name: the tokenizer of {name!r} has token ids up to {max(tokenizer.get_vocab().values())}, but the "
+            f"model knows only {d_vocab} tokens (ids up to {d_vocab - 1}), too few for a plain text; use the tokenizer "
+            "the model was trained with."
         )
 
 

@@ -14,6 +14,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import with_defaults
 from sae_training.language_model.hooks import block_number, read_hooks
 from sae_training.language_model.load import LanguageModel
+from sae_training.language_model.switches import switch_on
 
 PROBE_LENGTH = 3
 
@@ -49,10 +50,12 @@ def find_hook_site(
 ) -> HookSite:
     """The place `hook_point`; ValueError unless it exists and holds one vector of width `d_in` (None: any) a position.
 
-    `field` and `width_field` are the config fields that name the hook and the width, for the error.
+    If TransformerLens computes it only with a switch, `model` has the switch on from now on. `field` and `width_field`
+    are the config fields that name the hook and the width, for the error.
     """
     if hook_point not in model.hook_dict:
         raise ValueError(f"{field}: {unknown_hook_message(model, hook_point)}")
+    switch_on(model, hook_point, field)
     read_name, stop_at_layer = cheapest_read(hook_point)
     shape = probe_shape(model, read_name, stop_at_layer)
     if shape is None:

@@ -55,14 +55,23 @@ def for_bridge(tokenizer: Any | None) -> Any:
 
     `give_back` is called when the bridge is made.
     """
-    if tokenizer is None:
+    if tokenizer is None or not knows_letters(tokenizer):
         stand_in = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))  # pyright: ignore[reportCallIssue]
         return PreTrainedTokenizerFast(tokenizer_object=stand_in, unk_token="<unk>", eos_token="<unk>")
     return copy.deepcopy(tokenizer) if tokenizer.eos_token is None else tokenizer
 
 
+def knows_letters(tokenizer: Any) -> bool:
+    """Return whether the tokenizer can read the text "a", as TransformerLens has it do; one of chess moves may not."""
+    try:
+        tokenizer.encode("a")
+    except Exception:  # the tokenizers library raises no other
+        return False
+    return True
+
+
 def give_back(bridge: Any, tokenizer: Any | None) -> None:
     """Let the bridge have `tokenizer` as it was read, if TransformerLens would have made up an end token for it."""
-    if tokenizer is None or tokenizer.eos_token is None:
+    if tokenizer is None or tokenizer.eos_token is None or not knows_letters(tokenizer):
         bridge._tokenizer = tokenizer  # the setter would add the token again
         bridge.cfg.default_prepend_bos = tokenizer is not None and tokenizer.bos_token is not None

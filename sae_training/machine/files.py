@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,16 +22,63 @@ class NotEnoughDisk(OSError):
     """There is no room for what was to be written; nothing was written."""
 
 
+FULL = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "no space left in your share of the disk (quota)",
+    errno.EFBIG: "no space left for a file of that size (limit of the system)",
+}
+
+
+@contextlib.contextmanager
+def disk_named(*folders: Path, then: str | None = None) -> Iterator[None]:
+    """Raise NotEnoughDisk, which names a folder and what to do, for an error of the block that a full disk caused.
+
+    Of an open file Python says "[Errno 28] No space left on device" without its name, and safetensors and pyarrow have
+    errors of their own. Of several `folders` that the block writes to, the one with the least room is named. `then`
+    says how to go on once there is room, as a note.
+    """
+    try:
+        yield
+    except NotEnoughDisk as error:
+        if then is not None:
+            error.add_note(then)
+        raise
+    except Exception as error:
+        if (why := why_full(error)) is None:
+            raise
+        folder = min(folders, key=free_bytes)
+        told = NotEnoughDisk(
+            f"{folder}: {why}, {megabytes(free_bytes(folder))} are free; delete what is no longer needed there (old "
+            "runs, checkpoints, caches), or write to another disk."
+        )
+        if then is not None:
+            told.add_note(then)
+        raise told from error
+
+
+def why_full(error: BaseException) -> str | None:
+    """Return in what way the disk is full, if that caused the error or one that it came from; else None."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, (OSError, SafetensorError)) and number is None:
+        written = re.search(r"(?:os error|[Ee]rrno) (\d+)", str(error))
+        number = int(written[1]) if written else None
+    if isinstance(error, (OSError, SafetensorError)) and number in FULL:
+        return FULL[number]
+    before = error.__cause__ or error.__context__
+    return None if before is None else why_full(before)
+
+
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it becomes `path` if the block ends without an error, else it is removed."""
     partial = path.with_name(path.name + ".tmp")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with disk_named(path.parent):
+        try:
+            yield partial
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,7 +91,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         try:
             save_file(tensors, partial, metadata=metadata)
         except SafetensorError as error:  # whatever kept the system from writing
-            raise OSError(f"{path}: could not be written ({error}); free some space.") from error
+            raise OSError(f"{path}: could not be written ({error}).") from error
         partial.chmod(0o644)  # safetensors makes it 600, which colleagues on a shared disk cannot read
 
 
@@ -69,13 +118,17 @@ def flush_to_disk(path: Path) -> None:
 
 def check_free_disk(folder: Path, n_bytes: int, what: str = "a checkpoint needs", setting: str = "run_dir") -> None:
     """Raise NotEnoughDisk unless `n_bytes` and SPARE_BYTES fit on the disk of `folder`, which need not exist yet."""
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    free, needed = shutil.disk_usage(existing).free, n_bytes + SPARE_BYTES
-    if free < needed:
+    needed = n_bytes + SPARE_BYTES
+    if (free := free_bytes(folder)) < needed:
         raise NotEnoughDisk(
             f"{folder}: {what} {megabytes(needed)}, but {megabytes(free)} are free; "
             f"free some space, or set {setting} to another disk."
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how much room there is on the disk of `folder`, which need not exist yet."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
 
 
 def megabytes(n_bytes: int) -> str:

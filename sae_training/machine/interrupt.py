@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -19,6 +20,23 @@ class TrainingInterrupted(KeyboardInterrupt):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook shows of it: the message alone."""
+        return [str(self)]
+
+
+@contextlib.contextmanager
+def without_traceback(saved: str = "The same command begins anew, or goes on from what is saved.") -> Iterator[None]:
+    """Leave a script at Ctrl-C with one message in place of a traceback: what is saved, and how to go on.
+
+    `saved` says it where the interruption itself does not, because nothing in the block has prepared for it.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"\n{str(stop) or f'Stopped. {saved}'}\n")
+        sys.exit(getattr(stop, "exit_code", 128 + signal.SIGINT))
 
 
 class StopRequest:

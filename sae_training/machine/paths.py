@@ -1,9 +1,10 @@
-"""Paths of this machine in a config, and the first line of an error."""
+"""Paths of this machine in a config and in commands, and the first line of an error."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +17,11 @@ C = TypeVar("C", bound=Source)
 def first_line(error: BaseException) -> str:
     """Return the first line of the error's text without its full stop, or the name of its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def command(*words: str | Path) -> str:
+    """Return a command of this package, quoted for a shell: python -m sae_training resume 'runs/a b'."""
+    return shlex.join(["python", "-m", "sae_training", *map(str, words)])
 
 
 def with_absolute_paths(cfg: C) -> C:

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from sae_training.formats.run_files import REPORT_FILE
 from sae_training.machine.files import write_text
+from sae_training.machine.paths import command
 from sae_training.report.page import Table, render, shown, style
 from sae_training.report.summary import how_to_load
 
@@ -55,7 +56,7 @@ def comparison_table(folder: Path, evaluations: Evaluations) -> str:
             "",
             f"Run folder: {folder}, with a folder for each",
             f"Comparison: {folder / REPORT_FILE}",
-            f"Curves:     python -m sae_training report {one}",
+            f"Curves:     {command('report', one)}",
             "Load one in Python:",
             *how_to_load(one),
             "",
@@ -75,7 +76,7 @@ def write_comparison(folder: Path, evaluations: Evaluations) -> Path:
         figures,
         evaluation=table_of(evaluations),
         note=f"{shown(len(evaluations))} autoencoders, on held-out text. The training curves of one: "
-        f"sae-training report {folder}/<name>",
+        f"{command('report', folder / next(iter(evaluations), 'NAME'))}",
     )
     path = folder / REPORT_FILE
     write_text(path, page)

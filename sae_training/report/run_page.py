@@ -90,6 +90,7 @@ def facts(config: Mapping[str, Any], status: Mapping[str, Any], rows: Sequence[R
     tokens = next((row[TOKENS_KEY] for row in reversed(rows) if TOKENS_KEY in row), None)
     found = {
         "Model": cfg.get("model_name"),
+        "Model processing": cfg.get("model_processing"),
         "Hook point": with_layer(cfg.get("hook_point"), layer),
         "Predicts": with_layer(cfg.get("target_hook_point"), layer),
         "Head": cfg.get("hook_point_head_index"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from sae_training.formats.run_files import REPORT_FILE
+from sae_training.formats.run_files import REPORT_FILE, RUN_CONFIG_FILE
 
 FIGURES = (
     ("explained variance", "metrics/eval_explained_variance", ".4f", "1 is perfect; all held-out rows at once"),
@@ -17,6 +18,14 @@ FIGURES = (
     ("CE loss, with SAE", "metrics/ce_loss_with_sae", ".4f", "reconstructions in place of activations"),
     ("CE loss, ablated", "metrics/ce_loss_with_ablation", ".4f", "zeros in place of activations"),
     ("CE score", "metrics/CE_loss_score", ".4f", "(ablated - with SAE) / (ablated - clean); 1 is perfect"),
+)
+
+# What centring the weights changes: the residual stream, and all that is added to it.
+WRITTEN_TO_THE_STREAM = ("resid", "_out", "embed", "hook_result")
+
+CENTRED = (
+    "  # Its rows are those of TransformerLens: of a model with LayerNorm (GPT-2, Pythia; not Llama), hidden states h",
+    "  # of transformers fit after h - h.mean(-1, keepdim=True). With model_processing none, runs train on h as it is.",
 )
 
 
@@ -43,8 +52,17 @@ def summary(folder: Path, evaluation: Mapping[str, float], d_sae: int) -> str:
 
 
 def how_to_load(folder: Path) -> list[str]:
-    """Return the two lines of Python that load an autoencoder with its language model and its text."""
+    """Return the lines of Python that load an autoencoder with its language model and its text, and what to mind."""
     return [
         "  from sae_training.utils import LMSparseAutoencoderSessionloader",
         f"  model, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained({str(folder)!r})",
+        *([] if has_plain_rows(folder) else CENTRED),
     ]
+
+
+def has_plain_rows(folder: Path) -> bool:
+    """Return whether the autoencoder of a run reads the same activations as transformers has."""
+    path = folder / RUN_CONFIG_FILE
+    cfg = json.loads(path.read_text(encoding="utf-8")).get("config", {}) if path.is_file() else {}
+    hooks = f"{cfg.get('hook_point')} {cfg.get('target_hook_point')}"
+    return cfg.get("model_processing") == "none" or not any(name in hooks for name in WRITTEN_TO_THE_STREAM)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_training.machine.files import check_free_disk, flush_to_disk, sha256, step_number
+from sae_training.machine.files import check_free_disk, disk_named, flush_to_disk, sha256, step_number
 
 MANIFEST = "manifest.json"
 
@@ -59,12 +59,12 @@ def save_checkpoint(
             remove(final)
         os.replace(partial, final)
         flush_to_disk(parent)
-    except SafetensorError as error:  # raised by safetensors for any failure of the system to write
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{parent}: a checkpoint could not be written ({error}); free some space.") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        with disk_named(parent):
+            if isinstance(error, SafetensorError):  # raised by safetensors for any failure of the system to write
+                raise OSError(f"{parent}: a checkpoint could not be written ({error}).") from error
+            raise
     return final
 
 

@@ -19,7 +19,7 @@ from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.store import without_cache
 from sae_training.language_model.harvest import at_site, put_back
 from sae_training.language_model.hooks import NamedLook, hooked, inputs_of
-from sae_training.language_model.load import LanguageModel, load_language_model
+from sae_training.language_model.load import LanguageModel, model_of
 from sae_training.language_model.sites import HookSite, Sites
 from sae_training.run.folder import read_run_config
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -296,7 +296,7 @@ def evaluate_run(path: str | Path) -> dict[str, float]:
     path = Path(path)
     cfg = read_run_config(path)
     sae = SparseAutoencoder.load_from_pretrained(path)
-    model = load_language_model(cfg.model_name, str(sae.device), cfg.lm_dtype)
+    model = model_of(cfg, device=str(sae.device))
     store = ActivationsStore(without_cache(sae.cfg), model)
     tokens = store.held_out_tokens()
     if len(tokens) == 0:

@@ -20,7 +20,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import WATCHING_FIELDS, config_differences, config_from_dict, config_to_dict
 from sae_training.config.sweep import is_several
 from sae_training.formats.run_files import CHECKPOINTS, FINAL, RUN_CONFIG_FILE, STATUS_FILE
-from sae_training.machine.files import write_text
+from sae_training.machine.files import NotEnoughDisk, write_text
 from sae_training.machine.lock import InUse, exclusive
 
 LOCK_FILE = ".lock"
@@ -41,7 +41,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             self.lock = exclusive(path / LOCK_FILE, lambda: in_use(path))
             write_text(path / HOLDER_FILE, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        except InUse:
+        except (InUse, NotEnoughDisk):
             raise
         except OSError as error:
             raise type(error)(

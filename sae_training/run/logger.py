@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from sae_training.formats.run_files import METRICS_FILE
+from sae_training.machine.files import disk_named
 from sae_training.run.wandb_mirror import Notify, WandbMirror, WandbOptions
 
 HISTOGRAM_BINS = 64
@@ -92,14 +93,18 @@ class RunLogger:
 
     def position(self) -> int:
         """Return the length of metrics.jsonl in bytes, after making sure that they are all on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with disk_named(self.path.parent):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self, exit_code: int = 0) -> None:
         """End both records, waiting at most about `finish_timeout_s` for wandb. Closing twice does no harm."""
-        self._file.close()
-        self._wandb.finish(exit_code)
+        try:
+            with disk_named(self.path.parent):  # once more, if the last row could not be written
+                self._file.close()
+        finally:
+            self._wandb.finish(exit_code)
 
     def __enter__(self) -> RunLogger:
         return self
@@ -110,8 +115,9 @@ class RunLogger:
         self.close(exit_code=0 if kind is None else 1)
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        with disk_named(self.path.parent):
+            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            self._file.flush()
 
 
 def cut_back(path: Path, length: int, notify: Notify) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.sites import Sites
+from sae_training.machine.files import NotEnoughDisk
+from sae_training.machine.paths import command
 from sae_training.run.folder import RunFolder
 from sae_training.run.logger import RunLogger
 from sae_training.run.progress import Progress
@@ -105,13 +108,22 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Close what is open; if the run did not come to its end, status.json says so."""
+        # A disk that is full must not hide what went wrong first, which may well be the same.
+        unheard = nullcontext() if error is None else suppress(NotEnoughDisk)
         try:
+            if isinstance(error, NotEnoughDisk):
+                error.add_note(
+                    f"Last checkpoint: {self.last_checkpoint or 'none was saved yet'}. Once there is room, the same "
+                    f"command continues the run, and so does: {command('resume', self.folder.path)}"
+                )
             if error is not None:
-                self.write_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                with unheard:
+                    self.write_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         finally:
             self.progress.close()
             for member in self.members:
-                member.logger.close()
+                with unheard:
+                    member.logger.close()
 
     def write_status(self, state: str) -> None:
         failures = {member.name: member.failure for member in self.members if member.failure}

@@ -6,6 +6,7 @@ import netrc
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -208,7 +209,7 @@ class WandbMirror:
             path.write_text(run_id + "\n")
 
     def _how_to_sync(self) -> str:
-        return f"'wandb sync {self._folder / 'wandb'}/*run-*' uploads it later"
+        return f"to upload it later: wandb sync {shlex.quote(str(self._folder / 'wandb'))}/*run-*"
 
 
 open_mirrors: set[WandbMirror] = set()

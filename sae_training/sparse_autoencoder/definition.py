@@ -332,6 +332,10 @@ class SparseAutoencoder(HookedRootModule):
         `device` replaces the saved one. Without it, a saved device that this machine lacks becomes the CPU. Old files
         are read by an unpickler that builds tensors and plain config data and nothing else. The autoencoder is in
         inference mode (`eval`), where batchtopk uses its threshold.
+
+        It expects the rows that it was trained on, which are those of TransformerLens: with `cfg.model_processing`
+        "default", and a model with LayerNorm (GPT-2, Pythia), a row of the residual stream is that of transformers'
+        `output_hidden_states` minus its mean, `h - h.mean(-1, keepdim=True)`.
         """
         cfg, tensors = formats.load(Path(path), device)
         sae = cls(cfg)

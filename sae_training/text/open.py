@@ -12,17 +12,20 @@ from __future__ import annotations
 import contextlib
 import glob
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from datasets import config as datasets_config
 from datasets.exceptions import DatasetsError
 
 from sae_training.demo_data import bundled_text
+from sae_training.machine.files import NotEnoughDisk, disk_named
 from sae_training.machine.paths import first_line
 from sae_training.text.columns import find_column, has_transform
 from sae_training.text.documents import Documents, Given, independent_copy, pieces
@@ -54,8 +57,15 @@ _FEATURES = {
     "tokens": datasets.Features({"tokens": _INTEGERS}),
 }
 
-# Untyped, because the overloads of load_dataset accept no variable for `streaming`.
-_load_dataset: Callable[..., Any] = datasets.load_dataset
+
+def _load_dataset(*words: Any, **options: Any) -> Any:
+    with _disk_named():
+        return datasets.load_dataset(*words, **options)
+
+
+def _disk_named() -> contextlib.AbstractContextManager[None]:
+    """Name the disk that is full: `datasets` writes a copy of what it reads, or makes, to its cache."""
+    return disk_named(Path(datasets_config.HF_DATASETS_CACHE), Path(tempfile.gettempdir()))
 
 
 def open_documents(
@@ -194,22 +204,24 @@ def save_tokenized(documents: Documents, tokenize: Tokenize, folder: Path, n_pro
         return [i for ids in tokenize([text[a:b] for a, b in pieces(text, max_length)]) for i in ids]
 
     features = datasets.Features({"tokens": datasets.List(datasets.Value("int32"))})
-    if isinstance(dataset, datasets.Dataset):
-        copy = dataset.map(
-            lambda batch: {"tokens": [tokens_of(text) for text in batch[column]]},
-            batched=True,
-            batch_size=100,
-            num_proc=min(n_processes, len(dataset)),
-            remove_columns=dataset.column_names,
-            features=features,
-            load_from_cache_file=False,
-            desc="tokenizing",
-        )
-    else:
-        copy = datasets.Dataset.from_generator(
-            lambda: ({"tokens": tokens_of(row[column])} for row in dataset), features=features
-        )
-    copy.save_to_disk(folder)
+    with _disk_named():
+        if isinstance(dataset, datasets.Dataset):
+            copy = dataset.map(
+                lambda batch: {"tokens": [tokens_of(text) for text in batch[column]]},
+                batched=True,
+                batch_size=100,
+                num_proc=min(n_processes, len(dataset)),
+                remove_columns=dataset.column_names,
+                features=features,
+                load_from_cache_file=False,
+                desc="tokenizing",
+            )
+        else:
+            copy = datasets.Dataset.from_generator(
+                lambda: ({"tokens": tokens_of(row[column])} for row in dataset), features=features
+            )
+        with disk_named(folder):
+            copy.save_to_disk(folder)
     return len(copy)
 
 
@@ -316,6 +328,8 @@ def _open_hub(dataset: str | Path, given: Given, split: str, streaming: bool) ->
             f"{given.field}: {given.name} on the hub could not be opened: {error}; a config is chosen as "
             "'owner/name:config'"
         ) from error
+    except NotEnoughDisk:
+        raise
     except OSError as error:
         raise FileNotFoundError(
             f"{not_local} reachable on the Hugging Face hub ({first_line(error)}); without a network, give "

@@ -279,7 +279,8 @@ class _TokenSource:
 
     def __post_init__(self) -> None:
         if self.bos_id is not None and self.vocab_size is not None and self.bos_id >= self.vocab_size:
-            raise self._too_large_id(self.bos_id, self.vocab_size, "the tokenizer has, for BOS,")
+            told = self._too_large_id(self.bos_id, self.vocab_size, "the tokenizer has, for BOS,")
+            raise ValueError(f"{told}, or set prepend_bos to False")
 
     def batches(self, position: Position, last_id: int | None) -> Iterator[tuple[np.ndarray, Position]]:
         """(ids, position after them) of each batch from `position` to the end. `last_id`: the id before `position`."""

@@ -56,6 +56,7 @@ from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import load_language_model, quiet_loading
 from sae_training.language_model.sites import find_hook_site
 from sae_training.lm_runner import language_model_sae_runner
+from sae_training.machine.interrupt import without_traceback
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training.trainer import SAETrainer
 from scripts.benchmarks.bench_runner_peer import VARIANTS
@@ -365,4 +366,5 @@ def peer_figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    with without_traceback("What it has printed is complete; the same command begins anew."):
+        main()

@@ -49,6 +49,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.harvest import at_site, put_back
 from sae_training.language_model.load import LanguageModel, language_model_dtype, load_language_model
 from sae_training.language_model.sites import find_hook_site
+from sae_training.machine.interrupt import without_traceback
 from sae_training.run.evals import forward_pass, prompts_of_a_pass
 from scripts.benchmarks.bench_step import (
     PEERS,
@@ -606,4 +607,5 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with without_traceback("The same command goes on with what is missing."):
+        main(sys.argv[1:])

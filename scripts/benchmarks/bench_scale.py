@@ -37,6 +37,7 @@ from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import load_language_model
 from sae_training.language_model.sites import find_sites, merged, with_widths
 from sae_training.lm_runner import find_singles, run_config
+from sae_training.machine.interrupt import without_traceback
 from sae_training.run.memory_plan import plan_memory
 from sae_training.training.trainer import SAETrainer
 from scripts.benchmarks.bench_loop import batches_in_memory, time_run, time_steps
@@ -244,4 +245,5 @@ def held_out_variance(cfg: LanguageModelSAERunnerConfig, model: Any) -> list[flo
 
 
 if __name__ == "__main__":
-    main()
+    with without_traceback("What it has printed is complete; the same command begins anew."):
+        main()

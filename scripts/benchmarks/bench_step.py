@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sae_training.machine.interrupt import without_traceback
 from sae_training.machine.precision import bfloat16_is_fast
 from scripts.benchmarks.machine import machine_facts
 
@@ -446,4 +447,5 @@ def show(lines: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with without_traceback("What it has printed is complete; the same command begins anew."):
+        main()

@@ -733,4 +733,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with suppress(KeyboardInterrupt):  # the program that started this one says what there is to say
+        main()

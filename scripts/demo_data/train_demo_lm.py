@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sae_training.machine.interrupt import without_traceback
 from sae_training.machine.precision import bfloat16_is_fast
 from scripts.demo_data.demo_text import (
     NPM_PACKAGE,
@@ -336,4 +337,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with without_traceback("The folder --out holds the weights of the last save; the same command begins anew."):
+        main()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import sae_training
 from sae_training import cli
+from sae_training.activations_store.cache_writer import CacheWriter
 from sae_training.config.io import config_to_dict
 from sae_training.run import checkpoint
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -292,6 +293,80 @@ def test_disk_without_room_for_the_final_weights_is_told_and_the_run_can_be_fini
     filler.unlink()
     assert train("--run-dir", str(disk)).code == 0
     assert (disk / "run" / "final" / "sae.safetensors").is_file()
+
+
+def fill(disk: Path) -> None:
+    """Write until there is no room for a byte."""
+    with (disk / "somebody elses").open("ab", buffering=0) as file:
+        while room := shutil.disk_usage(disk).free:
+            file.write(bytes(room))
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tale.txt"
+    path.write_text("Many a word of one long tale. " * 2000, encoding="utf-8")
+    return path
+
+
+def test_disk_without_room_for_a_row_of_metrics_names_the_folder_and_how_to_go_on(
+    train: Train, small_disk: Mount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = small_disk(40)
+    real_step = SAETrainer.step
+
+    def step_on_a_filling_disk(self: SAETrainer, x: Tensor, step: int, target: Tensor) -> StepResult:
+        if step == 5:
+            fill(disk)
+        return real_step(self, x, step, target)
+
+    words = ("--run-dir", str(disk), "--run-name", "one & two #3", "--checkpoint-every-steps", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr(SAETrainer, "step", step_on_a_filling_disk)
+        answer = train(*words, "--wandb-log-frequency", "1")
+    run = disk / "one & two #3"
+    check_refused(answer, f"{run}", "no space left on the disk, 0 MiB are free; delete")
+    check_refused(answer, f"Last checkpoint: {run}/checkpoints/step_4.", f"python -m sae_training resume '{run}'")
+    assert "Errno" not in answer.message
+    (disk / "somebody elses").unlink()
+    assert train(*words).code == 0
+    assert (run / "final" / "sae.safetensors").is_file()
+
+
+def test_cache_on_a_disk_that_fills_up_names_the_folder_and_goes_on(
+    small_disk: Mount, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = small_disk(40)
+    real_pass = CacheWriter.write_pass
+
+    def pass_on_a_filling_disk(self: CacheWriter, i: int, tokens: Tensor, activations: list[Tensor]) -> None:
+        if i == 2:
+            fill(disk)
+        real_pass(self, i, tokens, activations)
+
+    command = ["cache", "demo", str(text_file), "--hook_point=blocks.0.hook_resid_post", "--store_batch_size=4"]
+    command += ["--context_size=32", "--total_training_tokens=1000", f"--cached_activations_path={disk / 'a b'}"]
+    command += ["--shard_size_mb=1", "--lm_dtype=float32"]
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "write_pass", pass_on_a_filling_disk)
+        assert cli.main(command) == 1
+    message = capsys.readouterr().err
+    assert f"error: {disk / 'a b'}: no space left on the disk, 0 MiB are free;" in message
+    assert f"Once there is room, the same command continues {disk / 'a b'}." in message
+    (disk / "somebody elses").unlink()
+    assert cli.main(command) == 0
+
+
+def test_pretokenized_text_on_a_full_disk_names_it_and_leaves_nothing(
+    small_disk: Mount, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = small_disk(1)
+    fill(disk)
+    assert cli.main(["pretokenize", "demo", str(text_file), str(disk / "tokens"), "--n_processes=1"]) == 1
+    message = capsys.readouterr().err
+    assert str(disk) in message
+    assert "no space left on the disk" in message
+    assert [path.name for path in disk.iterdir()] == ["somebody elses"]
 
 
 # ----------------------------------------------------------------------------------------------------- start and resume

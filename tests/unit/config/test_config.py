@@ -94,6 +94,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "clip_grad_norm": None,
     "encoder_matmul_dtype": "auto",
     "lm_dtype": "auto",
+    "model_processing": "default",
     "compile_lm": False,
     "prepend_bos": True,
     "exclude_special_tokens": False,

@@ -83,6 +83,7 @@ def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LOAD_BY_NAME = """
 import json, sys, torch
+from transformers import AutoModelForCausalLM
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import load_language_model, load_tokenizer
 from sae_training.language_model.sites import find_hook_site
@@ -92,8 +93,14 @@ folder = load_language_model(sys.argv[1], lm_dtype="float32")
 site = find_hook_site(named, "blocks.1.hook_resid_pre")
 (a,), (b,) = harvest(named, ids, [site]), harvest(folder, ids, [find_hook_site(folder, site.name)])
 same = (a - b).abs().max().item()
+plain = load_language_model("gpt2", lm_dtype="float32", model_processing="none")
+with torch.inference_mode():
+    hidden = AutoModelForCausalLM.from_pretrained("gpt2")(ids, output_hidden_states=True).hidden_states[1]
+as_it_is = (harvest(plain, ids, [find_hook_site(plain, site.name)])[0] - hidden).abs().max().item()
+centred = (a - hidden + hidden.mean(-1, keepdim=True)).abs().max().item()
 tokenizers = [load_tokenizer(name).get_vocab() for name in ("GPT2-small", "gpt2", sys.argv[1])]
-print(json.dumps([type(named).__name__, type(folder).__name__, same, tokenizers[0] == tokenizers[1] == tokenizers[2]]))
+types = [type(model).__name__ for model in (named, folder, plain)]
+print(json.dumps([*types, same, as_it_is, centred, tokenizers[0] == tokenizers[1] == tokenizers[2]]))
 """
 
 
@@ -107,10 +114,10 @@ def test_listed_name_and_folder_give_equal_activations_and_tokenizers(hub_cache:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    named, folder, difference, same_tokenizer = json.loads(done.stdout.splitlines()[-1])
-    assert named == ("TransformerBridge" if hooked_transformer_class() is None else "HookedTransformer")
+    named, folder, plain, *differences, same_tokenizer = json.loads(done.stdout.splitlines()[-1])
+    assert named == plain == ("TransformerBridge" if hooked_transformer_class() is None else "HookedTransformer")
     assert folder == "TransformerBridge"
-    assert difference < 1e-5
+    assert max(differences) < 1e-5
     assert same_tokenizer
 
 

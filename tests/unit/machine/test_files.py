@@ -1,0 +1,110 @@
+"""What is said when a disk is full, by real writes to one (/dev/full, and a small disk where one can be mounted)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_training.machine.files import NotEnoughDisk, disk_named, write_safetensors, write_text
+from sae_training.run.checkpoint import save_checkpoint
+from sae_training.run.logger import RunLogger
+
+Fill = Callable[[], None]
+
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+
+
+def told(folder: Path) -> str:
+    """What the message says, as a pattern."""
+    return (
+        re.escape(str(folder)) + r": no space left on the disk, [\d,]+ MiB are free; delete what is no longer needed "
+        r"there \(old runs, checkpoints, caches\), or write to another disk"
+    )
+
+
+def write_to_a_full_disk() -> None:
+    with open("/dev/full", "w") as file:
+        file.write("a" * 100_000)
+
+
+@needs_dev_full
+def test_full_disk_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NotEnoughDisk, match=told(tmp_path / "runs")), disk_named(tmp_path / "runs"):
+        write_to_a_full_disk()
+
+
+@needs_dev_full
+def test_full_disk_is_named_through_the_errors_of_libraries(tmp_path: Path) -> None:
+    with pytest.raises(NotEnoughDisk, match=told(tmp_path)), disk_named(tmp_path):
+        try:
+            write_to_a_full_disk()
+        except OSError as error:
+            raise RuntimeError("an error occurred while generating the dataset") from error
+
+
+@needs_dev_full
+def test_innermost_folder_is_named_and_the_outermost_says_how_to_go_on(tmp_path: Path) -> None:
+    with (
+        pytest.raises(NotEnoughDisk, match=told(tmp_path / "inner")) as caught,
+        disk_named(tmp_path, then="The same command continues it."),
+        disk_named(tmp_path / "inner"),
+    ):
+        write_to_a_full_disk()
+    assert caught.value.__notes__ == ["The same command continues it."]
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ValueError("found 28"), KeyError("28")])
+def test_other_errors_pass_as_they_are(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as caught, disk_named(tmp_path):
+        raise error
+    assert caught.value is error
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[tuple[Path, Fill]]:
+    """A disk of 1 MiB, and what fills it up."""
+    disk = tmp_path / "a disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("cannot mount a small disk here")
+
+    def fill() -> None:
+        with (disk / "somebody elses").open("ab", buffering=0) as file:
+            while room := shutil.disk_usage(disk).free:
+                file.write(bytes(room))
+
+    yield disk, fill
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_text_tensors_and_rows_name_the_folder(full: tuple[Path, Fill]) -> None:
+    disk, fill = full
+    logger = RunLogger(disk / "run", config={})
+    logger.log({"a": 1}, 1, 1)
+    fill()
+    with pytest.raises(NotEnoughDisk, match=told(disk)):
+        write_text(disk / "text.json", "a" * 100_000)
+    with pytest.raises(NotEnoughDisk, match=told(disk)):
+        write_safetensors(disk / "a.safetensors", {"a": torch.zeros(100_000)})
+    with pytest.raises(NotEnoughDisk, match=told(disk / "run")):
+        for step in range(2, 1000):
+            logger.log({"a": 1}, step, 1)
+    with pytest.raises(NotEnoughDisk, match=told(disk / "run")):
+        logger.close()  # once more, because the last row was not written
+    assert {path.name for path in disk.iterdir()} == {"run", "somebody elses"}
+
+
+def test_state_of_a_checkpoint_names_the_folder(full: tuple[Path, Fill], monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, fill = full
+    monkeypatch.setattr("sae_training.machine.files.SPARE_BYTES", 0)  # so that writing begins at all
+    fill()
+    with pytest.raises(NotEnoughDisk, match=told(disk / "checkpoints")):
+        save_checkpoint(disk / "checkpoints", 1, {"a": {"b": "c" * 100_000}}, {}, {})
+    assert not list((disk / "checkpoints").glob("*"))
