@@ -37,4 +37,5 @@ def cache_activations_runner(
     folder = Path(cfg.cached_activations_path).expanduser()
     with lock_beside(folder, "cached_activations_path"), StopRequest(tqdm.write) as stop:
         CacheWriter(cfg, folder, store, origin(source, lm, store.text.n_held_out)).write(stop)
+    store.text.say_skipped()
     return folder
