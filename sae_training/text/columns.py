@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -78,13 +78,18 @@ def has_transform(dataset: Any) -> bool:
 
 def column_types(dataset: Any, given: Given) -> dict[str, str]:
     """The type of each column: a key of _KIND_OF_TYPE or another word. Reads rows only where nothing else tells."""
-    promised = {column: _type_of_feature(feature) for column, feature in (dataset.features or {}).items()}
+    promised = feature_types(dataset.features or {})
     if isinstance(dataset, datasets.Dataset) and not has_transform(dataset) and "unknown" not in promised.values():
         return promised
     sniffed = types_of_rows(_rows(dataset, given))
     if not sniffed:
         raise given.empty()
     return promised | {column: of for column, of in sniffed.items() if of != "unknown" or column not in promised}
+
+
+def feature_types(features: Mapping[str, Any]) -> dict[str, str]:
+    """The type that each column promises; "unknown" where only rows can tell."""
+    return {column: _type_of_feature(feature) for column, feature in features.items()}
 
 
 def types_of_rows(rows: Iterable[dict[str, Any]]) -> dict[str, str]:

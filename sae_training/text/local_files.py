@@ -142,14 +142,19 @@ def place_in_parquet(files: LocalFiles, split: str) -> Callable[[int], str]:
     return place
 
 
+def parquet_schema(files: LocalFiles, file: Path, given: Given) -> pyarrow.Schema:
+    """The columns of a parquet file. Raises BadData for a file that is none."""
+    try:
+        return pyarrow.parquet.read_schema(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise given.unreadable(error, files.name_of(file)) from error
+
+
 def check_parquet(files: LocalFiles, split: str, column: str, given: Given) -> None:
     """Raise BadData if a file has another type in the column than the first: `datasets` would make text of numbers."""
     first = ""
     for file in files.of(split):
-        try:
-            schema = pyarrow.parquet.read_schema(file)
-        except pyarrow.ArrowInvalid as error:
-            raise given.unreadable(error, files.name_of(file)) from error
+        schema = parquet_schema(files, file, given)
         if column not in schema.names:
             raise BadData(
                 f"{given.field}: {given.name}: {files.name_of(file)} has no column {column!r}; it has: "

@@ -24,13 +24,14 @@ from datasets.exceptions import DatasetsError
 
 from sae_training.demo_data import bundled_text
 from sae_training.machine.paths import first_line
-from sae_training.text.columns import column_types, find_column, has_transform, is_plain, types_of_rows
+from sae_training.text.columns import column_types, feature_types, find_column, has_transform, is_plain, types_of_rows
 from sae_training.text.documents import Documents, pieces_of
 from sae_training.text.local_files import (
     LocalFiles,
     check_parquet,
     find_files,
     is_data_file,
+    parquet_schema,
     place_in_parquet,
     split_names,
 )
@@ -99,7 +100,7 @@ def open_documents(
         if not types:
             raise given.empty()
     else:
-        found = source if files is None else _load_files(files, given, split, streaming)
+        found = source if files is None else _load_files(files, given, split, text_column, streaming)
         found = _one_of(found, split, streaming, given)
         found = found if has_transform(found) else found.with_format(None)
         types = column_types(found, given)
@@ -274,9 +275,11 @@ def _find(dataset: object, split: str, streaming: bool | None, given: Given) -> 
     )
 
 
-def _load_files(files: LocalFiles, given: Given, split: str, streaming: bool) -> Any:
+def _load_files(files: LocalFiles, given: Given, split: str, text_column: str | None, streaming: bool) -> Any:
     """What `datasets` makes of the files, text documents whole."""
-    options = {"sample_by": "document"} if files.builder == "text" else {}
+    options: dict[str, Any] = {"sample_by": "document"} if files.builder == "text" else {}
+    if files.builder == "parquet" and (column := _column_of_parquet(files, split, text_column, given)):
+        options["columns"] = [column]
     names = {part: [glob.escape(str(file.absolute())) for file in files.splits[part]] for part in split_names(split)}
     try:
         with _progress_bars_only_if(files.n_bytes > _PROGRESS_BAR_BYTES):
@@ -285,6 +288,16 @@ def _load_files(files: LocalFiles, given: Given, split: str, streaming: bool) ->
         if "corresponds to no data" in str(error):
             raise given.empty() from error
         raise given.unreadable(error) from error
+
+
+def _column_of_parquet(files: LocalFiles, split: str, text_column: str | None, given: Given) -> str | None:
+    """The column to read of parquet files, which all have it; None where rows must tell."""
+    types = feature_types(datasets.Features.from_arrow_schema(parquet_schema(files, files.of(split)[0], given)))
+    if "unknown" in types.values():
+        return None
+    column, _ = find_column(types, text_column, given)
+    check_parquet(files, split, column, given)
+    return column
 
 
 def _column_of_files(
@@ -301,8 +314,6 @@ def _column_of_files(
         except (DatasetsError, ValueError, OSError) as error:
             raise given.unreadable(error) from error
         return found, place_in_rows(files, split, bad_rows) if is_whole else None
-    if files.builder == "parquet":
-        check_parquet(files, split, bad_rows.column, given)
     in_files = place_in_parquet(files, split) if files.builder == "parquet" and is_whole else None
     return found.select_columns([bad_rows.column]), in_files
 
@@ -315,7 +326,9 @@ def _one_of(found: Any, split: str, streaming: bool, given: Given) -> Any:
         found = found[split]
     if isinstance(found, datasets.Dataset) and len(found) == 0:
         raise given.empty()
-    return found.to_iterable_dataset() if streaming and isinstance(found, datasets.Dataset) else found
+    # A stream of a data set with a transform would leave the transform out.
+    is_streamed = streaming and isinstance(found, datasets.Dataset) and not has_transform(found)
+    return found.to_iterable_dataset() if is_streamed else found
 
 
 def _open_hub(dataset: str | Path, given: Given, split: str, streaming: bool) -> Any:

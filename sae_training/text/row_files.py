@@ -205,7 +205,7 @@ def _csv_rows(file: Any, delimiter: str) -> Iterator[_Found]:
         if not fields or header is None:
             continue
         if len(fields) != len(header):
-            yield where, None, f"{len(fields)} fields ({short(fields)}) under {len(header)} column names"
+            yield where, None, f"{len(fields)} field(s) {short(fields)} under {len(header)} column name(s)"
         else:
             yield where, dict(zip(header, fields, strict=True)), None
 

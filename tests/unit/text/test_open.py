@@ -341,7 +341,7 @@ def test_broken_line_is_an_error_with_its_number(tmp_path: Path, streaming: bool
 @pytest.mark.parametrize("streaming", [None, True], ids=["arrow", "streaming"])
 def test_broken_file_is_an_error_with_its_cause(tmp_path: Path, streaming: bool | None):
     (tmp_path / "a.parquet").write_text("no parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet' could not be read \(\w+: .*pass the obj") as e:
+    with pytest.raises(ValueError, match=r"a\.parquet' could not be read at a\.parquet \(\w+: .*pass the obj") as e:
         open_documents(tmp_path / "a.parquet", streaming=streaming)
     assert e.value.__cause__ is not None
 
