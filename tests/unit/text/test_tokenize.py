@@ -21,12 +21,27 @@ from sae_training.text.stream import TokenStream
 from sae_training.text.tokenize import tokenizer_function
 
 CORPUS = [
-    "The quick brown fox jumps over the lazy dog, isn't it?  Yes: 12,345.67 km, naïve cafés.\n\ndef f(x):\n\treturn x\n",
+    "The quick brown fox jumps over the lazy dog, isn't it?  Yes: 12,345.67 km, naïve cafés.\n\ndef f(x):\n\tx\n",
     "你好，世界。今天天气很好！ 再见",
     "emoji 😀 and family 👨‍👩‍👧 done ",
     "of the and the in the of the ",
 ] * 6
-WORDS = ["the", "fox", "isn't", "naïve", "cafés", "12,345.67", "of", "你好世界", "😀", "A.B.C", "re-do", "Straße", "ﬁne", "é"]  # fmt: skip
+WORDS = [
+    "the",
+    "fox",
+    "isn't",
+    "naïve",
+    "cafés",
+    "12,345.67",
+    "of",
+    "你好世界",
+    "😀",
+    "A.B.C",
+    "re-do",
+    "Straße",
+    "ﬁne",
+    "é",
+]
 BETWEEN = {
     "words": [" "] * 8 + ["  ", "\n", "\n\n", "\t", " \n "],
     "no_blanks": [""],
