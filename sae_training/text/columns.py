@@ -148,7 +148,7 @@ def _type_of_value(value: Any) -> str:
     if value is None or (hasattr(value, "__len__") and len(value) == 0):
         return "unknown"
     if isinstance(value, dict | bytes | int | float):
-        return type(value).__name__
+        return {int: "int64", float: "float64"}.get(type(value), type(value).__name__)
     if isinstance(value, list | tuple | np.ndarray):
         items = [item for item in value if item is not None]
         if items and all(isinstance(item, str) for item in items):

@@ -35,7 +35,14 @@ from sae_training.text.local_files import (
     place_in_parquet,
     split_names,
 )
-from sae_training.text.row_files import check_first_rows, files_of_rows, open_rows, place_in_rows, rows_of_files
+from sae_training.text.row_files import (
+    check_first_rows,
+    check_has_rows,
+    files_of_rows,
+    open_rows,
+    place_in_rows,
+    rows_of_files,
+)
 from sae_training.text.rows import BadRows, Given, OnBadRows, Render
 from sae_training.text.tokenize import Tokenize
 
@@ -98,7 +105,7 @@ def open_documents(
     if files is not None and files.are_rows:
         types = types_of_rows(rows_of_files(files_of_rows(files, split)))
         if not types:
-            raise given.empty()
+            check_has_rows(files_of_rows(files, split), given)
     else:
         found = source if files is None else _load_files(files, given, split, text_column, streaming)
         found = _one_of(found, split, streaming, given)

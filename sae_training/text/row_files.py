@@ -12,6 +12,7 @@ import gzip
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import datasets
 
 from sae_training.machine.paths import first_line
 from sae_training.text.local_files import LocalFiles, split_names
-from sae_training.text.rows import BadRows, WrongValue, describe, documents_in, short
+from sae_training.text.rows import BadData, BadRows, Given, WrongValue, describe, documents_in, short
 
 # Python's own limit is 131,072 characters, less than a long document.
 csv.field_size_limit(2**31 - 1)
@@ -121,13 +122,25 @@ def check_first_rows(files: LocalFiles, split: str, bad_rows: BadRows) -> None:
 def rows_of_file(file: FileOfRows) -> Iterator[PlacedRow]:
     """The rows of one file, in order."""
     plain = file.name.removesuffix(".gz").lower()
-    with gzip.open(file.path) if file.name.endswith(".gz") else open(file.path, "rb") as content:
-        if plain.endswith((".csv", ".tsv")):
-            rows = _csv_rows(content, "\t" if plain.endswith(".tsv") else ",")
-        else:
-            rows = _json_rows(content)
-        for where, row, problem in rows:
-            yield PlacedRow(f"{file.name}, {where}", row, problem)
+    read = _csv_rows if plain.endswith((".csv", ".tsv")) else _json_rows
+    try:
+        with gzip.open(file.path) if file.name.endswith(".gz") else open(file.path, "rb") as content:
+            for where, row, problem in read(content):
+                yield PlacedRow(f"{file.name}, {where}", row, problem)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise BadData(f"{file.path}: is no whole gzip file ({first_line(error)}); write it anew") from error
+
+
+def check_has_rows(files: Sequence[FileOfRows], given: Given) -> None:
+    """Raise ValueError for files without a row, saying what stands there in its place."""
+    for file in files:
+        for place, row, problem in rows_of_file(file):
+            if row is None:
+                raise BadData(
+                    f"{given.field}: {given.name}: {place}: found {problem}, expected rows with named columns "
+                    "(in .jsonl one JSON object a line); write the file anew"
+                )
+    raise given.empty()
 
 
 # What a generator of one format yields: where in the file, the row, or else what is wrong.
@@ -195,7 +208,10 @@ def _rows_of_columns(content: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _csv_rows(file: Any, delimiter: str) -> Iterator[_Found]:
+def _csv_rows(file: Any) -> Iterator[_Found]:
+    header_line = next(iter(file), b"")
+    file.seek(0)
+    delimiter = max(",\t;|", key=lambda one: header_line.count(one.encode()))  # spreadsheets differ by country
     # Bytes that are not UTF-8 become surrogates, so that only their row is bad.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter=delimiter)

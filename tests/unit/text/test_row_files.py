@@ -31,6 +31,7 @@ FILES = {
     "g.csv": b'n,text\n1,one\n2,"two"\n3,three\n',
     "h.tsv": b"text\tn\none\t1\ntwo\t2\nthree\t3\n",
     "i.csv.gz": gzip.compress(b"text\r\none\r\ntwo\r\nthree\r\n"),
+    "k.csv": b"n;text\n1;one\n2;two\n3;three\n",
     "j.json": json.dumps({"text": ["one", "two", "three"]}).encode(),
 }
 
@@ -111,6 +112,25 @@ def test_file_with_nothing_but_bad_rows_says_so(tmp_path: Path, streaming: bool 
     (tmp_path / "a.jsonl").write_bytes(lines({"text": {"x": 1}}, {"text": 5}))
     with pytest.raises(ValueError, match="has no text column"):
         contents(tmp_path / "a.jsonl", on_bad_rows="skip", streaming=streaming)
+
+
+@STREAMING
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"[1, 2]\n[3]\n", "line 1: found a list of integers in place of a row"),
+        ("a.json", b'{\n "text": "a"\n', "line 1: found broken JSON"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "line 1: found bytes that are not UTF-8"),
+        ("a.jsonl.gz", b"plain", "is no whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(lines(*({"text": f"word {n}"} for n in range(999))))[:-40], "is no whole gzip"),
+    ],
+)
+def test_file_without_rows_says_what_it_holds(
+    tmp_path: Path, name: str, content: bytes, message: str, streaming: bool | None
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadData, match=rf"{name}.*{message}"):
+        contents(tmp_path / name, streaming=streaming)
 
 
 def test_skipped_rows_are_counted_again_where_the_arrow_cache_holds_the_rest(tmp_path: Path) -> None:
