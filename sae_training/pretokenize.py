@@ -24,8 +24,8 @@ from sae_training.text.chat import renderer
 from sae_training.text.documents import Documents
 from sae_training.text.open import open_documents, save_tokenized
 from sae_training.text.pretokenized import INFO_FILE, check_same, probe
-from sae_training.text.rows import OnBadRows
 from sae_training.text.tokenize import tokenizer_function
+from sae_training.text.values import OnBadRows
 
 
 def pretokenize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sae_training.machine.paths import first_line
-from sae_training.text.rows import Render, WrongValue
+from sae_training.text.values import Render, WrongValue
 
 
 def renderer(tokenizer: Any) -> Render | None:

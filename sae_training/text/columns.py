@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from sae_training.text.documents import independent_copy
-from sae_training.text.rows import Given, Kind, WrongValue, messages_in
+from sae_training.text.values import Given, Kind, WrongValue, messages_in
 
 _ROWS_TO_SNIFF = 100
 _CHARACTERS_TO_SNIFF = 1_000_000

@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from sae_training.text.rows import BadRows, Kind, Render, WrongValue, documents_in
 from sae_training.text.tokenize import Piece
+from sae_training.text.values import BadRows, Kind, Render, WrongValue, documents_in
 
 # A JSON-safe place in a data set. Only Documents knows what the keys mean.
 Position = dict[str, Any]

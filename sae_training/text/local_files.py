@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pyarrow.parquet
 
-from sae_training.text.rows import BadData, Given
+from sae_training.text.values import BadData, Given
 
 _BUILDER_OF_SUFFIX = {
     ".txt": "text",

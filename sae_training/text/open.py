@@ -43,8 +43,8 @@ from sae_training.text.row_files import (
     place_in_rows,
     rows_of_files,
 )
-from sae_training.text.rows import BadRows, Given, OnBadRows, Render
 from sae_training.text.tokenize import Tokenize
+from sae_training.text.values import BadRows, Given, OnBadRows, Render
 
 _logger = logging.getLogger("sae_training")
 

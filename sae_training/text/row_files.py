@@ -20,7 +20,7 @@ import datasets
 
 from sae_training.machine.paths import first_line
 from sae_training.text.local_files import LocalFiles, split_names
-from sae_training.text.rows import BadData, BadRows, Given, WrongValue, describe, documents_in, short
+from sae_training.text.values import BadData, BadRows, Given, WrongValue, describe, documents_in, short
 
 # Python's own limit is 131,072 characters, less than a long document.
 csv.field_size_limit(2**31 - 1)

@@ -18,7 +18,7 @@ from sae_training.config.io import config_to_dict
 from sae_training.formats.native import WEIGHTS_FILE
 from sae_training.lm_runner import language_model_sae_runner
 from sae_training.run.checkpoint import complete_checkpoints
-from sae_training.text.rows import BadData
+from sae_training.text.values import BadData
 
 WORDS = ("the", "whale", "ship", "captain", "sea", "storm", "of", "a", "harpoon", "under", "sails", "at", "dawn")
 BAD_LINE = 125  # beyond the hundred rows that are looked at before the start

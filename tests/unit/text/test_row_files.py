@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sae_training.text.open import open_documents
-from sae_training.text.rows import BadData
+from sae_training.text.values import BadData
 
 STREAMING = pytest.mark.parametrize("streaming", [None, True], ids=["whole", "streaming"])
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sae_training.text.documents import Documents
 from sae_training.text.open import open_documents
-from sae_training.text.rows import BadData, WrongValue, describe, documents_in
+from sae_training.text.values import BadData, WrongValue, describe, documents_in
 
 # What a user could write in a column of text, and what its documents are; None where the row is bad.
 
