@@ -39,4 +39,5 @@ def cache_activations_runner(
     then = f"Once there is room, the same command continues {folder}."
     with lock_beside(folder, "cached_activations_path"), disk_named(folder, then=then), StopRequest(tqdm.write) as stop:
         CacheWriter(cfg, folder, store, origin(source, lm, store.text.n_held_out)).write(stop)
+    store.text.say_skipped()
     return folder

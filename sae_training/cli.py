@@ -163,6 +163,9 @@ class Pretokenize(Common):
     streaming: bool | None = None
     """Read the dataset as a stream."""
 
+    on_bad_rows: Literal["error", "skip"] = "error"
+    """At a row of another type than its column's: error stops, skip leaves it out and counts it."""
+
     n_processes: int | None = None
     """Processes that tokenise; None is one for each processor."""
 
@@ -246,7 +249,8 @@ def run_verb(verb: Verb) -> None:
         case Pretokenize():
             from sae_training.pretokenize import pretokenize
 
-            named = {name: getattr(verb, name) for name in ("dataset_split", "dataset_text_column", "streaming")}
+            fields = ("dataset_split", "dataset_text_column", "streaming", "on_bad_rows")
+            named = {name: getattr(verb, name) for name in fields}
             folder = pretokenize(verb.model, verb.dataset, verb.output, n_processes=verb.n_processes, **named)
             sys.stdout.write(f"{folder}\n")
         case Toy():

@@ -26,7 +26,7 @@ from sae_training.machine.precision import encoder_dtype
 from sae_training.run.finish import finish
 from sae_training.run.folder import RunFolder, choose_run_folder, is_finished, is_member_folder, read_run_config
 from sae_training.run.memory_plan import check_memory, plan_memory
-from sae_training.run.save import save, save_weights_folder
+from sae_training.run.save import save, save_weights_folder, saved_first
 from sae_training.run.start import Singles, open_run
 from sae_training.run.state import Member, Run, check_finite
 from sae_training.run.watch import evaluate_now, log_norms, log_sparsity
@@ -119,6 +119,7 @@ def run_in_folder(
     ):
         train(run, stop)
         finish(run)
+    store.text.say_skipped()
     return run
 
 
@@ -132,7 +133,8 @@ def train(run: Run, stop: StopRequest) -> None:
     if run.step == 0:
         log_norms(run)
     while run.step < cfg.total_training_steps:
-        store.advance(cfg.tokens_per_step, (cfg.total_training_steps - run.step) * cfg.tokens_per_step)
+        with saved_first(run):
+            store.advance(cfg.tokens_per_step, (cfg.total_training_steps - run.step) * cfg.tokens_per_step)
         run.step += 1  # from here on, `step` counts this one as finished
         logs = due(run.step, cfg.wandb_log_frequency)
         shown = []

@@ -20,8 +20,11 @@ from tqdm import tqdm
 from sae_training.language_model.load import load_tokenizer
 from sae_training.machine.files import write_text
 from sae_training.machine.paths import absolute
+from sae_training.text.chat import renderer
+from sae_training.text.documents import Documents
 from sae_training.text.open import open_documents, save_tokenized
 from sae_training.text.pretokenized import INFO_FILE, check_same, probe
+from sae_training.text.row_values import OnBadRows
 from sae_training.text.tokenize import tokenizer_function
 
 
@@ -33,9 +36,11 @@ def pretokenize(
     dataset_text_column: str | None = None,
     streaming: bool | None = None,
     n_processes: int | None = None,
+    on_bad_rows: OnBadRows = "error",
 ) -> Path:
     """Write the token ids of `dataset_path` under the tokenizer of `model_name` to `folder`, and return `folder`.
 
+    `on_bad_rows`: what becomes of rows of another type than their column's ("skip" leaves them out and counts them).
     A folder that already holds these ids is left as it is. Raises ValueError if the folder holds something else, or if
     the text has changed since. `n_processes`: None starts one for each processor.
     """
@@ -45,15 +50,20 @@ def pretokenize(
         "dataset_text_column": dataset_text_column,
         "tokenizer": model_name,
     }
+
+    def opened(tokenizer: Any) -> Documents:
+        source = (dataset_path, dataset_split, dataset_text_column, streaming)
+        return open_documents(*source, on_bad_rows=on_bad_rows, render=renderer(tokenizer), notify=tqdm.write)
+
     if folder.exists():
         with suppress(FileNotFoundError):  # the model or the text may be gone, and the copy is still good
-            info["probe"] = probe(load_tokenizer(model_name))
-            info["content"] = open_documents(dataset_path, dataset_split, dataset_text_column, streaming).fingerprint
+            info["probe"] = probe(tokenizer := load_tokenizer(model_name))
+            info["content"] = opened(tokenizer).fingerprint
         check_same(folder, info)
         tqdm.write(f"{folder} holds them already.")
         return folder
-    documents = open_documents(dataset_path, dataset_split, dataset_text_column, streaming)
     tokenizer = load_tokenizer(model_name)
+    documents = opened(tokenizer)
     info |= {"probe": probe(tokenizer), "content": documents.fingerprint}
     if documents.is_tokenized:
         raise ValueError(f"dataset_path: {documents.given.name} holds token ids already; train on it as it is.")

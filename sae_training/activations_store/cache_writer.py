@@ -82,8 +82,9 @@ class CacheWriter:
             found = read_manifest(self.folder)
             absent = {name: getattr(CacheActivationsRunnerConfig, name, None) for name in config}
             then, now = absent | found.config | found.about, config | about
-            for name in ("model_revision", *retired(CacheActivationsRunnerConfig)):
-                then.pop(name, None)  # because the fingerprint says whether the weights differ
+            # The fingerprint says whether the weights differ, and a job that met no bad row wrote what skipping writes.
+            for name in ("model_revision", "on_bad_rows", *retired(CacheActivationsRunnerConfig)):
+                then.pop(name, None)
             differences = {name: (old, now.get(name)) for name, old in then.items() if old != now.get(name)}
             if differences:
                 lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in differences.items())
@@ -154,7 +155,11 @@ class CacheWriter:
         with ThreadPoolExecutor(1, thread_name_prefix="cache-write") as thread, bar:
             waiting: list[Future[None]] = []
             for i in range(progress["passes"], self.n_passes):
-                tokens = self.store.get_batch_tokens()
+                try:
+                    tokens = self.store.get_batch_tokens()
+                except Exception:  # a bad row, or a network that fails: what has been computed is not lost
+                    self.commit_waiting(waiting, i)
+                    raise
                 with compiled_blocks():
                     activations = harvest(self.store.model, tokens, self.store.sites.all, self.store.padded)
                 commits = (i + 1) % self.passes_per_commit == 0 or i + 1 == self.n_passes or stop.signal is not None
@@ -166,6 +171,13 @@ class CacheWriter:
                 bar.update(self.per_pass)
                 if stop.signal is not None:
                     self.stop_here(stop)
+
+    def commit_waiting(self, waiting: list[Future[None]], passes: int) -> None:
+        """Save the progress of the first `passes` passes, some of which still wait for the disk."""
+        for future in waiting:
+            future.result()
+        if passes > self.manifest.progress["passes"]:
+            self.commit(passes)
 
     def write_pass(self, i: int, tokens: Tensor, activations: list[Tensor]) -> None:
         """Write the activations of pass number `i`, (prompts, context, d_in) for each hook."""

@@ -50,14 +50,21 @@ class ShuffleBuffer:
         }
 
     def take(self, n: int, n_left: int | None = None) -> Taken:
-        """Take the next `n` random rows. `n_left`: rows that will still be taken, these included (None: unknown)."""
+        """Take the next `n` random rows. `n_left`: rows that will still be taken, these included (None: unknown).
+
+        An error (a bad row of the text, say) takes none, and leaves a state from which the same rows come.
+        """
         left = math.inf if n_left is None else n_left
         if not self.holds(left):
             self.fill(n)
         places = self.order[self.served : self.served + n]
         self.served += n
         if isinstance(self.passes, PassesAhead) and not self.holds(left - n):
-            self.passes.begin(self.served - n_rows_of(self.spill))  # to overwrite those that have been served
+            try:
+                self.passes.begin(self.served - n_rows_of(self.spill))  # to overwrite those that have been served
+            except BaseException:
+                self.served -= n
+                raise
         return partial(self.rows_at, places)
 
     def sample(self, n: int) -> Taken:
@@ -84,23 +91,39 @@ class ShuffleBuffer:
     def overwrite(self, slots: Tensor) -> None:
         """Put new rows into the places `slots` (n,), and draw a new order."""
         slots = to_device(slots, self.device)
-        first_fill, n_empty = len(slots) == self.n_buffered, 0
+        first_fill, n_written = len(slots) == self.n_buffered, 0
         with tqdm(total=len(slots), desc="filling the buffer", unit="row", leave=False, disable=not first_fill) as bar:
-            while len(slots):
-                rows = self.spill if n_rows_of(self.spill) else self.passes.next_rows()
-                n = min(n_rows_of(rows), len(slots))
-                n_empty = 0 if n else n_empty + 1
-                if n_empty == MAX_EMPTY_PASSES:
-                    raise ValueError(
-                        "exclude_special_tokens, seqpos_slice, max_activation_norm_multiple: found no activation to "
-                        f"train on in {n_empty} passes of the language model, expected some; relax one of them."
-                    )
-                for name, buffer in self.buffers.items():
-                    buffer.index_copy_(0, slots[:n], rows[name][:n])
-                self.spill, slots = {name: new[n:] for name, new in rows.items()}, slots[n:]
-                bar.update(n)
+            try:
+                while n_written < len(slots):
+                    rows = self.rows_to_place()
+                    n = min(n_rows_of(rows), len(slots) - n_written)
+                    for name, buffer in self.buffers.items():
+                        buffer.index_copy_(0, slots[n_written : n_written + n], rows[name][:n])
+                    self.spill = {name: new[n:] for name, new in rows.items()}
+                    n_written += n
+                    bar.update(n)
+            except BaseException:
+                # The next fill places the rows once more, in the same order.
+                self.spill = {
+                    name: torch.cat([buffer.index_select(0, slots[:n_written]), self.spill[name]])
+                    for name, buffer in self.buffers.items()
+                }
+                self.buffers = {} if first_fill else self.buffers
+                raise
         self.order = torch.randperm(self.n_buffered, generator=self.generator)
         self.served = 0
+
+    def rows_to_place(self) -> dict[str, Tensor]:
+        """Return rows that have no place yet: those left over, or else those of a pass."""
+        if n_rows_of(self.spill):
+            return self.spill
+        for _ in range(MAX_EMPTY_PASSES):
+            if n_rows_of(rows := self.passes.next_rows()):
+                return rows
+        raise ValueError(
+            "exclude_special_tokens, seqpos_slice, max_activation_norm_multiple: found no activation to "
+            f"train on in {MAX_EMPTY_PASSES} passes of the language model, expected some; relax one of them."
+        )
 
     def check_size(self, n: int) -> None:
         """Raise ValueError if `n` rows are more than half the buffer, or if there can never be a pass to fill it."""

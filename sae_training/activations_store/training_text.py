@@ -11,8 +11,10 @@ from torch import Tensor
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.tokenizer import tokenizer_of
+from sae_training.text.chat import renderer
 from sae_training.text.documents import Documents
-from sae_training.text.open import open_documents, open_mixture
+from sae_training.text.mixture import open_mixture
+from sae_training.text.open import open_documents
 from sae_training.text.pretokenized import check_tokenizer
 from sae_training.text.stream import TokenStream
 
@@ -43,6 +45,9 @@ class TrainingText:
             "split": self.cfg.dataset_split,
             "text_column": self.cfg.dataset_text_column,
             "streaming": self.cfg.streaming,
+            "on_bad_rows": self.cfg.on_bad_rows,
+            "render": renderer(self.tokenizer),
+            "notify": self.notify,
         }
         paths = dataset if isinstance(dataset, list) else [dataset]
         for path in paths:
@@ -77,3 +82,9 @@ class TrainingText:
         n_contexts = self.cfg.n_eval_batches * self.cfg.store_batch_size
         documents = self.open(self.cfg.eval_dataset_path, "eval_dataset_path")
         return self.stream(documents).first_contexts(n_contexts)
+
+    def say_skipped(self) -> None:
+        """Say how many bad rows of the training text were left out, if there were any."""
+        if n := self.documents.bad_rows.n_skipped:
+            rows = f"{n:,} bad row{'s' if n > 1 else ''}"
+            self.notify(f"on_bad_rows: {rows} of {self.documents.given.name} {'were' if n > 1 else 'was'} skipped.")

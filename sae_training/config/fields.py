@@ -72,7 +72,7 @@ class Source:
     # Text
 
     dataset_path: IdentifiesCache[Text | list[Text]] = "NeelNanda/c4-tokenized-2b"
-    """Hugging Face name, .txt/.jsonl/.parquet file or folder, or demo; a list is mixed."""
+    """Hugging Face name, .txt/.jsonl/.csv/.parquet file or folder, or demo; a list is mixed."""
 
     dataset_weights: IdentifiesCache[tuple[Positive[float], ...]] = ()
     """Shares of documents of a mixture; () is equal ones. The first to run out ends an epoch."""
@@ -81,7 +81,10 @@ class Source:
     """Split of the dataset to read."""
 
     dataset_text_column: IdentifiesCache[str | None] = None
-    """Column that holds the text, in each of several datasets; None finds it."""
+    """Column of text, token ids or conversations, in each of several datasets; None finds it."""
+
+    on_bad_rows: OnlyWatches[Literal["error", "skip"]] = "error"
+    """At a row of another type than its column's: error stops, skip leaves it out and counts it."""
 
     streaming: bool | None = None
     """Read the dataset as a stream; None does so from the hub and not from local files."""

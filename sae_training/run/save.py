@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -48,6 +49,34 @@ def save(run: Run) -> Path | None:
     checkpoint.delete_old(run.folder.checkpoints, run.cfg.keep_checkpoints)
     run.write_status("training")
     return saved
+
+
+@contextlib.contextmanager
+def saved_first(run: Run) -> Iterator[None]:
+    """Save the run before an error leaves the context, and say so in the error, so that nothing trained is lost.
+
+    For what depends on the world outside: a bad row or a network that fails, hours into a run. What is called in the
+    context must, in its error, leave the run's state as it was.
+    """
+    try:
+        yield
+    except Exception as error:
+        if run.step > 0:
+            error.add_note(saved_note(run))
+        raise
+
+
+def saved_note(run: Run) -> str:
+    try:
+        saved = save(run)
+    except Exception as second:  # the first error matters more
+        return f"Not saved, because of another error: {second}. The last checkpoint is {run.last_checkpoint or 'none'}."
+    if saved is None:
+        return "Not saved (see above)."
+    return (
+        f"Step {run.step} of {run.cfg.total_training_steps} is saved in {saved}. Once this is mended, the same command "
+        "goes on from there."
+    )
 
 
 def save_weights_folder(

@@ -5,21 +5,28 @@ open_documents --> Documents --read(position)--> Chunk, Chunk, ... --> TokenStre
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
-from sae_training.machine.paths import first_line
-from sae_training.text.masks import counting_ids
+from sae_training.text.masks import MaskMisfit, counting_ids
+from sae_training.text.row_values import BadRows, Kind, Render, WrongValue, documents_in
+from sae_training.text.tokenize import Piece
 
 # A JSON-safe place in a data set. Only Documents knows what the keys mean.
 Position = dict[str, Any]
 
 # Characters or token ids. Longer documents are read in pieces, so that memory and saved states stay small.
 MAX_CHUNK_LENGTH = 1_000_000
+
+# How much of the text around a piece is tokenised with it. Tokens depend on their word, and perhaps on its neighbours.
+_CHARACTERS_AROUND = 10_000
+_TWO_WORDS = re.compile(r"\w\s+\w")
 
 # A fingerprint reads this many rows, and characters or ids at this many places of each row.
 _SAMPLE_ROWS, _SAMPLE_PLACES = 64, 16
@@ -33,23 +40,6 @@ class Chunk(NamedTuple):
     next_position: Position
 
 
-class Given(NamedTuple):
-    """A data set as messages name it: the config field, and the value of that field."""
-
-    field: str
-    name: str
-
-    def empty(self) -> ValueError:
-        return ValueError(f"{self.field}: {self.name} is empty (0 rows), expected text; give another")
-
-    def unreadable(self, error: Exception) -> ValueError:
-        cause = error.__cause__ or error
-        return ValueError(
-            f"{self.field}: {self.name} could not be read ({type(cause).__name__}: {first_line(cause)}); "
-            "check the data, or open it with datasets.load_dataset and pass the object"
-        )
-
-
 class Documents:
     """The documents of one data set in a fixed order, readable from any saved position.
 
@@ -57,6 +47,10 @@ class Documents:
     lacks the content of a shuffle buffer. Rows behind a shuffle buffer are therefore read again from the start, which
     is exact if the shuffle has a seed.
 
+    A row is a document, or several: a list of strings. A row of the wrong type goes to `bad_rows`.
+
+    place_of: tells, for messages, where row number n stands, such as a file and a line; None says "row n".
+    render: writes a conversation as text; needed for the kind "chat".
     ends_with: what has run out where the documents end, if that is not all of `given`.
     masks: columns that say which token ids count (`masks`); the others are dropped.
     are_whole: rows are known to be whole documents, and no pieces of a running text.
@@ -66,9 +60,9 @@ class Documents:
     def __init__(
         self,
         dataset: Any,
-        column: str,
-        is_tokenized: bool,
-        given: Given,
+        bad_rows: BadRows,
+        place_of: Callable[[int], str] | None = None,
+        render: Render | None = None,
         ends_with: str | None = None,
         max_chunk_length: int = MAX_CHUNK_LENGTH,
         masks: tuple[str, ...] = (),
@@ -76,10 +70,13 @@ class Documents:
         parts: tuple[Documents, ...] = (),
     ) -> None:
         self.dataset = dataset
-        self.column = column
-        self.is_tokenized = is_tokenized
-        self.given = given
-        self.ends_with = ends_with or given.name
+        self.bad_rows = bad_rows
+        self.column, self.given = bad_rows.column, bad_rows.given
+        self.kind: Kind = bad_rows.kind
+        self.is_tokenized = self.kind == "ids"
+        self.place_of = place_of or (lambda row: f"row {row + 1:,}")
+        self.render = render
+        self.ends_with = ends_with or self.given.name
         self.max_chunk_length = max_chunk_length
         self.masks = masks
         self.are_whole = are_whole
@@ -106,21 +103,27 @@ class Documents:
             position["masks"] = list(self.masks)
         return position | {"stream": None} if self._kind == "stream" else position
 
-    def content_of(self, row: Any, number: int) -> Any:
-        """The text or the ids of row `number`, without masked ids; None if it has none."""
+    def content_of(self, row: Mapping[str, Any]) -> Any:
+        """The value of a row's column, good or bad, without masked ids where the masks fit."""
+        value = row.get(self.column)
         try:
             return counting_ids(row, self.column, self.masks)
-        except ValueError as error:
-            raise ValueError(f"{self.given.field}: row {number} of {self.given.name}: {error}") from error
+        except (MaskMisfit, TypeError):  # a TypeError where the value is no list
+            return value
 
-    def sample(self) -> Iterator[tuple[int, Any, bool]]:
-        """(number, row with all columns, whether it is the last) of evenly spaced rows, or of the first of a stream."""
+    def sample(self) -> Iterator[tuple[Mapping[str, Any], bool]]:
+        """(row, whether it is the last) of evenly spaced rows, or of the first of a stream.
+
+        It ends at a row that cannot be read: whoever comes to that row raises its error.
+        """
         if self.n_rows is not None:
-            yield from ((row, self.dataset[row], row == self.n_rows - 1) for row in _spaced(self.n_rows))
-            return
-        rows = itertools.pairwise(itertools.chain(independent_copy(self.dataset), [None]))
-        for number, (row, following) in enumerate(itertools.islice(rows, _SAMPLE_ROWS)):
-            yield number, row, following is None
+            rows = ((self.dataset[row], row == self.n_rows - 1) for row in _spaced(self.n_rows))
+        else:
+            end: Any = None
+            pairs = itertools.pairwise(itertools.chain(independent_copy(self.dataset), [end]))
+            rows = ((row, following is end) for row, following in itertools.islice(pairs, _SAMPLE_ROWS))
+        with contextlib.suppress(Exception):
+            yield from rows
 
     @functools.cached_property
     def fingerprint(self) -> str | None:
@@ -129,8 +132,11 @@ class Documents:
             return None
         digest = hashlib.sha256()
         for row in _spaced(self.n_rows):
-            content = self.content_of(self.dataset[row], row)
-            content = () if content is None else content
+            content = self.content_of(self.dataset[row])
+            if content is None:
+                content = ()
+            elif isinstance(content, dict) or not hasattr(content, "__len__"):
+                content = repr(content)
             parts = [content[i * len(content) // _SAMPLE_PLACES :][:100] for i in range(_SAMPLE_PLACES)]
             digest.update(repr((len(content), parts, content[-100:])).encode())
         return digest.hexdigest()[:16]
@@ -159,51 +165,99 @@ class Documents:
         """
         position = self.start() if position is None else position
         rows = self._stream(position) if self.n_rows is None else self._rows(position)
-        offset = position["offset"]
-        for content, here, after in rows:
-            content = () if content is None else content
-            for start, end in pieces(content, self.max_chunk_length, offset):
-                next_position = after if end == len(content) else here | {"offset": end}
-                yield Chunk(content[start:end], start == 0, next_position)
-            offset = 0
+        first, offset = position.get("item", 0), position["offset"]
+        for row, here, after in rows:
+            documents = self.documents_in(row, here["row"])
+            for item in range(first, len(documents)):
+                content = documents[item]
+                this = here | {"item": item} if item > 0 else here
+                following = here | {"item": item + 1} if item + 1 < len(documents) else after
+                for start, end in pieces(content, self.max_chunk_length, offset):
+                    next_position = following if end == len(content) else this | {"offset": end}
+                    yield Chunk(_piece(content, start, end), start == 0, next_position)
+                offset = 0
+            first = offset = 0
 
-    def _rows(self, position: Position) -> Iterator[tuple[Any, Position, Position]]:
-        """(content, position of the row, position of the next row) for each row of a map-style data set."""
-        here = position | {"offset": 0}
+    def documents_in(self, row: Mapping[str, Any], number: int) -> list[Any]:
+        """The documents of row `number`, text or ids; none of a bad row that is skipped. Raises BadData for others."""
+        try:
+            found = documents_in(row.get(self.column), self.kind)
+            if self.masks and found:
+                return documents_in(counting_ids(row, self.column, self.masks), self.kind)
+            return found if self.render is None else [self.render(conversation) for conversation in found]
+        except WrongValue as error:
+            self.bad_rows.meet_value(self.place_of(number), error)
+        except MaskMisfit as error:
+            self.bad_rows.meet(self.place_of(number), str(error))
+        return []
+
+    def _fail(self, error: Exception, row: int, note: str = "") -> NoReturn:
+        """Raise the error for a row that could not be read. Those of disks and networks stay what they are."""
+        place = f"row {row + 1:,}"
+        failure = error if isinstance(error, OSError) else self.given.unreadable(error, place)
+        if isinstance(error, OSError):
+            note = f"{self.given.field}: {self.given.name} could not be read at {place}"
+        if note:
+            failure.add_note(note)
+        raise failure from (None if failure is error else error)
+
+    def _rows(self, position: Position) -> Iterator[tuple[Mapping[str, Any], Position, Position]]:
+        """(row, position of the row, position of the next row) for each row of a map-style data set."""
+        here = _at_row(position)
         for row in range(position["row"], self.n_rows or 0):
             after = here | {"row": row + 1}
-            yield self.content_of(self.dataset[row], row), here, after
+            try:
+                found = self.dataset[row]
+            except Exception as error:  # whatever reads the rows: a library, a disk, or code of the user
+                self._fail(error, row)
+            yield found, here, after
             here = after
 
-    def _stream(self, position: Position) -> Iterator[tuple[Any, Position, Position]]:
-        """(content, position of the row, position of the next row) for each row of a streamed data set."""
+    def _stream(self, position: Position) -> Iterator[tuple[Mapping[str, Any], Position, Position]]:
+        """(row, position of the row, position of the next row) for each row of a streamed data set."""
         stream = independent_copy(self.dataset)
-        if self._kind == "stream":
-            if position["stream"] is not None:
-                stream.load_state_dict(copy.deepcopy(position["stream"]))
-            examples = iter(stream)
-        else:
-            examples = itertools.islice(iter(stream), position["row"], None)
-        here = position | {"offset": 0}
+        n_to_pass = position["row"]
+        # Earlier versions streamed some kinds of files by other means. Their rows are passed by number.
+        if self._kind == "stream" and n_to_pass > 0 and _readers(position["stream"]) == _readers(stream.state_dict()):
+            stream.load_state_dict(copy.deepcopy(position["stream"]))
+            n_to_pass = 0
+        examples = itertools.islice(iter(stream), n_to_pass, None)
+        here = _at_row(position)
         for row in itertools.count(position["row"]):
             try:
                 example = next(examples, None)
-            except (KeyError, IndexError) as error:
-                if row == position["row"] and row > 0:
-                    error.add_note(f"the saved position does not fit {self.given.name}: has it changed?")
-                raise
+            except Exception as error:  # whatever reads the rows: a library, a disk, a network, or code of the user
+                is_misplaced = isinstance(error, KeyError | IndexError) and row == position["row"] and row > 0
+                note = f"the saved position does not fit {self.given.name}: has it changed?" if is_misplaced else ""
+                self._fail(error, row, note)
             if example is None:
                 return
             after = here | {"row": row + 1}
             if self._kind == "stream":
                 after["stream"] = stream.state_dict()
-            yield self.content_of(example, row), here, after
+            yield example, here, after
             here = after
 
 
 def _spaced(n_rows: int) -> list[int]:
     """Up to _SAMPLE_ROWS numbers of rows, evenly spaced, the first and the last among them."""
     return list(dict.fromkeys(i * (n_rows - 1) // (_SAMPLE_ROWS - 1) for i in range(_SAMPLE_ROWS)))
+
+
+def _at_row(position: Position) -> Position:
+    """The position of the beginning of its row."""
+    return {key: value for key, value in position.items() if key != "item"} | {"offset": 0}
+
+
+def _readers(state: Any) -> list[Any]:
+    """The types of the readers in the state of a stream, which tell whether another stream can go on from it."""
+    if isinstance(state, list):
+        return [_readers(part) for part in state]
+    if not isinstance(state, dict):
+        return []
+    # A reader that cuts batches anew keeps the state of its source at an earlier row too.
+    inside = [_readers(part) for key, part in sorted(state.items()) if not key.startswith("previous")]
+    return [state.get("type"), *[readers for readers in inside if readers]]
 
 
 def independent_copy(dataset: Any) -> Any:
@@ -229,6 +283,28 @@ def _has_shuffle_buffer(dataset: object) -> bool:
     return False
 
 
+def pieces_of(content: str, max_length: int) -> Iterator[str]:
+    """The chunks of one document, in order."""
+    return (_piece(content, start, end) for start, end in pieces(content, max_length))
+
+
+def _piece(content: Any, start: int, end: int) -> Any:
+    """A chunk of a document: a `Piece` of a text, so that its ids can be those of the whole text."""
+    if not isinstance(content, str) or (start == 0 and end == len(content)):
+        return content[start:end]
+    return Piece(content[start:end], _around(content, start, -1), _around(content, end, 1))
+
+
+def _around(content: str, place: int, direction: int) -> str:
+    """The text before (-1) or after (1) a place, so far that it holds two words: no token depends on what is beyond."""
+    n = _CHARACTERS_AROUND
+    while True:
+        found = content[max(0, place - n) : place] if direction < 0 else content[place : place + n]
+        if len(found) < n or n >= MAX_CHUNK_LENGTH or _TWO_WORDS.search(found):
+            return found
+        n *= 2
+
+
 def pieces(content: str | Sequence[int], max_length: int, start: int = 0) -> Iterator[tuple[int, int]]:
     """Where each chunk of a document begins and ends, for the chunks from `start` on."""
     while start < len(content):
@@ -240,8 +316,8 @@ def pieces(content: str | Sequence[int], max_length: int, start: int = 0) -> Ite
 def _end_of_chunk(content: str | Sequence[int], start: int, max_length: int) -> int:
     """Where the chunk that begins at `start` ends.
 
-    Text is cut before a blank between two words. Pre-tokenizers cut there too, so the chunks give the tokens of the
-    whole document. Text without such a blank is cut after a newline, and text without a newline anywhere.
+    Text is cut before a blank between two words, where tokens begin too. Text without such a blank is cut after a
+    newline, and text without a newline anywhere.
     """
     end = start + max_length
     if end >= len(content):

@@ -17,7 +17,14 @@ import numpy as np
 
 MASKS = ("attention_mask", "special_tokens_mask", "labels")
 
+# What the mask holds at an id that counts, and at one that does not.
+_VALUES = {"attention_mask": (1, 0), "special_tokens_mask": (0, 1), "labels": (0, -100)}
+
 _ROWS_TO_SNIFF = 100
+
+
+class MaskMisfit(ValueError):
+    """A mask of a row does not fit its ids."""
 
 
 def mask_columns(columns: Mapping[str, Any] | None, rows: Any) -> tuple[str, ...]:
@@ -34,9 +41,9 @@ def mask_columns(columns: Mapping[str, Any] | None, rows: Any) -> tuple[str, ...
 def counting_ids(row: Mapping[str, Any], column: str, masks: Sequence[str]) -> Any:
     """The ids in `column` of a row, without those that a mask of the row masks; None if the row has none.
 
-    Raises ValueError for a mask that does not fit the ids.
+    Raises MaskMisfit for a mask that does not fit the ids.
     """
-    ids = row[column]
+    ids = row.get(column)
     if ids is None or not masks:
         return ids
     keep = np.ones(len(ids), dtype=bool)
@@ -46,6 +53,18 @@ def counting_ids(row: Mapping[str, Any], column: str, masks: Sequence[str]) -> A
     return ids if keep.all() else np.asarray(ids)[keep].tolist()
 
 
+def plain_masks(row: Mapping[str, Any], column: str, masks: Sequence[str]) -> dict[str, list[int] | None]:
+    """The masks of a row as lists of integers of the same meaning; None for one that the row lacks.
+
+    Raises MaskMisfit for a mask that does not fit the ids.
+    """
+    n, found = len(row[column]), {}
+    for mask in masks:
+        keep = None if row.get(mask) is None else _keeps(mask, row[mask], n, column)
+        found[mask] = None if keep is None else np.where(keep, *_VALUES[mask]).tolist()
+    return found
+
+
 def _keeps(mask: str, values: Any, n: int, column: str) -> np.ndarray:
     array = np.asarray(values)
     is_mask = array.ndim == 1 and (array.dtype.kind in "biuf" or array.size == 0)
@@ -53,7 +72,7 @@ def _keeps(mask: str, values: Any, n: int, column: str) -> np.ndarray:
         return np.ones(n, dtype=bool)  # labels of another kind: the class of a row, for instance
     if not is_mask or len(array) != n:
         found = f"{len(array)} values" if is_mask else f"{type(values).__name__} values that are no list of numbers"
-        raise ValueError(
+        raise MaskMisfit(
             f"{mask}: found {found} for {n} ids in column {column!r}, expected a number for each id; correct the "
             f"column, or remove it to read all ids"
         )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sae_training.text.documents import Documents
+from sae_training.text.row_values import is_ids
 
 # Rows of a book each are not all read for a sample.
 _SAMPLE_IDS = 2_000_000
@@ -42,12 +43,12 @@ class Sample(NamedTuple):
 def sample_of(documents: Documents) -> Sample:
     """Look at some rows of a data set of token ids; a shorter last row, left over at the end, is left out."""
     found, ends = Sample([], [], []), False
-    for number, row, is_last in documents.sample():
+    for row, is_last in documents.sample():
         ends = is_last
-        raw = row[documents.column]
-        if raw is None or len(raw) == 0:
+        raw: Any = row.get(documents.column)
+        if not is_ids(raw) or len(raw) == 0:
             continue
-        ids = documents.content_of(row, number)
+        ids = documents.content_of(row)
         found.n_ids.append(len(raw))
         found.n_kept.append(len(ids))
         found.ends.append(([int(i) for i in ids[: _RUN + 1]], [int(i) for i in ids[-_RUN - 1 :]]))

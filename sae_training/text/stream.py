@@ -303,12 +303,17 @@ class _TokenSource:
     def _read(self, position: Position) -> Iterator[list[Chunk]]:
         chunks: list[Chunk] = []
         length = 0
-        for chunk in self.documents.read(position):
-            chunks.append(chunk)
-            length += len(chunk.content)
-            if length >= self.batch_length:
+        try:
+            for chunk in self.documents.read(position):
+                chunks.append(chunk)
+                length += len(chunk.content)
+                if length >= self.batch_length:
+                    yield chunks
+                    chunks, length = [], 0
+        except Exception:  # a bad row, or a network that fails: the documents before it are good
+            if chunks:
                 yield chunks
-                chunks, length = [], 0
+            raise
         if chunks:
             yield chunks
 

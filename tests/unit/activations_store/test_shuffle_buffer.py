@@ -47,6 +47,28 @@ def test_every_row_is_served_exactly_once_over_the_refills(rows_per_pass: int) -
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(len(torch.cat(seen))))
 
 
+@pytest.mark.parametrize("fails_at", [0, 1, 3, 4, 5, 6, 7, 9])
+def test_error_of_a_pass_leaves_a_state_from_which_the_same_rows_come(fails_at: int) -> None:
+    undisturbed, passes = ShuffleBuffer(numbered(60), n_rows=256), numbered(60)
+    next_rows, n_calls = passes.next_rows, itertools.count()
+
+    def failing() -> Any:
+        if next(n_calls) == fails_at:
+            raise ConnectionError("the cable is out")
+        return next_rows()
+
+    passes.next_rows = failing
+    buffer, n_errors = ShuffleBuffer(passes, n_rows=256), 0
+    for _ in range(12):
+        try:
+            rows = served(buffer, 64)
+        except ConnectionError:
+            n_errors += 1
+            rows = served(buffer, 64)
+        assert torch.equal(rows, served(undisturbed, 64))
+    assert n_errors == 1
+
+
 @pytest.mark.parametrize(("n_batches", "n_passes"), [(2, 4), (4, 4), (5, 6), (6, 6), (7, 8)])
 def test_no_pass_is_made_whose_rows_nobody_would_see(n_batches: int, n_passes: int) -> None:
     # 256 rows are 4 passes and 4 batches. A fifth or sixth batch takes one refill of the 2 batches served so far, after

@@ -100,6 +100,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "exclude_special_tokens": False,
     "dataset_split": "train",
     "dataset_text_column": None,
+    "on_bad_rows": "error",
     "streaming": None,
     "eval_dataset_path": None,
     "n_eval_batches": 10,

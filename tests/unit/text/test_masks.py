@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import BOS, epoch_of, make_tokenizer, through_a_file
 
-from sae_training.text.open import open_documents, open_mixture
+from sae_training.text.mixture import open_mixture
+from sae_training.text.open import open_documents
 from sae_training.text.packing import PADDING
 from sae_training.text.stream import TokenStream
 
@@ -208,7 +209,7 @@ def test_labels_of_another_kind_mask_nothing(labels: list[Any]) -> None:
 def test_mask_that_does_not_fit_names_the_row(streaming: bool) -> None:
     data = datasets.Dataset.from_dict({"input_ids": [[5, 6], [7, 8, 9]], "attention_mask": [[1, 1], [1, 1]]})
     documents = open_documents(data.to_iterable_dataset() if streaming else data)
-    with pytest.raises(ValueError, match=r"dataset_path: row 1 of .*attention_mask: found 2 values for 3 ids .*remove"):
+    with pytest.raises(ValueError, match=r"dataset_path: .*: row 2: attention_mask: found 2 values for 3 ids .*remove"):
         contents(documents)
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from sae_training.demo_data import DEMO_TEXT
 from sae_training.text.documents import Documents
-from sae_training.text.open import open_documents, open_mixture
+from sae_training.text.mixture import open_mixture
+from sae_training.text.open import open_documents
 
 TEXTS = ["first document", "the second\n\none", "third"]
 
@@ -326,16 +327,23 @@ def test_folder_of_mixed_kinds_is_an_error(tmp_path: Path):
 
 
 def test_file_of_unknown_kind_is_an_error(tmp_path: Path):
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"is a \.csv file, expected \.txt/\.jsonl/"):
-        open_documents(tmp_path / "a.csv")
+    (tmp_path / "a.xlsx").write_text("x")
+    with pytest.raises(ValueError, match=r"is a \.xlsx file, expected \.txt/\.jsonl/"):
+        open_documents(tmp_path / "a.xlsx")
+
+
+@pytest.mark.parametrize("streaming", [None, True], ids=["arrow", "streaming"])
+def test_broken_line_is_an_error_with_its_number(tmp_path: Path, streaming: bool | None):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n\n{"text": ')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 3: found broken JSON \(.*on_bad_rows=skip"):
+        open_documents(tmp_path / "a.jsonl", streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [None, True], ids=["arrow", "streaming"])
 def test_broken_file_is_an_error_with_its_cause(tmp_path: Path, streaming: bool | None):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": ')
-    with pytest.raises(ValueError, match=r"a\.jsonl' could not be read \(\w+: .*pass the obj") as e:
-        open_documents(tmp_path / "a.jsonl", streaming=streaming)
+    (tmp_path / "a.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet' could not be read at a\.parquet \(\w+: .*pass the obj") as e:
+        open_documents(tmp_path / "a.parquet", streaming=streaming)
     assert e.value.__cause__ is not None
 
 

@@ -11,7 +11,8 @@ from texts import BOS, epoch_of, make_tokenizer, stories, through_a_file
 
 from sae_training.demo_data import DEMO_MODEL
 from sae_training.pretokenize import pretokenize
-from sae_training.text.open import open_documents, open_mixture
+from sae_training.text.mixture import open_mixture
+from sae_training.text.open import open_documents
 from sae_training.text.stream import TokenStream
 
 N = 12

@@ -13,7 +13,8 @@ import torch
 from texts import BOS, documents_of, epoch_of, make_tokenizer, stories, story, stream_of_ids, through_a_file
 from transformers import PreTrainedTokenizerFast
 
-from sae_training.text.open import open_documents, open_mixture
+from sae_training.text.mixture import open_mixture
+from sae_training.text.open import open_documents
 from sae_training.text.stream import TokenStream
 
 

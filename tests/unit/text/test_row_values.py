@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_training.text.documents import Documents
+from sae_training.text.open import open_documents
+from sae_training.text.row_values import BadData, WrongValue, describe, documents_in
+
+# What a user could write in a column of text, and what its documents are; None where the row is bad.
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+NUMBERS = st.integers(-(10**6), 10**6) | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
+LISTS = st.lists(TEXTS | st.none(), max_size=4)
+DICTS = st.dictionaries(TEXTS, TEXTS | NUMBERS, max_size=3)
+BAD_LISTS = st.lists(TEXTS | NUMBERS | LISTS | DICTS, min_size=1, max_size=4)
+VALUES = st.none() | TEXTS | NUMBERS | LISTS | DICTS | BAD_LISTS
+
+
+def expected_documents(value: Any) -> list[str] | None:
+    if value is None:
+        return []
+    values = [item for item in value if item is not None] if isinstance(value, list) else [value]
+    return values if all(isinstance(item, str) for item in values) else None
+
+
+def non_empty(documents: list[list[str] | None]) -> list[str]:
+    return [text for of_row in documents for text in of_row or [] if text]
+
+
+def generated(values: list[Any], folder: Path) -> Any:
+    return datasets.IterableDataset.from_generator(lambda: ({"text": value} for value in values))
+
+
+def by_a_transform(values: list[Any], folder: Path) -> Any:
+    dataset = datasets.Dataset.from_dict({"number": list(range(len(values)))})
+    dataset.set_transform(lambda batch: {"text": [values[n] for n in batch["number"]]})
+    return dataset
+
+
+def json_lines(values: list[Any], folder: Path) -> Any:
+    (folder / "a.jsonl").write_text("".join(json.dumps({"n": 1, "text": value}) + "\n" for value in values))
+    return folder / "a.jsonl"
+
+
+def json_list(values: list[Any], folder: Path) -> Any:
+    (folder / "a.json").write_text(json.dumps([{"text": value} for value in values], indent=1))
+    return folder / "a.json"
+
+
+PLACES = {generated: "row {}", by_a_transform: "row {}", json_lines: "a.jsonl, line {}", json_list: "a.json, row {}"}
+
+
+@pytest.mark.parametrize("streaming", [None, True], ids=["whole", "streaming"])
+@pytest.mark.parametrize("source", PLACES, ids=lambda source: source.__name__)
+@settings(max_examples=25, deadline=None)
+@given(values=st.lists(VALUES, min_size=1, max_size=8))
+def test_whatever_a_column_of_text_holds_is_its_documents_or_named(
+    values: list[Any], source: Callable[[list[Any], Path], Any], streaming: bool | None
+) -> None:
+    values = [*["text"] * 12, *values]
+    documents = [expected_documents(value) for value in values]
+    said: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def opened(on_bad_rows: Any) -> Documents:
+            dataset = source(values, Path(folder))
+            return open_documents(dataset, streaming=streaming, on_bad_rows=on_bad_rows, notify=said.append)
+
+        skipping = opened("skip")
+        found = list(skipping.read())
+        assert [chunk.content for chunk in found] == non_empty(documents)
+        n_bad = documents.count(None)
+        assert skipping.bad_rows.n_skipped == n_bad and len(said) == (n_bad > 0)
+        for place in {0, len(found) // 2, len(found) - 1}:  # a run goes on from any document
+            again = skipping.read(json.loads(json.dumps(found[place].next_position)))
+            assert [chunk.content for chunk in again] == [chunk.content for chunk in found[place + 1 :]]
+        assert skipping.bad_rows.n_skipped == n_bad  # rows that are read again are not counted again
+        if n_bad == 0:
+            assert [chunk.content for chunk in opened("error").read()] == non_empty(documents)
+            return
+        first = documents.index(None)
+        with pytest.raises(BadData) as caught:
+            list(opened("error").read())
+        where = PLACES[source].format(first + 1)
+        assert f"{where}: column 'text' holds {describe(values[first])}, expected a string or a list of" in str(
+            caught.value
+        )
+        assert f"{where}: column 'text' holds {describe(values[first])}" in said[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(value=VALUES | st.lists(st.integers(0, 9) | st.none() | st.booleans() | st.floats(), max_size=4))
+def test_ids_are_flat_lists_of_integers_and_nothing_else(value: Any) -> None:
+    is_ids = isinstance(value, list) and all(type(item) is int for item in value)
+    if is_ids or value is None:
+        assert documents_in(value, "ids") == ([] if value is None else [value])
+    else:
+        with pytest.raises(WrongValue, match="."):
+            documents_in(value, "ids")
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (5, r"a number \(5\)"),
+        (True, r"a truth value \(True\)"),
+        ({"a": 1}, "a dict with the keys 'a'"),
+        (["a", 5], "a list of strings and integers"),
+        ([["a"]], "a list of lists"),
+        (b"a", "bytes"),
+        ("a \ud800", r"half a surrogate pair \(character 2\)"),
+        (np.array([0.5]), "a list of numbers"),
+    ],
+    ids=str,
+)
+def test_message_says_in_words_what_was_found(value: Any, found: str) -> None:
+    with pytest.raises(WrongValue, match=f"^{found}"):
+        documents_in(value, "text")
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("hello", r"a string \('hello'\)"),
+        (["hello"], r"a string \('hello'\) as message 1"),
+        ([{"role": "user", "content": "hi"}, {"content": "x"}], r"message 2 without a role \(it has 'content'\)"),
+        ([{"role": "user", "content": None}], "null as content of message 1"),
+        ([{"role": "user", "content": 5}], r"a number \(5\) as content of message 1"),
+    ],
+    ids=str,
+)
+def test_conversation_that_is_none_is_named(value: Any, found: str) -> None:
+    with pytest.raises(WrongValue, match=f"^{found}"):
+        documents_in(value, "chat")
+
+
+def test_messages_may_be_those_of_sharegpt_or_json_or_hold_nones() -> None:
+    conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    sharegpt = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    filled_in = [message | {"tool_calls": None} for message in conversation]
+    for value in (conversation, sharegpt, filled_in, json.dumps(conversation)):
+        assert documents_in(value, "chat") == [conversation]
+    assert documents_in(None, "chat") == documents_in([], "chat") == []
