@@ -162,7 +162,11 @@ def read_run_config(folder: Path) -> LanguageModelSAERunnerConfig:
     path = folder / RUN_CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: not a run folder, it has no {RUN_CONFIG_FILE}; expected runs/<run name>.")
-    return config_from_dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (ValueError, KeyError, TypeError) as error:  # models in Hugging Face's layout have a config.json too
+        raise ValueError(f"{path}: not the config of a run; expected a run folder, runs/<run name>.") from error
+    return config_from_dict(values)
 
 
 def in_use(folder: Path) -> str:
