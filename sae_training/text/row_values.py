@@ -69,9 +69,8 @@ class Given(NamedTuple):
         advice = "check the data, or open it with datasets.load_dataset and pass the object"
         if isinstance(cause, UnicodeDecodeError):
             advice = "save the text as UTF-8 (iconv -f utf-16 -t utf-8, for instance)"
-        return BadData(
-            f"{self.field}: {self.name} could not be read{where} ({type(cause).__name__}: {first_line(cause)}); {advice}"
-        )
+        what = f"({type(cause).__name__}: {first_line(cause)})"
+        return BadData(f"{self.field}: {self.name} could not be read{where} {what}; {advice}")
 
 
 class BadRows:

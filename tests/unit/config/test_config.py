@@ -612,3 +612,10 @@ def test_weights_of_a_cache_are_checked_too() -> None:
 def test_config_of_a_cache_is_checked_as_a_run_is(values: dict[str, Any], line: str) -> None:
     with pytest.raises(ValueError, match=f"^CacheActivationsRunnerConfig: 1 problem\n{line}"):
         CacheActivationsRunnerConfig(**values)
+
+
+def test_every_field_that_may_be_a_list_has_a_label_for_the_names_of_autoencoders() -> None:
+    forms = {
+        name: {typing.get_origin(option) for option in list_types(hint)} for name, hint in field_types(Config).items()
+    }
+    assert {name for name, of in forms.items() if of == {list, tuple}} == {*LABELS}
