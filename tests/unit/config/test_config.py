@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 
 from sae_training.config import CacheActivationsRunnerConfig
 from sae_training.config import LanguageModelSAERunnerConfig as Config
+from sae_training.config.checks import field_types, list_types
 from sae_training.config.io import FIELD_NAMES, config_from_dict, config_to_dict
 from sae_training.config.rules import BUILT, OF_LISTS, OF_SINGLE, parameters, problems
+from sae_training.config.types import LABELS
 
 MATS_DEFAULTS: dict[str, Any] = {
     "model_name": "gelu-2l",
@@ -615,7 +618,6 @@ def test_config_of_a_cache_is_checked_as_a_run_is(values: dict[str, Any], line: 
 
 
 def test_every_field_that_may_be_a_list_has_a_label_for_the_names_of_autoencoders() -> None:
-    forms = {
-        name: {typing.get_origin(option) for option in list_types(hint)} for name, hint in field_types(Config).items()
-    }
+    hints = field_types(Config)
+    forms = {name: {typing.get_origin(option) for option in list_types(hint)} for name, hint in hints.items()}
     assert {name for name, of in forms.items() if of == {list, tuple}} == {*LABELS}
