@@ -69,7 +69,8 @@ def open_run(
         folder.discard_if_new()
         raise
     progress = Progress(cfg, folder, first_step=state["step"])
-    run = Run(cfg, folder, store, members, progress, held_out, state["step"], latest)
+    run = Run(cfg, folder, store, members, progress, held_out, state["step"], state.get("pending", []), latest)
+    run.has_extra_checkpoint = state.get("until_final", False)
     run.write_status("training")
     return run
 
