@@ -23,6 +23,7 @@ from sae_training.language_model.load import LanguageModel, language_model_dtype
 from sae_training.language_model.sites import find_sites, merged, with_widths
 from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInterrupted
 from sae_training.machine.paths import command, with_absolute_paths
+from sae_training.machine.phases import counted_phases, phase
 from sae_training.machine.precision import encoder_dtype
 from sae_training.run.finish import finish
 from sae_training.run.folder import RunFolder, choose_run_folder, is_finished, is_member_folder, read_run_config
@@ -53,11 +54,13 @@ def language_model_sae_runner(
     return run.saes if is_several(run.cfg) else run.sae
 
 
+@counted_phases()
 def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None) -> Run:
     """Do what `language_model_sae_runner` does, and return the whole run: its folder, store, members and figures."""
     check_trainable(cfg)
     cfg = with_absolute_paths(cfg)
-    lm: LanguageModel = model_of(cfg, model)
+    with phase("loading the language model"):
+        lm: LanguageModel = model_of(cfg, model)
     cfg = with_layers(cfg, lm.cfg.n_layers)
     cfg = with_proportions(with_precisions(cfg))
     if cfg.cached_activations_path is not None and cfg.use_cached_activations is False:
@@ -68,6 +71,7 @@ def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = 
     return run_in_folder(choose_run_folder(cfg), cfg, singles, lm, dataset)
 
 
+@counted_phases()
 def resume_run(path: str | Path) -> Run:
     """Continue the unfinished run in the folder `path`, with the config it was started with."""
     path = Path(path)
@@ -80,7 +84,8 @@ def resume_run(path: str | Path) -> Run:
             f"its autoencoders are in folders of {path}" if is_several(cfg) else f"its autoencoder is in {path}/final"
         )
         raise ValueError(f"{path}: this run is finished; {where}.")
-    model = model_of(cfg)
+    with phase("loading the language model"):
+        model = model_of(cfg)
     return run_in_folder(path, cfg, find_singles(cfg, model), model, None)
 
 
@@ -111,24 +116,30 @@ def run_in_folder(
     compile_blocks(model, cfg.compile_lm)
     some_config = next(iter(singles.values()))[0]  # because they differ in nothing that the store asks for
     sites = merged(sites for _, sites in singles.values())
-    store = ActivationsStore(some_config, model, dataset, sites=sites)
+    with phase("reading the text"):
+        store = ActivationsStore(some_config, model, dataset, sites=sites)
     store.check_buffer_size()
     plan = plan_memory(cfg, [single for single, _ in singles.values()], store)
     check_memory(plan, cfg, len(singles))
     tqdm.write(f"Memory of {len(singles)} autoencoders:\n{plan.table()}" if is_several(cfg) else plan.line())
-    held_out = store.held_out_tokens()
+    with phase("reading the text"):
+        held_out = store.held_out_tokens()
     # From here on there is a folder: bad data and too little memory have been told without one.
     with (
+        counted_phases() as phases,
         RunFolder(path, cfg) as folder,
         open_run(cfg, singles, folder, store, held_out) as run,
         StopRequest(tqdm.write) as stop,
     ):
         try:
-            train(run, stop)
+            with phase("training", has_bar=True):
+                train(run, stop)
+            run.progress.close()
             finish(run)
         except StopAsked:
             stop_here(run, stop)
     store.text.say_skipped()
+    tqdm.write(phases.line())
     return run
 
 

@@ -119,16 +119,11 @@ class LanguageModelSAERunnerConfig(Records, Optimisation, Autoencoder, Source):
                 setattr(self, name, getattr(type(self), name))  # from the default, if it was worked out before
         check(self)
         self.dtype = torch_dtype(self.dtype)
-        rows, rows_of_a_pass = (
-            self.total_training_steps * self.tokens_per_step,
-            self.store_batch_size * self.context_size,
-        )
-        self.n_batches_in_buffer = auto.batches_in_buffer(
-            self.n_batches_in_buffer, rows, rows_of_a_pass, self.tokens_per_step
-        )
-        self.n_eval_batches = auto.eval_batches(
-            self.n_eval_batches, rows // rows_of_a_pass, self.passes_of_an_eval_batch
-        )
+        rows, of_a_pass = self.total_training_steps * self.tokens_per_step, self.store_batch_size * self.context_size
+        n = self.n_batches_in_buffer
+        self.n_batches_in_buffer = auto.batches_in_buffer(n, rows, of_a_pass, self.tokens_per_step)
+        n = self.n_eval_batches
+        self.n_eval_batches = auto.eval_batches(n, rows // of_a_pass, self.passes_of_an_eval_batch)
 
     # Sizes
 

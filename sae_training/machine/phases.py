@@ -35,11 +35,13 @@ class Bar(Protocol):
     def __enter__(self) -> Bar: ...
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> object: ...
 
 
-def progress_bar(desc: str, total: int, unit: str, initial: int = 0, leave: bool = False, smoothing: float = 0.3) -> Bar:
+def progress_bar(
+    desc: str, total: int, unit: str, initial: int = 0, leave: bool = False, smoothing: float = 0.3
+) -> Bar:
     """Return a bar, or what writes lines in its place. `leave`: it stays on the screen, and is there from the start."""
     if is_turned_off() or not (sys.stderr.isatty() or is_interactive()):
         return Lines(desc, total, unit, initial, silent=is_turned_off())
@@ -57,7 +59,8 @@ class Lines:
     """Writes a line to stderr after two seconds, then every 30 seconds, and one at the end if there was any."""
 
     def __init__(self, desc: str, total: int, unit: str, initial: int = 0, silent: bool = False) -> None:
-        self.desc, self.total, self.unit, self.initial, self.n, self.silent = desc, total, unit, initial, initial, silent
+        self.desc, self.total, self.unit, self.silent = desc, total, unit, silent
+        self.initial = self.n = initial
         self.postfix = ""
         self.started = time.monotonic()
         self.next_line = self.started + SHOWN_AFTER
@@ -98,7 +101,7 @@ class Lines:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
 

@@ -25,6 +25,7 @@ from sae_training.language_model.hooks import NamedLook, hooked, inputs_of
 from sae_training.language_model.load import LanguageModel, model_of
 from sae_training.language_model.sites import HookSite, Sites
 from sae_training.machine.interrupt import stop_point
+from sae_training.machine.phases import Bar, progress_bar
 from sae_training.run.folder import read_run_config
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
@@ -64,8 +65,11 @@ def evaluate_together(
     for each in evaluated:
         each.sae.eval()
     n_prompts = prompts_of_a_pass(tokens.shape[1], store.model, max((sae.d_sae for sae, _ in saes), default=0))
-    for prompts in tokens.split(n_prompts):
-        add_batch(evaluated, store, prompts.to(store.device))
+    batches = tokens.split(n_prompts)
+    n_passes = 1 + len({sites.target for _, sites in saes}) + len(saes)
+    with progress_bar("evaluating", len(batches) * n_passes, "passes") as bar:
+        for prompts in batches:
+            add_batch(evaluated, store, prompts.to(store.device), bar)
     for each, was_training in zip(evaluated, were_training, strict=True):
         each.sae.train(was_training)
     return [each.figures() for each in evaluated]
@@ -79,7 +83,7 @@ def prompts_of_a_pass(context_size: int, model: LanguageModel, d_sae: int = 0) -
 # ------------------------------------------------------------------------------------------------------- one batch
 
 
-def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: Tensor) -> None:
+def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: Tensor, bar: Bar) -> None:
     """Add to the sums of each autoencoder what the batch `prompts` (n, context_size) tells of it."""
     seen: dict[HookSite, Tensor] = {}
 
@@ -89,6 +93,7 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
     sites = dict.fromkeys(site for each in evaluated for site in each.sites.all)
     below = BlocksBelow(store.model, (n_blocks_below(names_hooked(each.sites)) for each in evaluated))
     clean = forward_pass(store, prompts, below.recorded(), sites, reads=map(look_at, sites))
+    bar.update(1)
     keep = store.keeps(prompts, seen[evaluated[0].sites.input])  # a rule about norms is for runs with one input site
     for target_site in dict.fromkeys(each.sites.target for each in evaluated):
         of_site = [each for each in evaluated if each.sites.target == target_site]
@@ -97,6 +102,7 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
         n_below = min(n_blocks_below(names_hooked(each.sites)) for each in of_site)
         zeroed = forward_pass(store, prompts, below.skipped(n_below), heads, replacements=[zeros])
         ablated = compare(clean, zeroed, prompts)
+        bar.update(1)
         for each in of_site:
             x = seen[each.sites.input]
             feature_acts = each.sae.encode(x)
@@ -107,6 +113,7 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
             skipped = below.skipped(n_blocks_below(names_hooked(each.sites)))
             changed = forward_pass(store, prompts, skipped, each.sites.inputs, replacements=[new])
             each.sums.add(prompts, each.sites.input, compare(clean, changed, prompts), ablated)
+            bar.update(1)
 
 
 def names_hooked(sites: Sites) -> list[str]:

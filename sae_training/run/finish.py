@@ -17,6 +17,7 @@ from sae_training.formats.run_files import EVALUATION_FILE, FINAL, REPORT_FILE
 from sae_training.machine.files import write_text
 from sae_training.machine.interrupt import StopAsked, stop_point
 from sae_training.machine.paths import command
+from sae_training.machine.phases import phase
 from sae_training.report.comparison import comparison_table, write_comparison
 from sae_training.report.run_page import write_report
 from sae_training.report.summary import summary
@@ -70,6 +71,7 @@ def report(run: Run, evaluations: dict[str, dict[str, float]]) -> None:
     path = run.folder.path
     try:
         stop_point()
-        write_comparison(path, evaluations) if is_several(run.cfg) else write_report(path)
+        with phase("report"):
+            write_comparison(path, evaluations) if is_several(run.cfg) else write_report(path)
     except StopAsked:
         tqdm.write(f"The run is finished, without {REPORT_FILE}, which this draws: {command('report', path)}")

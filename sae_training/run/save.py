@@ -17,6 +17,7 @@ from sae_training.formats.native import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE
 from sae_training.formats.run_files import EVALUATION_FILE
 from sae_training.language_model.load import fingerprint
 from sae_training.machine.files import step_number, write_safetensors, write_text
+from sae_training.machine.phases import phase
 from sae_training.run import checkpoint
 from sae_training.run.state import Member, Run, check_finite
 
@@ -47,7 +48,8 @@ def save(run: Run, until_final: bool = False) -> Path | None:
         "until_final": until_final,
     }
     try:
-        saved = checkpoint.save_checkpoint(run.folder.checkpoints, run.step, parts, state, extra_files=texts)
+        with phase("saving"):
+            saved = checkpoint.save_checkpoint(run.folder.checkpoints, run.step, parts, state, extra_files=texts)
     except OSError as error:
         tqdm.write(f"Checkpoint not saved; the last one is {run.last_checkpoint or 'none'}. {error}")
         return None
