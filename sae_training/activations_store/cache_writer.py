@@ -113,7 +113,8 @@ class CacheWriter:
     def write(self, stop: StopRequest) -> None:
         """Write what is missing of the cache, or check a finished one; TrainingInterrupted if `stop` asks for it."""
         if self.manifest.complete:
-            self.check(stop)
+            with phase("checking", has_bar=True):
+                self.check(stop)
             tqdm.write(f"{self.folder} is complete and undamaged: {self.summary()}.")
             return
         start, first = time.perf_counter(), self.manifest.progress["passes"]
