@@ -21,6 +21,7 @@ from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.sites import HookSite
 from sae_training.language_model.twins import compiled_blocks
+from sae_training.machine.interrupt import stop_point
 from sae_training.text.stream import TokenStream
 
 
@@ -74,6 +75,7 @@ class Passes:
 
     def next_rows(self) -> dict[str, Tensor]:
         """Return the rows (n, width) of the next pass at each hook, where the rule keeps the position."""
+        stop_point()  # before the contexts are taken, so that a later try makes the same pass
         taken = self.contexts.take(self.n_prompts)
         activations = {name: to_device(taken(name).to(self.dtype), self.device) for name in self.widths}
         in_a_row = "prompts positions width -> (prompts positions) width"

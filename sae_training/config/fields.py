@@ -22,6 +22,7 @@ from sae_training.config.types import (
     Device,
     Dtype,
     IdentifiesCache,
+    InProportion,
     NotNegative,
     OneOrMany,
     OnlyIn,
@@ -115,8 +116,8 @@ class Source:
     store_batch_size: Positive[int] = 32
     """Contexts per forward pass of the language model."""
 
-    n_eval_batches: NotNegative[int] = 10
-    """Batches of store_batch_size contexts held out for evaluation; 0 holds out none."""
+    n_eval_batches: NotNegative[int] = InProportion(10)
+    """Held-out batches of store_batch_size contexts; if not given, fewer than 10 in short runs."""
 
 
 @dataclass(kw_only=True)

@@ -133,7 +133,8 @@ def is_finished(folder: Path) -> bool:
 def is_member_folder(path: Path) -> bool:
     """Return whether the folder is that of one autoencoder in a run of several, whose folder is the one above."""
     parent = path.resolve().parent
-    return (parent / RUN_CONFIG_FILE).is_file() and is_several(read_run_config(parent))
+    files = (parent / RUN_CONFIG_FILE, parent / STATUS_FILE)  # both, because users have files named config.json, too
+    return all(file.is_file() for file in files) and is_several(read_run_config(parent))
 
 
 def check_same_config(folder: Path, cfg: LanguageModelSAERunnerConfig) -> None:

@@ -16,6 +16,7 @@ from sae_training.config.sweep import is_several
 from sae_training.config.types import FIXED_K
 from sae_training.language_model.load import LanguageModel, fingerprint
 from sae_training.language_model.sites import Sites
+from sae_training.machine.phases import phase
 from sae_training.run import checkpoint
 from sae_training.run.folder import RunFolder, write_config
 from sae_training.run.logger import RunLogger
@@ -43,12 +44,13 @@ def open_run(
     members: list[Member] = []
     try:
         trainers = {name: SAETrainer(SparseAutoencoder(single), single) for name, (single, _) in singles.items()}
-        latest = checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write)
+        with phase("reading the checkpoint"):
+            latest = checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write)
+            parts, state = load_state(latest, store) if latest else ({}, {})
         if latest:
-            parts, state = load_state(latest, store)
             tqdm.write(f"Continuing {folder.path} after step {state['step']}.")
         else:
-            parts, state = {}, {"step": 0, "metrics_bytes": dict.fromkeys(singles, 0), "failures": {}}
+            state = {"step": 0, "metrics_bytes": dict.fromkeys(singles, 0), "failures": {}}
             check_room_for_checkpoints(cfg, folder, trainers, store)
         for name, (single, sites) in singles.items():
             path = folder.path / name.replace("/", "_")  # the run's own folder for the only one, whose name is ""
@@ -62,14 +64,17 @@ def open_run(
                 trainer_state = parts[member.part("trainer")]
                 member.trainer.load_state_dict({"weights": parts[member.part("sae")], **trainer_state})
             else:
-                start_weights(member)
+                store.sample(1)  # fills the buffer, which is a phase of its own
+                with phase("starting weights"):
+                    start_weights(member)
     except BaseException:
         for member in members:
             member.logger.close(exit_code=1)
         folder.discard_if_new()
         raise
     progress = Progress(cfg, folder, first_step=state["step"])
-    run = Run(cfg, folder, store, members, progress, held_out, state["step"], latest)
+    run = Run(cfg, folder, store, members, progress, held_out, state["step"], state.get("pending", []), latest)
+    run.has_extra_checkpoint = state.get("until_final", False)
     run.write_status("training")
     return run
 

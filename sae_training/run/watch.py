@@ -5,6 +5,7 @@ The store's `sample` serves no rows, and evaluation has its own, held-out text.
 
 from __future__ import annotations
 
+from sae_training.machine.phases import phase
 from sae_training.run.evals import evaluate_together
 from sae_training.run.state import Member, Run
 from sae_training.training.metrics import sparsity_metrics
@@ -17,10 +18,15 @@ def evaluate_now(run: Run) -> list[tuple[Member, dict[str, float]]]:
 
     There are none with evaluation off (eval_every_steps=0), or no text held out (n_eval_batches=0).
     """
-    if run.cfg.eval_every == 0 or len(run.held_out) == 0:
+    if not is_evaluated(run):
         return [(member, {}) for member in run.trained]
-    saes = [(member.folded(), member.sites) for member in run.trained]
-    return list(zip(run.trained, evaluate_together(saes, run.store, run.held_out), strict=True))
+    with phase("evaluation", has_bar=True):
+        saes = [(member.folded(), member.sites) for member in run.trained]
+        return list(zip(run.trained, evaluate_together(saes, run.store, run.held_out), strict=True))
+
+
+def is_evaluated(run: Run) -> bool:
+    return run.cfg.eval_every > 0 and len(run.held_out) > 0
 
 
 def log_norms(run: Run) -> None:

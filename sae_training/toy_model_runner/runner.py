@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 from sae_training.config.io import config_to_dict, with_defaults
 from sae_training.config.toy import SAEToyModelRunnerConfig
 from sae_training.machine.files import write_text
+from sae_training.machine.phases import progress_bar
 from sae_training.run.folder import RunFolder, free_folder
 from sae_training.run.logger import RunLogger
 from sae_training.run.wandb_mirror import WandbOptions
@@ -108,8 +109,8 @@ def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> Sparse
         wandb=WandbOptions.of(cfg, folder.name),
         notify=tqdm.write,
     )
-    with logger:
-        for step in trange(1, cfg.total_training_steps + 1, desc=folder.name, mininterval=1):
+    with logger, progress_bar(folder.name, cfg.total_training_steps, "steps", leave=True) as bar:
+        for step in range(1, cfg.total_training_steps + 1):
             result = trainer.step(data.next_batch(cfg.train_batch_size).rows, step - 1)
             if step % cfg.wandb_log_frequency == 0 or step == cfg.total_training_steps:
                 trainer.check_finite()
@@ -117,6 +118,7 @@ def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> Sparse
                 logger.log(training_metrics(result, trainer.tracker, rows), step, rows)
             if step % cfg.feature_sampling_window == 0:
                 trainer.tracker.start_new_window()
+            bar.update(1)
     trainer.take_average()
     trainer.check_weights()
     sae.eval()
