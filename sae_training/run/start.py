@@ -26,6 +26,7 @@ from sae_training.run.wandb_mirror import WandbOptions
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.conversions import fold_decoder_norms, fold_input_scale
 from sae_training.sparse_autoencoder.normalization import BY_ROW
+from sae_training.training.thresholds import start_thresholds
 from sae_training.training.trainer import SAETrainer
 
 SAMPLE_ROWS = 32_768  # of the buffer, from which b_dec starts and scales are measured; as many as Gao et al. 2024 use
@@ -139,7 +140,7 @@ def check_room_for_checkpoints(
 
 
 def start_weights(member: Member) -> None:
-    """Take the weights of the pretrained file if the config names one; else set b_dec from a sample of activations."""
+    """Take the weights of the pretrained file if the config names one; else start from a sample of rows."""
     sae, cfg, store = member.trainer.sae, member.cfg, member.store
     if cfg.normalize_activations == "expected_average_only_in":  # the same each time, so a site may be measured twice
         store.measure_scales(SAMPLE_ROWS, member.sites)
@@ -151,6 +152,8 @@ def start_weights(member: Member) -> None:
         sae.initialize_transcoder(sample.x, sample.target, cfg.b_dec_init_method)
     else:
         sae.initialize_b_dec(sample.x, cfg.b_dec_init_method)
+    if remark := start_thresholds(sae, sample.x, sample.target):
+        tqdm.write(f"{member.name}: {remark}." if member.name else f"{remark}.")
 
 
 def start_from_pretrained(member: Member) -> None:

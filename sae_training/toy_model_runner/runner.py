@@ -30,10 +30,11 @@ from sae_training.toy_model_runner.data import (
 from sae_training.toy_model_runner.picture import write_picture
 from sae_training.toy_model_runner.scores import score
 from sae_training.training.metrics import training_metrics
+from sae_training.training.thresholds import start_thresholds
 from sae_training.training.trainer import SAETrainer
 
 SCORES_FILE, PICTURE_FILE = "scores.json", "picture.html"
-ROWS_FOR_B_DEC = 8192  # that the decoder bias's starting value comes from
+ROWS_FOR_STARTING_VALUES = 8192  # of the decoder bias, and of the thresholds of jumprelu
 
 
 class ToyModelResult(NamedTuple):
@@ -101,7 +102,10 @@ def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> Sparse
     run_cfg = with_defaults(cfg)
     data = ToyModelGenerator(model, cfg.seed + 1, cfg.device)
     sae = SparseAutoencoder(run_cfg)
-    sae.initialize_b_dec(data.next_batch(ROWS_FOR_B_DEC).rows, cfg.b_dec_init_method)
+    sample = data.next_batch(ROWS_FOR_STARTING_VALUES).rows
+    sae.initialize_b_dec(sample, cfg.b_dec_init_method)
+    if remark := start_thresholds(sae, sample):
+        tqdm.write(f"{remark}.")
     trainer = SAETrainer(sae, run_cfg)
     logger = RunLogger(
         folder,

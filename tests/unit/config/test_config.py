@@ -76,6 +76,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "skip_connection": False,
     "jumprelu_bandwidth": 0.05,
     "jumprelu_init_threshold": 0.1,
+    "jumprelu_init_l0": "auto",
     "jumprelu_sparsity_loss_mode": "step",
     "jumprelu_tanh_scale": 4.0,
     "lp_norm": 1.0,
@@ -369,6 +370,16 @@ def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
         (
             {"target_l0": 50.0},
             "target_l0: found 50.0 with architecture standard, expected jumprelu; set one of them",
+        ),
+        (
+            {"architecture": "jumprelu", "d_in": 8, "target_l0": 17},
+            "target_l0: found 17, expected at most 16, half of d_sae: thresholds are above 0, and so is about half of "
+            "all pre-activations; lower it, or raise expansion_factor",
+        ),
+        (
+            {"architecture": "jumprelu", "d_in": 8, "jumprelu_init_l0": 20.5},
+            "jumprelu_init_l0: found 20.5, expected at most 16, half of d_sae: thresholds are above 0, and so is about "
+            "half of all pre-activations; lower it, or raise expansion_factor",
         ),
         (
             {"optimizer": "adam8bit", "feature_sampling_method": "l2"},
