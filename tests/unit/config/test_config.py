@@ -632,3 +632,44 @@ def test_every_field_that_may_be_a_list_has_a_label_for_the_names_of_autoencoder
     hints = field_types(Config)
     forms = {name: {typing.get_origin(option) for option in list_types(hint)} for name, hint in hints.items()}
     assert {name for name, of in forms.items() if of == {list, tuple}} == {*LABELS}
+
+
+# ----------------------------------------------------------------------------------------- defaults in proportion
+
+
+@pytest.mark.parametrize("tokens", [50_000, 60_000, 100_000, 300_000, 1_000_000, 2_000_000, 10**9])
+@pytest.mark.parametrize("several", [{}, {"architecture": "topk", "k": [8, 16, 32]}])
+def test_open_buffer_and_evaluation_are_in_proportion_to_the_run(tokens: int, several: dict[str, Any]) -> None:
+    cfg = Config(total_training_tokens=tokens, **several)
+    rows = cfg.total_training_steps * cfg.tokens_per_step
+    assert cfg.buffer_rows <= rows / 3
+    evaluation = cfg.n_eval_batches * cfg.passes_of_an_eval_batch
+    least = cfg.n_eval_batches == 1
+    assert least or evaluation <= (rows / (cfg.store_batch_size * cfg.context_size) + evaluation) / 5
+    assert cfg.n_batches_in_buffer <= 20
+    assert cfg.n_eval_batches <= 10
+    assert cfg.passes_of_an_eval_batch == (5 if several else 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batches", "eval_batches"), [(4096, 2, 1), (60_000, 4, 1), (300_000, 20, 6), (2_000_000, 20, 10)]
+)
+def test_open_sizes_of_some_runs(tokens: int, batches: int, eval_batches: int) -> None:
+    cfg = Config(total_training_tokens=tokens)
+    assert (cfg.n_batches_in_buffer, cfg.n_eval_batches) == (batches, eval_batches)
+
+
+def test_given_sizes_stay_and_open_ones_follow_the_run() -> None:
+    given = Config(total_training_tokens=60_000, n_batches_in_buffer=20, n_eval_batches=10)
+    assert (given.n_batches_in_buffer, given.n_eval_batches) == (20, 10)
+    short = Config(total_training_tokens=60_000)
+    long = dataclasses.replace(short, total_training_tokens=2_000_000)
+    assert (long.n_batches_in_buffer, long.n_eval_batches) == (20, 10)
+    larger_steps = dataclasses.replace(short, train_batch_size=16_384)
+    assert larger_steps.n_batches_in_buffer == 8
+    stored = config_from_dict(json.loads(json.dumps(config_to_dict(short))))
+    assert dataclasses.replace(stored, total_training_tokens=2_000_000).n_batches_in_buffer == 4
+
+
+def test_cache_holds_out_what_any_run_may_ask_for() -> None:
+    assert CacheActivationsRunnerConfig(total_training_tokens=4096).n_eval_batches == 10
