@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_training.activations_store import ActivationsStore
+from sae_training.activations_store.finiteness import check_finite, explain_live
 from sae_training.activations_store.store import without_cache
 from sae_training.language_model.harvest import at_site, put_back
 from sae_training.language_model.hooks import NamedLook, hooked, inputs_of
@@ -85,6 +86,7 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
     sites = dict.fromkeys(site for each in evaluated for site in each.sites.all)
     clean = forward_pass(store.model, prompts, sites, map(look_at, sites), padded=store.padded)
     keep = store.keeps(prompts, seen[evaluated[0].sites.input])  # a rule about norms is for runs with one input site
+    check_finite({site.name: seen[site][keep] for site in sites}, explain_live(store.model))
     for target_site in dict.fromkeys(each.sites.target for each in evaluated):
         of_site = [each for each in evaluated if each.sites.target == target_site]
         zeros = replacing(target_site, torch.zeros_like(seen[target_site]), keep)
