@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,10 +12,12 @@ from sae_training.config.sweep import is_several
 from sae_training.formats.run_files import EVALUATION_FILE, FINAL
 from sae_training.machine.files import write_text
 from sae_training.report.comparison import comparison_table, write_comparison
+from sae_training.report.in_words import dead_window, to_record
 from sae_training.report.run_page import write_report
 from sae_training.report.summary import summary
+from sae_training.run.remarks import what_is_wrong
 from sae_training.run.save import save_weights_folder
-from sae_training.run.state import Run, check_finite
+from sae_training.run.state import Member, Run, check_finite
 from sae_training.run.watch import evaluate_now, log_sparsity
 from sae_training.training.schedules import due
 
@@ -25,11 +28,11 @@ def finish(run: Run) -> None:
         if not due(run.step, run.cfg.feature_sampling_window):
             log_sparsity(run, member)
         member.trainer.take_average()
-    evaluations: dict[str, dict[str, float]] = {}
+    evaluations: dict[str, dict[str, Any]] = {}
     for member, figures in evaluate_now(run):
-        evaluation = figures | {"sparsity/dead_features": int(member.trainer.tracker.dead().sum())}
-        evaluations[member.name] = evaluation
-        member.logger.log(evaluation, run.step, run.n_training_tokens)
+        figures |= {"sparsity/dead_features": int(member.trainer.tracker.dead().sum())}
+        member.logger.log(figures, run.step, run.n_training_tokens)
+        evaluations[member.name] = evaluation = recorded(run, member, figures)
         member.trainer.sae.eval()
         save_weights_folder(member, member.folder / FINAL, evaluation, aliases=("final_model",))
     if is_several(run.cfg):
@@ -41,7 +44,17 @@ def finish(run: Run) -> None:
     tqdm.write(summary(run.folder.path, evaluation, member.trainer.sae.d_sae))
 
 
-def finish_several(run: Run, evaluations: dict[str, dict[str, float]]) -> None:
+def recorded(run: Run, member: Member, figures: dict[str, float]) -> dict[str, Any]:
+    """Return the evaluation as evaluation.json holds it, after wandb has got its words."""
+    remarks = list(what_is_wrong(member, run.step, figures).values())
+    fields = vars(member.cfg) | {"tokens_per_step": member.cfg.tokens_per_step}
+    record = to_record(figures, fields, remarks, dead_window(fields, run.step))
+    words = {key: value for key, value in record.items() if isinstance(value, str)}
+    member.logger.log_words(words | ({"remarks": "; ".join(remarks)} if remarks else {}))
+    return record
+
+
+def finish_several(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:
     """Write the comparison, and final/ of the whole run.
 
     The comparison stands in place of a page of curves for each autoencoder, which would take a second and 5 MB; the
