@@ -238,7 +238,7 @@ def run_verb(verb: Verb) -> None:
         case Eval():
             from sae_training.run.evals import evaluate_run
 
-            sys.stdout.write(table(evaluate_run(verb.run)))
+            sys.stdout.write(evaluation_in_words(evaluate_run(verb.run), verb.run))
         case Report():
             from sae_training.report.run_page import report_run
 
@@ -356,6 +356,16 @@ def table(values: Mapping[str, object]) -> str:
     width = max(map(len, values), default=0)
     shown = {n: f"{v:.4g}" if isinstance(v, float) else str(v) for n, v in values.items()}
     return "".join(f"{name:<{width}}  {text}\n" for name, text in shown.items())
+
+
+def evaluation_in_words(figures: Mapping[str, float], run: Path) -> str:
+    """Return the table of an evaluation of `run`, and what its figures are over."""
+    from sae_training.report.in_words import BASE, notes, to_record
+    from sae_training.run.folder import read_run_config
+
+    record = to_record(figures, vars(read_run_config(run)) if f"{BASE}rows" in figures else {})
+    shown = {name: value for name, value in record.items() if not name.startswith(BASE)}
+    return table(shown) + "".join(f"{note}\n" for note in notes(record))
 
 
 registry = ConstructorRegistry()

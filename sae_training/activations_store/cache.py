@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_training.activations_store.finiteness import non_finite
 from sae_training.config.fields import Source
 from sae_training.config.io import CACHE_FIELDS, config_to_dict
 from sae_training.language_model.load import LanguageModel, fingerprint, revision
@@ -108,10 +109,11 @@ def to_stored(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
     """Return `rows` (..., d_in) in the precision of the files and, for int8, their scales (...,), else None."""
     if dtype != "int8":
         stored = rows.to(DTYPES[dtype])
-        if dtype == "float16" and bool((stored.isinf() & ~rows.isinf()).any()):
+        if stored.dtype != rows.dtype and bool((non_finite(stored) & ~non_finite(rows)).any()):
+            wider = "bfloat16, or int8" if dtype == "float16" else "float32"
             raise ValueError(
-                f"dtype: found an activation of {rows.abs().max().item():.3g}, expected at most 65504, the largest of "
-                "float16; use bfloat16, or int8."
+                f"dtype: found an activation of {rows.abs().max().item():.3g}, expected at most "
+                f"{torch.finfo(stored.dtype).max:.5g}, the largest of {dtype}; use {wider}."
             )
         return stored, None
     wide = rows.float()

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sae_training.activations_store.cache import FIELD_OF, MUST_AGREE, Manifest, Shard, from_stored, read_manifest
+from sae_training.activations_store.finiteness import check_finite, explain_cached
 from sae_training.activations_store.source import Taken
 from sae_training.machine.files import sha256
 from sae_training.machine.interrupt import StopAsked, stop_point
@@ -83,6 +84,7 @@ class CachedShards:
         self.sound: set[str] = set()
         """The files whose hashes are right."""
         self.checking = {shard.file: threading.Lock() for shard in self.shards}
+        self.explain = explain_cached(folder, manifest.about["lm_dtype"])
         self.damage: ValueError | OSError | None = None
         """What `check_ahead` has found wrong."""
 
@@ -111,6 +113,8 @@ class CachedShards:
             activations = {
                 hook: from_stored(part(hook), part(f"{hook}.scale") if self.has_scales else None) for hook in self.hooks
             }
+            if self.form == "rows":  # of contexts, only the positions that count must be finite (`Passes`)
+                check_finite(activations, self.explain)
             return {"tokens": part("tokens").long(), **activations}
 
     def check(self, shard: Shard) -> None:
@@ -157,6 +161,7 @@ class CachedReader:
 
     def __init__(self, shards: CachedShards, notify: Callable[[str], None]) -> None:
         self.shards = shards
+        self.explain = shards.explain
         self.notify = notify
         self.position, self.epoch = 0, 0
         self.is_checking = False

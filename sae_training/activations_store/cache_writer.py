@@ -35,6 +35,7 @@ from sae_training.activations_store.cache import (
     to_stored,
 )
 from sae_training.activations_store.cache_reader import CachedShards, rewrite_advice
+from sae_training.activations_store.finiteness import check_finite, explain_live
 from sae_training.activations_store.shuffle_buffer import MAX_EMPTY_PASSES
 from sae_training.activations_store.store import ActivationsStore
 from sae_training.config import CacheActivationsRunnerConfig
@@ -107,6 +108,13 @@ class CacheWriter:
         manifest.progress = {"passes": 0, "bucket_bytes": [0] * self.n_buckets, "tokens": self.position()}
         manifest.save(self.folder)
         return manifest
+
+    def explain(self, hook: str, found: str) -> str:
+        """Return the message for activations of `hook` that hold `found`, which are not written."""
+        return (
+            f"{explain_live(self.store.model)(hook, found)}. Nothing of this pass was written; delete {self.folder}, "
+            "or give another cached_activations_path."
+        )
 
     # ------------------------------------------------------------------------------------------------------ writing
 
@@ -187,9 +195,14 @@ class CacheWriter:
 
     def write_pass(self, i: int, tokens: Tensor, activations: list[Tensor]) -> None:
         """Write the activations of pass number `i`, (prompts, context, d_in) for each hook."""
+        keep = self.store.keeps(tokens, activations[0]) if self.has_rows else None
+        # A cache of contexts serves them whole, so of these every position must be finite, padding aside.
+        counts = tokens >= 0 if self.has_contexts or keep is None else keep
+        by_hook = dict(zip(self.widths, activations, strict=True))
+        check_finite({hook: of_hook[counts] for hook, of_hook in by_hook.items()}, self.explain)
         stored = [to_stored(of_hook, self.dtype) for of_hook in activations]
-        if self.has_rows:
-            self.to_buckets(i, tokens, self.store.keeps(tokens, activations[0]), stored)
+        if keep is not None:
+            self.to_buckets(i, tokens, keep, stored)
         if self.has_contexts:
             self.kept.append((tokens, stored))
 

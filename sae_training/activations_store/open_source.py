@@ -12,7 +12,7 @@ from sae_training.activations_store.cache_reader import CachedReader, open_cache
 from sae_training.activations_store.passes import LiveContexts, Passes
 from sae_training.activations_store.position_rule import PositionRule
 from sae_training.activations_store.shuffle_buffer import ShuffleBuffer
-from sae_training.activations_store.source import ContextSource, RowSource, Taken
+from sae_training.activations_store.source import PassSource, RowSource, Taken
 from sae_training.activations_store.training_text import TrainingText
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.load import LanguageModel
@@ -32,7 +32,7 @@ def open_source(
     widths = {site.name: site.d_in for site in sites}
     live = LiveContexts(model, sites, text.tokens, device)
 
-    def buffer(contexts: ContextSource) -> ShuffleBuffer:
+    def buffer(contexts: PassSource) -> ShuffleBuffer:
         passes = Passes(contexts, widths, cfg.store_batch_size, rule, model.cfg.dtype, device)
         return ShuffleBuffer(passes, cfg.n_batches_in_buffer * cfg.store_batch_size * cfg.context_size)
 
@@ -81,6 +81,9 @@ class ThenLive(Generic[Live]):
 
     def sample(self: ThenLive[ShuffleBuffer], n: int) -> Taken:
         return self.live.sample(n) if self.is_live else self.cached.sample(n)
+
+    def explain(self: ThenLive[LiveContexts], hook: str, found: str, /) -> str:
+        return (self.live if self.is_live else self.cached).explain(hook, found)
 
     @property
     def n_buffered(self: ThenLive[ShuffleBuffer]) -> int:

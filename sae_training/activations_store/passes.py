@@ -7,7 +7,7 @@ tokens (prompts, positions) --language model--> activations at each hook   (or b
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from sae_training.activations_store.finiteness import PassesChecked, check_finite, explain_live
 from sae_training.activations_store.position_rule import PositionRule
-from sae_training.activations_store.source import ContextSource, Taken
+from sae_training.activations_store.source import PassSource, Taken
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.sites import HookSite
@@ -32,6 +33,7 @@ class LiveContexts:
         self, model: LanguageModel, sites: Sequence[HookSite], tokens: TokenStream, device: torch.device
     ) -> None:
         self.model, self.sites, self.tokens, self.device = model, sites, tokens, device
+        self.explain = explain_live(model)
 
     def take(self, n: int, n_left: int | None = None) -> Taken:
         tokens = self.tokens.next_contexts(n)
@@ -63,7 +65,7 @@ class Passes:
 
     def __init__(
         self,
-        contexts: ContextSource,
+        contexts: PassSource,
         widths: dict[str, int],
         n_prompts: int,
         rule: PositionRule,
@@ -72,10 +74,19 @@ class Passes:
     ) -> None:
         self.contexts, self.widths, self.n_prompts, self.rule = contexts, widths, n_prompts, rule
         self.dtype, self.device = dtype, device
+        self.checked = PassesChecked(contexts.explain)
 
     def next_rows(self) -> dict[str, Tensor]:
-        """Return the rows (n, width) of the next pass at each hook, where the rule keeps the position."""
+        """Return the rows (n, width) of the next pass at each hook, where the rule keeps the position.
+
+        Whether they are finite is noted, for `check_finite` before they are used.
+        """
         stop_point()  # before the contexts are taken, so that a later try makes the same pass
+        rows = self.kept_rows()
+        self.checked.note(rows)
+        return rows
+
+    def kept_rows(self) -> dict[str, Tensor]:
         taken = self.contexts.take(self.n_prompts)
         activations = {name: to_device(taken(name).to(self.dtype), self.device) for name in self.widths}
         in_a_row = "prompts positions width -> (prompts positions) width"
@@ -87,6 +98,14 @@ class Passes:
         places = to_device(keep.flatten().nonzero().flatten(), self.device)
         return {name: x.index_select(0, places) for name, x in rows.items()}
 
+    def check_finite(self) -> None:
+        """Raise NonFiniteActivations if rows that `next_rows` has returned are infinite or NaN."""
+        self.checked.check()
+
+    def check_loaded(self, rows: Mapping[str, Tensor]) -> None:
+        """Raise NonFiniteActivations if rows that an earlier process took from these passes are infinite or NaN."""
+        check_finite(rows, self.contexts.explain)
+
     def check_size(self) -> None:
         """Raise ValueError if there can never be a pass."""
         self.contexts.check_size(self.n_prompts)
@@ -96,6 +115,7 @@ class Passes:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.contexts.load_state_dict(state)
+        self.checked.noted.clear()
 
 
 @dataclass
@@ -142,6 +162,12 @@ class PassesAhead:
             for rows in begun.rows.values():
                 rows.record_stream(stream)  # so that the memory is not reused before this stream is done with it
         return begun.rows
+
+    def check_finite(self) -> None:
+        self.passes.check_finite()
+
+    def check_loaded(self, rows: Mapping[str, Tensor]) -> None:
+        self.passes.check_loaded(rows)
 
     def check_size(self) -> None:
         self.passes.check_size()

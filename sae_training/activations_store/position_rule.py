@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sae_training.activations_store.finiteness import check_finite, explain_live
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import LanguageModel
@@ -48,7 +49,9 @@ class PositionRule:
             return keep
         if activations is None:
             raise ValueError("activations: max_activation_norm_multiple is about their norms; give them too.")
-        return keep & (activations.float().norm(dim=-1) <= self.max_norm).to(tokens.device)
+        norms = activations.float().norm(dim=-1)
+        # What is not finite is kept, so that it is reported: left out as too large, it would be so without a word.
+        return keep & ((norms <= self.max_norm) | ~activations.isfinite().all(dim=-1)).to(tokens.device)
 
 
 def positions_kept(context_size: int, seqpos_slice: tuple[int | None, ...]) -> Tensor:
@@ -71,7 +74,9 @@ def position_rule(
         contexts = tokens.first_contexts(math.ceil(NORM_TOKENS / cfg.context_size)).to(torch.device(cfg.device))
         passes = contexts.split(cfg.store_batch_size)
         found = [harvest(model, prompts, [site], not cfg.pack_sequences)[0] for prompts in passes]
-        norms = torch.cat([activations.float().norm(dim=-1) for activations in found])
+        every = torch.cat(found)
+        check_finite({site.name: every[contexts >= 0]}, explain_live(model))
+        norms = every.float().norm(dim=-1)
         max_norm = cfg.max_activation_norm_multiple * norms[contexts >= 0].median().item()
     excluded_ids = special_token_ids(model) if cfg.exclude_special_tokens else None
     return PositionRule(excluded_ids, tuple(cfg.seqpos_slice), max_norm, not cfg.pack_sequences)

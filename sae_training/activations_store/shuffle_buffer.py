@@ -103,6 +103,8 @@ class ShuffleBuffer:
                     self.spill = {name: new[n:] for name, new in rows.items()}
                     n_written += n
                     bar.update(n)
+                    if self.device.type != "cuda" or n_written == len(slots):  # a GPU is waited for once, at the end
+                        self.passes.check_finite()
             except BaseException:
                 # The next fill places the rows once more, in the same order.
                 self.spill = {
@@ -152,3 +154,6 @@ class ShuffleBuffer:
         self.spill = {name: state["spill"][name].to(self.device) for name in self.widths}
         if "buffers" in state:
             self.buffers = {name: state["buffers"][name].to(self.device) for name in self.widths}
+        for rows in (self.spill, self.buffers):  # an error leaves what it was about in the state
+            if rows:
+                self.passes.check_loaded(rows)

@@ -37,6 +37,14 @@ class ContextSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class PassSource(ContextSource, Protocol):
+    """Contexts whose rows go into a shuffle buffer."""
+
+    def explain(self, hook: str, found: str, /) -> str:
+        """Return the message for activations of `hook` that hold `found`, "inf" or "NaN" (`finiteness`)."""
+        ...
+
+
 class RowSource(ContextSource, Protocol):
     """Rows of activations in a random order; a row is the same token at every hook."""
 

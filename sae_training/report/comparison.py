@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 
 from sae_training.formats.run_files import REPORT_FILE
 from sae_training.machine.files import write_text
 from sae_training.machine.paths import command
+from sae_training.report.in_words import SCORE, is_figure, notes, notes_on_dead
 from sae_training.report.page import Table, render, shown, style
 from sae_training.report.summary import how_to_load
 
-Evaluations = Mapping[str, Mapping[str, float]]
-"""The figures of `run.evals.evaluate` for each autoencoder, by its name."""
+Evaluations = Mapping[str, Mapping[str, Any]]
+"""What evaluation.json holds of each autoencoder, by its name."""
 
 MOST_COLOURS = 10  # because the legend of more points cannot be read
 
@@ -36,10 +37,29 @@ def table_of(evaluations: Evaluations) -> Table:
     """Return a row for each autoencoder, with the columns that any of them has: few where evaluation is off."""
     present = {key: column for key, column in COLUMNS.items() if any(key in found for found in evaluations.values())}
     rows = [
-        (name, [format(evaluation.get(key, math.nan), form) for key, (_, form) in present.items()])
+        (name, [cell(evaluation.get(key), form) for key, (_, form) in present.items()])
         for name, evaluation in evaluations.items()
     ]
     return Table("Autoencoder", [title for title, _ in present.values()], rows)
+
+
+def cell(value: Any, form: str) -> str:
+    """Return a figure in its form; a dash where there is none, or a word in its place."""
+    return format(value, form) if is_figure(value) else "-"
+
+
+def notes_of(evaluations: Evaluations) -> list[str]:
+    """Return what goes with the figures: once for all where it is the same, by name where it is of one."""
+    lines: dict[str, list[str]] = defaultdict(list)
+    for name, evaluation in evaluations.items():
+        words = [
+            f"{score}.".replace("no score", "No CE score", 1)
+            for score in [evaluation.get(SCORE)]
+            if isinstance(score, str)
+        ]
+        for line in (*words, *notes(evaluation), *notes_on_dead(evaluation)):
+            lines[line].append(name)
+    return [line if len(names) == len(evaluations) else f"{', '.join(names)}: {line}" for line, names in lines.items()]
 
 
 def comparison_table(folder: Path, evaluations: Evaluations) -> str:
@@ -53,6 +73,8 @@ def comparison_table(folder: Path, evaluations: Evaluations) -> str:
             "",
             " " * width + "".join(f"{title:>20}" for title in table.columns),
             *lines,
+            "",
+            *notes_of(evaluations),
             "",
             f"Run folder: {folder}, with a folder for each",
             f"Comparison: {folder / REPORT_FILE}",
@@ -75,6 +97,7 @@ def write_comparison(folder: Path, evaluations: Evaluations) -> Path:
         folder.resolve().name,
         figures,
         evaluation=table_of(evaluations),
+        remarks=notes_of(evaluations),
         note=f"{shown(len(evaluations))} autoencoders, on held-out text. The training curves of one: "
         f"{command('report', folder / next(iter(evaluations), 'NAME'))}",
     )
@@ -85,7 +108,7 @@ def write_comparison(folder: Path, evaluations: Evaluations) -> Path:
 
 def by_l0(evaluations: Evaluations, key: str, title: str) -> go.Figure:
     """Return a plot with a point for each autoencoder, its L0 across and the figure `key` upwards."""
-    names = [name for name, evaluation in evaluations.items() if key in evaluation]
+    names = [name for name, evaluation in evaluations.items() if is_figure(evaluation.get(key))]
     # With one colour for all, the names are still where the pointer is.
     groups = [[name] for name in names] if len(names) <= MOST_COLOURS else [names]
     figure = go.Figure(
@@ -119,7 +142,7 @@ def by_layer(evaluations: Evaluations, key: str, title: str) -> go.Figure:
     lines: dict[str, dict[int, float]] = defaultdict(dict)
     for name, evaluation in evaluations.items():
         found = of_layer(name)
-        if found is not None and key in evaluation:
+        if found is not None and is_figure(evaluation.get(key)):
             kind, layer = found
             lines[kind][layer] = evaluation[key]
     figure = go.Figure(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sae_training.formats.run_files import (
 from sae_training.machine.files import write_text
 from sae_training.report.comparison import write_comparison
 from sae_training.report.curves import curve_figures, histogram_figures, is_number
+from sae_training.report.in_words import BASE, notes, notes_on_dead, which_rows
 from sae_training.report.metrics_file import LABELS, TOKENS_KEY, label, read_metrics
 from sae_training.report.page import Table, render, shown
 
@@ -50,6 +52,7 @@ def write_report(run_folder: Path) -> Path:
     run_folder = Path(run_folder)
     rows = read_metrics(run_folder)
     config, status = (read_if_sound(run_folder / name) for name in (RUN_CONFIG_FILE, STATUS_FILE))
+    final = read_if_sound(run_folder / FINAL / EVALUATION_FILE)
     histograms = histogram_figures(rows)
     page = render(
         "run.html.j2",
@@ -58,6 +61,7 @@ def write_report(run_folder: Path) -> Path:
         n_beside=len(histograms[:1]),
         facts=facts(config, status, rows),
         evaluation=evaluation_table(evaluations(run_folder, rows)),
+        remarks=[*notes(final), *notes_on_dead(final)],
         note="" if rows else f"{METRICS_FILE} holds no rows: nothing has been logged yet.",
     )
     path = run_folder / REPORT_FILE
@@ -103,6 +107,7 @@ def facts(config: Mapping[str, Any], status: Mapping[str, Any], rows: Sequence[R
         "Batch": cfg.get("train_batch_size"),
         "Context": cfg.get("context_size"),
         "Seed": cfg.get("seed"),
+        "Rows": which_rows(cfg) if "exclude_special_tokens" in cfg else None,
         "Step": status.get("step", last.get("step")),
         "Tokens": share(status.get("n_training_tokens", tokens), cfg.get("total_training_tokens")),
         "Tokens/s": status.get("tokens_per_s"),
@@ -145,7 +150,7 @@ def evaluations(run_folder: Path, rows: Sequence[Row]) -> dict[str, dict[str, An
 
 
 def evaluation_table(columns: Mapping[str, Mapping[str, Any]]) -> Table:
-    metrics = list(dict.fromkeys(key for values in columns.values() for key in values))
+    metrics = [key for key in dict.fromkeys(chain(*columns.values())) if not key.startswith(BASE)]
     order = {name: place for place, name in enumerate(LABELS.values())}
     metrics.sort(key=lambda metric: order.get(label(metric), len(order)))
     rows = [(label(metric), [shown(values.get(metric, "")) for values in columns.values()]) for metric in metrics]

@@ -6,18 +6,20 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sae_training.formats.run_files import REPORT_FILE, RUN_CONFIG_FILE
+from sae_training.report.in_words import BASE, SCORE, is_figure, notes
 
 FIGURES = (
-    ("explained variance", "metrics/eval_explained_variance", ".4f", "1 is perfect; all held-out rows at once"),
-    ("L0", "metrics/eval_l0", ".1f", "active latents per token, of {d_sae:,}"),
-    ("dead latents", "sparsity/dead_features", ",.0f", "silent for longer than the dead window, in training"),
-    ("silent in evaluation", "silent", ",.0f", "latents that fire on no held-out token"),
+    ("explained variance", "metrics/eval_explained_variance", ".4f", "1 is perfect, 0 the mean row; all rows at once"),
+    ("L0", "metrics/eval_l0", ".1f", "active latents per row, of {d_sae:,}"),
+    ("dead latents", "sparsity/dead_features", ",.0f", "{dead}"),
+    ("silent in evaluation", "silent", ",.0f", "latents that fire on none of these rows"),
     ("CE loss, clean", "metrics/ce_loss_without_sae", ".4f", "the language model as it is, nats per token"),
     ("CE loss, with SAE", "metrics/ce_loss_with_sae", ".4f", "reconstructions in place of activations"),
     ("CE loss, ablated", "metrics/ce_loss_with_ablation", ".4f", "zeros in place of activations"),
-    ("CE score", "metrics/CE_loss_score", ".4f", "(ablated - with SAE) / (ablated - clean); 1 is perfect"),
+    ("CE score", SCORE, ".4f", "(ablated - with SAE) / (ablated - clean); 1 is perfect"),
 )
 
 # What centring the weights changes: the residual stream, and all that is added to it.
@@ -29,18 +31,23 @@ CENTRED = (
 )
 
 
-def summary(folder: Path, evaluation: Mapping[str, float], d_sae: int) -> str:
-    """Return a table of `evaluation` (the keys of `run.evals.evaluate`), and how to load the run."""
+def summary(folder: Path, evaluation: Mapping[str, Any], d_sae: int) -> str:
+    """Return a table of `evaluation` (what evaluation.json holds), what goes with it, and how to load the run."""
+    dead = evaluation.get(f"{BASE}dead_latents", "silent for longer than the dead window, in training")
     values = {**evaluation, "silent": evaluation.get("metrics/eval_dead_fraction", math.nan) * d_sae}
     lines = [
-        f"  {name:<22}{format(values[key], form):>10}   {meaning.format(d_sae=d_sae)}"
+        f"  {name:<22}{format(values[key], form):>10}   {meaning.format(d_sae=d_sae, dead=dead)}"
+        if is_figure(values[key])
+        else f"  {name:<22}{'-':>10}   {values[key]}"
         for name, key, form, meaning in FIGURES
-        if not math.isnan(values.get(key, math.nan))  # a run that holds out no text has few of the figures
+        if is_figure(values.get(key)) or isinstance(values.get(key), str)  # where no text is held out, few are there
     ]
     return "\n".join(
         [
             "",
             *lines,
+            *([""] if lines else []),
+            *(f"  {note}" for note in notes(evaluation)),
             "",
             f"Run folder: {folder}",
             f"Curves:     {folder / REPORT_FILE}",

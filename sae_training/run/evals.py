@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sae_training.activations_store import ActivationsStore
+from sae_training.activations_store.finiteness import check_finite, explain_live
 from sae_training.activations_store.store import without_cache
 from sae_training.language_model.blocks_below import BlocksBelow, n_blocks_below
 from sae_training.language_model.harvest import at_site, put_back
@@ -26,6 +27,7 @@ from sae_training.language_model.load import LanguageModel, model_of
 from sae_training.language_model.sites import HookSite, Sites
 from sae_training.machine.interrupt import stop_point
 from sae_training.machine.phases import Bar, progress_bar
+from sae_training.report.in_words import SCORE, why_no_score
 from sae_training.run.folder import read_run_config
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
@@ -47,6 +49,13 @@ def evaluate(sae: SparseAutoencoder, store: ActivationsStore, tokens: Tensor) ->
     | metrics/l2_norm, metrics/l2_ratio | mean L2 norm of the reconstruction; mean ratio to the norm of its target     |
     | metrics/eval_dead_fraction    | share of latents that fire on none of these tokens                               |
     | metrics/kldiv_reconstructed, metrics/kldiv_ablation | one head only: KL of its attention pattern, bits a query   |
+    | base/rows, base/positions     | how many rows the figures about rows are over, of how many positions             |
+    | base/predicted_tokens, base/contexts | how many tokens the losses are over; in how many contexts                 |
+    | base/ce_loss_by_chance        | log of the vocabulary's size: the cross-entropy of a model that knows nothing    |
+    | base/mean_row_share           | share of the mean row in the rows' squared norm                                  |
+    | base/row_std, base/largest_mean_element | root mean square of centred elements; the mean row's largest element   |
+
+    The score is NaN where it would mean nothing (`why_no_score`): zeros change next to nothing, or improve the model.
 
     Positions the autoencoder is not trained on (`exclude_special_tokens` and the like) keep their clean activations in
     both changed runs and do not count in the figures about rows. A transcoder's reconstruction takes the place of its
@@ -72,7 +81,7 @@ def evaluate_together(
             add_batch(evaluated, store, prompts.to(store.device), bar)
     for each, was_training in zip(evaluated, were_training, strict=True):
         each.sae.train(was_training)
-    return [each.figures() for each in evaluated]
+    return [each.figures(store.model.cfg.d_vocab) for each in evaluated]
 
 
 def prompts_of_a_pass(context_size: int, model: LanguageModel, d_sae: int = 0) -> int:
@@ -95,6 +104,7 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
     clean = forward_pass(store, prompts, below.recorded(), sites, reads=map(look_at, sites))
     bar.update(1)
     keep = store.keeps(prompts, seen[evaluated[0].sites.input])  # a rule about norms is for runs with one input site
+    check_finite({site.name: seen[site][keep] for site in sites}, explain_live(store.model))
     for target_site in dict.fromkeys(each.sites.target for each in evaluated):
         of_site = [each for each in evaluated if each.sites.target == target_site]
         zeros = replacing(target_site, torch.zeros_like(seen[target_site]), keep)
@@ -226,7 +236,11 @@ def pattern_kl_sum(clean: Tensor, changed: Tensor, is_token: Tensor) -> float:
 class Sums:
     """`Comparison`s of an autoencoder, summed over batches."""
 
+    contexts: int = 0
+    positions: int = 0
+    """Of the contexts, padding aside."""
     tokens: int = 0
+    """Predicted ones."""
     ce_clean: float = 0.0
     ce_sae: float = 0.0
     ce_ablation: float = 0.0
@@ -238,6 +252,8 @@ class Sums:
     pattern_kl_ablation: float = 0.0
 
     def add(self, prompts: Tensor, site: HookSite, with_sae: Comparison, ablated: Comparison) -> None:
+        self.contexts += len(prompts)
+        self.positions += int((prompts >= 0).sum())
         self.tokens += int((prompts[:, 1:] >= 0).sum())
         self.ce_clean += with_sae.ce_clean
         self.ce_sae += with_sae.ce
@@ -274,8 +290,30 @@ class RowMoments:
         self.fired |= active.any(dim=0).cpu()
 
     def variance(self) -> float:
-        """Return the sum of squared distances from the mean row."""
-        return self.sum_squares - (self.sum.pow(2).sum() / self.n_rows).item()
+        """Return the sum of squared distances from the mean row; 0 where what is left is only rounding."""
+        variance = self.sum_squares - (self.sum.pow(2).sum() / self.n_rows).item()
+        return 0.0 if variance < 1e-12 * self.sum_squares else variance
+
+    def figures(self) -> dict[str, float]:
+        """Return the figures about rows and reconstructions; NaN where there are no rows, or none that differ."""
+        n, variance = self.n_rows or math.nan, self.variance()
+        return {
+            "metrics/eval_explained_variance": 1 - self.squared_error / (variance or math.nan),
+            "metrics/eval_l0": self.l0 / n,
+            "metrics/l2_norm": self.out_norm / n,
+            "metrics/l2_ratio": self.norm_ratio / n,
+            "metrics/eval_dead_fraction": 1 - self.fired.float().mean().item(),
+        }
+
+    def base(self) -> dict[str, float]:
+        """Return what the figures are over: facts of the rows themselves."""
+        n, variance = self.n_rows or math.nan, max(self.variance(), 0.0)
+        return {
+            "base/rows": self.n_rows,
+            "base/mean_row_share": 1 - variance / (self.sum_squares or math.nan),
+            "base/row_std": math.sqrt(variance / (n * len(self.sum))),
+            "base/largest_mean_element": self.sum.abs().max().item() / n,
+        }
 
 
 @dataclass
@@ -289,28 +327,30 @@ class Evaluated:
     def __post_init__(self) -> None:
         self.moments = RowMoments(self.sae.d_out, self.sae.d_sae)
 
-    def figures(self) -> dict[str, float]:
-        """Return the table of `evaluate`."""
-        sums, rows = self.sums, self.moments
+    def figures(self, d_vocab: int) -> dict[str, float]:
+        """Return the table of `evaluate`, for a language model of so many tokens."""
+        sums = self.sums
         n_predicted = sums.tokens or math.nan  # sequences of one token predict none
         clean, with_sae, ablated = (total / n_predicted for total in (sums.ce_clean, sums.ce_sae, sums.ce_ablation))
         result = {
             "metrics/ce_loss_without_sae": clean,
             "metrics/ce_loss_with_sae": with_sae,
             "metrics/ce_loss_with_ablation": ablated,
-            "metrics/CE_loss_score": (ablated - with_sae) / (ablated - clean) if ablated != clean else float("nan"),
+            "metrics/CE_loss_score": (ablated - with_sae) / ((ablated - clean) or math.nan),
             "metrics/kl_with_sae": sums.kl_sae / n_predicted,
             "metrics/kl_with_ablation": sums.kl_ablation / n_predicted,
-            "metrics/eval_explained_variance": 1 - rows.squared_error / rows.variance(),
-            "metrics/eval_l0": rows.l0 / rows.n_rows,
-            "metrics/l2_norm": rows.out_norm / rows.n_rows,
-            "metrics/l2_ratio": rows.norm_ratio / rows.n_rows,
-            "metrics/eval_dead_fraction": 1 - rows.fired.float().mean().item(),
+            **self.moments.figures(),
         }
         if sums.queries:
             result["metrics/kldiv_reconstructed"] = sums.pattern_kl_sae / sums.queries
             result["metrics/kldiv_ablation"] = sums.pattern_kl_ablation / sums.queries
-        return result
+        result |= self.moments.base() | {
+            "base/positions": sums.positions,
+            "base/contexts": sums.contexts,
+            "base/predicted_tokens": sums.tokens,
+            "base/ce_loss_by_chance": math.log(d_vocab),
+        }
+        return result | ({SCORE: math.nan} if why_no_score(result) else {})
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 from tqdm import tqdm
 
@@ -19,10 +20,12 @@ from sae_training.machine.interrupt import StopAsked, stop_point
 from sae_training.machine.paths import command
 from sae_training.machine.phases import phase
 from sae_training.report.comparison import comparison_table, write_comparison
+from sae_training.report.in_words import dead_window, to_record
 from sae_training.report.run_page import write_report
 from sae_training.report.summary import summary
+from sae_training.run.remarks import what_is_wrong
 from sae_training.run.save import delete_extra, save_weights_folder, saved_now
-from sae_training.run.state import Run, check_finite
+from sae_training.run.state import Member, Run, check_finite
 from sae_training.run.watch import evaluate_now, is_evaluated, log_sparsity
 from sae_training.training.schedules import due
 
@@ -35,11 +38,11 @@ def finish(run: Run) -> None:
         if not due(run.step, run.cfg.feature_sampling_window):
             log_sparsity(run, member)
         member.trainer.take_average()
-    evaluations: dict[str, dict[str, float]] = {}
+    evaluations: dict[str, dict[str, Any]] = {}
     for member, figures in evaluate_now(run):
-        evaluation = figures | {"sparsity/dead_features": int(member.trainer.tracker.dead().sum())}
-        evaluations[member.name] = evaluation
-        member.logger.log(evaluation, run.step, run.n_training_tokens)
+        figures |= {"sparsity/dead_features": int(member.trainer.tracker.dead().sum())}
+        member.logger.log(figures, run.step, run.n_training_tokens)
+        evaluations[member.name] = evaluation = recorded(run, member, figures)
         member.trainer.sae.eval()
         save_weights_folder(member, member.folder / FINAL, evaluation, aliases=("final_model",))
     if is_several(run.cfg):
@@ -54,7 +57,17 @@ def finish(run: Run) -> None:
     tqdm.write(summary(run.folder.path, evaluation, member.trainer.sae.d_sae))
 
 
-def write_final_of_several(run: Run, evaluations: dict[str, dict[str, float]]) -> None:
+def recorded(run: Run, member: Member, figures: dict[str, float]) -> dict[str, Any]:
+    """Return the evaluation as evaluation.json holds it, after wandb has got its words."""
+    remarks = list(what_is_wrong(member, run.step, figures).values())
+    fields = vars(member.cfg) | {"tokens_per_step": member.cfg.tokens_per_step}
+    record = to_record(figures, fields, remarks, dead_window(fields, run.step))
+    words = {key: value for key, value in record.items() if isinstance(value, str)}
+    member.logger.log_words(words | ({"remarks": "; ".join(remarks)} if remarks else {}))
+    return record
+
+
+def write_final_of_several(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:
     """Write final/ of the whole run, which says that it is finished: after those of its autoencoders, and whole."""
     partial = run.folder.final.with_name(f"{FINAL}.tmp")
     partial.mkdir(exist_ok=True)
@@ -62,7 +75,7 @@ def write_final_of_several(run: Run, evaluations: dict[str, dict[str, float]]) -
     os.replace(partial, run.folder.final)
 
 
-def report(run: Run, evaluations: dict[str, dict[str, float]]) -> None:
+def report(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:
     """Write report.html, unless a stop is asked for.
 
     Of several autoencoders it is a comparison, in place of a page of curves for each, which would take a second and

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae_training.formats.run_files import METRICS_FILE
 from sae_training.machine.files import disk_named
+from sae_training.report.in_words import BASE
 from sae_training.run.wandb_mirror import Notify, WandbMirror, WandbOptions
 
 HISTOGRAM_BINS = 64
@@ -60,10 +61,13 @@ class RunLogger:
     def log(self, row: Mapping[str, float | int], step: int, tokens: int) -> None:
         """Write one row: to wandb as it is, to the file with null for NaN and infinities (strict JSON).
 
-        Steps must not decrease: wandb drops rows of an earlier step than the last.
+        Steps must not decrease: wandb drops rows of an earlier step than the last. What the figures are over (`base/`)
+        is left out, because it is the same in each row of a run; evaluation.json has it.
         """
         numbers = {"details/n_training_tokens": tokens} | {
-            key: value if isinstance(value, int) else float(value) for key, value in row.items()
+            key: value if isinstance(value, int) else float(value)
+            for key, value in row.items()
+            if not key.startswith(BASE)
         }
         self._write({"step": step} | {key: value if math.isfinite(value) else None for key, value in numbers.items()})
         self._wandb.log(numbers, step)
@@ -71,6 +75,10 @@ class RunLogger:
     def log_timing(self, row: Mapping[str, float | int], step: int) -> None:
         """Send values that differ from one execution to the next, such as tokens/s, to wandb alone."""
         self._wandb.log(dict(row), step)
+
+    def log_words(self, words: Mapping[str, str]) -> None:
+        """Put words where wandb shows the last value of each key, such as why a figure is no number."""
+        self._wandb.log_words(dict(words))
 
     def log_histogram(self, key: str, values: Tensor, step: int) -> None:
         """Write the distribution of the finite values as `{"counts": [64], "edges": [65]}`."""

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -109,7 +110,7 @@ def saved_note(run: Run) -> str:
 
 
 def save_weights_folder(
-    member: Member, folder: Path, evaluation: Mapping[str, float] | None = None, aliases: tuple[str, ...] = ()
+    member: Member, folder: Path, evaluation: Mapping[str, Any] | None = None, aliases: tuple[str, ...] = ()
 ) -> None:
     """Save weights, config, log10 firing frequencies and an evaluation in `folder`, whole or not at all, and in wandb.
 

@@ -43,6 +43,8 @@ class Member:
     logger: RunLogger
     failure: str | None = None
     """Why its training was given up, while that of others goes on."""
+    said: set[str] = field(default_factory=set)
+    """The figures of which it has been said that they are wrong."""
 
     def folded(self) -> SparseAutoencoder:
         """Return the autoencoder for activations in the model's own units.

@@ -5,8 +5,13 @@ The store's `sample` serves no rows, and evaluation has its own, held-out text.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
 from sae_training.machine.phases import phase
 from sae_training.run.evals import evaluate_together
+from sae_training.run.remarks import what_is_wrong
 from sae_training.run.state import Member, Run
 from sae_training.training.metrics import sparsity_metrics
 
@@ -22,11 +27,23 @@ def evaluate_now(run: Run) -> list[tuple[Member, dict[str, float]]]:
         return [(member, {}) for member in run.trained]
     with phase("evaluation", has_bar=True):
         saes = [(member.folded(), member.sites) for member in run.trained]
-        return list(zip(run.trained, evaluate_together(saes, run.store, run.held_out), strict=True))
+        evaluated = list(zip(run.trained, evaluate_together(saes, run.store, run.held_out), strict=True))
+    if run.step < run.cfg.total_training_steps:  # in the end the summary says it
+        for member, figures in evaluated:
+            say_what_is_wrong(run, member, figures)
+    return evaluated
 
 
 def is_evaluated(run: Run) -> bool:
     return run.cfg.eval_every > 0 and len(run.held_out) > 0
+
+
+def say_what_is_wrong(run: Run, member: Member, figures: Mapping[str, float]) -> None:
+    """Say what the figures show to be wrong and has not been said of this autoencoder."""
+    for figure, remark in what_is_wrong(member, run.step, figures).items():
+        if figure not in member.said:
+            member.said.add(figure)
+            tqdm.write(f"{member.name + ': ' if member.name else ''}after step {run.step}, {remark}.")
 
 
 def log_norms(run: Run) -> None:

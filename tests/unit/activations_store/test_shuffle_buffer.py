@@ -29,6 +29,7 @@ def numbered(rows_per_pass: int = 64) -> Any:
         dtype=torch.float64,
         device=torch.device("cpu"),
         next_rows=lambda: {"numbers": torch.arange(rows_per_pass, dtype=torch.float64).unsqueeze(1) + next(first)},
+        check_finite=lambda: None,
         check_size=lambda: None,
     )
 

@@ -300,3 +300,42 @@ def test_one_head_leaves_the_others_alone(make_store: Make, tokens: Tensor) -> N
     expected = evaluate(sae, all_heads, tokens)["metrics/ce_loss_with_sae"]
     found = evaluate(autoencoder(one_head, "zero"), one_head, tokens)
     assert found["metrics/ce_loss_with_ablation"] == pytest.approx(expected, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- what figures are over
+
+
+@pytest.mark.parametrize(("exclude", "rows"), [(False, 64), (True, 60)])
+def test_figures_say_how_many_rows_and_tokens_they_are_over(
+    make_store: Make, tokens: Tensor, exclude: bool, rows: int
+) -> None:
+    store = make_store(exclude_special_tokens=exclude)
+    found = evaluate(autoencoder(store, "random"), store, tokens)
+    counts = {"rows": rows, "positions": 64, "contexts": 4, "predicted_tokens": 60}
+    assert {name: found[f"base/{name}"] for name in counts} == counts
+    x = harvest(store.model, tokens, store.sites.all)[0][store.keeps(tokens)].double()
+    mean = x.mean(dim=0)
+    facts = {
+        "mean_row_share": (len(x) * mean.pow(2).sum() / x.pow(2).sum()).item(),
+        "row_std": (x - mean).pow(2).mean().sqrt().item(),
+        "largest_mean_element": mean.abs().max().item(),
+        "ce_loss_by_chance": math.log(store.model.cfg.d_vocab),
+    }
+    assert {name: found[f"base/{name}"] for name in facts} == pytest.approx(facts, rel=1e-4)
+
+
+def test_no_row_that_counts_leaves_no_figures_about_rows(make_store: Make, tokens: Tensor) -> None:
+    store = make_store(exclude_special_tokens=True)
+    only_bos = torch.full_like(tokens, store.model.tokenizer.bos_token_id)
+    found = evaluate(autoencoder(store, "random"), store, only_bos)
+    assert found["base/rows"] == 0
+    assert math.isnan(found["metrics/eval_explained_variance"])
+    assert math.isnan(found["metrics/CE_loss_score"]), "both changed runs are the clean one"
+
+
+def test_rows_that_are_all_the_same_have_no_variance_to_explain(make_store: Make, tokens: Tensor) -> None:
+    store = make_store(prepend_bos=False, seqpos_slice=(0, 1))
+    found = evaluate(autoencoder(store, "random"), store, tokens)  # the first position of all four is the BOS
+    assert found["base/rows"] == 4
+    assert found["base/row_std"] == 0
+    assert math.isnan(found["metrics/eval_explained_variance"])

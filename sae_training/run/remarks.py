@@ -1,0 +1,104 @@
+"""What is wrong with a run, told from its figures and its config, and what to change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.auto import auto_lr
+from sae_training.config.types import WITH_PENALTY
+from sae_training.report.in_words import BASE, which_rows
+from sae_training.run.state import Member
+
+MEAN_SHARE = 0.5  # of the squared norm of rows; above it, most of the error is the mean if b_dec is not there
+UNUSUAL_SIZE = 10.0  # of centred elements: beyond it, or below its inverse, the size of rows is part of the problem
+FAR_FROM_AUTO = 10.0  # a learning rate this many times the rule's, or below it
+FEW_STEPS = 100
+
+
+def what_is_wrong(member: Member, step: int, figures: Mapping[str, float]) -> dict[str, str]:
+    """Return a sentence for each figure that says that a run is broken, by the figure. Sound runs have none.
+
+    `figures` are those of `evals.evaluate`, perhaps with the number of dead latents.
+    """
+    cfg, sae, found = member.cfg, member.trainer.sae, {}
+    if figures.get("sparsity/dead_features") == sae.d_sae:
+        found["dead latents"] = f"all {sae.d_sae:,} latents are dead: {against_silence(cfg)}"
+    if f"{BASE}rows" not in figures:
+        return found
+    if not figures[f"{BASE}rows"]:
+        return {"rows": f"no held-out row counts ({which_rows(vars(cfg))}); relax what leaves them out"}
+    explained = figures["metrics/eval_explained_variance"]
+    if figures["metrics/eval_l0"] == 0:
+        found = {
+            "L0": f"L0 is 0: no latent fires on any held-out row, so every reconstruction is b_dec; "
+            f"{against_silence(cfg)}"
+        }
+    if not math.isfinite(explained):
+        found["explained variance"] = f"explained variance is not a number: {why_no_variance(figures)}"
+    elif explained < 0:
+        found["explained variance"] = (
+            f"explained variance is {explained:,.4g} on held-out rows, worse than predicting their mean, which is 0: "
+            f"{'; '.join(why_worse_than_the_mean(member, step, figures))}"
+        )
+    if figures[f"{BASE}predicted_tokens"] and not math.isfinite(figures["metrics/ce_loss_without_sae"]):
+        found["CE loss"] = (
+            f"the language model's own loss is not a number: its last layers overflow in {cfg.lm_dtype}; set lm_dtype "
+            "to bfloat16 or float32"
+        )
+    return found
+
+
+def against_silence(cfg: LanguageModelSAERunnerConfig) -> str:
+    """Say what makes latents fire."""
+    lr = f"lower lr (now {cfg.resolved_lr:.3g})"
+    if cfg.architecture not in WITH_PENALTY:
+        return f"{lr}, or raise lr_warm_up_steps (now {cfg.resolved_lr_warm_up_steps})"
+    return f"lower l1_coefficient (now {cfg.l1_coefficient:.3g}), raise l1_warm_up_steps, or {lr}"
+
+
+def why_no_variance(figures: Mapping[str, float]) -> str:
+    if figures[f"{BASE}row_std"] == 0:
+        return "all held-out rows are the same, so there is nothing to explain; choose another hook_point, or more text"
+    return "reconstructions are not finite; lower lr, and begin anew"
+
+
+def why_worse_than_the_mean(member: Member, step: int, figures: Mapping[str, float]) -> list[str]:
+    """Return the likely reasons, each with what to change; without one, what to try."""
+    cfg, reasons = member.cfg, []
+    lr, total = cfg.resolved_lr, cfg.total_training_steps
+    share, std = figures[f"{BASE}mean_row_share"], figures[f"{BASE}row_std"]
+    if cfg.b_dec_init_method == "zeros" and cfg.from_pretrained_path is None and share > MEAN_SHARE:
+        way, far = travelled(member, step), figures[f"{BASE}largest_mean_element"] * member.scales[1]
+        moved = f" and has moved by {way:.3g} at most, towards elements of up to {far:.3g}" if way < far else ""
+        size = "over 99.9%" if share > 0.999 else f"{share:.1%}"
+        return [
+            f"the mean row has {size} of the rows' squared norm, and b_dec began at zeros{moved}; set "
+            "b_dec_init_method to geometric_median or mean"
+        ]
+    if cfg.normalize_activations == "none" and not 1 / UNUSUAL_SIZE <= std <= UNUSUAL_SIZE:
+        reasons.append(
+            f"elements of rows lie {std:.3g} around their means, and batches are not scaled; set normalize_activations "
+            "to expected_average_only_in"
+        )
+    by_rule = auto_lr(cfg.d_sae, total)
+    if lr > FAR_FROM_AUTO * by_rule:
+        reasons.append(f"lr {lr:.3g} is {lr / by_rule:,.0f} times what lr auto would take; lower it to {by_rule:.2g}")
+    elif lr < by_rule / FAR_FROM_AUTO:
+        reasons.append(f"lr {lr:.3g} is {lr / by_rule:.1%} of what lr auto would take; raise it to {by_rule:.2g}")
+    warm_up = cfg.resolved_lr_warm_up_steps
+    if total <= warm_up:
+        reasons.append(
+            f"all {total} steps are warm-up; lower lr_warm_up_steps ({warm_up}), or raise total_training_tokens"
+        )
+    elif total < FEW_STEPS:
+        reasons.append(f"the run has {total} steps; raise total_training_tokens")
+    if cfg.architecture in WITH_PENALTY and 0 < figures["metrics/eval_l0"] < 1:
+        reasons.append(f"L0 is {figures['metrics/eval_l0']:.2g}; {against_silence(cfg)}")
+    return reasons or [f"lower lr (now {lr:.3g}), or raise total_training_tokens (now {total:,} steps)"]
+
+
+def travelled(member: Member, step: int) -> float:
+    """Return how far Adam, which moves an element by about lr a step, can have moved one in `step` steps."""
+    return sum(member.trainer.lr(number) for number in range(step))
