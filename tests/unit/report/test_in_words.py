@@ -95,8 +95,8 @@ def test_record_is_strict_json_and_says_what_counts() -> None:
     assert record["base/exclude_special_tokens"] is True
     assert record["base/seqpos_slice"] == [1, None]
     assert rows_counted(record) == (
-        "3,840 rows of 4,096 held-out positions, without special tokens such as BOS (exclude_special_tokens), positions "
-        "outside [1:] of each sequence (seqpos_slice)"
+        "3,840 rows of 4,096 held-out positions, without special tokens such as BOS (exclude_special_tokens), "
+        "positions outside [1:] of each sequence (seqpos_slice)"
     )
     assert record["remarks"] == ["it is broken; mend it"]
 
