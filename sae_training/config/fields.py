@@ -180,7 +180,7 @@ class Autoencoder:
     """Penalise activation times decoder norm, and leave the decoder's norms free."""
 
     target_l0: Annotated[Positive[float] | None, OnlyIn("jumprelu")] = None
-    """L0 that thresholds are steered to, penalty (L0 / target_l0 - 1)^2; None penalises L0 itself."""
+    """L0 that thresholds are steered to, and penalty (L0 / target_l0 - 1)^2; None penalises L0."""
 
     jumprelu_sparsity_loss_mode: Annotated[Literal["step", "tanh"], OnlyIn("jumprelu")] = "step"
     """Penalty of jumprelu: step is L0, tanh the sum of tanh(jumprelu_tanh_scale * activation)."""
