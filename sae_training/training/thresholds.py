@@ -111,9 +111,10 @@ def groups_of(masters: dict[str, Parameter]) -> list[dict[str, Any]]:
 def threshold_lr(cfg: LanguageModelSAERunnerConfig, lr: float) -> float:
     """The learning rate of thresholds in a step where that of all other weights is `lr`.
 
-    With target_l0 it is the same, because what is left to the optimizer are differences between latents.
+    With target_l0 it is the same, because what is left to the optimizer are differences between latents. With signum
+    too, which moves thresholds at the full rate even where they have no gradient any more.
     """
-    if cfg.target_l0 is not None:
+    if cfg.target_l0 is not None or cfg.optimizer == "signum":
         return lr
     return lr * max(1.0, TRAVEL / (cfg.resolved_lr * cfg.total_training_steps))
 

@@ -201,6 +201,7 @@ def test_thresholds_stay_where_there_is_no_target_or_no_finite_loss() -> None:
         ({"lr": 3e-4}, TRAVEL / 500),  # in 500 steps, 3e-4 would take a threshold no further than by a sixth
         ({"lr": 0.02}, 0.02),
         ({"lr": 3e-4, "target_l0": 4.0}, 3e-4),
+        ({"lr": 3e-4, "optimizer": "signum"}, 3e-4),
     ],
 )
 def test_learning_rate_of_thresholds(changes: dict[str, Any], expected: float) -> None:
