@@ -8,6 +8,7 @@ penalty has to move them (`threshold_lr`), and with target_l0 move all together 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,17 +53,18 @@ def start_thresholds(sae: SparseAutoencoder, x: Tensor, target: Tensor | None = 
     if sae.architecture != "jumprelu":
         return None
     x, target = sae.normalize(x), sae.normalize(x if target is None else target)
-    if not starts_from_data(cfg):
-        return costs_more_than_it_saves(sae, x, target, cfg)
     pre = sae.pre_activations(sae.sae_input(x[: max(1, MAX_ELEMENTS // sae.d_sae)])).flatten()
-    l0 = cfg.target_l0 if cfg.jumprelu_init_l0 == "auto" else cfg.jumprelu_init_l0
-    if l0 is not None:
-        first = threshold_of_l0(pre, sae.d_sae, float(l0))
-    else:
-        lowest, highest = (threshold_of_l0(pre, sae.d_sae, n) for n in (MAX_SHARE_ACTIVE * sae.d_sae, 1.0))
-        first = break_even(target, cfg.l1_coefficient).to(pre.dtype).clamp(lowest, highest)
-    sae.log_threshold.fill_(first.clamp_min(torch.finfo(pre.dtype).tiny).log())
-    return costs_more_than_it_saves(sae, x, target, cfg)
+    if starts_from_data(cfg):
+        l0 = cfg.target_l0 if cfg.jumprelu_init_l0 == "auto" else cfg.jumprelu_init_l0
+        if l0 is not None:
+            first = threshold_of_l0(pre, sae.d_sae, float(l0))
+        else:
+            lowest, highest = (threshold_of_l0(pre, sae.d_sae, n) for n in (MAX_SHARE_ACTIVE * sae.d_sae, 1.0))
+            first = break_even(target, cfg.l1_coefficient).to(pre.dtype).clamp(lowest, highest)
+        sae.log_threshold.fill_(first.clamp_min(torch.finfo(pre.dtype).tiny).log())
+    if cfg.target_l0 is None:
+        return costs_more_than_it_saves(sae, x, target, cfg)
+    return too_far(sae.log_threshold[0].item(), threshold_of_l0(pre, sae.d_sae, cfg.target_l0).item(), cfg)
 
 
 def threshold_of_l0(pre: Tensor, d_sae: int, l0: float) -> Tensor:
@@ -85,8 +87,6 @@ def costs_more_than_it_saves(
     sae: SparseAutoencoder, x: Tensor, target: Tensor, cfg: LanguageModelSAERunnerConfig
 ) -> str | None:
     """Say so if an active latent costs more than the whole loss of a mean row, so that L0 will fall to about 0."""
-    if cfg.target_l0 is not None:
-        return None
     empty = mean_normalised_error(sae.baseline(x).expand_as(target), target, centred_norm(wide(target))).item()
     if cfg.l1_coefficient < empty:
         return None
@@ -94,6 +94,24 @@ def costs_more_than_it_saves(
         f"l1_coefficient: found {cfg.l1_coefficient:g}, expected less than {empty:.2g}, the loss of a row without any "
         "active latent; a latent that costs more than it can save is off, and L0 falls to about 0; lower it, or set "
         "target_l0"
+    )
+
+
+def too_far(log_first: float, wanted: float, cfg: LanguageModelSAERunnerConfig) -> str | None:
+    """Say so if no threshold above 0 gives target_l0, or if the run's steps do not lead to the one that does."""
+    if wanted <= 0:
+        return (
+            f"target_l0: found {cfg.target_l0:g}, more than the pre-activations above 0 that the first rows have; "
+            "lower it, or raise expansion_factor"
+        )
+    distance = abs(math.log(wanted) - log_first)
+    reach = GAIN * LARGEST_DISTANCE * cfg.total_training_steps
+    if distance <= reach:
+        return None
+    return (
+        f"target_l0: found {cfg.target_l0:g}, which the first thresholds ({math.exp(log_first):.3g}) are too far from: "
+        f"they would have to be {wanted:.3g}, and {cfg.total_training_steps} steps change them by a factor of at most "
+        f"{math.exp(reach):.3g}; leave out jumprelu_init_threshold and jumprelu_init_l0, or train longer"
     )
 
 
@@ -111,9 +129,10 @@ def groups_of(masters: dict[str, Parameter]) -> list[dict[str, Any]]:
 def threshold_lr(cfg: LanguageModelSAERunnerConfig, lr: float) -> float:
     """The learning rate of thresholds in a step where that of all other weights is `lr`.
 
-    With target_l0 it is the same, because what is left to the optimizer are differences between latents.
+    With target_l0 it is the same, because what is left to the optimizer are differences between latents. With signum
+    too, which moves thresholds at the full rate even where they have no gradient any more.
     """
-    if cfg.target_l0 is not None:
+    if cfg.target_l0 is not None or cfg.optimizer == "signum":
         return lr
     return lr * max(1.0, TRAVEL / (cfg.resolved_lr * cfg.total_training_steps))
 

@@ -64,6 +64,28 @@ def test_training_lowers_the_loss_and_evaluation_beats_ablation(small_config: Ma
     assert rows[-1]["metrics/eval_l0"] <= 8
 
 
+RECIPE = {"lr": "auto", "lr_warm_up_steps": "auto", "lr_scheduler_name": "linearwarmupdecay"}
+
+
+@pytest.mark.parametrize(("target", "changes"), [(8.0, {"lr": 3e-4}), (40.0, RECIPE)], ids=["slow", "recipe"])
+def test_a_run_of_a_hundred_steps_ends_at_its_target_l0(
+    target: float, changes: dict[str, Any], small_config: MakeConfig, demo_model: Any
+) -> None:
+    cfg = small_config(architecture="jumprelu", target_l0=target, total_training_tokens=100 * 64, **changes)
+    rows = read_metrics(run_config(cfg, demo_model).folder.path)
+    first, *_, last = [row["metrics/l0"] for row in rows if "metrics/l0" in row]
+    assert first < 2 * target  # sparse at once, where half of the 512 latents would be active without a sample
+    assert last == pytest.approx(target, rel=0.2)  # of 64 rows
+    assert rows[-1]["metrics/eval_l0"] == pytest.approx(target, rel=0.1)  # of 512 other rows
+
+
+def test_a_run_says_that_its_coefficient_leaves_no_latent(
+    small_config: MakeConfig, demo_model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_config(small_config(architecture="jumprelu", l1_coefficient=100.0, total_training_tokens=128), demo_model)
+    assert "l1_coefficient: found 100, expected less than 0.0" in capsys.readouterr().out
+
+
 def test_a_run_shorter_than_the_sampling_window_keeps_its_log_sparsity(
     small_config: MakeConfig, demo_model: Any
 ) -> None:

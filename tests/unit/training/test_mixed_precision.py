@@ -25,7 +25,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "standard": {"l1_coefficient": 0.02, "use_ghost_grads": True},
     "topk": {"k": 3, "auxk_coefficient": 0.25, "auxk_k": 8, "multi_topk": True},
     "batchtopk": {"k": 3},
-    "jumprelu": {"l1_coefficient": 0.02, "jumprelu_init_threshold": 0.3},
+    "jumprelu": {"l1_coefficient": 0.02, "jumprelu_init_threshold": 0.3, "jumprelu_bandwidth": 0.3},
     "gated": {"l1_coefficient": 0.02},
     "matryoshka": {"k": 3},
 }
@@ -123,7 +123,7 @@ def test_no_update_is_too_small_for_a_weight(architecture: str) -> None:
     assert "log_threshold" in trained or architecture != "jumprelu"
     for name in trained:
         moved = (after[name] - before[name]).abs()
-        assert 0 < moved.max() < 1e-4, name
+        assert 0 < moved.max() < (0.1 if name == "log_threshold" else 1e-4), name  # thresholds have a larger rate
 
 
 def moments_of(trainer: SAETrainer) -> dict[str, Tensor]:

@@ -140,6 +140,28 @@ def test_a_coefficient_above_the_whole_loss_is_told() -> None:
     )
 
 
+def test_a_target_that_the_steps_do_not_lead_to_is_told() -> None:
+    remarks = []
+    for steps in (10, 200):
+        sae, x = make(target_l0=5.0, jumprelu_init_threshold=1e-3, total_training_tokens=steps * 4096), rows()
+        sae.initialize_b_dec(x, "mean")
+        remarks.append(start_thresholds(sae, x))
+    assert remarks[0] is not None
+    assert "target_l0: found 5, which the first thresholds (0.001) are too far from" in remarks[0]
+    assert "10 steps change them by a factor of at most 2.72; leave out jumprelu_init_threshold" in remarks[0]
+    assert remarks[1] is None
+
+
+def test_a_target_that_no_threshold_gives_is_told() -> None:
+    sae, x = make(target_l0=60.0), rows()
+    sae.initialize_b_dec(x, "mean")
+    with torch.no_grad():
+        sae.b_enc.fill_(-3.0)
+    remark = start_thresholds(sae, x)
+    assert remark is not None
+    assert remark.startswith("target_l0: found 60, more than the pre-activations above 0 that the first rows have")
+
+
 def test_other_architectures_are_left_alone() -> None:
     for architecture in ("standard", "topk", "gated"):
         sae = make(architecture=architecture, l1_coefficient=100.0)
@@ -201,6 +223,7 @@ def test_thresholds_stay_where_there_is_no_target_or_no_finite_loss() -> None:
         ({"lr": 3e-4}, TRAVEL / 500),  # in 500 steps, 3e-4 would take a threshold no further than by a sixth
         ({"lr": 0.02}, 0.02),
         ({"lr": 3e-4, "target_l0": 4.0}, 3e-4),
+        ({"lr": 3e-4, "optimizer": "signum"}, 3e-4),
     ],
 )
 def test_learning_rate_of_thresholds(changes: dict[str, Any], expected: float) -> None:
