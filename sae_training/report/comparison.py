@@ -52,12 +52,9 @@ def notes_of(evaluations: Evaluations) -> list[str]:
     """Return what goes with the figures: once for all where it is the same, by name where it is of one."""
     lines: dict[str, list[str]] = defaultdict(list)
     for name, evaluation in evaluations.items():
-        words = [
-            f"{score}.".replace("no score", "No CE score", 1)
-            for score in [evaluation.get(SCORE)]
-            if isinstance(score, str)
-        ]
-        for line in (*words, *notes(evaluation), *notes_on_dead(evaluation)):
+        score = evaluation.get(SCORE)
+        why = [score.replace("no score", "No CE score", 1) + "."] if isinstance(score, str) else []
+        for line in (*why, *notes(evaluation), *notes_on_dead(evaluation)):
             lines[line].append(name)
     return [line if len(names) == len(evaluations) else f"{', '.join(names)}: {line}" for line, names in lines.items()]
 

@@ -48,7 +48,8 @@ def which_rows(fields: Mapping[str, Any]) -> str:
     if fields.get("exclude_special_tokens"):
         left_out.append("special tokens such as BOS (exclude_special_tokens)")
     if positions := fields.get("seqpos_slice"):
-        written = ":".join("" if end is None else str(end) for end in positions)
+        ends = [None, *positions] if len(positions) == 1 else positions  # as slice() reads them
+        written = ":".join("" if end is None else str(end) for end in ends)
         left_out.append(f"positions outside [{written}] of each sequence (seqpos_slice)")
     if (multiple := fields.get("max_activation_norm_multiple")) is not None:
         left_out.append(f"rows of more than {multiple:g} times the median norm (max_activation_norm_multiple)")

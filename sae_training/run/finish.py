@@ -63,7 +63,7 @@ def recorded(run: Run, member: Member, figures: dict[str, float]) -> dict[str, A
     fields = vars(member.cfg) | {"tokens_per_step": member.cfg.tokens_per_step}
     record = to_record(figures, fields, remarks, dead_window(fields, run.step))
     words = {key: value for key, value in record.items() if isinstance(value, str)}
-    member.logger.log_words(words | ({"remarks": "; ".join(remarks)} if remarks else {}))
+    member.logger.log_words(words | ({"remarks": "; ".join(remarks)} if remarks else {}), run.step)
     return record
 
 

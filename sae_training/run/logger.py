@@ -76,9 +76,9 @@ class RunLogger:
         """Send values that differ from one execution to the next, such as tokens/s, to wandb alone."""
         self._wandb.log(dict(row), step)
 
-    def log_words(self, words: Mapping[str, str]) -> None:
-        """Put words where wandb shows the last value of each key, such as why a figure is no number."""
-        self._wandb.log_words(dict(words))
+    def log_words(self, words: Mapping[str, str], step: int) -> None:
+        """Send words to wandb alone, which shows them in place of the figures of the same step and the same names."""
+        self._wandb.log(dict(words), step)
 
     def log_histogram(self, key: str, values: Tensor, step: int) -> None:
         """Write the distribution of the finite values as `{"counts": [64], "edges": [65]}`."""

@@ -133,9 +133,6 @@ class WandbMirror:
         row = {self._prefix + key: value for key, value in row.items()}
         self._attempt(lambda: self._run.log(row, step=step))
 
-    def log_words(self, words: dict[str, str]) -> None:
-        self._attempt(lambda: self._run.summary.update({self._prefix + key: text for key, text in words.items()}))
-
     def log_histogram(self, key: str, counts: np.ndarray, edges: np.ndarray, step: int) -> None:
         def send() -> None:
             assert self._wandb is not None

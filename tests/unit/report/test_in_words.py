@@ -62,7 +62,7 @@ def test_score_is_left_out_where_ablation_changes_nothing(figures: dict[str, flo
     [
         ({}, "all positions; special tokens such as BOS count"),
         ({"exclude_special_tokens": True}, "without special tokens such as BOS (exclude_special_tokens)"),
-        ({"seqpos_slice": [None]}, "without positions outside [] of each sequence"),
+        ({"seqpos_slice": [None]}, "without positions outside [:] of each sequence"),
         (
             {"seqpos_slice": (-1, None)},
             "positions outside [-1:] of each sequence (seqpos_slice); special tokens such as",
@@ -133,4 +133,4 @@ def test_comparison_has_the_words_once_for_all_or_by_name(tmp_path: Path) -> Non
     assert text.count("3,840 rows of 4,096") == 1
     page = Page(write_comparison(tmp_path, both))
     assert [cells[2] for cells in page.table.values()] == ["-", "0.9000"]
-    assert len(page.figures["CE score by L0"]["data"]) == 1
+    assert [trace["name"] for trace in page.figures["CE score by L0"][0]] == ["k8"]

@@ -302,7 +302,7 @@ def test_one_head_leaves_the_others_alone(make_store: Make, tokens: Tensor) -> N
     assert found["metrics/ce_loss_with_ablation"] == pytest.approx(expected, rel=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------- what figures are over
+# ------------------------------------------------------------------------------------------- what the figures are over
 
 
 @pytest.mark.parametrize(("exclude", "rows"), [(False, 64), (True, 60)])

@@ -185,6 +185,17 @@ def test_wandb_holds_the_rows_under_their_names_and_steps(tmp_path: Path) -> Non
     assert said == []
 
 
+def test_wandb_holds_words_in_place_of_a_figure(tmp_path: Path) -> None:
+    with open_logger(tmp_path, Said()) as logger:
+        logger.log({"metrics/CE_loss_score": float("nan"), "base/rows": 64}, step=10, tokens=80)
+        logger.log_words({"metrics/CE_loss_score": "no score: nothing changes"}, step=10)
+    (file,) = wandb_files(tmp_path)
+    (row,) = history(file)
+    assert row["metrics/CE_loss_score"] == "no score: nothing changes"
+    assert "base/rows" not in row
+    assert lines(tmp_path) == [{"step": 10, "details/n_training_tokens": 80, "metrics/CE_loss_score": None}]
+
+
 def test_wandb_holds_the_histogram_of_the_file(tmp_path: Path) -> None:
     with open_logger(tmp_path, Said()) as logger:
         logger.log_histogram("plots/feature_density_line_chart", torch.linspace(-10, 0, 33), step=3)

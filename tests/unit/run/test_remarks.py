@@ -50,8 +50,8 @@ def member_of(cfg: LanguageModelSAERunnerConfig) -> Member:
             {"b_dec_init_method": "zeros"},
             WORSE | {"base/mean_row_share": 0.9999, "base/largest_mean_element": 680.0},
             {
-                "explained variance": "-2.4e+05 on held-out rows, worse than predicting their mean.*over 99.9%.*b_dec "
-                "began at zeros and has moved by .* towards elements of up to 680; set b_dec_init_method to geometric_median"
+                "explained variance": r"-2.4e\+05 on held-out rows, worse than predicting their mean.*over 99.9%.*"
+                "b_dec began at zeros and has moved by .* towards elements of up to 680; set b_dec_init_method to geo"
             },
         ),
         ({"lr": 1.0}, WORSE, {"explained variance": "lr 1 is [0-9]+ times what lr auto would take; lower it to"}),
