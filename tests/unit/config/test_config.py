@@ -492,7 +492,7 @@ def test_rules_ask_only_for_fields_and_all_are_asked_of_a_run() -> None:
 
 
 def test_sizes_follow_from_the_fields() -> None:
-    cfg = Config(d_in=768, total_training_tokens=10_000, train_batch_size=4096)
+    cfg = Config(d_in=768, total_training_tokens=10_000, train_batch_size=4096, n_batches_in_buffer=20)
     assert cfg.d_sae == 3072
     assert cfg.total_training_steps == 2
     assert cfg.buffer_rows == cfg.tokens_per_buffer == 81_920
