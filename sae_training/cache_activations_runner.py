@@ -20,8 +20,10 @@ from sae_training.machine.files import disk_named
 from sae_training.machine.interrupt import StopRequest
 from sae_training.machine.lock import lock_beside
 from sae_training.machine.paths import with_absolute_paths
+from sae_training.machine.phases import counted_phases, phase
 
 
+@counted_phases()
 def cache_activations_runner(
     cfg: CacheActivationsRunnerConfig, model: LanguageModel | None = None, dataset: Any = None
 ) -> Path:
@@ -29,15 +31,23 @@ def cache_activations_runner(
 
     `model` and `dataset` stand in for those that the config names.
     """
-    lm: LanguageModel = model_of(cfg, model)
+    with phase("loading the language model"):
+        lm: LanguageModel = model_of(cfg, model)
     compile_blocks(lm, cfg.compile_lm)
     source = with_defaults(with_layers(with_absolute_paths(cfg), lm.cfg.n_layers))
     singles = list(variants(source).values())
     sites = merged(find_sites(single, lm) for single in singles)
-    store = ActivationsStore(singles[0], lm, dataset, sites=sites, notify=tqdm.write)
+    with phase("reading the text"):
+        store = ActivationsStore(singles[0], lm, dataset, sites=sites, notify=tqdm.write)
     folder = Path(cfg.cached_activations_path).expanduser()
     then = f"Once there is room, the same command continues {folder}."
-    with lock_beside(folder, "cached_activations_path"), disk_named(folder, then=then), StopRequest(tqdm.write) as stop:
+    with (
+        counted_phases() as phases,
+        lock_beside(folder, "cached_activations_path"),
+        disk_named(folder, then=then),
+        StopRequest(tqdm.write) as stop,
+    ):
         CacheWriter(cfg, folder, store, origin(source, lm, store.text.n_held_out)).write(stop)
     store.text.say_skipped()
+    tqdm.write(phases.line())
     return folder

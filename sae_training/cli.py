@@ -38,6 +38,7 @@ from sae_training.config.values import (
     without_retired_flags,
     written,
 )
+from sae_training.machine.phases import counted_phases, phase
 
 # What `train` starts from without a config file; the class itself keeps the defaults of the mats era.
 RECIPE: dict[str, Any] = {
@@ -225,13 +226,15 @@ def run_verb(verb: Verb) -> None:
     """Carry out a command."""
     match verb:
         case Train():
-            from sae_training.lm_runner import language_model_sae_runner
-
-            language_model_sae_runner(config_of(verb))
+            with counted_phases():
+                with phase("starting"):
+                    from sae_training.lm_runner import language_model_sae_runner
+                language_model_sae_runner(config_of(verb))
         case Resume():
-            from sae_training.lm_runner import resume_run
-
-            resume_run(verb.run)
+            with counted_phases():
+                with phase("starting"):
+                    from sae_training.lm_runner import resume_run
+                resume_run(verb.run)
         case Eval():
             from sae_training.run.evals import evaluate_run
 
@@ -241,11 +244,12 @@ def run_verb(verb: Verb) -> None:
 
             sys.stdout.write(f"{report_run(verb.run)}\n")
         case Cache():
-            from sae_training.cache_activations_runner import cache_activations_runner
-
-            names = field_types(CacheActivationsRunnerConfig)
-            values = with_words({name: getattr(verb, name) for name in names}, verb)
-            sys.stdout.write(f"{cache_activations_runner(CacheActivationsRunnerConfig(**values))}\n")
+            with counted_phases():
+                with phase("starting"):
+                    from sae_training.cache_activations_runner import cache_activations_runner
+                names = field_types(CacheActivationsRunnerConfig)
+                values = with_words({name: getattr(verb, name) for name in names}, verb)
+                sys.stdout.write(f"{cache_activations_runner(CacheActivationsRunnerConfig(**values))}\n")
         case Pretokenize():
             from sae_training.pretokenize import pretokenize
 

@@ -15,20 +15,22 @@ from tqdm import tqdm
 
 from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.auto import IN_PROPORTION
 from sae_training.config.sweep import is_several, variants, with_layers
 from sae_training.formats.run_files import SNAPSHOTS
 from sae_training.language_model.compile import compile_blocks
 from sae_training.language_model.load import LanguageModel, language_model_dtype, model_of
 from sae_training.language_model.sites import find_sites, merged, with_widths
-from sae_training.machine.interrupt import StopRequest, TrainingInterrupted
+from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInterrupted
 from sae_training.machine.paths import command, with_absolute_paths
+from sae_training.machine.phases import counted_phases, phase
 from sae_training.machine.precision import encoder_dtype
 from sae_training.run.finish import finish
 from sae_training.run.folder import RunFolder, choose_run_folder, is_finished, is_member_folder, read_run_config
 from sae_training.run.memory_plan import check_memory, plan_memory
-from sae_training.run.save import save, save_weights_folder, saved_first
+from sae_training.run.save import save, save_weights_folder, saved_first, saved_now
 from sae_training.run.start import Singles, open_run
-from sae_training.run.state import Member, Run, check_finite
+from sae_training.run.state import Due, Member, Run, check_finite
 from sae_training.run.watch import evaluate_now, log_norms, log_sparsity
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training.metrics import training_metrics
@@ -52,13 +54,15 @@ def language_model_sae_runner(
     return run.saes if is_several(run.cfg) else run.sae
 
 
+@counted_phases()
 def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None) -> Run:
     """Do what `language_model_sae_runner` does, and return the whole run: its folder, store, members and figures."""
     check_trainable(cfg)
     cfg = with_absolute_paths(cfg)
-    lm: LanguageModel = model_of(cfg, model)
+    with phase("loading the language model"):
+        lm: LanguageModel = model_of(cfg, model)
     cfg = with_layers(cfg, lm.cfg.n_layers)
-    cfg = with_precisions(cfg)
+    cfg = with_proportions(with_precisions(cfg))
     if cfg.cached_activations_path is not None and cfg.use_cached_activations is False:
         tqdm.write(f"Live activations, not those in {cfg.cached_activations_path}: use_cached_activations is False.")
     singles = find_singles(cfg, lm)
@@ -67,6 +71,7 @@ def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = 
     return run_in_folder(choose_run_folder(cfg), cfg, singles, lm, dataset)
 
 
+@counted_phases()
 def resume_run(path: str | Path) -> Run:
     """Continue the unfinished run in the folder `path`, with the config it was started with."""
     path = Path(path)
@@ -79,7 +84,8 @@ def resume_run(path: str | Path) -> Run:
             f"its autoencoders are in folders of {path}" if is_several(cfg) else f"its autoencoder is in {path}/final"
         )
         raise ValueError(f"{path}: this run is finished; {where}.")
-    model = model_of(cfg)
+    with phase("loading the language model"):
+        model = model_of(cfg)
     return run_in_folder(path, cfg, find_singles(cfg, model), model, None)
 
 
@@ -90,6 +96,11 @@ def with_precisions(cfg: LanguageModelSAERunnerConfig) -> LanguageModelSAERunner
         device = torch.device(cfg.device)
         precisions["encoder_matmul_dtype"] = encoder_dtype(cfg.encoder_matmul_dtype, cfg.dtype, device)
     return dataclasses.replace(cfg, **precisions)
+
+
+def with_proportions(cfg: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfig:
+    """Return `cfg` with the defaults that are in proportion to the run as numbers of its own, for all autoencoders."""
+    return dataclasses.replace(cfg, **{name: int(getattr(cfg, name)) for name in IN_PROPORTION})
 
 
 def find_singles(cfg: LanguageModelSAERunnerConfig, model: LanguageModel) -> Singles:
@@ -105,21 +116,30 @@ def run_in_folder(
     compile_blocks(model, cfg.compile_lm)
     some_config = next(iter(singles.values()))[0]  # because they differ in nothing that the store asks for
     sites = merged(sites for _, sites in singles.values())
-    store = ActivationsStore(some_config, model, dataset, sites=sites)
+    with phase("reading the text"):
+        store = ActivationsStore(some_config, model, dataset, sites=sites)
     store.check_buffer_size()
     plan = plan_memory(cfg, [single for single, _ in singles.values()], store)
     check_memory(plan, cfg, len(singles))
     tqdm.write(f"Memory of {len(singles)} autoencoders:\n{plan.table()}" if is_several(cfg) else plan.line())
-    held_out = store.held_out_tokens()
+    with phase("reading the text"):
+        held_out = store.held_out_tokens()
     # From here on there is a folder: bad data and too little memory have been told without one.
     with (
+        counted_phases() as phases,
         RunFolder(path, cfg) as folder,
         open_run(cfg, singles, folder, store, held_out) as run,
         StopRequest(tqdm.write) as stop,
     ):
-        train(run, stop)
-        finish(run)
+        try:
+            with phase("training", has_bar=True):
+                train(run, stop)
+            run.progress.close()
+            finish(run)
+        except StopAsked:
+            stop_here(run, stop)
     store.text.say_skipped()
+    tqdm.write(phases.line())
     return run
 
 
@@ -129,9 +149,9 @@ def run_in_folder(
 def train(run: Run, stop: StopRequest) -> None:
     """Train the run's autoencoders, side by side on the same batches, until all steps are done or `stop` is asked."""
     cfg, store = run.cfg, run.store
-    snapshots = snapshot_steps(cfg)
     if run.step == 0:
         log_norms(run)
+    follow_up(run)  # what a stop has left of the step before
     while run.step < cfg.total_training_steps:
         with saved_first(run):
             store.advance(cfg.tokens_per_step, (cfg.total_training_steps - run.step) * cfg.tokens_per_step)
@@ -151,22 +171,49 @@ def train(run: Run, stop: StopRequest) -> None:
         if logs:
             run.progress.show(shown)
             run.write_status("training")
-        if due(run.step, cfg.feature_sampling_window):
-            for member in run.trained:
-                member.trainer.tracker.start_new_window()
-                log_sparsity(run, member)
-                resample_dead_latents(run, member)
-        if due(run.step, cfg.eval_every) and run.step < cfg.total_training_steps:
-            for member, figures in evaluate_now(run):
-                member.logger.log(figures, run.step, run.n_training_tokens)
-        if run.step in snapshots:
-            for member in run.trained:
-                save_weights_folder(member, member.folder / SNAPSHOTS / f"step_{run.step}")
+        run.pending = due_now(run)
+        follow_up(run)
         if stop.signal is not None:
             stop_here(run, stop)
         if checkpoint_is_due(run):
             save(run)
         run.progress.advance()
+
+
+def due_now(run: Run) -> list[Due]:
+    """Return what follows the step that has just been finished, in order."""
+    cfg = run.cfg
+    is_due: dict[Due, bool] = {
+        "window": due(run.step, cfg.feature_sampling_window),
+        "evaluation": due(run.step, cfg.eval_every) and run.step < cfg.total_training_steps,
+        "snapshot": run.step in snapshot_steps(cfg),
+    }
+    return [name for name, due_here in is_due.items() if due_here]
+
+
+def follow_up(run: Run) -> None:
+    """Do what is pending. A stop in the midst of it leaves the rest pending, for the run that goes on."""
+    while run.pending:
+        match run.pending[0]:
+            case "window":
+                close_window(run)
+            case "evaluation":
+                for member, figures in evaluate_now(run):
+                    member.logger.log(figures, run.step, run.n_training_tokens)
+            case "snapshot":
+                for member in run.trained:
+                    save_weights_folder(member, member.folder / SNAPSHOTS / f"step_{run.step}")
+        run.pending.pop(0)
+
+
+def close_window(run: Run) -> None:
+    """End a window of firing counts: log it and, if the config asks for it, resample the latents that are dead."""
+    if run.cfg.feature_sampling_method is not None:
+        run.store.sample(RESAMPLE_ROWS)  # may have to make passes, and be stopped there: before anything changes
+    for member in run.trained:
+        member.trainer.tracker.start_new_window()
+        log_sparsity(run, member)
+        resample_dead_latents(run, member)
 
 
 def checkpoint_is_due(run: Run) -> bool:
@@ -176,13 +223,14 @@ def checkpoint_is_due(run: Run) -> bool:
 
 
 def stop_here(run: Run, stop: StopRequest) -> None:
-    """Save, and raise TrainingInterrupted, saying how to continue."""
+    """Save what is not saved yet, and raise TrainingInterrupted, saying how to continue."""
     assert stop.signal is not None
-    saved = save(run)
+    saved = saved_now(run)
     where = f"saved {saved}" if saved else "NOT saved (see above)"
+    what = "continues it" if run.step < run.cfg.total_training_steps else "evaluates what is trained"
     raise TrainingInterrupted(
         f"Stopped by {stop.signal.name} after step {run.step} of {run.cfg.total_training_steps}, {where}. The same "
-        f"command continues it, and so does: {command('resume', run.folder.path)}",
+        f"command {what}, and so does: {command('resume', run.folder.path)}",
         exit_code=128 + stop.signal,
     )
 

@@ -20,6 +20,7 @@ from sae_training.activations_store.cache import FIELD_OF, MUST_AGREE, Manifest,
 from sae_training.activations_store.finiteness import check_finite, explain_cached
 from sae_training.activations_store.source import Taken
 from sae_training.machine.files import sha256
+from sae_training.machine.interrupt import StopAsked, stop_point
 
 READ_AHEAD = 2  # batches
 
@@ -122,7 +123,7 @@ class CachedShards:
             if shard.file in self.sound:
                 return
             path = self.folder / shard.file
-            if (found := sha256(path)) != shard.sha256:
+            if (found := sha256(path, between=stop_point)) != shard.sha256:
                 raise ValueError(
                     f"{path}: found content of SHA-256 {found[:16]}, but {shard.sha256[:16]} was written; "
                     f"{rewrite_advice(self.folder)}"
@@ -138,6 +139,8 @@ class CachedShards:
                     self.check(shard)
             except (ValueError, OSError) as error:
                 self.damage = error
+            except StopAsked:
+                pass  # said where the rows are taken
 
         threading.Thread(target=check_all, name="cache-check", daemon=True).start()
 

@@ -44,7 +44,8 @@ from sae_training.config.io import config_to_dict
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.twins import compiled_blocks
 from sae_training.machine.files import check_free_disk, flush_to_disk, sha256, write_safetensors
-from sae_training.machine.interrupt import StopRequest, TrainingInterrupted
+from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInterrupted
+from sae_training.machine.phases import phase, progress_bar
 
 BUCKETS = "buckets"
 PASSES_AHEAD = 2  # how many may wait for the disk
@@ -120,13 +121,16 @@ class CacheWriter:
     def write(self, stop: StopRequest) -> None:
         """Write what is missing of the cache, or check a finished one; TrainingInterrupted if `stop` asks for it."""
         if self.manifest.complete:
-            self.check(stop)
+            with phase("checking", has_bar=True):
+                self.check(stop)
             tqdm.write(f"{self.folder} is complete and undamaged: {self.summary()}.")
             return
         start, first = time.perf_counter(), self.manifest.progress["passes"]
-        self.harvest(stop)
+        with phase("passes", has_bar=True):
+            self.harvest(stop)
         if self.has_rows:
-            self.shuffle(stop)
+            with phase("shuffling", has_bar=True):
+                self.shuffle(stop)
         shutil.rmtree(self.folder / BUCKETS, ignore_errors=True)
         self.manifest.complete = True
         self.manifest.save(self.folder)
@@ -144,22 +148,24 @@ class CacheWriter:
         """Raise ValueError if a shard of the finished cache is missing or damaged."""
         for form, shards in (("rows", self.manifest.rows), ("contexts", self.manifest.contexts)):
             cached = CachedShards(self.folder, self.manifest, form, [])
-            for shard in tqdm(shards, desc=f"checking {form}", unit="shard", leave=False):
-                try:
-                    cached.check(shard)
-                except FileNotFoundError as error:
-                    path = self.folder / shard.file
-                    raise ValueError(f"{path}: no such file; {rewrite_advice(self.folder)}") from error
-                if stop.signal is not None:
-                    self.stop_here(stop)
+            with progress_bar(f"checking {form}", len(shards), "shards") as bar:
+                for shard in shards:
+                    try:
+                        cached.check(shard)
+                    except FileNotFoundError as error:
+                        path = self.folder / shard.file
+                        raise ValueError(f"{path}: no such file; {rewrite_advice(self.folder)}") from error
+                    except StopAsked:
+                        self.stop_here(stop)
+                    bar.update(1)
 
     def harvest(self, stop: StopRequest) -> None:
         """Make the missing passes; a thread writes each of them while the next ones are computed."""
         progress = self.manifest.progress
         self.cut_back()
         self.store.text.tokens.load_state_dict(position_from_json(progress["tokens"]))
-        bar = tqdm(total=self.n_passes * self.per_pass, initial=progress["passes"] * self.per_pass, unit="tok")
-        bar.set_description("caching")
+        done = progress["passes"] * self.per_pass
+        bar = progress_bar("caching", self.n_passes * self.per_pass, "tok", initial=done, leave=True)
         with ThreadPoolExecutor(1, thread_name_prefix="cache-write") as thread, bar:
             waiting: list[Future[None]] = []
             for i in range(progress["passes"], self.n_passes):
@@ -252,16 +258,19 @@ class CacheWriter:
 
     def shuffle(self, stop: StopRequest) -> None:
         """Write each bucket, shuffled, as a shard, and delete the bucket."""
-        for b in tqdm(range(len(self.manifest.rows), self.n_buckets), desc="shuffling", unit="shard"):
-            raw = np.fromfile(self.bucket(b), dtype=np.uint8) if self.bucket(b).exists() else np.empty(0, np.uint8)
-            records = raw.reshape(-1, self.record_bytes)
-            records = records[np.random.default_rng([self.cfg.seed, self.n_passes, b]).permutation(len(records))]
-            del raw  # because a bucket can be large
-            self.add_shard("rows", from_records(records, self.fields))
-            self.manifest.save(self.folder)
-            self.bucket(b).unlink(missing_ok=True)
-            if stop.signal is not None:
-                self.stop_here(stop)
+        done = len(self.manifest.rows)
+        with progress_bar("shuffling", self.n_buckets, "shards", initial=done) as bar:
+            for b in range(done, self.n_buckets):
+                raw = np.fromfile(self.bucket(b), dtype=np.uint8) if self.bucket(b).exists() else np.empty(0, np.uint8)
+                records = raw.reshape(-1, self.record_bytes)
+                records = records[np.random.default_rng([self.cfg.seed, self.n_passes, b]).permutation(len(records))]
+                del raw  # because a bucket can be large
+                if stop.signal is not None:
+                    self.stop_here(stop)
+                self.add_shard("rows", from_records(records, self.fields))
+                self.manifest.save(self.folder)
+                self.bucket(b).unlink(missing_ok=True)
+                bar.update(1)
 
     def cut_back(self) -> None:
         """Truncate what was written after the last commit. Raise ValueError if some of the rest is missing."""

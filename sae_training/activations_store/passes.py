@@ -22,6 +22,7 @@ from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.sites import HookSite
 from sae_training.language_model.twins import compiled_blocks
+from sae_training.machine.interrupt import stop_point
 from sae_training.text.stream import TokenStream
 
 
@@ -80,6 +81,7 @@ class Passes:
 
         Whether they are finite is noted, for `check_finite` before they are used.
         """
+        stop_point()  # before the contexts are taken, so that a later try makes the same pass
         rows = self.kept_rows()
         self.checked.note(rows)
         return rows

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_training.activations_store.passes import Passes, PassesAhead, n_rows_of, to_device
 from sae_training.activations_store.source import Taken
+from sae_training.machine.phases import phase, progress_bar
 
 SHUFFLE_SEED = 42  # the same in all runs, so that runs with different seeds see the same batches
 MAX_EMPTY_PASSES = 20  # in a row, after which the position rules are taken to exclude everything
@@ -92,7 +92,8 @@ class ShuffleBuffer:
         """Put new rows into the places `slots` (n,), and draw a new order."""
         slots = to_device(slots, self.device)
         first_fill, n_written = len(slots) == self.n_buffered, 0
-        with tqdm(total=len(slots), desc="filling the buffer", unit="row", leave=False, disable=not first_fill) as bar:
+        name = "filling the buffer" if first_fill else "refilling the buffer"
+        with phase(name, has_bar=True), progress_bar(name, len(slots), "rows") as bar:
             try:
                 while n_written < len(slots):
                     rows = self.rows_to_place()

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,6 +31,7 @@ from sae_training.config.io import with_defaults
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.sites import HookSite, Sites, check_context_size, find_sites
+from sae_training.machine.device import checked
 from sae_training.machine.precision import at_least_float32
 
 
@@ -77,7 +77,7 @@ class ActivationsStore:
     ) -> None:
         self.cfg, self.model = cfg, model
         cfg = with_defaults(cfg)
-        self.device = torch.device(cfg.device)
+        self.device = checked(cfg.device)
         self.dtype = at_least_float32(cfg.dtype)
         """The dtype of what is served: float32, or float64 if the config's is."""
         self.store_batch_size, self.train_batch_size = cfg.store_batch_size, cfg.train_batch_size

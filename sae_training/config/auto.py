@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from sae_training.config.types import FIXED_K
+from sae_training.config.types import FIXED_K, InProportion
 
 AUTO_LR = 3.7e-3
 AUTO_LR_STEPS = 250
@@ -41,6 +41,34 @@ def auto_auxk_coefficient(architecture: str) -> float:
 def auto_auxk_k(d_in: int) -> int:
     """Return the power of two nearest to d_in / 2 on a log scale: 512 for 768, as in Gao et al. 2024."""
     return 2 ** round(math.log2(max(1, d_in / 2)))
+
+
+IN_PROPORTION = ("n_batches_in_buffer", "n_eval_batches")
+"""The fields whose defaults are in proportion to the run."""
+
+BUFFER_SHARE = 3
+EVALUATION_SHARE = 5
+
+
+def batches_in_buffer(value: int, rows: int, rows_of_a_pass: int, rows_of_a_step: int) -> int:
+    """Return n_batches_in_buffer. If it was left open, the buffer holds a third of the run's `rows` at most.
+
+    It never holds less than two steps, because a step takes half of it at most, nor more than the default.
+    """
+    if not isinstance(value, InProportion):
+        return value
+    needed = -(-2 * rows_of_a_step // rows_of_a_pass)
+    return InProportion(min(value, max(1, needed, rows // BUFFER_SHARE // rows_of_a_pass)))
+
+
+def eval_batches(value: int, passes: int, passes_of_a_batch: int) -> int:
+    """Return n_eval_batches. If it was left open, an evaluation takes a fifth of the run's `passes` at most.
+
+    The run's passes are those it is trained on and those of the evaluation. One batch is the least.
+    """
+    if not isinstance(value, InProportion):
+        return value
+    return InProportion(min(value, max(1, passes // ((EVALUATION_SHARE - 1) * passes_of_a_batch))))
 
 
 def needs_d_in(field: str, value: str | None) -> str:

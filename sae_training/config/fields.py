@@ -22,6 +22,7 @@ from sae_training.config.types import (
     Device,
     Dtype,
     IdentifiesCache,
+    InProportion,
     NotNegative,
     OneOrMany,
     OnlyIn,
@@ -115,8 +116,8 @@ class Source:
     store_batch_size: Positive[int] = 32
     """Contexts per forward pass of the language model."""
 
-    n_eval_batches: NotNegative[int] = 10
-    """Batches of store_batch_size contexts held out for evaluation; 0 holds out none."""
+    n_eval_batches: NotNegative[int] = InProportion(10)
+    """Held-out batches of store_batch_size contexts; if not given, fewer than 10 in short runs."""
 
 
 @dataclass(kw_only=True)
@@ -149,11 +150,14 @@ class Autoencoder:
     jumprelu_init_threshold: Annotated[Positive[float], OnlyIn("jumprelu")] = 0.1
     """Threshold that all latents of jumprelu start with, in units of the (scaled) activations."""
 
+    jumprelu_init_l0: Annotated[Positive[float] | Literal["auto"] | None, OnlyIn("jumprelu")] = "auto"
+    """L0 that the first thresholds give; None, or a set jumprelu_init_threshold: that threshold."""
+
     b_dec_init_method: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
     """Starting value of the decoder bias, from the first buffer of activations."""
 
     dtype: Dtype = cast("Dtype", "float32")
-    """Precision that a step computes in: float32, bfloat16 or float64; weights stay float32 at least."""
+    """Precision of a step: float32, bfloat16 or float64; weights stay float32 at least."""
 
     encoder_matmul_dtype: PrecisionName = "auto"
     """Precision in which training chooses latents; auto is bfloat16 where that is fast."""
@@ -176,7 +180,7 @@ class Autoencoder:
     """Penalise activation times decoder norm, and leave the decoder's norms free."""
 
     target_l0: Annotated[Positive[float] | None, OnlyIn("jumprelu")] = None
-    """L0 that jumprelu aims at, by the penalty (L0 / target_l0 - 1)^2; None penalises L0 itself."""
+    """L0 that thresholds are steered to, penalty (L0 / target_l0 - 1)^2; None penalises L0 itself."""
 
     jumprelu_sparsity_loss_mode: Annotated[Literal["step", "tanh"], OnlyIn("jumprelu")] = "step"
     """Penalty of jumprelu: step is L0, tanh the sum of tanh(jumprelu_tanh_scale * activation)."""

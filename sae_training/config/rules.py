@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from sae_training.config import jumprelu
 from sae_training.config.auto import auto_auxk_coefficient
 from sae_training.config.checks import plain_values, value_problems
 from sae_training.config.fields import OPTION_OF
@@ -190,36 +191,6 @@ def widths_not_nested(matryoshka_widths: tuple[int, ...], architecture: str, d_s
     )
 
 
-def target_l0_in_parts(target_l0: float | None, micro_batch_size: int | None, grad_acc_steps: int = 1) -> str | None:
-    """Refuse target_l0 where the penalty would be the sum over parts of a batch."""
-    if target_l0 is None or micro_batch_size is None and grad_acc_steps == 1:
-        return None
-    return (
-        f"target_l0: found {target_l0} with micro_batch_size {micro_batch_size}, grad_acc_steps "
-        f"{grad_acc_steps}, expected neither, because it penalises the L0 of a whole batch; leave one out"
-    )
-
-
-def target_l0_of_tanh(target_l0: float | None, architecture: str, jumprelu_sparsity_loss_mode: str) -> str | None:
-    """Refuse target_l0 with a penalty that is not L0."""
-    if target_l0 is None or architecture != "jumprelu" or jumprelu_sparsity_loss_mode == "step":
-        return None
-    return f"target_l0: found {target_l0} with jumprelu_sparsity_loss_mode tanh, expected step; set one of them"
-
-
-def norms_in_a_count(
-    scale_sparsity_penalty_by_decoder_norm: bool, architecture: str, jumprelu_sparsity_loss_mode: str
-) -> str | None:
-    """Refuse decoder norms in a penalty that counts latents."""
-    counts = architecture == "jumprelu" and jumprelu_sparsity_loss_mode == "step"
-    if not scale_sparsity_penalty_by_decoder_norm or not counts:
-        return None
-    return (
-        "scale_sparsity_penalty_by_decoder_norm: found True with jumprelu_sparsity_loss_mode step, which counts "
-        "latents and not their sizes; set it to tanh"
-    )
-
-
 def option_without_target(
     d_out: int | None, skip_connection: bool, target_hook_point: str | None, d_in: int | None
 ) -> str | None:
@@ -376,9 +347,7 @@ def two_run_folders(checkpoint_path: str | None, run_dir: str) -> str | None:
 OF_SINGLE: tuple[Rule, ...] = (
     k_too_large,
     widths_not_nested,
-    target_l0_in_parts,
-    target_l0_of_tanh,
-    norms_in_a_count,
+    *jumprelu.RULES,
     normalised_target,
     not_in_8_bits,
     option_without_target,

@@ -13,8 +13,18 @@ from sae_training.config import auto
 from sae_training.config.checks import checked_names
 from sae_training.config.fields import Autoencoder, Optimisation, Records, Source
 from sae_training.config.rules import check
-from sae_training.config.sweep import is_several, listed_fields
-from sae_training.config.types import FIXED_K, LABELS, NotNegative, OneOrMany, OnlyWatches, Positive, Text, torch_dtype
+from sae_training.config.sweep import is_several, listed_fields, variants
+from sae_training.config.types import (
+    FIXED_K,
+    LABELS,
+    InProportion,
+    NotNegative,
+    OneOrMany,
+    OnlyWatches,
+    Positive,
+    Text,
+    torch_dtype,
+)
 
 
 # The fields of a dataclass begin with those of its last base.
@@ -54,8 +64,8 @@ class LanguageModelSAERunnerConfig(Records, Optimisation, Autoencoder, Source):
     eval_dataset_path: str | None = None
     """Dataset for evaluation; None holds out a part of the training dataset."""
 
-    n_batches_in_buffer: Positive[int] = 20
-    """Forward passes that fill the shuffling buffer: more mixes better and takes memory."""
+    n_batches_in_buffer: Positive[int] = InProportion(20)
+    """Forward passes that fill the shuffling buffer; if not given, fewer than 20 in short runs."""
 
     use_cached_activations: bool | Literal["then_live"] = False
     """Train on activations from disk; at their end start them again, or go on live."""
@@ -104,8 +114,16 @@ class LanguageModelSAERunnerConfig(Records, Optimisation, Autoencoder, Source):
 
     def __post_init__(self) -> None:
         """Check every field; ValueError with all problems at once."""
+        for name in auto.IN_PROPORTION:
+            if isinstance(getattr(self, name), InProportion):
+                setattr(self, name, getattr(type(self), name))  # from the default, if it was worked out before
         check(self)
         self.dtype = torch_dtype(self.dtype)
+        rows, of_a_pass = self.total_training_steps * self.tokens_per_step, self.store_batch_size * self.context_size
+        n = self.n_batches_in_buffer
+        self.n_batches_in_buffer = auto.batches_in_buffer(n, rows, of_a_pass, self.tokens_per_step)
+        n = self.n_eval_batches
+        self.n_eval_batches = auto.eval_batches(n, rows // of_a_pass, self.passes_of_an_eval_batch)
 
     # Sizes
 
@@ -133,6 +151,13 @@ class LanguageModelSAERunnerConfig(Records, Optimisation, Autoencoder, Source):
     def tokens_per_buffer(self) -> int:
         """The same as buffer_rows, under its name of the mats era."""
         return self.buffer_rows
+
+    @property
+    def passes_of_an_eval_batch(self) -> int:
+        """Passes of the language model that evaluate a batch: clean, ablated at each hook, spliced for each SAE."""
+        singles = variants(self).values()
+        targets = {single.resolved_target_hook_point or single.resolved_hook_point for single in singles}
+        return 1 + len(targets) + len(singles)
 
     # Names
 

@@ -17,6 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
 
+
+class InProportion(int):
+    """The value of a field that the user has left open: the run config works it out in proportion to the run.
+
+    Once it is worked out it is still one of these, so that `dataclasses.replace` works it out anew. A plain int is what
+    somebody has chosen, and stays.
+    """
+
+
 if TYPE_CHECKING:
     import torch
 

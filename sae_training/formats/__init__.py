@@ -10,12 +10,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_from_dict
 from sae_training.formats import mats, native
+from sae_training.machine.device import checked, is_there
 
 FAMILIES = (mats, native)
 """native is the last, because it takes every folder, and says what is missing in one that holds no autoencoder."""
@@ -43,13 +43,6 @@ def load(path: Path, device: str | None = None) -> tuple[LanguageModelSAERunnerC
             f"{path}: its config has normalize_activations {cfg.normalize_activations!r}, so its weights expect scaled "
             "activations by a factor that it does not hold; fold the factor into the weights and set it to 'none'."
         )
-    return dataclasses.replace(cfg, device=usable_device(device or cfg.device)), tensors
-
-
-def usable_device(device: str) -> str:
-    """`device`, or "cpu" on a machine that lacks it."""
-    kind = torch.device(device).type
-    missing = (kind == "cuda" and not torch.cuda.is_available()) or (
-        kind == "mps" and not torch.backends.mps.is_available()
-    )
-    return "cpu" if missing else device
+    if device is None:
+        device = cfg.device if is_there(cfg.device) else "cpu"
+    return dataclasses.replace(cfg, device=str(checked(device))), tensors

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from sae_training.demo_data import bundled_model
 from sae_training.language_model.tokenizer import for_bridge, give_back, read_tokenizer
 from sae_training.language_model.twins import skip_hook_points
+from sae_training.machine.device import checked
 from sae_training.machine.files import NotEnoughDisk, disk_named
 from sae_training.machine.paths import first_line
 from sae_training.machine.precision import bfloat16_is_fast
@@ -54,6 +55,7 @@ def load_language_model(
 
     Raise FileNotFoundError if there is no such model, and ValueError if its tokenizer is another model's.
     """
+    checked(device)
     source = bundled_model(name)
     hooked = hooked_transformer_class()
     processed = model_processing == "default"

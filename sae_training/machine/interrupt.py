@@ -1,4 +1,9 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to save and stop, the second stops at once."""
+"""Ctrl-C and SIGTERM: the first asks the job to save and stop, the second stops at once.
+
+The training loop asks after each step whether a stop is wanted. All else that takes long (filling a buffer, an
+evaluation, checking a file, drawing a report) calls `stop_point` between two passes of the language model or after some
+megabytes, and leaves its state such that it can be done again.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopAsked(KeyboardInterrupt):
+    """Raised at a `stop_point` once a stop was asked for. Who holds the `StopRequest` saves, and says what is saved."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -37,6 +46,12 @@ def without_traceback(saved: str = "The same command begins anew, or goes on fro
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"\n{str(stop) or f'Stopped. {saved}'}\n")
         sys.exit(getattr(stop, "exit_code", 128 + signal.SIGINT))
+
+
+def stop_point() -> None:
+    """Raise StopAsked, in any thread, if the job of this process was asked to stop."""
+    if any(request.signal is not None for request in HEEDED):
+        raise StopAsked
 
 
 class StopRequest:
@@ -65,12 +80,14 @@ class StopRequest:
             self.watcher = threading.Thread(target=self.watch, daemon=True)
             self.watcher.start()
             self.installed = True
+            HEEDED.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.installed:
+            HEEDED.remove(self)
             for number, handler in self.previous.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self.previous_wakeup)
@@ -98,6 +115,10 @@ class StopRequest:
         self.n_handled += 1
         if self.at_once or (self.n_handled > 1 and is_interactive()):
             raise KeyboardInterrupt
+
+
+HEEDED: list[StopRequest] = []
+"""The requests that signals go to now: one or, where a job starts another, two."""
 
 
 def is_interactive() -> bool:

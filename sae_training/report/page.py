@@ -11,6 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from sae_training.machine.interrupt import stop_point
+
 PLOT_BUTTONS = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]
 
 TEMPLATES = Environment(
@@ -39,6 +41,7 @@ def render(template: str, name: str, figures: Sequence[go.Figure], **parts: Any)
 
 def plot(figure: go.Figure, div_id: str) -> Markup:
     """Return the figure as an element of a page that holds plotly's script."""
+    stop_point()
     config = {"displaylogo": False, "responsive": True, "modeBarButtons": PLOT_BUTTONS}
     return Markup(figure.to_html(full_html=False, include_plotlyjs=False, div_id=div_id, config=config))
 

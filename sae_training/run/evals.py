@@ -1,7 +1,8 @@
 """Evaluation on held-out text: what the language model loses when it runs on reconstructions.
 
-Every batch takes three passes of the whole language model: clean, with the reconstruction in place of the activations,
-and with zeros in their place. Several autoencoders share the clean pass, those of one hook also the pass with zeros.
+Every batch takes three passes of the language model: clean, with the reconstruction in place of the activations, and
+with zeros in their place. The last two begin above the blocks that the replacement cannot change. Several autoencoders
+share the clean pass, those of one hook also the pass with zeros.
 Sums are taken over all tokens before any ratio, so that no figure is a mean of ratios.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +20,13 @@ from torch import Tensor
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.finiteness import check_finite, explain_live
 from sae_training.activations_store.store import without_cache
+from sae_training.language_model.blocks_below import BlocksBelow, n_blocks_below
 from sae_training.language_model.harvest import at_site, put_back
 from sae_training.language_model.hooks import NamedLook, hooked, inputs_of
 from sae_training.language_model.load import LanguageModel, model_of
 from sae_training.language_model.sites import HookSite, Sites
+from sae_training.machine.interrupt import stop_point
+from sae_training.machine.phases import Bar, progress_bar
 from sae_training.report.in_words import SCORE, why_no_score
 from sae_training.run.folder import read_run_config
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -69,8 +74,11 @@ def evaluate_together(
     for each in evaluated:
         each.sae.eval()
     n_prompts = prompts_of_a_pass(tokens.shape[1], store.model, max((sae.d_sae for sae, _ in saes), default=0))
-    for prompts in tokens.split(n_prompts):
-        add_batch(evaluated, store, prompts.to(store.device))
+    batches = tokens.split(n_prompts)
+    n_passes = 1 + len({sites.target for _, sites in saes}) + len(saes)
+    with progress_bar("evaluating", len(batches) * n_passes, "passes") as bar:
+        for prompts in batches:
+            add_batch(evaluated, store, prompts.to(store.device), bar)
     for each, was_training in zip(evaluated, were_training, strict=True):
         each.sae.train(was_training)
     return [each.figures(store.model.cfg.d_vocab) for each in evaluated]
@@ -84,7 +92,7 @@ def prompts_of_a_pass(context_size: int, model: LanguageModel, d_sae: int = 0) -
 # ------------------------------------------------------------------------------------------------------- one batch
 
 
-def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: Tensor) -> None:
+def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: Tensor, bar: Bar) -> None:
     """Add to the sums of each autoencoder what the batch `prompts` (n, context_size) tells of it."""
     seen: dict[HookSite, Tensor] = {}
 
@@ -92,15 +100,19 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
         return site.name, lambda activations: seen.update({site: at_site(activations, site)})
 
     sites = dict.fromkeys(site for each in evaluated for site in each.sites.all)
-    clean = forward_pass(store.model, prompts, sites, map(look_at, sites), padded=store.padded)
+    below = BlocksBelow(store.model, (n_blocks_below(names_hooked(each.sites)) for each in evaluated))
+    clean = forward_pass(store, prompts, below.recorded(), sites, reads=map(look_at, sites))
+    bar.update(1)
     keep = store.keeps(prompts, seen[evaluated[0].sites.input])  # a rule about norms is for runs with one input site
     check_finite({site.name: seen[site][keep] for site in sites}, explain_live(store.model))
     for target_site in dict.fromkeys(each.sites.target for each in evaluated):
         of_site = [each for each in evaluated if each.sites.target == target_site]
         zeros = replacing(target_site, torch.zeros_like(seen[target_site]), keep)
         heads = dict.fromkeys(each.sites.input for each in of_site)
-        zeroed = forward_pass(store.model, prompts, heads, replacements=[zeros], padded=store.padded)
+        n_below = min(n_blocks_below(names_hooked(each.sites)) for each in of_site)
+        zeroed = forward_pass(store, prompts, below.skipped(n_below), heads, replacements=[zeros])
         ablated = compare(clean, zeroed, prompts)
+        bar.update(1)
         for each in of_site:
             x = seen[each.sites.input]
             feature_acts = each.sae.encode(x)
@@ -108,8 +120,19 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
             each.moments.add(feature_acts[keep], sae_out[keep], seen[target_site].to(each.sae.dtype)[keep])
             del feature_acts  # the largest tensor of all, which the next pass does not need
             new = replacing(target_site, sae_out, keep)
-            changed = forward_pass(store.model, prompts, each.sites.inputs, replacements=[new], padded=store.padded)
+            skipped = below.skipped(n_blocks_below(names_hooked(each.sites)))
+            changed = forward_pass(store, prompts, skipped, each.sites.inputs, replacements=[new])
             each.sums.add(prompts, each.sites.input, compare(clean, changed, prompts), ablated)
+            bar.update(1)
+
+
+def names_hooked(sites: Sites) -> list[str]:
+    """Return the hooks of a changed pass: where it differs from the clean one, and where its patterns are read."""
+    return [sites.target.name, *(pattern_name(site) for site in sites.inputs if site.head_index is not None)]
+
+
+def pattern_name(site: HookSite) -> str:
+    return f"blocks.{site.layer}.attn.hook_pattern"
 
 
 def replacing(site: HookSite, new: Tensor, keep: Tensor) -> NamedLook:
@@ -133,24 +156,24 @@ class Outputs:
 
 
 def forward_pass(
-    model: LanguageModel,
+    store: ActivationsStore,
     prompts: Tensor,
+    blocks: AbstractContextManager[None],
     sites: Iterable[HookSite],
     reads: Iterable[NamedLook] = (),
     replacements: Iterable[NamedLook] = (),
-    padded: bool = False,
 ) -> Outputs:
-    """Run the model on `prompts`, with hooks that read and hooks that replace; `padded` as for `inputs_of`."""
+    """Run the store's model on `prompts`, its `blocks` recorded or skipped, with hooks that read and that replace."""
+    stop_point()
     patterns: dict[HookSite, Tensor] = {}
 
     def keep_pattern(site: HookSite) -> NamedLook:
-        return f"blocks.{site.layer}.attn.hook_pattern", lambda activations: patterns.update(
-            {site: activations[:, site.head_index]}
-        )
+        return pattern_name(site), lambda activations: patterns.update({site: activations[:, site.head_index]})
 
     looks = [keep_pattern(site) for site in sites if site.head_index is not None]
-    with hooked(model, [*reads, *looks], replacements):
-        return Outputs(model(**inputs_of(prompts, padded), return_type="logits"), patterns)
+    # In this order, because the hooks choose what runs in a block, and the recorder goes around that.
+    with hooked(store.model, [*reads, *looks], replacements), blocks:
+        return Outputs(store.model(**inputs_of(prompts, store.padded), return_type="logits"), patterns)
 
 
 # --------------------------------------------------------------------------------------------- clean against changed

@@ -1,4 +1,9 @@
-"""The end of a run: the last evaluation, final/ with the trained weights, report.html, and a summary on the screen."""
+"""The end of a run: the last evaluation, final/ with the trained weights, report.html, and a summary on the screen.
+
+All that was trained is saved before the evaluation, which can take as long as the training of a short run. A stop in
+the evaluation costs the evaluation alone, and the run that goes on makes it again. Once final/ is there, the run is
+finished, and a stop costs its page, which the command `report` draws.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +14,25 @@ from typing import Any
 from tqdm import tqdm
 
 from sae_training.config.sweep import is_several
-from sae_training.formats.run_files import EVALUATION_FILE, FINAL
+from sae_training.formats.run_files import EVALUATION_FILE, FINAL, REPORT_FILE
 from sae_training.machine.files import write_text
+from sae_training.machine.interrupt import StopAsked, stop_point
+from sae_training.machine.paths import command
+from sae_training.machine.phases import phase
 from sae_training.report.comparison import comparison_table, write_comparison
 from sae_training.report.in_words import dead_window, to_record
 from sae_training.report.run_page import write_report
 from sae_training.report.summary import summary
 from sae_training.run.remarks import what_is_wrong
-from sae_training.run.save import save_weights_folder
+from sae_training.run.save import delete_extra, save_weights_folder, saved_now
 from sae_training.run.state import Member, Run, check_finite
-from sae_training.run.watch import evaluate_now, log_sparsity
+from sae_training.run.watch import evaluate_now, is_evaluated, log_sparsity
 from sae_training.training.schedules import due
 
 
 def finish(run: Run) -> None:
+    if is_evaluated(run) or is_several(run.cfg):
+        saved_now(run)
     for member in run.trained:
         check_finite(run, member, weights=True)
         if not due(run.step, run.cfg.feature_sampling_window):
@@ -36,10 +46,13 @@ def finish(run: Run) -> None:
         member.trainer.sae.eval()
         save_weights_folder(member, member.folder / FINAL, evaluation, aliases=("final_model",))
     if is_several(run.cfg):
-        finish_several(run, evaluations)
-        return
+        write_final_of_several(run, evaluations)
+    delete_extra(run)
     run.write_status("finished")
-    write_report(run.folder.path)
+    report(run, evaluations)
+    if is_several(run.cfg):
+        tqdm.write(comparison_table(run.folder.path, evaluations))
+        return
     ((member,), (evaluation,)) = run.trained, evaluations.values()
     tqdm.write(summary(run.folder.path, evaluation, member.trainer.sae.d_sae))
 
@@ -54,17 +67,24 @@ def recorded(run: Run, member: Member, figures: dict[str, float]) -> dict[str, A
     return record
 
 
-def finish_several(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:
-    """Write the comparison, and final/ of the whole run.
-
-    The comparison stands in place of a page of curves for each autoencoder, which would take a second and 5 MB; the
-    command `report` draws one when it is asked for.
-    """
-    write_comparison(run.folder.path, evaluations)
-    # final/ says that the run is finished, so it comes last, and whole.
+def write_final_of_several(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:
+    """Write final/ of the whole run, which says that it is finished: after those of its autoencoders, and whole."""
     partial = run.folder.final.with_name(f"{FINAL}.tmp")
     partial.mkdir(exist_ok=True)
     write_text(partial / EVALUATION_FILE, json.dumps(evaluations, indent=2) + "\n")
     os.replace(partial, run.folder.final)
-    run.write_status("finished")
-    tqdm.write(comparison_table(run.folder.path, evaluations))
+
+
+def report(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:
+    """Write report.html, unless a stop is asked for.
+
+    Of several autoencoders it is a comparison, in place of a page of curves for each, which would take a second and
+    5 MB; the command `report` draws one when it is asked for.
+    """
+    path = run.folder.path
+    try:
+        stop_point()
+        with phase("report"):
+            write_comparison(path, evaluations) if is_several(run.cfg) else write_report(path)
+    except StopAsked:
+        tqdm.write(f"The run is finished, without {REPORT_FILE}, which this draws: {command('report', path)}")

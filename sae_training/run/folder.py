@@ -133,7 +133,8 @@ def is_finished(folder: Path) -> bool:
 def is_member_folder(path: Path) -> bool:
     """Return whether the folder is that of one autoencoder in a run of several, whose folder is the one above."""
     parent = path.resolve().parent
-    return (parent / RUN_CONFIG_FILE).is_file() and is_several(read_run_config(parent))
+    files = (parent / RUN_CONFIG_FILE, parent / STATUS_FILE)  # both, because users have files named config.json, too
+    return all(file.is_file() for file in files) and is_several(read_run_config(parent))
 
 
 def check_same_config(folder: Path, cfg: LanguageModelSAERunnerConfig) -> None:
@@ -162,7 +163,11 @@ def read_run_config(folder: Path) -> LanguageModelSAERunnerConfig:
     path = folder / RUN_CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: not a run folder, it has no {RUN_CONFIG_FILE}; expected runs/<run name>.")
-    return config_from_dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (ValueError, KeyError, TypeError) as error:  # models in Hugging Face's layout have a config.json too
+        raise ValueError(f"{path}: not the config of a run; expected a run folder, runs/<run name>.") from error
+    return config_from_dict(values)
 
 
 def in_use(folder: Path) -> str:

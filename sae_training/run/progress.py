@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.machine.phases import progress_bar
 from sae_training.run.folder import RunFolder
 
 SHOWN = (
@@ -29,12 +28,13 @@ class Progress:
         self.folder = folder
         self.first_step = first_step
         self.started = time.monotonic()
-        self.bar = tqdm(
+        self.ended: float | None = None
+        self.bar = progress_bar(
+            "training",
             total=cfg.total_training_steps * cfg.tokens_per_step,
-            initial=first_step * cfg.tokens_per_step,
-            desc="training",
             unit="tok",
-            unit_scale=True,
+            initial=first_step * cfg.tokens_per_step,
+            leave=True,
             smoothing=0.05,  # averages about 20 steps, so that a refill of the buffer does not move the ETA
         )
 
@@ -51,7 +51,8 @@ class Progress:
 
     def tokens_per_s(self, step: int) -> float:
         """Return the training tokens per second of this process, from its first step to `step`."""
-        return (step - self.first_step) * self.tokens_per_step / max(time.monotonic() - self.started, 1e-9)
+        ended = time.monotonic() if self.ended is None else self.ended
+        return (step - self.first_step) * self.tokens_per_step / max(ended - self.started, 1e-9)
 
     def write_status(self, state: str, step: int, last_checkpoint: Path | None, **figures: Any) -> None:
         rate = self.tokens_per_s(step)
@@ -68,6 +69,8 @@ class Progress:
         )
 
     def close(self) -> None:
+        """Take the time: training is over, and what comes after it is not part of its rate."""
+        self.ended = time.monotonic() if self.ended is None else self.ended
         self.bar.close()
 
 

@@ -17,16 +17,23 @@ from sae_training.config.io import config_to_dict
 from sae_training.formats.native import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE
 from sae_training.formats.run_files import EVALUATION_FILE
 from sae_training.language_model.load import fingerprint
-from sae_training.machine.files import write_safetensors, write_text
+from sae_training.machine.files import step_number, write_safetensors, write_text
+from sae_training.machine.phases import phase
 from sae_training.run import checkpoint
 from sae_training.run.state import Member, Run, check_finite
 
 
-def save(run: Run) -> Path | None:
-    """Save all that the run needs to go on as if it had not stopped; None, with a message, if the disk is full."""
+def save(run: Run, until_final: bool = False) -> Path | None:
+    """Save all that the run needs to go on as if it had not stopped; None, with a message, if the disk is full.
+
+    `until_final`: after the last step, for the time of the evaluation. Such a checkpoint is without the buffer, which
+    no step will use, stands beside those that are kept, and goes once final/ is there.
+    """
     for member in run.trained:
         check_finite(run, member, weights=True)
     parts, texts = {"store": run.store.state_dict()}, {}
+    if until_final:
+        parts["store"].pop("buffers", None)
     for member in run.members:
         sae, trainer_state = member.folded(), member.trainer.state_dict()
         if not member.is_scaled:
@@ -38,18 +45,40 @@ def save(run: Run) -> Path | None:
         "metrics_bytes": {member.name: member.logger.position() for member in run.members},
         "failures": {member.name: member.failure for member in run.members if member.failure},
         "language_model": fingerprint(run.store.model),
+        "pending": run.pending,
+        "until_final": until_final,
     }
     try:
-        saved = checkpoint.save_checkpoint(run.folder.checkpoints, run.step, parts, state, extra_files=texts)
+        with phase("saving"):
+            saved = checkpoint.save_checkpoint(run.folder.checkpoints, run.step, parts, state, extra_files=texts)
     except OSError as error:
         tqdm.write(f"Checkpoint not saved; the last one is {run.last_checkpoint or 'none'}. {error}")
         return None
     finally:
         run.last_checkpoint_time = time.monotonic()
-    run.last_checkpoint = saved
-    checkpoint.delete_old(run.folder.checkpoints, run.cfg.keep_checkpoints)
+    run.last_checkpoint, run.has_extra_checkpoint = saved, until_final
+    if not until_final:
+        checkpoint.delete_old(run.folder.checkpoints, run.cfg.keep_checkpoints)
     run.write_status("training")
     return saved
+
+
+def saved_now(run: Run) -> Path | None:
+    """Return the checkpoint of the step at which the run is, after saving it if there is none."""
+    latest = run.last_checkpoint
+    if latest is not None and step_number(latest) == run.step:
+        return latest
+    return save(run, until_final=run.step == run.cfg.total_training_steps)
+
+
+def delete_extra(run: Run) -> None:
+    """Delete the checkpoint that was for the time of the evaluation, if the run has one."""
+    if run.has_extra_checkpoint and run.last_checkpoint is not None:
+        checkpoint.remove(run.last_checkpoint)
+        run.last_checkpoint = next(iter(checkpoint.complete_checkpoints(run.folder.checkpoints)), None)
+        run.has_extra_checkpoint = False
+        with contextlib.suppress(OSError):  # there are others in it
+            run.folder.checkpoints.rmdir()
 
 
 @contextlib.contextmanager

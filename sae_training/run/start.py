@@ -16,6 +16,7 @@ from sae_training.config.sweep import is_several
 from sae_training.config.types import FIXED_K
 from sae_training.language_model.load import LanguageModel, fingerprint
 from sae_training.language_model.sites import Sites
+from sae_training.machine.phases import phase
 from sae_training.run import checkpoint
 from sae_training.run.folder import RunFolder, write_config
 from sae_training.run.logger import RunLogger
@@ -25,6 +26,7 @@ from sae_training.run.wandb_mirror import WandbOptions
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.conversions import fold_decoder_norms, fold_input_scale
 from sae_training.sparse_autoencoder.normalization import BY_ROW
+from sae_training.training.thresholds import start_thresholds
 from sae_training.training.trainer import SAETrainer
 
 SAMPLE_ROWS = 32_768  # of the buffer, from which b_dec starts and scales are measured; as many as Gao et al. 2024 use
@@ -43,12 +45,13 @@ def open_run(
     members: list[Member] = []
     try:
         trainers = {name: SAETrainer(SparseAutoencoder(single), single) for name, (single, _) in singles.items()}
-        latest = checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write)
+        with phase("reading the checkpoint"):
+            latest = checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write)
+            parts, state = load_state(latest, store) if latest else ({}, {})
         if latest:
-            parts, state = load_state(latest, store)
             tqdm.write(f"Continuing {folder.path} after step {state['step']}.")
         else:
-            parts, state = {}, {"step": 0, "metrics_bytes": dict.fromkeys(singles, 0), "failures": {}}
+            state = {"step": 0, "metrics_bytes": dict.fromkeys(singles, 0), "failures": {}}
             check_room_for_checkpoints(cfg, folder, trainers, store)
         for name, (single, sites) in singles.items():
             path = folder.path / name.replace("/", "_")  # the run's own folder for the only one, whose name is ""
@@ -62,14 +65,17 @@ def open_run(
                 trainer_state = parts[member.part("trainer")]
                 member.trainer.load_state_dict({"weights": parts[member.part("sae")], **trainer_state})
             else:
-                start_weights(member)
+                store.sample(1)  # fills the buffer, which is a phase of its own
+                with phase("starting weights"):
+                    start_weights(member)
     except BaseException:
         for member in members:
             member.logger.close(exit_code=1)
         folder.discard_if_new()
         raise
     progress = Progress(cfg, folder, first_step=state["step"])
-    run = Run(cfg, folder, store, members, progress, held_out, state["step"], latest)
+    run = Run(cfg, folder, store, members, progress, held_out, state["step"], state.get("pending", []), latest)
+    run.has_extra_checkpoint = state.get("until_final", False)
     run.write_status("training")
     return run
 
@@ -134,7 +140,7 @@ def check_room_for_checkpoints(
 
 
 def start_weights(member: Member) -> None:
-    """Take the weights of the pretrained file if the config names one; else set b_dec from a sample of activations."""
+    """Take the weights of the pretrained file if the config names one; else start from a sample of rows."""
     sae, cfg, store = member.trainer.sae, member.cfg, member.store
     if cfg.normalize_activations == "expected_average_only_in":  # the same each time, so a site may be measured twice
         store.measure_scales(SAMPLE_ROWS, member.sites)
@@ -146,6 +152,8 @@ def start_weights(member: Member) -> None:
         sae.initialize_transcoder(sample.x, sample.target, cfg.b_dec_init_method)
     else:
         sae.initialize_b_dec(sample.x, cfg.b_dec_init_method)
+    if remark := start_thresholds(sae, sample.x, sample.target):
+        tqdm.write(f"{member.name}: {remark}." if member.name else f"{remark}.")
 
 
 def start_from_pretrained(member: Member) -> None:

@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import TracebackType
+from typing import Literal
 
 from torch import Tensor
 from tqdm import tqdm
@@ -23,6 +24,9 @@ from sae_training.run.progress import Progress
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.conversions import fold_input_scale
 from sae_training.training.trainer import NonFiniteLoss, SAETrainer
+
+Due = Literal["window", "evaluation", "snapshot"]
+"""What may follow a step: the end of a window of firing counts, an evaluation, a snapshot of the weights."""
 
 
 @dataclass
@@ -81,7 +85,11 @@ class Run:
     held_out: Tensor
     step: int = 0
     """How many optimizer steps are finished."""
+    pending: list[Due] = field(default_factory=list)
+    """What follows the last finished step and is still to be done, in order."""
     last_checkpoint: Path | None = None
+    has_extra_checkpoint: bool = False
+    """Whether that one is for the time of the evaluation only."""
     last_checkpoint_time: float = field(default_factory=time.monotonic)
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
+from sae_training.machine.phases import phase
 from sae_training.run.evals import evaluate_together
 from sae_training.run.remarks import what_is_wrong
 from sae_training.run.state import Member, Run
@@ -22,14 +23,19 @@ def evaluate_now(run: Run) -> list[tuple[Member, dict[str, float]]]:
 
     There are none with evaluation off (eval_every_steps=0), or no text held out (n_eval_batches=0).
     """
-    if run.cfg.eval_every == 0 or len(run.held_out) == 0:
+    if not is_evaluated(run):
         return [(member, {}) for member in run.trained]
-    saes = [(member.folded(), member.sites) for member in run.trained]
-    evaluated = list(zip(run.trained, evaluate_together(saes, run.store, run.held_out), strict=True))
+    with phase("evaluation", has_bar=True):
+        saes = [(member.folded(), member.sites) for member in run.trained]
+        evaluated = list(zip(run.trained, evaluate_together(saes, run.store, run.held_out), strict=True))
     if run.step < run.cfg.total_training_steps:  # in the end the summary says it
         for member, figures in evaluated:
             say_what_is_wrong(run, member, figures)
     return evaluated
+
+
+def is_evaluated(run: Run) -> bool:
+    return run.cfg.eval_every > 0 and len(run.held_out) > 0
 
 
 def say_what_is_wrong(run: Run, member: Member, figures: Mapping[str, float]) -> None:

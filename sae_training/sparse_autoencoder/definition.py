@@ -26,6 +26,7 @@ from sae_training import formats
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import with_defaults
 from sae_training.kernels.sparse_code import Code
+from sae_training.machine.device import checked
 from sae_training.machine.precision import at_least_float32, encoder_dtype
 from sae_training.sparse_autoencoder import architectures
 from sae_training.sparse_autoencoder.architectures import sparsity_penalty
@@ -76,7 +77,7 @@ class SparseAutoencoder(HookedRootModule):
         self.matryoshka_widths = architectures.matryoshka_widths(known, self.d_sae)
         self.choice = known.matryoshka_selection if known.architecture == "matryoshka" else known.architecture
         """How the active latents are chosen: by the architecture, or in one of matryoshka's two ways."""
-        device = torch.device(known.device)
+        device = checked(known.device)
         self.encoder_dtype = encoder_dtype(known.encoder_matmul_dtype, known.dtype, device)
 
         sizes = (self.d_in, self.d_sae, self.d_out)

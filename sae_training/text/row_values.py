@@ -66,10 +66,11 @@ class Given(NamedTuple):
         if isinstance(cause, BadData):
             return cause
         where = f" at {place}" if place else ""
-        return BadData(
-            f"{self.field}: {self.name} could not be read{where} ({type(cause).__name__}: {first_line(cause)}); "
-            "check the data, or open it with datasets.load_dataset and pass the object"
-        )
+        advice = "check the data, or open it with datasets.load_dataset and pass the object"
+        if isinstance(cause, UnicodeDecodeError):
+            advice = "save the text as UTF-8 (iconv -f utf-16 -t utf-8, for instance)"
+        what = f"({type(cause).__name__}: {first_line(cause)})"
+        return BadData(f"{self.field}: {self.name} could not be read{where} {what}; {advice}")
 
 
 class BadRows:

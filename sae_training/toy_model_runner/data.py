@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_training.machine.device import checked
+
 # ------------------------------------------------------------------------------------------------------ the dictionary
 
 
@@ -122,7 +124,7 @@ class ToyModelGenerator:
 
     def __init__(self, model: ToyModel, seed: int, device: torch.device | str = "cpu") -> None:
         self.model = model
-        self.device = torch.device(device)
+        self.device = checked(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.directions = model.directions.to(self.device)
         self.bias = None if model.bias is None else model.bias.to(self.device)

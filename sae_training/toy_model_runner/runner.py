@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 from sae_training.config.io import config_to_dict, with_defaults
 from sae_training.config.toy import SAEToyModelRunnerConfig
 from sae_training.machine.files import write_text
+from sae_training.machine.phases import progress_bar
 from sae_training.run.folder import RunFolder, free_folder
 from sae_training.run.logger import RunLogger
 from sae_training.run.wandb_mirror import WandbOptions
@@ -29,10 +30,11 @@ from sae_training.toy_model_runner.data import (
 from sae_training.toy_model_runner.picture import write_picture
 from sae_training.toy_model_runner.scores import score
 from sae_training.training.metrics import training_metrics
+from sae_training.training.thresholds import start_thresholds
 from sae_training.training.trainer import SAETrainer
 
 SCORES_FILE, PICTURE_FILE = "scores.json", "picture.html"
-ROWS_FOR_B_DEC = 8192  # that the decoder bias's starting value comes from
+ROWS_FOR_STARTING_VALUES = 8192  # of the decoder bias, and of the thresholds of jumprelu
 
 
 class ToyModelResult(NamedTuple):
@@ -100,7 +102,10 @@ def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> Sparse
     run_cfg = with_defaults(cfg)
     data = ToyModelGenerator(model, cfg.seed + 1, cfg.device)
     sae = SparseAutoencoder(run_cfg)
-    sae.initialize_b_dec(data.next_batch(ROWS_FOR_B_DEC).rows, cfg.b_dec_init_method)
+    sample = data.next_batch(ROWS_FOR_STARTING_VALUES).rows
+    sae.initialize_b_dec(sample, cfg.b_dec_init_method)
+    if remark := start_thresholds(sae, sample):
+        tqdm.write(f"{remark}.")
     trainer = SAETrainer(sae, run_cfg)
     logger = RunLogger(
         folder,
@@ -108,8 +113,8 @@ def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> Sparse
         wandb=WandbOptions.of(cfg, folder.name),
         notify=tqdm.write,
     )
-    with logger:
-        for step in trange(1, cfg.total_training_steps + 1, desc=folder.name, mininterval=1):
+    with logger, progress_bar(folder.name, cfg.total_training_steps, "steps", leave=True) as bar:
+        for step in range(1, cfg.total_training_steps + 1):
             result = trainer.step(data.next_batch(cfg.train_batch_size).rows, step - 1)
             if step % cfg.wandb_log_frequency == 0 or step == cfg.total_training_steps:
                 trainer.check_finite()
@@ -117,6 +122,7 @@ def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> Sparse
                 logger.log(training_metrics(result, trainer.tracker, rows), step, rows)
             if step % cfg.feature_sampling_window == 0:
                 trainer.tracker.start_new_window()
+            bar.update(1)
     trainer.take_average()
     trainer.check_weights()
     sae.eval()

@@ -6,7 +6,6 @@ arXiv 2110.02861). Parameters of fewer than 4,096 numbers keep 32 bits. bitsandb
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,9 +14,7 @@ TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}
 """The two tables of 256 numbers that the bytes stand for. All parameters share them, so they are not saved."""
 
 
-def make_adam8bit(
-    parameters: Iterable[torch.nn.Parameter], lr: float, betas: tuple[float, float]
-) -> torch.optim.Optimizer:
+def make_adam8bit(parameters: Any, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
     """bitsandbytes' Adam8bit, whose moments can be saved and set like those of torch's Adam (`optim.moments`)."""
     from bitsandbytes.optim.adam import Adam8bit as BitsAndBytesAdam8bit  # here, because few machines have it
 

@@ -12,9 +12,9 @@ from sae_training.training.adam8bit import make_adam8bit
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[torch.nn.Parameter], lr: float, betas: tuple[float, float]
+    name: str, parameters: Iterable[torch.nn.Parameter] | list[dict[str, Any]], lr: float, betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
-    """The optimizer named adam, adam8bit or signum (which uses only the first of `betas`).
+    """The optimizer of `parameters`, or groups of them, named adam, adam8bit or signum (only the first of `betas`).
 
     In a step where its attribute `found_inf` (a scalar tensor) is 1, it leaves parameters and moments as they are. Adam
     is fused, one pass over each parameter: on a CPU 3 to 10 times faster than a loop over tensor operations.
@@ -54,7 +54,7 @@ class Signum(torch.optim.Optimizer):
 
     found_inf: torch.Tensor
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float) -> None:
+    def __init__(self, parameters: Any, lr: float, momentum: float) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()

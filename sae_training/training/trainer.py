@@ -19,6 +19,7 @@ from sae_training.training.objective import objective
 from sae_training.training.optim import check_installed, make_optimizer, moments
 from sae_training.training.resampling import NOT_BY_LATENT, resample
 from sae_training.training.schedules import annealed_k, lr_factor, warm_up_factor
+from sae_training.training.thresholds import THRESHOLDS, TargetL0, groups_of, threshold_lr
 
 
 class StepResult(NamedTuple):
@@ -45,13 +46,14 @@ class SAETrainer:
         self.masters = {name: in_memory_order(p) for name, p in sae.named_parameters()}
         """The parameters as the optimizer sees them: over the same memory, with W_enc as (d_sae, d_in)."""
         betas = (cfg.adam_beta1, cfg.adam_beta2)
-        self.optimizer = make_optimizer(cfg.optimizer, self.masters.values(), cfg.resolved_lr, betas)
+        self.optimizer = make_optimizer(cfg.optimizer, groups_of(self.masters), cfg.resolved_lr, betas)
         self.tracker = FiringTracker(
             sae.d_sae,
             cfg.dead_feature_window,
             cfg.dead_feature_window_tokens,
             sae.device,
         )
+        self.target_l0 = TargetL0(cfg, sae.device)
         self.average = {} if cfg.ema_decay is None else {name: p.detach().clone() for name, p in sae.named_parameters()}
         self.non_finite = torch.zeros((), device=sae.device)
         keep_freed_memory()
@@ -79,6 +81,7 @@ class SAETrainer:
         self.update(lr, not_finite)
         if self.sae.has_unit_norm_decoder:
             self.sae.set_decoder_norm_to_unit_norm(unless=not_finite)
+        self.target_l0.follow(self.sae, out.code, unless=not_finite)
         self.update_average(step)
         track_inference_threshold(self.sae, out.code, step)
         self.tracker.update(out.code)
@@ -138,7 +141,7 @@ class SAETrainer:
     def update(self, lr: float, not_finite: Tensor) -> None:
         """Do the optimizer's step. Where the loss is not finite, the device skips it by itself, without waiting."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = threshold_lr(self.cfg, lr) if THRESHOLDS in group else lr
         # Where this attribute is 1, the optimizer leaves parameters and moments as they are.
         setattr(self.optimizer, "found_inf", not_finite.float())  # noqa: B010 - not declared, so pyright wants it so
         for name, parameter in self.sae.named_parameters():
@@ -212,6 +215,7 @@ class SAETrainer:
                 for key, value in moments(self.optimizer, master).items()
             },
             "tracker": self.tracker.state_dict(),
+            "target_l0": self.target_l0.state_dict(),
             "average": self.average,
         }
 
@@ -223,6 +227,7 @@ class SAETrainer:
                 value = wide(value)  # because checkpoints of earlier versions hold moments in the config's dtype
             self.optimizer.state[self.masters[name]][key] = value.to(self.sae.device)
         self.tracker.load_state_dict(state["tracker"])
+        self.target_l0.load_state_dict(state.get("target_l0", {}))
         for name, average in self.average.items():
             average.copy_(state["average"][name])
 

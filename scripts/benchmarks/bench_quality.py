@@ -47,10 +47,11 @@ from sae_training.activations_store.position_rule import special_token_ids
 from sae_training.cli import RECIPE
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.harvest import at_site, put_back
+from sae_training.language_model.hooks import hooked
 from sae_training.language_model.load import LanguageModel, language_model_dtype, load_language_model
 from sae_training.language_model.sites import find_hook_site
 from sae_training.machine.interrupt import without_traceback
-from sae_training.run.evals import forward_pass, prompts_of_a_pass
+from sae_training.run.evals import prompts_of_a_pass
 from scripts.benchmarks.bench_step import (
     PEERS,
     Entry,
@@ -470,7 +471,8 @@ class HeldOut:
         for prompts in self.tokens.split(prompts_of_a_pass(self.tokens.shape[1], self.model)):
             keep = ~torch.isin(prompts, self.special)
             splice = partial(self.splice, keep=keep, change=change)
-            logits = forward_pass(self.model, prompts, (self.site,), replacements=[(self.site.name, splice)]).logits
+            with hooked(self.model, [], [(self.site.name, splice)]):
+                logits = self.model(prompts, return_type="logits")
             for tokens, predicted in zip(prompts, logits, strict=True):  # one prompt at a time: float32 is large
                 total += torch.nn.functional.cross_entropy(predicted[:-1].float(), tokens[1:], reduction="sum").item()
         return total / self.tokens[:, 1:].numel()

@@ -29,6 +29,11 @@ with without_traceback(*sys.argv[1:]):
 """
 
 
+def heed_ctrl_c() -> None:
+    """Undo what a shell does to its background jobs, in a process that is about to start a program."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupt(process: subprocess.Popen[str], begun: str) -> tuple[int, str]:
     """Send Ctrl-C once the process has written `begun`; its exit code, and what it said on stderr."""
     assert process.stdout is not None
@@ -44,7 +49,13 @@ def interrupt(process: subprocess.Popen[str], begun: str) -> tuple[int, str]:
 def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     words = [sys.executable, str(ROOT / "scripts" / "demo.py")]
     process = subprocess.Popen(
-        words, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        words,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
     )
     yield process
     process.kill()
@@ -52,7 +63,7 @@ def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_demo_that_is_interrupted_in_training_says_how_to_go_on(demo: subprocess.Popen[str], tmp_path: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     status = tmp_path / "runs" / "demo" / "status.json"
     while not status.exists():
         assert demo.poll() is None, demo.communicate()
@@ -75,7 +86,14 @@ def test_demo_that_is_interrupted_in_training_says_how_to_go_on(demo: subprocess
 )
 def test_script_that_has_saved_nothing_says_so_in_a_line(saved: list[str], expected: str) -> None:
     words = [sys.executable, "-c", SCRIPT, *saved]
-    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
+    )
     assert interrupt(process, "begun") == (130, f"\n{expected}\n")
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 
 from sae_training.config import CacheActivationsRunnerConfig
 from sae_training.config import LanguageModelSAERunnerConfig as Config
+from sae_training.config.checks import field_types, list_types
 from sae_training.config.io import FIELD_NAMES, config_from_dict, config_to_dict
 from sae_training.config.rules import BUILT, OF_LISTS, OF_SINGLE, parameters, problems
+from sae_training.config.types import LABELS
 
 MATS_DEFAULTS: dict[str, Any] = {
     "model_name": "gelu-2l",
@@ -73,6 +76,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "skip_connection": False,
     "jumprelu_bandwidth": 0.05,
     "jumprelu_init_threshold": 0.1,
+    "jumprelu_init_l0": "auto",
     "jumprelu_sparsity_loss_mode": "step",
     "jumprelu_tanh_scale": 4.0,
     "lp_norm": 1.0,
@@ -368,6 +372,16 @@ def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
             "target_l0: found 50.0 with architecture standard, expected jumprelu; set one of them",
         ),
         (
+            {"architecture": "jumprelu", "d_in": 8, "target_l0": 17},
+            "target_l0: found 17, expected at most 16, half of d_sae: thresholds are above 0, and so is about half of "
+            "all pre-activations; lower it, or raise expansion_factor",
+        ),
+        (
+            {"architecture": "jumprelu", "d_in": 8, "jumprelu_init_l0": 20.5},
+            "jumprelu_init_l0: found 20.5, expected at most 16, half of d_sae: thresholds are above 0, and so is about "
+            "half of all pre-activations; lower it, or raise expansion_factor",
+        ),
+        (
             {"optimizer": "adam8bit", "feature_sampling_method": "l2"},
             "optimizer: found adam8bit with feature_sampling_method l2, expected adam or signum, whose moments can be "
             "reset latent by latent; change one of them",
@@ -612,3 +626,50 @@ def test_weights_of_a_cache_are_checked_too() -> None:
 def test_config_of_a_cache_is_checked_as_a_run_is(values: dict[str, Any], line: str) -> None:
     with pytest.raises(ValueError, match=f"^CacheActivationsRunnerConfig: 1 problem\n{line}"):
         CacheActivationsRunnerConfig(**values)
+
+
+def test_every_field_that_may_be_a_list_has_a_label_for_the_names_of_autoencoders() -> None:
+    hints = field_types(Config)
+    forms = {name: {typing.get_origin(option) for option in list_types(hint)} for name, hint in hints.items()}
+    assert {name for name, of in forms.items() if of == {list, tuple}} == {*LABELS}
+
+
+# ----------------------------------------------------------------------------------------- defaults in proportion
+
+
+@pytest.mark.parametrize("tokens", [50_000, 60_000, 100_000, 300_000, 1_000_000, 2_000_000, 10**9])
+@pytest.mark.parametrize("several", [{}, {"architecture": "topk", "k": [8, 16, 32]}])
+def test_open_buffer_and_evaluation_are_in_proportion_to_the_run(tokens: int, several: dict[str, Any]) -> None:
+    cfg = Config(total_training_tokens=tokens, **several)
+    rows = cfg.total_training_steps * cfg.tokens_per_step
+    assert cfg.buffer_rows <= rows / 3
+    evaluation = cfg.n_eval_batches * cfg.passes_of_an_eval_batch
+    least = cfg.n_eval_batches == 1
+    assert least or evaluation <= (rows / (cfg.store_batch_size * cfg.context_size) + evaluation) / 5
+    assert cfg.n_batches_in_buffer <= 20
+    assert cfg.n_eval_batches <= 10
+    assert cfg.passes_of_an_eval_batch == (5 if several else 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batches", "eval_batches"), [(4096, 2, 1), (60_000, 4, 1), (300_000, 20, 6), (2_000_000, 20, 10)]
+)
+def test_open_sizes_of_some_runs(tokens: int, batches: int, eval_batches: int) -> None:
+    cfg = Config(total_training_tokens=tokens)
+    assert (cfg.n_batches_in_buffer, cfg.n_eval_batches) == (batches, eval_batches)
+
+
+def test_given_sizes_stay_and_open_ones_follow_the_run() -> None:
+    given = Config(total_training_tokens=60_000, n_batches_in_buffer=20, n_eval_batches=10)
+    assert (given.n_batches_in_buffer, given.n_eval_batches) == (20, 10)
+    short = Config(total_training_tokens=60_000)
+    long = dataclasses.replace(short, total_training_tokens=2_000_000)
+    assert (long.n_batches_in_buffer, long.n_eval_batches) == (20, 10)
+    larger_steps = dataclasses.replace(short, train_batch_size=16_384)
+    assert larger_steps.n_batches_in_buffer == 8
+    stored = config_from_dict(json.loads(json.dumps(config_to_dict(short))))
+    assert dataclasses.replace(stored, total_training_tokens=2_000_000).n_batches_in_buffer == 4
+
+
+def test_cache_holds_out_what_any_run_may_ask_for() -> None:
+    assert CacheActivationsRunnerConfig(total_training_tokens=4096).n_eval_batches == 10

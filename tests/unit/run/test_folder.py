@@ -152,6 +152,13 @@ def test_folder_without_config_is_not_a_run(tmp_path: Path) -> None:
         read_run_config(tmp_path)
 
 
+@pytest.mark.parametrize("text", ['{"model_type": "gpt2"}', "[]", "not json"], ids=["a model", "a list", "text"])
+def test_a_folder_whose_config_is_another_programs_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json: not the config of a run; expected a run folder"):
+        read_run_config(tmp_path)
+
+
 # --------------------------------------------------------------------------------------------------------------- lock
 
 

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import gzip
 import math
-import pickle
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,110 +200,9 @@ def test_name_holds_model_hook_and_width_and_the_head_if_one() -> None:
     assert head.get_name() == "sparse_autoencoder_gelu-2l_blocks.0.attn.hook_z_head0_12"
 
 
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize("name", ["folder", "one.safetensors"])
-def test_save_and_load_keep_config_and_weights(name: str, tmp_path: Path) -> None:
-    sae = small(architecture="topk", lr=1e-4, dtype=torch.float64)
-    sae.save_model(tmp_path / "new" / name)
-    again = SparseAutoencoder.load_from_pretrained(tmp_path / "new" / name)
-    assert again.cfg == sae.cfg
-    assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), again.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("name", ["sae.pt", "sae.pkl.gz", "sae.pkl"])
-def test_save_refuses_to_write_a_pickle(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"\.safetensors"):
-        small().save_model(tmp_path / name)
-    assert not list(tmp_path.iterdir())
-
-
-MATS_CONFIG = {
-    "model_name": "gpt2-small",
-    "hook_point": "blocks.8.hook_resid_pre",
-    "hook_point_layer": 8,
-    "d_in": 4,
-    "expansion_factor": 3,
-    "d_sae": 12,
-    "store_batch_size": (32,),
-    "device": torch.device("cpu"),
-    "dtype": torch.float32,
-    "use_ghost_grads": True,
-    "tokens_per_buffer": 10,
-    "checkpoint_path": "checkpoints/abc",
-    "lr_scheduler_name": None,
-    "train_batch_size": 10**9,
-}
-
-
-def mats_content(cfg: object) -> dict:
-    return {"cfg": cfg, "state_dict": {name: p.detach() for name, p in small().named_parameters()}}
-
-
-class RunnerConfig:
-    """Pickled under a name that no longer exists, like configs of mats files today."""
-
-
-RunnerConfig.__module__, RunnerConfig.__qualname__ = "sae_training.old_config", "RunnerConfig"
-
-
-@pytest.fixture
-def old_config(monkeypatch: pytest.MonkeyPatch) -> RunnerConfig:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "sae_training.old_config", SimpleNamespace(RunnerConfig=RunnerConfig))
-    cfg = RunnerConfig()
-    vars(cfg).update(MATS_CONFIG)
-    return cfg
-
-
-def save_pt(content: object, path: Path) -> None:
-    torch.save(content, path)
-
-
-def save_pkl_gz(content: object, path: Path) -> None:
-    with gzip.open(path, "wb") as file:
-        pickle.dump(content, file)
-
-
-OLD_FORMATS = pytest.mark.parametrize(("save", "name"), [(save_pt, "old.pt"), (save_pkl_gz, "old.pkl.gz")])
-
-
-@OLD_FORMATS
-def test_old_file_loads_without_its_config_class(
-    save: Callable, name: str, tmp_path: Path, old_config: RunnerConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sys
-
-    save(mats_content(old_config), tmp_path / name)
-    monkeypatch.delitem(sys.modules, "sae_training.old_config")
-    sae = SparseAutoencoder.load_from_pretrained(tmp_path / name)
-    assert torch.equal(sae.W_enc, small().W_enc)
-    assert (sae.cfg.model_name, sae.cfg.hook_point, sae.cfg.d_sae) == ("gpt2-small", "blocks.8.hook_resid_pre", 12)
-
-
 def test_name_takes_the_layer_into_the_hook_and_of_a_local_model_its_folder() -> None:
     sae = small(hook_point="blocks.{layer}.hook_resid_pre", hook_point_layer=3, model_name="/models/tiny")
     assert sae.get_name() == "sparse_autoencoder_tiny_blocks.3.hook_resid_pre_12"
-
-
-class Bomb:
-    """Unpickling it would create the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
-@OLD_FORMATS
-def test_old_file_cannot_run_code(save: Callable, name: str, tmp_path: Path) -> None:
-    save(mats_content(SimpleNamespace(bomb=Bomb(tmp_path / "exploded"))), tmp_path / name)
-    with pytest.raises(ValueError, match=name):
-        SparseAutoencoder.load_from_pretrained(tmp_path / name)
-    assert not (tmp_path / "exploded").exists()
 
 
 def test_a_duck_typed_config_of_the_mats_era_is_enough(tmp_path: Path) -> None:
@@ -318,38 +214,6 @@ def test_a_duck_typed_config_of_the_mats_era_is_enough(tmp_path: Path) -> None:
     sae.cfg.expansion_factor = 3
     sae.save_model(tmp_path / "sae")
     assert torch.equal(SparseAutoencoder.load_from_pretrained(tmp_path / "sae").W_enc, sae.W_enc)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: None, "no such file"),
-        (lambda path: path.mkdir(), "holds no weights"),
-        (lambda path: path.write_bytes(b"x"), "unknown kind of file"),
-    ],
-    ids=["missing", "empty folder", "unknown ending"],
-)
-def test_loading_what_is_not_there_says_what_was_expected(make: Callable, message: str, tmp_path: Path) -> None:
-    make(tmp_path / "thing")
-    with pytest.raises((FileNotFoundError, ValueError), match=message):
-        SparseAutoencoder.load_from_pretrained(tmp_path / "thing")
-
-
-def test_truncated_weights_are_called_damaged(tmp_path: Path) -> None:
-    small().save_model(tmp_path / "sae")
-    weights = tmp_path / "sae" / "sae.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="damaged or truncated"):
-        SparseAutoencoder.load_from_pretrained(tmp_path / "sae")
-
-
-def test_saved_device_that_this_machine_lacks_falls_back_to_the_cpu(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    sae = small()
-    sae.cfg = Config(d_in=4, expansion_factor=3, k=2, device="cuda")
-    sae.save_model(tmp_path / "sae")
-    assert SparseAutoencoder.load_from_pretrained(tmp_path / "sae").W_enc.device.type == "cpu"
 
 
 # ------------------------------------------------------------------------------------------------------------ batchtopk

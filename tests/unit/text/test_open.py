@@ -359,3 +359,11 @@ def test_errors_name_the_field_that_holds_the_data_set(tmp_path: Path):
         open_documents(str(tmp_path / "corpus.jsonl"), field="eval_dataset_path")
     with pytest.raises(ValueError, match="^eval_dataset_path: .* has no text column"):
         open_mixture([rows(number=[1]), rows(text=["a"])], field="eval_dataset_path")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_text_in_another_encoding_is_refused_with_the_one_to_save_it_in(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("café " * 50, encoding=encoding)
+    with pytest.raises(ValueError, match="could not be read.*UnicodeDecodeError.*save the text as UTF-8"):
+        list(open_documents(path).read())

@@ -386,6 +386,7 @@ def test_weight_that_is_not_finite_is_named() -> None:
         {"architecture": "topk", "ema_decay": 0.9},
         {"architecture": "batchtopk"},
         {"architecture": "jumprelu"},
+        {"architecture": "jumprelu", "target_l0": 4.0},
         {"architecture": "gated"},
         {"architecture": "matryoshka"},
     ],

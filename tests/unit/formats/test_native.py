@@ -1,0 +1,64 @@
+"""Our own files, written and read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_training.config import LanguageModelSAERunnerConfig as Config
+from sae_training.sparse_autoencoder import SparseAutoencoder
+
+
+def small(**changes) -> SparseAutoencoder:
+    return SparseAutoencoder(Config(**{"d_in": 4, "expansion_factor": 3, "k": 2, "train_batch_size": 64, **changes}))
+
+
+@pytest.mark.parametrize("name", ["folder", "one.safetensors"])
+def test_save_and_load_keep_config_and_weights(name: str, tmp_path: Path) -> None:
+    sae = small(architecture="topk", lr=1e-4, dtype=torch.float64)
+    sae.save_model(tmp_path / "new" / name)
+    again = SparseAutoencoder.load_from_pretrained(tmp_path / "new" / name)
+    assert again.cfg == sae.cfg
+    assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["sae.pt", "sae.pkl.gz", "sae.pkl"])
+def test_save_refuses_to_write_a_pickle(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\.safetensors"):
+        small().save_model(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such file"),
+        (lambda path: path.mkdir(), "holds no weights"),
+        (lambda path: path.write_bytes(b"x"), "unknown kind of file"),
+    ],
+    ids=["missing", "empty folder", "unknown ending"],
+)
+def test_loading_what_is_not_there_says_what_was_expected(make: Callable, message: str, tmp_path: Path) -> None:
+    make(tmp_path / "thing")
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        SparseAutoencoder.load_from_pretrained(tmp_path / "thing")
+
+
+def test_truncated_weights_are_called_damaged(tmp_path: Path) -> None:
+    small().save_model(tmp_path / "sae")
+    weights = tmp_path / "sae" / "sae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        SparseAutoencoder.load_from_pretrained(tmp_path / "sae")
+
+
+def test_saved_device_that_this_machine_lacks_falls_back_to_the_cpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    sae = small()
+    sae.cfg = Config(d_in=4, expansion_factor=3, k=2, device="cuda")
+    sae.save_model(tmp_path / "sae")
+    assert SparseAutoencoder.load_from_pretrained(tmp_path / "sae").W_enc.device.type == "cpu"
