@@ -198,7 +198,9 @@ def follow_up(run: Run) -> None:
             case "window":
                 close_window(run)
             case "evaluation":
-                for member, figures in evaluate_now(run):
+                with saved_first(run):
+                    evaluated = evaluate_now(run)
+                for member, figures in evaluated:
                     member.logger.log(figures, run.step, run.n_training_tokens)
             case "snapshot":
                 for member in run.trained:
