@@ -95,7 +95,7 @@ def test_run_records_it_and_every_later_load_obeys(run: Path, folder: Path, caps
     assert is_processed(model) is False
     recorded = json.loads((run / "final" / "evaluation.json").read_text())
     assert cli.main(["eval", str(run)]) == 0
-    found = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("metrics/"))
+    found = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("metrics/"))
     name = "metrics/ce_loss_without_sae"
     assert float(found[name]) == pytest.approx(recorded[name], rel=1e-3)
 
