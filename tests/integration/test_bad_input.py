@@ -252,18 +252,23 @@ def test_after_a_full_disk_a_smaller_run_of_the_same_name_can_start(train: Train
     assert train("--run-dir", str(disk), "--expansion-factor", "1").code == 0
 
 
+def at_step(number: int, act: Callable[[], object], patch: pytest.MonkeyPatch) -> None:
+    """Have runs do something at the beginning of a step, as long as `patch` lasts."""
+    real_step = SAETrainer.step
+
+    def step_after_it(self: SAETrainer, x: Tensor, step: int, target: Tensor) -> StepResult:
+        if step == number:
+            act()
+        return real_step(self, x, step, target)
+
+    patch.setattr(SAETrainer, "step", step_after_it)
+
+
 def test_disk_that_fills_up_loses_a_checkpoint_but_not_the_run(
     train: Train, small_disk: Mount, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = small_disk(40)
-    real_step = SAETrainer.step
-
-    def step_on_a_filling_disk(self: SAETrainer, x: Tensor, step: int, target: Tensor) -> StepResult:
-        if step == 5:
-            (disk / "somebody elses").write_bytes(bytes(20 * 2**20))
-        return real_step(self, x, step, target)
-
-    monkeypatch.setattr(SAETrainer, "step", step_on_a_filling_disk)
+    at_step(5, lambda: (disk / "somebody elses").write_bytes(bytes(20 * 2**20)), monkeypatch)
     answer = train("--run-dir", str(disk), "--checkpoint-every-steps", "4")
     assert answer.code == 0
     assert "Checkpoint not saved" in answer.said
@@ -277,15 +282,13 @@ def test_disk_without_room_for_the_final_weights_is_told_and_the_run_can_be_fini
 ) -> None:
     disk = small_disk(40)
     filler = disk / "somebody elses"
-    real_step = SAETrainer.step
 
-    def step_on_a_filling_disk(self: SAETrainer, x: Tensor, step: int, target: Tensor) -> StepResult:
-        if step == 11:  # the last; leaves room for metrics, not for a megabyte of weights
-            filler.write_bytes(bytes(shutil.disk_usage(disk).free - 2**19))
-        return real_step(self, x, step, target)
+    def fill_up() -> None:
+        """Leave room for metrics, not for a megabyte of weights."""
+        filler.write_bytes(bytes(shutil.disk_usage(disk).free - 2**19))
 
     with monkeypatch.context() as patch:
-        patch.setattr(SAETrainer, "step", step_on_a_filling_disk)
+        at_step(11, fill_up, patch)  # the last
         answer = train("--run-dir", str(disk), "--checkpoint-every-steps", "4")
     check_refused(answer, str(disk / "run"), "space")
     assert not (disk / "run" / "final").exists()
@@ -313,16 +316,9 @@ def test_disk_without_room_for_a_row_of_metrics_names_the_folder_and_how_to_go_o
     train: Train, small_disk: Mount, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = small_disk(40)
-    real_step = SAETrainer.step
-
-    def step_on_a_filling_disk(self: SAETrainer, x: Tensor, step: int, target: Tensor) -> StepResult:
-        if step == 5:
-            fill(disk)
-        return real_step(self, x, step, target)
-
     words = ("--run-dir", str(disk), "--run-name", "one & two #3", "--checkpoint-every-steps", "4")
     with monkeypatch.context() as patch:
-        patch.setattr(SAETrainer, "step", step_on_a_filling_disk)
+        at_step(5, lambda: fill(disk), patch)
         answer = train(*words, "--wandb-log-frequency", "1")
     run = disk / "one & two #3"
     check_refused(answer, f"{run}", "no space left on the disk, 0 MiB are free; delete")
