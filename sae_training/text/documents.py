@@ -183,7 +183,7 @@ class Documents:
         try:
             found = documents_in(row.get(self.column), self.kind)
             if self.masks and found:
-                return documents_in(counting_ids(row, self.column, self.masks), self.kind)
+                return [counting_ids({**row, self.column: found[0]}, self.column, self.masks)]
             return found if self.render is None else [self.render(conversation) for conversation in found]
         except WrongValue as error:
             self.bad_rows.meet_value(self.place_of(number), error)

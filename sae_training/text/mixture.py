@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -13,9 +12,7 @@ from sae_training.text.columns import has_transform, is_plain
 from sae_training.text.documents import Documents
 from sae_training.text.masks import MASKS
 from sae_training.text.open import open_documents
-from sae_training.text.row_values import BadRows, Given, OnBadRows, Render
-
-_logger = logging.getLogger("sae_training")
+from sae_training.text.row_values import BadRows, Given
 
 # Fixed, because a resumed run needs the documents of a mixture in the same order.
 _MIXTURE_SEED = 42
@@ -28,35 +25,24 @@ _FEATURES = {
 }
 
 
-def open_mixture(
-    paths: Sequence[object],
-    weights: Sequence[float] = (),
-    split: str = "train",
-    text_column: str | None = None,
-    streaming: bool | None = None,
-    field: str = "dataset_path",
-    on_bad_rows: OnBadRows = "error",
-    render: Render | None = None,
-    notify: Callable[[str], None] = _logger.warning,
-) -> Documents:
+def open_mixture(paths: Sequence[object], weights: Sequence[float] = (), **how: Any) -> Documents:
     """Open several data sets as one: documents are drawn from the parts in turn, in a fixed random order.
 
     The mixture ends where the first of its parts ends. So no document comes twice, and the shares hold throughout.
 
     weights: how many documents come from each part, as shares of any sum; () takes equally many.
-    streaming: None streams all parts if one of them is on the hub.
-    The rest is as for `open_documents`.
+    how: options of `open_documents`, for each part. Where one of the parts is a stream, all become streams.
     """
-    how = {"field": field, "on_bad_rows": on_bad_rows, "render": render, "notify": notify}
-    parts = [open_documents(path, split, text_column, streaming, **how) for path in paths]
+    parts = [open_documents(path, **how) for path in paths]
     if len(parts) == 1:
         return parts[0]
     tokenized = [part.is_tokenized for part in parts]
     if any(tokenized) and not all(tokenized):
         ids, text = parts[tokenized.index(True)], parts[tokenized.index(False)]
         raise ValueError(
-            f"{field}: {ids.given.name} holds token ids (column {ids.column!r}), but {text.given.name} text (column "
-            f"{text.column!r}); give only one of the kinds, or set dataset_text_column to a column that both have"
+            f"{ids.given.field}: {ids.given.name} holds token ids (column {ids.column!r}), but {text.given.name} text "
+            f"(column {text.column!r}); give only one of the kinds, or set dataset_text_column to a column that both "
+            "have"
         )
     column = "tokens" if tokenized[0] else "text"
     found = [_with_column(part, column) for part in parts]
@@ -76,8 +62,9 @@ def open_mixture(
     )
     names = [part.given.name for part in parts]
     listed = f"{', '.join(names[:-1])} and {names[-1]}"
-    given = Given(field, f"the mixture of {listed}")
-    bad_rows = BadRows(given, column, "ids" if tokenized[0] else "text", on_bad_rows, notify)
+    first = parts[0].bad_rows
+    given = Given(first.given.field, f"the mixture of {listed}")
+    bad_rows = BadRows(given, column, "ids" if tokenized[0] else "text", first.on_bad_rows, first.notify)
     bad_rows.parts = [part.bad_rows for part in parts]
     return Documents(mixed, bad_rows, ends_with=f"the first of {listed}", masks=masks, parts=tuple(parts))
 
