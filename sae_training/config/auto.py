@@ -51,23 +51,19 @@ EVALUATION_SHARE = 5
 
 
 def batches_in_buffer(value: int, rows: int, rows_of_a_pass: int, rows_of_a_step: int) -> int:
-    """Return n_batches_in_buffer. If it was left open, the buffer holds a third of the run's `rows` at most.
+    """Return an open n_batches_in_buffer, with which the buffer holds a third of the run's `rows` at most.
 
     It never holds less than two steps, because a step takes half of it at most, nor more than the default.
     """
-    if not isinstance(value, InProportion):
-        return value
     needed = -(-2 * rows_of_a_step // rows_of_a_pass)
     return InProportion(min(value, max(1, needed, rows // BUFFER_SHARE // rows_of_a_pass)))
 
 
 def eval_batches(value: int, passes: int, passes_of_a_batch: int) -> int:
-    """Return n_eval_batches. If it was left open, an evaluation takes a fifth of the run's `passes` at most.
+    """Return an open n_eval_batches, with which an evaluation takes a fifth of the run's `passes` at most.
 
     The run's passes are those it is trained on and those of the evaluation. One batch is the least.
     """
-    if not isinstance(value, InProportion):
-        return value
     return InProportion(min(value, max(1, passes // ((EVALUATION_SHARE - 1) * passes_of_a_batch))))
 
 

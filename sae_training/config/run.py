@@ -120,10 +120,12 @@ class LanguageModelSAERunnerConfig(Records, Optimisation, Autoencoder, Source):
         check(self)
         self.dtype = torch_dtype(self.dtype)
         rows, of_a_pass = self.total_training_steps * self.tokens_per_step, self.store_batch_size * self.context_size
-        n = self.n_batches_in_buffer
-        self.n_batches_in_buffer = auto.batches_in_buffer(n, rows, of_a_pass, self.tokens_per_step)
-        n = self.n_eval_batches
-        self.n_eval_batches = auto.eval_batches(n, rows // of_a_pass, self.passes_of_an_eval_batch)
+        if isinstance(self.n_batches_in_buffer, InProportion):
+            n = self.n_batches_in_buffer
+            self.n_batches_in_buffer = auto.batches_in_buffer(n, rows, of_a_pass, self.tokens_per_step)
+        if isinstance(self.n_eval_batches, InProportion):  # asked first, because a sweep's passes take long to count
+            n = self.n_eval_batches
+            self.n_eval_batches = auto.eval_batches(n, rows // of_a_pass, self.passes_of_an_eval_batch)
 
     # Sizes
 
