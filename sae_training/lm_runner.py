@@ -149,6 +149,7 @@ def run_in_folder(
 def train(run: Run, stop: StopRequest) -> None:
     """Train the run's autoencoders, side by side on the same batches, until all steps are done or `stop` is asked."""
     cfg, store = run.cfg, run.store
+    snapshots = snapshot_steps(cfg)
     if run.step == 0:
         log_norms(run)
     follow_up(run)  # what a stop has left of the step before
@@ -171,7 +172,7 @@ def train(run: Run, stop: StopRequest) -> None:
         if logs:
             run.progress.show(shown)
             run.write_status("training")
-        run.pending = due_now(run)
+        run.pending = due_now(run, snapshots)
         follow_up(run)
         if stop.signal is not None:
             stop_here(run, stop)
@@ -180,13 +181,13 @@ def train(run: Run, stop: StopRequest) -> None:
         run.progress.advance()
 
 
-def due_now(run: Run) -> list[Due]:
+def due_now(run: Run, snapshots: set[int]) -> list[Due]:
     """Return what follows the step that has just been finished, in order."""
     cfg = run.cfg
     is_due: dict[Due, bool] = {
         "window": due(run.step, cfg.feature_sampling_window),
         "evaluation": due(run.step, cfg.eval_every) and run.step < cfg.total_training_steps,
-        "snapshot": run.step in snapshot_steps(cfg),
+        "snapshot": run.step in snapshots,
     }
     return [name for name, due_here in is_due.items() if due_here]
 

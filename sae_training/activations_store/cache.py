@@ -23,6 +23,7 @@ from sae_training.config.fields import Source
 from sae_training.config.io import CACHE_FIELDS, config_to_dict
 from sae_training.language_model.load import LanguageModel, fingerprint, revision
 from sae_training.machine.files import write_text
+from sae_training.machine.precision import dtype_name
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -40,7 +41,7 @@ def origin(cfg: Any, model: LanguageModel, n_held_out: int) -> dict[str, Any]:
     values = config_to_dict(cfg)
     return {name: values[name] for name in CACHE_FIELDS} | {
         "model_fingerprint": fingerprint(model),
-        "lm_dtype": str(model.cfg.dtype).removeprefix("torch."),
+        "lm_dtype": dtype_name(model.cfg.dtype),
         "dataset_weights": [weight / sum(cfg.dataset_weights) for weight in cfg.dataset_weights],
         "tokenizer": getattr(model.tokenizer, "name_or_path", None),
         "model_revision": revision(model),

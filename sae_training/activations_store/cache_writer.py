@@ -46,6 +46,7 @@ from sae_training.language_model.twins import compiled_blocks
 from sae_training.machine.files import check_free_disk, flush_to_disk, sha256, write_safetensors
 from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInterrupted
 from sae_training.machine.phases import phase, progress_bar
+from sae_training.machine.precision import dtype_name
 
 BUCKETS = "buckets"
 PASSES_AHEAD = 2  # how many may wait for the disk
@@ -61,7 +62,7 @@ class CacheWriter:
         self, cfg: CacheActivationsRunnerConfig, folder: Path, store: ActivationsStore, about: dict[str, Any]
     ) -> None:
         self.cfg, self.folder, self.store = cfg, folder, store
-        lm_dtype = str(store.model.cfg.dtype).removeprefix("torch.")
+        lm_dtype = dtype_name(store.model.cfg.dtype)
         self.dtype = lm_dtype if cfg.dtype == "auto" else cfg.dtype
         self.widths = {site.name: site.d_in for site in store.sites.all}
         self.n_passes = math.ceil(cfg.total_training_tokens / (cfg.store_batch_size * cfg.context_size))

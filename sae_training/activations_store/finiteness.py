@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_training.language_model.load import LanguageModel
+from sae_training.machine.precision import dtype_name
 
 Explain = Callable[[str, str], str]
 """Makes the message for a hook and what it holds: "inf", "NaN" or "inf and NaN"."""
@@ -83,7 +84,7 @@ def explain_live(model: LanguageModel) -> Explain:
 
     def explain(hook: str, found: str) -> str:
         weight = non_finite_weight(model)
-        return f"activations of {hook} hold {found}: {cause(found, name_of(model.cfg.dtype), weight)}"
+        return f"activations of {hook} hold {found}: {cause(found, dtype_name(model.cfg.dtype), weight)}"
 
     return explain
 
@@ -127,7 +128,3 @@ def non_finite_weight(model: LanguageModel) -> str | None:
         if non_finite(weight.detach()).any():
             return name.replace("_original_component.", "")  # which a bridge puts into the names of the model's own
     return None
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_training.machine.precision import at_least_float32
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
 VECTORS = {
@@ -47,7 +49,7 @@ def top_k(tile: Tensor, bias: Tensor, k: int) -> Tensor:
 
     1 <= k <= n. Of equal numbers the first are taken.
     """
-    tile, bias = tile.contiguous(), bias.to(float_dtype(tile)).contiguous()
+    tile, bias = tile.contiguous(), bias.to(at_least_float32(tile.dtype)).contiguous()
     out = torch.empty(len(tile), k, dtype=torch.int64)
     call("top_k", tile, bias, ctypes.c_int64(k), threads(), address(out))
     return out
@@ -58,7 +60,7 @@ def above(tile: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
 
     The places, row after row and ascending, and the rows' offsets (rows + 1,) among them, both int64.
     """
-    tile, limits = tile.contiguous(), limits.to(float_dtype(tile)).contiguous()
+    tile, limits = tile.contiguous(), limits.to(at_least_float32(tile.dtype)).contiguous()
     offsets = torch.zeros(len(tile) + 1, dtype=torch.int64)
     call("count_above", tile, limits, threads(), address(offsets))
     offsets = offsets.cumsum(0)
@@ -93,11 +95,6 @@ def row_products(rows: Tensor, table: Tensor, offsets: Tensor, latents: Tensor) 
     kernel = getattr(loaded, f"row_products_{NUMBERS[rows.dtype]}")
     kernel(address(rows), address(table), address(offsets), address(latents), n_rows, d, threads(), address(out))
     return out
-
-
-def float_dtype(tile: Tensor) -> torch.dtype:
-    """The precision in which the numbers of a tile are added and compared."""
-    return torch.promote_types(tile.dtype, torch.float32)
 
 
 def call(name: str, tile: Tensor, by_place: Tensor, *arguments: Any) -> None:

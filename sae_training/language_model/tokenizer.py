@@ -41,7 +41,7 @@ def is_made_up(tokenizer: Any) -> bool:
     if tokenizer is None or not all(hasattr(tokenizer, part) for part in ("get_vocab", "get_added_vocab")):
         return False
     extra = {*tokenizer.get_added_vocab(), *map(str, tokenizer.all_special_tokens)}
-    return not tokenizer.get_vocab().keys() - extra
+    return all(token in extra for token in tokenizer.get_vocab())
 
 
 def tokenizer_of(model: Any) -> Any | None:

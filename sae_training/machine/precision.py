@@ -16,6 +16,11 @@ def bfloat16_is_fast(device: torch.device | str) -> bool:
             return False
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that configs and manifests use: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype of weights, moments and sums where a step computes in `dtype`."""
     return torch.promote_types(dtype, torch.float32)

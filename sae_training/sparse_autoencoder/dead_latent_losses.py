@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_training.machine.precision import at_least_float32
 from sae_training.sparse_autoencoder.losses import Reconstruction, normalised_squared_error
 
 AUXK_ROWS_SHARE, AUXK_MIN_ROWS = 32, 128
@@ -57,7 +58,7 @@ def ghost_grad_loss(x: Tensor, sae_out: Tensor, dead_pre: Tensor, W_dec: Tensor)
     The gradient reaches the dead columns of W_enc and b_enc, the dead rows of W_dec, and b_dec through the encoder's
     input. Source: Jermyn & Templeton, Ghost Grads, Transformer Circuits, January 2024.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = at_least_float32(x.dtype)
     residual = (x - sae_out).detach().to(wide)
     dead_pre = dead_pre.to(wide)
     # exp() overflows above 88 in float32. A factor common to a row drops out of step 2, so large rows are shifted down;
@@ -79,7 +80,7 @@ def auxk_loss(x: Tensor, error: Tensor, error_hat: Tensor) -> Tensor:
     2406.04093, appendix A.2); e must carry no gradient. That ratio is brought to the unit of the MSE loss by the MSE
     loss of predicting the mean row, so that a coefficient of 1/32 means what it means in the paper.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = at_least_float32(x.dtype)
     error, error_hat = error.to(wide), error_hat.to(wide)
     variance = (error - error.mean(dim=0)).pow(2).mean()
     # Without variance (one row, or equal rows) there is nothing to predict: the loss and its gradient are 0. A ratio

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sae_training.kernels.sparse_code import Code, CodeFigures
+from sae_training.machine.precision import at_least_float32
 
 MULTI_TOPK_FACTOR, MULTI_TOPK_WEIGHT = 4, 1 / 8
 
@@ -114,7 +115,7 @@ def reconstruction_loss(made: Reconstruction, target: Tensor, norm: Tensor | Non
 
 def wide(x: Tensor) -> Tensor:
     """`x` in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(at_least_float32(x.dtype))
 
 
 def centred_norm(x: Tensor) -> Tensor:
@@ -133,8 +134,8 @@ def normalised_squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
 
     In float32 at least: in float16 the square of an error of 256 is infinite, which divided by the norm it is not.
     """
-    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    return ((x_hat.to(wide) - x.to(wide)).pow(2) / centred_norm(x.to(wide))).to(dtype)
+    dtype, x = x.dtype, wide(x)
+    return ((x_hat.to(x.dtype) - x).pow(2) / centred_norm(x)).to(dtype)
 
 
 class MeanNormalisedError(Function):
@@ -142,7 +143,7 @@ class MeanNormalisedError(Function):
 
     @staticmethod
     def forward(ctx: Any, x_hat: Tensor, x: Tensor, norm: Tensor) -> Any:
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = at_least_float32(x.dtype)
         error = x_hat.to(wide) - x.to(wide)
         weight = 1 / (norm.to(wide) * error.numel())
         ctx.save_for_backward(error, weight)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_training.machine.precision import at_least_float32
+
 BY_ROW = ("layer_norm", "unit_norm")
 EPSILON = 1e-5  # added to a row's root mean square, so that rows of zeros stay zeros
 
@@ -35,6 +37,6 @@ def restore(rows: Tensor, x: Tensor, mode: str) -> Tensor:
 
 def centre_and_size(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """The mean that `mode` subtracts from each row and the size it divides by, both (..., 1) in float32 at least."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(at_least_float32(x.dtype))
     mean = x.mean(dim=-1, keepdim=True) if mode == "layer_norm" else torch.zeros_like(x[..., :1])
     return mean, (x - mean).pow(2).mean(dim=-1, keepdim=True).sqrt() + EPSILON

@@ -40,7 +40,7 @@ class SAETrainer:
     """Trains `sae` on batches. Moments, counters and averages are its state; all else is a function of the step."""
 
     def __init__(self, sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig) -> None:
-        check_trainable(cfg)
+        check_dtype(cfg.dtype)
         self.sae = sae
         self.cfg = cfg
         self.masters = {name: in_memory_order(p) for name, p in sae.named_parameters()}
