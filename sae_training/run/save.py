@@ -105,7 +105,7 @@ def saved_note(run: Run) -> str:
         return "Not saved (see above)."
     return (
         f"Step {run.step} of {run.cfg.total_training_steps} is saved in {saved}. Once this is mended, the same command "
-        "goes on from there."
+        "goes on from there; where a field of the config has to change (lm_dtype for instance), begin a new run."
     )
 
 
