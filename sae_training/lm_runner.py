@@ -26,7 +26,14 @@ from sae_training.machine.paths import command, with_absolute_paths
 from sae_training.machine.phases import counted_phases, phase
 from sae_training.machine.precision import encoder_dtype
 from sae_training.run.finish import finish
-from sae_training.run.folder import RunFolder, choose_run_folder, is_finished, is_member_folder, read_run_config
+from sae_training.run.folder import (
+    RunFolder,
+    check_paths,
+    choose_run_folder,
+    is_finished,
+    is_member_folder,
+    read_run_config,
+)
 from sae_training.run.memory_plan import check_memory, plan_memory
 from sae_training.run.save import save, save_weights_folder, saved_first, saved_now
 from sae_training.run.start import Singles, open_run
@@ -84,6 +91,7 @@ def resume_run(path: str | Path) -> Run:
             f"its autoencoders are in folders of {path}" if is_several(cfg) else f"its autoencoder is in {path}/final"
         )
         raise ValueError(f"{path}: this run is finished; {where}.")
+    check_paths(path, cfg)
     with phase("loading the language model"):
         model = model_of(cfg)
     return run_in_folder(path, cfg, find_singles(cfg, model), model, None)

@@ -21,6 +21,7 @@ from sae_training.activations_store.finiteness import check_finite, explain_cach
 from sae_training.activations_store.source import Taken
 from sae_training.machine.files import sha256
 from sae_training.machine.interrupt import StopAsked, stop_point
+from sae_training.machine.paths import lies_elsewhere
 
 READ_AHEAD = 2  # batches
 
@@ -41,7 +42,10 @@ def open_cache(folder: Path, expected: dict[str, Any], sites: dict[str, int]) ->
             f"store_batch_size), but {folder} was written with {manifest.about['n_held_out']} held out, so it contains "
             "some that this run is evaluated on; lower n_eval_batches, or write another cache."
         )
-    different = [key for key in MUST_AGREE if manifest.about[key] != expected[key]]
+    then = manifest.about
+    different = [
+        key for key in MUST_AGREE if then[key] != expected[key] and not lies_elsewhere(then[key], expected[key])
+    ]
     if {"model_name", "lm_dtype"} & {*different}:
         different = [key for key in different if key != "model_fingerprint"]  # because it differs only for that
     if different:

@@ -13,6 +13,9 @@ from sae_training.demo_data import bundled_model, bundled_text
 
 C = TypeVar("C", bound=Source)
 
+PATH_FIELDS = ("model_name", "dataset_path", "eval_dataset_path", "from_pretrained_path", "cached_activations_path")
+"""The fields of a config that may name a path of this machine."""
+
 
 def first_line(error: BaseException) -> str:
     """Return the first line of the error's text without its full stop, or the name of its type if it has no text."""
@@ -30,7 +33,7 @@ def with_absolute_paths(cfg: C) -> C:
     The run can then be resumed and loaded from any working directory.
     """
     changes = {}
-    for name in ("model_name", "dataset_path", "eval_dataset_path", "from_pretrained_path", "cached_activations_path"):
+    for name in PATH_FIELDS:
         value = getattr(cfg, name, None)
         if isinstance(value, list):
             changes[name] = [absolute(name, path) for path in value]
@@ -55,3 +58,26 @@ def is_local(field: str, value: str) -> bool:
     if value == bundled_model(value) == bundled_text(value):
         return (path / "config.json").is_file() if field == "model_name" else path.is_dir() and any(path.iterdir())
     return False
+
+
+# ------------------------------------------------------------------------------------- what lies elsewhere than before
+
+
+def paths_of(cfg: Source) -> dict[str, list[Path]]:
+    """Return the absolute paths that the fields of `cfg` name, whether they are here or not."""
+    found = {}
+    for name in PATH_FIELDS:
+        value = getattr(cfg, name, None)
+        values = value if isinstance(value, list) else [value]
+        found[name] = [Path(path) for path in values if isinstance(path, str) and os.path.isabs(path)]
+    return {name: paths for name, paths in found.items() if paths}
+
+
+def lies_elsewhere(old: object, new: object) -> bool:
+    """Return whether `new` is what `old` named, moved: a path that is gone, and one of the same name that is here."""
+    if isinstance(old, list) and isinstance(new, list):
+        pairs = list(zip(old, new, strict=False))
+        return len(old) == len(new) and all(a == b or lies_elsewhere(a, b) for a, b in pairs)
+    if not (isinstance(old, str) and isinstance(new, str) and os.path.isabs(old) and os.path.isabs(new)):
+        return False
+    return Path(old).name == Path(new).name and not os.path.exists(old) and os.path.exists(new)

@@ -16,12 +16,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tqdm import tqdm
+
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import WATCHING_FIELDS, config_differences, config_from_dict, config_to_dict
 from sae_training.config.sweep import is_several
 from sae_training.formats.run_files import CHECKPOINTS, FINAL, RUN_CONFIG_FILE, STATUS_FILE
 from sae_training.machine.files import NotEnoughDisk, write_text
 from sae_training.machine.lock import InUse, exclusive
+from sae_training.machine.paths import PATH_FIELDS, lies_elsewhere, paths_of
 
 LOCK_FILE = ".lock"
 
@@ -138,15 +141,34 @@ def is_member_folder(path: Path) -> bool:
 
 
 def check_same_config(folder: Path, cfg: LanguageModelSAERunnerConfig) -> None:
-    """Raise ValueError if the run in `folder` was started with other values of fields that change the weights."""
+    """Raise ValueError if the run in `folder` was started with other values of fields that change the weights.
+
+    A path that is gone and now lies elsewhere under the same name is no other value: a run may go on on another
+    machine. What is in it is checked where it is read: models and texts have fingerprints in a checkpoint.
+    """
     differences = config_differences(read_run_config(folder), cfg, ignore=WATCHING_FIELDS)
-    if differences:
-        lines = [f"  {name}: {old!r} -> {new!r}" for name, (old, new) in differences.items()]
+    moved = {name: pair for name, pair in differences.items() if name in PATH_FIELDS and lies_elsewhere(*pair)}
+    others = {name: pair for name, pair in differences.items() if name not in moved}
+    if others:
+        lines = [f"  {name}: {old!r} -> {new!r}" for name, (old, new) in others.items()]
         raise ValueError(
             f"{folder} holds an unfinished run with another config:\n"
             + "\n".join(lines)
             + '\nGive the old values to continue it, or another run_name, or resume="never", to begin a new run.'
         )
+    for name, (old, new) in moved.items():
+        tqdm.write(f"{name}: {old} is not here; this run goes on with {new}.")
+
+
+def check_paths(folder: Path, cfg: LanguageModelSAERunnerConfig) -> None:
+    """Raise FileNotFoundError if what the run in `folder` reads is not on this machine."""
+    for name, paths in paths_of(cfg).items():
+        for path in paths:
+            if not path.exists() and name != "from_pretrained_path":  # read at the start of a run only
+                raise FileNotFoundError(
+                    f"{name}: {path}, which {folder} was started with, is not here. If it lies elsewhere now, give the "
+                    "command that began the run, with the new path."
+                )
 
 
 # ---------------------------------------------------------------------------------------------------- what is in it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -447,6 +448,20 @@ def test_a_text_that_has_changed_since_is_refused(
     text.write_text("\n".join(reversed(lines)) + "\n")
     with pytest.raises(ValueError, match="cached_activations_path: .* was written from another text.*has changed"):
         ActivationsStore(cfg, demo_model)
+
+
+def test_a_cache_and_its_text_may_move(write: Write, small_config: Callable, demo_model: Any, tmp_path: Path) -> None:
+    text, there = tmp_path / "t.txt", tmp_path / "elsewhere" / "t.txt"
+    text.write_text("a chapter of the book " * 9000)
+    folder = write(dataset_path=str(text))
+    there.parent.mkdir()
+    shutil.move(text, there)
+    cached = {"use_cached_activations": True, "cached_activations_path": str(folder), "dataset_path": str(there)}
+    ActivationsStore(small_config(exclude_special_tokens=True, **cached), demo_model)
+    assert write(dataset_path=str(there)) == folder, "the same command finds it complete"
+    text.write_text("another book " * 9000)  # so that both are there, and nobody knows which is meant
+    with pytest.raises(ValueError, match="dataset_path: this run has"):
+        ActivationsStore(small_config(exclude_special_tokens=True, **cached), demo_model)
 
 
 def test_all_that_differs_is_said_at_once(write: Write, small_config: Callable) -> None:

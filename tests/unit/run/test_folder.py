@@ -11,7 +11,7 @@ import pytest
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_to_dict
-from sae_training.run.folder import RunFolder, choose_run_folder, read_run_config
+from sae_training.run.folder import RunFolder, check_paths, choose_run_folder, read_run_config
 
 Make = Callable[..., LanguageModelSAERunnerConfig]
 
@@ -128,6 +128,52 @@ def test_changed_config_may_begin_anew(small_config: Make, tmp_path: Path) -> No
 def test_fields_that_only_watch_may_change(small_config: Make, change: dict[str, Any]) -> None:
     folder = start_run(small_config())
     assert choose_run_folder(small_config(**change)) == folder
+
+
+# ------------------------------------------------------------------------------------------------- on another machine
+
+
+def moved_text(
+    small_config: Make, tmp_path: Path, text: str = "as before"
+) -> tuple[Path, LanguageModelSAERunnerConfig]:
+    """Return an unfinished run's folder, and its config with the text in another folder than when the run began."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    here, there = tmp_path / "here" / "a.txt", tmp_path / "there" / "a.txt"
+    here.write_text("as before")
+    folder = start_run(small_config(dataset_path=[str(here), "demo"], dataset_weights=(1.0, 2.0)))
+    here.unlink()
+    there.write_text("as before")
+    return folder, small_config(dataset_path=[str(there), "demo"], dataset_weights=(1.0, 2.0))
+
+
+def test_a_run_goes_on_where_its_text_lies_elsewhere(
+    small_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, cfg = moved_text(small_config, tmp_path)
+    assert choose_run_folder(cfg) == folder
+    assert f"is not here; this run goes on with {cfg.dataset_path}." in "".join(capsys.readouterr())
+    RunFolder(folder, cfg).release()
+    assert read_run_config(folder) == cfg, "the run is resumed by its folder alone from now on"
+
+
+def test_a_text_of_another_name_or_beside_the_old_one_is_another_text(small_config: Make, tmp_path: Path) -> None:
+    folder, cfg = moved_text(small_config, tmp_path)
+    (tmp_path / "there" / "b.txt").write_text("as before")
+    with pytest.raises(ValueError, match="another config:\n  dataset_path"):
+        choose_run_folder(
+            small_config(dataset_path=[str(tmp_path / "there" / "b.txt"), "demo"], dataset_weights=(1, 2))
+        )
+    (tmp_path / "here" / "a.txt").write_text("as before")
+    with pytest.raises(ValueError, match="another config:\n  dataset_path"):
+        choose_run_folder(cfg)
+
+
+def test_what_is_not_here_is_named(small_config: Make, tmp_path: Path) -> None:
+    folder, cfg = moved_text(small_config, tmp_path)
+    with pytest.raises(FileNotFoundError, match="dataset_path: .*here/a.txt, which .* is not here.*with the new path"):
+        check_paths(folder, read_run_config(folder))
+    check_paths(folder, cfg)
 
 
 def test_held_out_part_may_not_change(small_config: Make) -> None:
