@@ -5,7 +5,7 @@ BIN := .venv/bin
 # For its interpreter, which the tests of the CUDA kernels use; there is none elsewhere.
 TRITON := $(if $(filter Linux,$(shell uname)),triton)
 
-.PHONY: demo demo-smollm2 test test-fast test-lens-4 install lint gpu-check lock clean
+.PHONY: demo demo-smollm2 test test-fast test-lens-4 install lint docs gpu-check lock clean
 
 demo: install  ## train on the bundled model, print the result and where it is
 	$(BIN)/python scripts/demo.py
@@ -41,6 +41,9 @@ lint: install  ## style, types, and which folder may import which
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: install  ## the documentation's site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # poetry.lock is the record; constraints.txt is exported from it for plain pip.
 lock:
