@@ -345,9 +345,9 @@ def with_words(values: dict[str, Any], verb: Train | Cache) -> dict[str, Any]:
     if verb.dataset is not None:
         values["dataset_path"] = verb.dataset
     if values["device"] == "auto":
-        import torch
+        from sae_training.machine.device import automatic
 
-        values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        values["device"] = automatic()
     return values
 
 

@@ -238,6 +238,13 @@ def not_in_8_bits(optimizer: str, dtype: str, feature_sampling_method: str | Non
     return None
 
 
+def no_float64_there(device: str, dtype: str) -> str | None:
+    """Refuse float64 on a device that has none."""
+    if dtype != "float64" or device.partition(":")[0] != "mps":
+        return None
+    return f"dtype: found float64 with device {device}, which has none, expected float32; or set device to cpu"
+
+
 def batch_too_large(
     train_batch_size: int,
     n_batches_in_buffer: int,
@@ -350,6 +357,7 @@ OF_SINGLE: tuple[Rule, ...] = (
     *jumprelu.RULES,
     normalised_target,
     not_in_8_bits,
+    no_float64_there,
     option_without_target,
     head_of_a_transcoder,
     batch_too_large,

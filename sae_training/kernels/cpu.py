@@ -124,7 +124,7 @@ def library() -> ctypes.CDLL | None:
         shown = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         warnings.warn(
             f"The kernels for the CPU could not be compiled, so training steps take about a fifth longer: {shown}\n"
-            "Installing a C++ compiler mends this (Debian and Ubuntu: apt install g++).",
+            "Installing a C++ compiler mends this (Debian and Ubuntu: apt install g++; macOS: xcode-select --install).",
             stacklevel=2,
         )
         return None

@@ -114,6 +114,7 @@ def boot_bridge(name: str, device: str, processed: bool = True) -> TransformerBr
     )
     hf_model, info = loaded
     check_weights(name, sorted(info["missing_keys"]))
+    hf_model.to(device)  # because the bridge leaves a model that it is given where it is
     tokenizer = read_tokenizer(name)
     model = TransformerBridge.boot_transformers(
         name, hf_model=hf_model, tokenizer=for_bridge(tokenizer), device=device, dtype=torch.float32

@@ -24,6 +24,15 @@ def count(kind: str) -> int:
             return 1
 
 
+def automatic() -> str:
+    """The device that "auto" means: a CUDA GPU if there is one, else the CPU.
+
+    It is never mps, though a Mac has it: nobody has tested this package there, TransformerLens warns of silently wrong
+    results, and the sparse step, several times faster than the dense one, is for the CPU and CUDA only.
+    """
+    return "cuda" if count("cuda") else "cpu"
+
+
 def checked(device: str | torch.device) -> torch.device:
     """The device; ValueError, saying what there is, if this machine lacks it."""
     if is_there(device):

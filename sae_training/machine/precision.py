@@ -1,4 +1,4 @@
-"""Precisions in which a device multiplies fast."""
+"""Precisions: in which a device multiplies fast, and which it has at all."""
 
 from __future__ import annotations
 
@@ -14,6 +14,22 @@ def bfloat16_is_fast(device: torch.device | str) -> bool:
             return bool(torch.cpu._is_avx512_bf16_supported())
         case _:
             return False
+
+
+def has_float64(device: torch.device | str) -> bool:
+    """Whether the device has float64: mps has none, and some Intel GPUs have none."""
+    match torch.device(device).type:
+        case "mps":
+            return False
+        case "xpu":
+            return bool(torch.xpu.get_device_properties(device).has_fp64)
+        case _:
+            return True
+
+
+def in_float64(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` in float64: where it is, or on the CPU if its device has no float64."""
+    return (x if has_float64(x.device) else x.cpu()).double()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -11,6 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from sae_training.machine.precision import in_float64
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.toy_model_runner.data import ToyModel, ToyModelGenerator
 from sae_training.training.metrics import explained_variance
@@ -117,11 +118,11 @@ class FiringCounts:
 
     def true_frequencies(self) -> Tensor:
         """Share of rows on which each feature fired, (n,)."""
-        return self.true_firings.double() / max(1, self.rows)
+        return in_float64(self.true_firings) / max(1, self.rows)
 
     def dead_fraction(self) -> float:
         """Share of latents that fired on no row."""
-        return (self.latent_firings == 0).double().mean().item()
+        return in_float64(self.latent_firings == 0).mean().item()
 
 
 def f1_scores(hits: Tensor, true_firings: Tensor, latent_firings: Tensor) -> Tensor:
@@ -129,4 +130,4 @@ def f1_scores(hits: Tensor, true_firings: Tensor, latent_firings: Tensor) -> Ten
 
     `hits` counts the rows on which both fire. NaN where neither ever fires, since nothing is known then.
     """
-    return 2 * hits.double() / (true_firings + latent_firings)
+    return 2 * in_float64(hits) / in_float64(true_firings + latent_firings)

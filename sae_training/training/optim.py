@@ -45,6 +45,19 @@ def moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[s
     return {key: torch.as_tensor(value) for key, value in state.items() if not key.startswith("qmap")}
 
 
+def step_unless(not_finite: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Do a step of an optimizer that `make_optimizer` made; none where the scalar `not_finite` is true.
+
+    The device leaves it out by itself, without being waited for. Only mps is asked: its fused Adam takes `found_inf`
+    and does not read it (torch 2.13).
+    """
+    if not_finite.is_mps and isinstance(optimizer, torch.optim.Adam) and not_finite.item():
+        return
+    # Where this attribute is 1, the optimizer leaves parameters and moments as they are.
+    setattr(optimizer, "found_inf", not_finite.float())  # noqa: B010 - not declared, so pyright wants it so
+    optimizer.step()
+
+
 class Signum(torch.optim.Optimizer):
     """Moves every number by the learning rate along the sign of the running mean of its gradient.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_training.config.types import FIXED_K
+from sae_training.machine.precision import in_float64
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 NOT_BY_LATENT = ("b_dec", "W_skip")  # the parameters that do not belong to latents
@@ -46,7 +47,7 @@ def resample(
         return numbers
     x, target = sae.normalize(x), sae.normalize(target)  # `reconstruct` repeats it, which changes roundings only
     pairs = zip(x.split(ROWS_AT_A_TIME), target.split(ROWS_AT_A_TIME), strict=True)
-    weight = torch.cat([(wanted - sae.reconstruct(rows)).double().pow(2).sum(dim=1) for rows, wanted in pairs])
+    weight = torch.cat([in_float64(wanted - sae.reconstruct(rows)).pow(2).sum(dim=1) for rows, wanted in pairs])
     weight = weight.pow(2) if method == "anthropic" else weight
     numbers = numbers[: int((weight > 0).sum())]
     if len(numbers) == 0:

@@ -16,7 +16,7 @@ from sae_training.sparse_autoencoder.losses import Coefficients, Losses, centred
 from sae_training.training.dead_latents import FiringTracker
 from sae_training.training.mixed_precision import check_dtype
 from sae_training.training.objective import objective
-from sae_training.training.optim import check_installed, make_optimizer, moments
+from sae_training.training.optim import check_installed, make_optimizer, moments, step_unless
 from sae_training.training.resampling import NOT_BY_LATENT, resample
 from sae_training.training.schedules import annealed_k, lr_factor, warm_up_factor
 from sae_training.training.thresholds import THRESHOLDS, TargetL0, groups_of, threshold_lr
@@ -139,15 +139,13 @@ class SAETrainer:
         return torch.stack([gradient.sum(dtype=torch.float32) * 0 for gradient in gradients]).sum()
 
     def update(self, lr: float, not_finite: Tensor) -> None:
-        """Do the optimizer's step. Where the loss is not finite, the device skips it by itself, without waiting."""
+        """Do the optimizer's step, or none where the loss is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = threshold_lr(self.cfg, lr) if THRESHOLDS in group else lr
-        # Where this attribute is 1, the optimizer leaves parameters and moments as they are.
-        setattr(self.optimizer, "found_inf", not_finite.float())  # noqa: B010 - not declared, so pyright wants it so
         for name, parameter in self.sae.named_parameters():
             gradient, master = parameter.grad, self.masters[name]
             master.grad = gradient if gradient is None or master is parameter else gradient.T
-        self.optimizer.step()
+        step_unless(not_finite, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)  # because the next autoencoder of the run can use their memory
         self.sae.zero_grad(set_to_none=True)
         self.non_finite += not_finite
