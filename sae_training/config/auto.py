@@ -4,7 +4,7 @@ The learning rate is
 
     AUTO_LR / sqrt(d_sae / 2**14) / sqrt(max(1, steps / AUTO_LR_STEPS)), at most AUTO_LR_MAX:
 
-measured on SmolLM2, d_sae 4608, 500k rows in 122 to 976 steps (README.md). At 100,000 steps the rule gives
+measured on SmolLM2, d_sae 4608, 500k rows in 122 to 976 steps (docs/benchmarks.md). At 100,000 steps the rule gives
 the 2e-4 / sqrt(d_sae / 2**14) that sparsify and dictionary_learning use for their long runs.
 """
 

@@ -73,8 +73,10 @@ def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
             # The margin keeps a rounded product from missing entries; entries too many do no harm.
             margin = 2 * torch.finfo(sae.encoder_dtype).eps * (limit.abs() + sae.b_enc.detach().abs())
             return above_threshold(encoder, limit - margin)
-        case _:
+        case "standard" | "gated":
             return above_threshold(encoder, 0.0)
+        case _:
+            return None
 
 
 def encoder_of(sae: SparseAutoencoder, sae_in: Tensor, W_enc: Tensor, b_enc: Tensor) -> Encoder:

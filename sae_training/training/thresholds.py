@@ -22,7 +22,7 @@ from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.losses import centred_norm, mean_normalised_error, wide
 
 MAX_ELEMENTS = 2**22  # of the pre-activations that first thresholds are taken from: 16 MB in float32
-MAX_SHARE_ACTIVE = 0.25  # of latents at the start: more are slow on a CPU, and are learned worse (README, toy models)
+MAX_SHARE_ACTIVE = 0.25  # of latents at the start: more are slow on a CPU, and are learned worse (docs/toy-models.md)
 
 GAIN = 0.1
 """Share of the distance of log L0 from its target that a step moves log thresholds.
