@@ -84,7 +84,7 @@ def show_latents(folder: Path, n_latents: int = 6) -> None:
     tokens = store.held_out_tokens()
     found = find_top_contexts(sae, store, tokens)
     print(f"A few latents, with the held-out text they fire on most ({tokens.numel():,} tokens):")
-    for latent in specific_latents(found, tokens, n_latents):
+    for latent in specific_latents(found, tokens, n_latents, tokenizer=store.model.tokenizer):
         print(f"\n  latent {latent}, active on {100 * found.density[latent]:.2f}% of tokens")
         for context in contexts_of(latent, found, store, tokens)[:4]:
             before, token, after = (part.replace("\n", " ") for part in context[1:])
