@@ -90,17 +90,20 @@ def specific_latents(
 ) -> list[int]:
     """`n` latents worth a first look, strongest first, with densities from `rarest` to `commonest`.
 
-    No two have the same strongest token. Latents whose strongest tokens are all the same are left out, because they say
-    little more than that token. With a tokenizer, so are those with two or more pieces of words among their strongest
-    tokens, because a reader cannot tell what they stand for; and tokens that differ in case or space only are the same.
+    No two have the same strongest token. Left out are latents whose strongest tokens are all the same, because they say
+    little more than that token, and those that fire less than half as strongly on the last of them as on the first,
+    because `tokens` holds too few places where they do. With a tokenizer, so are those with a piece of a word among
+    their strongest tokens, because a reader cannot tell what they stand for; and tokens that differ in case or space
+    only are the same.
     """
     top_tokens = tokens[found.prompts, found.positions]  # (contexts, d_sae)
-    eligible = (found.density >= rarest) & (found.density <= commonest) & (found.activations[-1] > 0)
+    steady = found.activations[-1] > 0.5 * found.activations[0]
+    eligible = (found.density >= rarest) & (found.density <= commonest) & steady
     if tokenizer is None:
         names = top_tokens
     else:
         texts = token_texts(tokens, tokenizer)
-        eligible &= (~whole_words(found, tokens, texts)).sum(dim=0) < 2
+        eligible &= whole_words(found, tokens, texts).all(dim=0)
         words = [text.strip().lower() for text in texts]
         first_with: dict[str, int] = {}
         same = torch.tensor([first_with.setdefault(word, id_) for id_, word in enumerate(words)])
