@@ -206,10 +206,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="the training step, with torch.compile")
     add("--report-steps", type=int, default=200, help="between saves, each with a line of figures")
     add("--seed", type=int, default=0)
-    sizes = {"vocab": 2560, "width": 256, "layers": 4, "heads": 4, "mlp": 688, "context": 256, "batch": 16}
+    sizes = {"vocab": 8192, "width": 192, "layers": 5, "heads": 4, "mlp": 512, "context": 256, "batch": 16}
     for name, value in sizes.items():
         add(f"--{name}", type=int, default=value)
-    add("--tokens", type=float, default=18e6, help="tokens to train on, all stretches together")
+    add("--tokens", type=float, default=30e6, help="tokens to train on, all stretches together")
     add("--muon-lr", type=float, default=0.02, help="for the blocks' matrices; 0: AdamW for all")
     add("--adam-lr", type=float, default=2e-3, help="for embedding and norms")
     return parser.parse_args(argv)
