@@ -81,24 +81,64 @@ def as_text(ids: Tensor, tokenizer: Any) -> str:
 
 
 def specific_latents(
-    found: TopContexts, tokens: Tensor, n: int, rarest: float = 2e-4, commonest: float = 1e-2
+    found: TopContexts,
+    tokens: Tensor,
+    n: int,
+    rarest: float = 2e-4,
+    commonest: float = 1e-2,
+    tokenizer: Any = None,
 ) -> list[int]:
     """`n` latents worth a first look, strongest first, with densities from `rarest` to `commonest`.
 
-    No two have the same strongest token. Latents whose strongest tokens are all the same are left out, because they say
-    little more than that token.
+    No two have the same strongest token. Left out are latents whose strongest tokens are all the same, because they say
+    little more than that token, and those that fire less than half as strongly on the last of them as on the first,
+    because `tokens` holds too few places where they do. With a tokenizer, so are those with a piece of a word among
+    their strongest tokens, because a reader cannot tell what they stand for; and tokens that differ in case or space
+    only are the same.
     """
     top_tokens = tokens[found.prompts, found.positions]  # (contexts, d_sae)
-    varied = (top_tokens != top_tokens[0]).sum(dim=0) >= 2
-    eligible = varied & (found.density >= rarest) & (found.density <= commonest) & (found.activations[-1] > 0)
+    steady = found.activations[-1] > 0.5 * found.activations[0]
+    eligible = (found.density >= rarest) & (found.density <= commonest) & steady
+    if tokenizer is None:
+        names = top_tokens
+    else:
+        texts = token_texts(tokens, tokenizer)
+        eligible &= whole_words(found, tokens, texts).all(dim=0)
+        words = [text.strip().lower() for text in texts]
+        first_with: dict[str, int] = {}
+        same = torch.tensor([first_with.setdefault(word, id_) for id_, word in enumerate(words)])
+        names = same[top_tokens.clamp(min=0)]
+    eligible &= (names != names[0]).sum(dim=0) >= 2
     strength = torch.where(eligible, found.activations.mean(dim=0), torch.zeros(()))
     chosen: list[int] = []
     seen: set[int] = set()
     for latent in strength.argsort(descending=True).tolist():
         if len(chosen) == n or strength[latent] <= 0:
             break
-        top_token = int(top_tokens[0, latent])
-        if top_token not in seen:
-            seen.add(top_token)
+        name = int(names[0, latent])
+        if name not in seen:
+            seen.add(name)
             chosen.append(latent)
     return chosen
+
+
+def token_texts(tokens: Tensor, tokenizer: Any) -> list[str]:
+    """The text of each id from 0 to the highest in `tokens`; "" for those that are not in it."""
+    texts = [""] * (int(tokens.max()) + 1)
+    for id_ in tokens.unique().tolist():
+        if id_ >= 0:
+            texts[id_] = tokenizer.decode([id_])
+            # SentencePiece writes the space before a word as a bar, and decoding a lone token drops it.
+            if str(tokenizer.convert_ids_to_tokens(id_)).startswith("▁"):
+                texts[id_] = " " + texts[id_].lstrip()
+    return texts
+
+
+def whole_words(found: TopContexts, tokens: Tensor, texts: list[str]) -> Tensor:
+    """Whether each top token is a word of three letters or more, no piece of a longer one; shape (contexts, d_sae)."""
+    facts = torch.tensor([[t[:1].isalpha(), t[-1:].isalpha(), sum(map(str.isalpha, t)) > 2] for t in texts])
+    starts, ends, long = facts[tokens.clamp(min=0)].unbind(dim=-1)  # (prompts, context) each
+    goes_on = torch.zeros_like(starts)  # a letter, then a letter of the next token
+    goes_on[:, :-1] = ends[:, :-1] & starts[:, 1:]
+    whole = long & ~goes_on & ~goes_on.roll(1, dims=1)
+    return whole[found.prompts, found.positions]

@@ -13,10 +13,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sae_analysis.top_contexts import contexts_of, find_top_contexts, specific_latents
+from sae_training.activations_store import ActivationsStore
 from sae_training.cli import RECIPE
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.lm_runner import run_config
@@ -28,6 +30,8 @@ from scripts.demo_data.demo_text import fetch_package, read_documents, write_ato
 CACHE = Path.home() / ".cache" / "sae-training"
 # The command line's recipe, with sizes for a quick run.
 DEMO: dict[str, Any] = {**RECIPE, "k": 32, "expansion_factor": 8, "device": "cpu"}
+
+LOOK_BATCHES = 18  # of 4,096 tokens, where the latents are looked at; the bundled held-out text has 75,000
 
 
 def demo_config() -> LanguageModelSAERunnerConfig:
@@ -80,11 +84,13 @@ def main() -> None:
 
 def show_latents(folder: Path, n_latents: int = 6) -> None:
     """Print a few latents of a finished run with their strongest contexts in held-out text."""
-    _, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained(folder)
+    model, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained(folder)
+    # More than the evaluation reads: a latent shows what it stands for only if it fires strongly in several places.
+    store = ActivationsStore(replace(store.cfg, n_eval_batches=LOOK_BATCHES), model)
     tokens = store.held_out_tokens()
     found = find_top_contexts(sae, store, tokens)
     print(f"A few latents, with the held-out text they fire on most ({tokens.numel():,} tokens):")
-    for latent in specific_latents(found, tokens, n_latents):
+    for latent in specific_latents(found, tokens, n_latents, tokenizer=store.model.tokenizer):
         print(f"\n  latent {latent}, active on {100 * found.density[latent]:.2f}% of tokens")
         for context in contexts_of(latent, found, store, tokens)[:4]:
             before, token, after = (part.replace("\n", " ") for part in context[1:])

@@ -152,3 +152,26 @@ def test_specific_latents_fire_in_all_their_top_contexts() -> None:
 def test_no_latent_in_range_gives_none() -> None:
     found, tokens = six_latents()
     assert specific_latents(found, tokens, n=5, rarest=0.9, commonest=1.0) == []
+
+
+def test_with_a_tokenizer_pieces_of_words_are_left_out_and_case_does_not_tell_words_apart(demo_model: Any) -> None:
+    tokenizer = demo_model.tokenizer
+    start = tokenizer.bos_token_id
+
+    def ids(word: str) -> list[int]:
+        return tokenizer(word, add_special_tokens=False)["input_ids"][:1]
+
+    # Rows of three tokens: BOS, what the latent fires on, what follows. Latent i fires in its rows only.
+    piece = tokenizer(" Xylophonistically", add_special_tokens=False)["input_ids"][:2]
+    words = {0: [" the", " was", " and"], 1: [" The", " that", " not"], 2: [" that", " That", " that"]}
+    words[4] = [" by", " of", " in"]
+    rows, prompts = [], torch.zeros(3, 5, dtype=torch.long)
+    for latent in range(5):
+        for n in range(3):
+            prompts[n, latent] = len(rows)
+            rows.append([start, *piece] if latent == 3 else [start, *ids(words[latent][n]), *ids(" was")])
+    tokens = torch.tensor(rows)
+    strength = torch.arange(1.0, 6.0).expand(3, 5)
+    found = TopContexts(torch.full((5,), 1e-3), strength, prompts, torch.ones_like(prompts))
+    # 4: of two letters; 3: a piece; 2: one word; 0: the word of 1, and more weakly
+    assert specific_latents(found, tokens, n=5, tokenizer=tokenizer) == [1]
