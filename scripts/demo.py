@@ -17,14 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sae_analysis.top_contexts import contexts_of, find_top_contexts, specific_latents
-from sae_training.activations_store import ActivationsStore
 from sae_training.cli import RECIPE
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.lm_runner import run_config
 from sae_training.machine.interrupt import without_traceback
 from sae_training.machine.paths import command
-from sae_training.utils import LMSparseAutoencoderSessionloader
+from sae_training.machine.phases import counted_phases, phase
 from scripts.demo_data.demo_text import fetch_package, read_documents, write_atomically
 
 CACHE = Path.home() / ".cache" / "sae-training"
@@ -75,26 +72,36 @@ def main() -> None:
     parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M instead of the bundled model")
     parser.add_argument("--tokens", type=int, default=500_000, help="training tokens, with --smollm2")
     arguments = parser.parse_args()
-    with without_traceback():
+    with without_traceback(), counted_phases():
+        with phase(
+            "starting"
+        ):  # TransformerLens takes several seconds to import, and a person should see that it starts
+            from sae_training.lm_runner import run_config
         cfg = smollm2_config(arguments.tokens) if arguments.smollm2 else demo_config()
         folder = run_config(cfg).folder.path
         with without_traceback(f"The autoencoder is trained and saved: {command('eval', folder)} measures it again."):
             show_latents(folder)
 
 
-def show_latents(folder: Path, n_latents: int = 6) -> None:
+def show_latents(folder: Path, n_latents: int = 10, n_contexts: int = 2) -> None:
     """Print a few latents of a finished run with their strongest contexts in held-out text."""
+    from sae_analysis.top_contexts import contexts_of, find_top_contexts, specific_latents
+    from sae_training.activations_store import ActivationsStore
+    from sae_training.utils import LMSparseAutoencoderSessionloader
+
     model, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained(folder)
-    # More than the evaluation reads: a latent shows what it stands for only if it fires strongly in several places.
-    store = ActivationsStore(replace(store.cfg, n_eval_batches=LOOK_BATCHES), model)
+    if store.cfg.eval_dataset_path is not None:
+        # More than the evaluation reads: a latent shows what it stands for only if it fires strongly in several places.
+        store = ActivationsStore(replace(store.cfg, n_eval_batches=LOOK_BATCHES), model)
     tokens = store.held_out_tokens()
     found = find_top_contexts(sae, store, tokens)
-    print(f"A few latents, with the held-out text they fire on most ({tokens.numel():,} tokens):")
+    print(f"Latents, how often they fire, and the held-out text they fire on most ({tokens.numel():,} tokens):\n")
     for latent in specific_latents(found, tokens, n_latents, tokenizer=store.model.tokenizer):
-        print(f"\n  latent {latent}, active on {100 * found.density[latent]:.2f}% of tokens")
-        for context in contexts_of(latent, found, store, tokens)[:4]:
+        name = f"{latent:>6} {found.density[latent]:>6.2%}"
+        for context in contexts_of(latent, found, store, tokens)[:n_contexts]:
             before, token, after = (part.replace("\n", " ") for part in context[1:])
-            print(f"   {context.activation:6.2f}  {before[-44:]:>44}[{token}]{after[:24]}")
+            print(f"{name:>14}  {before[-44:]:>44}[{token}]{after[:28]}")
+            name = ""
     print()
 
 
