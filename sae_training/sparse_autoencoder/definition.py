@@ -117,6 +117,7 @@ class SparseAutoencoder(HookedRootModule):
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations (..., d_sae) of activations (..., d_in)."""
+        check_width(x, "d_in", self.d_in)
         return self.activate(self.pre_activations(self.sae_input(self.normalize(x))), self.k)
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
@@ -124,6 +125,7 @@ class SparseAutoencoder(HookedRootModule):
 
         A skip connection and normalisation row by row also need the activations `x` (..., d_in) that were encoded.
         """
+        check_width(feature_acts, "d_sae", self.d_sae)
         return self.restore(self.hook_sae_out(feature_acts @ self.W_dec + self.baseline(x)), x)
 
     def normalize(self, x: Tensor) -> Tensor:
@@ -358,6 +360,9 @@ def check_config(cfg: LanguageModelSAERunnerConfig) -> None:
 
 
 def check_width(x: Tensor, name: str, width: int) -> None:
-    if x.shape[-1] != width:
-        found = f"the last dimension of {tuple(x.shape)} is {x.shape[-1]}"
-        raise ValueError(f"activations: {found}, expected {name} = {width}.")
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"activations: found {type(x).__name__}, expected a tensor (..., {width}); give torch.as_tensor(x)."
+        )
+    if x.shape[-1:] != (width,):
+        raise ValueError(f"activations: found shape {tuple(x.shape)}, expected (..., {name}) with {name} = {width}.")

@@ -3,7 +3,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -152,7 +154,7 @@ def test_remedy_loss_is_zero_outside_training() -> None:
 
 
 def test_wrong_width_names_both() -> None:
-    with pytest.raises(ValueError, match=r"is 3, expected d_in = 4"):
+    with pytest.raises(ValueError, match=r"with d_in = 4"):
         small()(torch.zeros(2, 3))
 
 
@@ -249,3 +251,25 @@ def test_batchtopk_comes_back_with_its_threshold_ready_for_inference(tmp_path: P
 def test_matryoshka_without_widths_halves_the_dictionary_four_times() -> None:
     sae = SparseAutoencoder(Config(d_in=16, expansion_factor=4, architecture="matryoshka"))
     assert sae.matryoshka_widths == (4, 8, 16, 32, 64)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.zeros(3, 5), r"found shape \(3, 5\), expected \(..., d_in\) with d_in = 8"),
+        (torch.zeros(()), r"found shape \(\), expected \(..., d_in\)"),
+        (np.zeros((3, 8), dtype=np.float32), "found ndarray, expected a tensor"),
+        ([[0.0] * 8], "found list, expected a tensor"),
+    ],
+)
+def test_what_is_no_tensor_of_activations_is_named(given: Any, message: str) -> None:
+    sae = SparseAutoencoder(LanguageModelSAERunnerConfig(d_in=8, expansion_factor=2))
+    for function in (sae.encode, sae.forward):
+        with pytest.raises((ValueError, TypeError), match=message):
+            function(given)
+
+
+def test_latents_of_another_number_are_named() -> None:
+    sae = SparseAutoencoder(LanguageModelSAERunnerConfig(d_in=8, expansion_factor=2))
+    with pytest.raises(ValueError, match=r"found shape \(3, 9\), expected \(..., d_sae\) with d_sae = 16"):
+        sae.decode(torch.zeros(3, 9))
