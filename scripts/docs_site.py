@@ -56,7 +56,7 @@ def tables(config: type[Any]) -> str:
         default = f"`{defaults[field.name]!r}`"
         if field.name in recipe and recipe[field.name] != defaults[field.name]:
             default += f"; command line `{recipe[field.name]!r}`"
-        cells = (f"`{field.name}`", f"`{metavar(types[field.name])}`", default, field.text)
+        cells = (f"`{field.name}`", f"`{metavar(types[field.name]).replace('|', ' or ')}`", default, field.text)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

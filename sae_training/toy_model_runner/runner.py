@@ -48,7 +48,7 @@ class ToyModelResult(NamedTuple):
 def toy_model_sae_runner(cfg: SAEToyModelRunnerConfig) -> ToyModelResult:
     """Draw a dictionary, train an autoencoder on rows made from it, and compare the two.
 
-    The folder (runs/<name>, numbered if that name is taken) holds config.json, metrics.jsonl, scores.json, picture.html
+    The folder (`runs/<name>`, numbered if that name is taken) holds config.json, metrics.jsonl, scores.json, picture.html
     and the weights, which `SparseAutoencoder.load_from_pretrained(folder)` reads.
     """
     model = toy_model(cfg)

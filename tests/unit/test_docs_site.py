@@ -26,7 +26,7 @@ def test_every_field_has_one_row_with_a_text(config: str) -> None:
 def test_a_row_says_values_default_and_what_the_command_line_starts_from() -> None:
     found = rows("LanguageModelSAERunnerConfig")
     text = "Learning rate; auto is the rule that we measured to be best, by d_sae and steps."
-    assert found["lr"] == ["`{auto}\\|FLOAT[,...]`", "`0.0003`; command line `'auto'`", text]
+    assert found["lr"] == ["`{auto} or FLOAT[,...]`", "`0.0003`; command line `'auto'`", text]
     assert found["context_size"][1] == "`128`"
 
 
