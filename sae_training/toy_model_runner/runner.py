@@ -48,8 +48,8 @@ class ToyModelResult(NamedTuple):
 def toy_model_sae_runner(cfg: SAEToyModelRunnerConfig) -> ToyModelResult:
     """Draw a dictionary, train an autoencoder on rows made from it, and compare the two.
 
-    The folder (`runs/<name>`, numbered if that name is taken) holds config.json, metrics.jsonl, scores.json, picture.html
-    and the weights, which `SparseAutoencoder.load_from_pretrained(folder)` reads.
+    The folder (`runs/<name>`, numbered if that name is taken) holds config.json, metrics.jsonl, scores.json,
+    picture.html and the weights, which `SparseAutoencoder.load_from_pretrained(folder)` reads.
     """
     model = toy_model(cfg)
     folder = RunFolder(free_folder(Path(cfg.run_dir) / cfg.resolved_run_name.replace("/", "_")), cfg)
