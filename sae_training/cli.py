@@ -23,12 +23,13 @@ from tyro.conf import FlagConversionOff, Positional, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
-from sae_training.config.checks import field_types, plain_value, value_problems
+from sae_training.config.checks import field_types, fields_marked, plain_value, value_problems
 from sae_training.config.files import read_config_values
 from sae_training.config.io import FIELD_NAMES, config_from_dict
 from sae_training.config.toy import SAEToyModelRunnerConfig
 from sae_training.config.types import OneOrMany
 from sae_training.config.values import (
+    check_alone,
     in_one_word,
     is_no_name,
     is_readable,
@@ -274,7 +275,8 @@ def parse(argv: Sequence[str]) -> Verb:
     """Return the command that the words say; wrong words leave through SystemExit(2)."""
     name, *words = argv or ["--help"]
     if cls := VERBS.get(name):
-        words = in_one_word(without_retired_flags(words, cls), field_types(cls))
+        given, words = words, in_one_word(without_retired_flags(words, cls), field_types(cls))
+        check_alone(given, words, field_types(cls), [n.upper() for n in fields_marked(cls, Positional)])
     defaults: dict[str, Mapping[str, Any]] = {
         "train": train_defaults(words) if name == "train" else RECIPE,
         "cache": {"exclude_special_tokens": True, "device": "auto"},
@@ -362,9 +364,14 @@ def evaluation_in_words(figures: Mapping[str, float], run: Path) -> str:
     """Return the table of an evaluation of `run`, and what its figures are over."""
     from sae_training.report.in_words import BASE, notes, to_record
     from sae_training.run.folder import read_run_config
+    from sae_training.run.remarks import what_is_wrong
 
-    record = to_record(figures, vars(read_run_config(run)) if f"{BASE}rows" in figures else {})
-    shown = {name: value for name, value in record.items() if not name.startswith(BASE)}
+    fields, remarks = {}, []
+    if f"{BASE}rows" in figures:
+        cfg = read_run_config(run)
+        fields, remarks = vars(cfg), list(what_is_wrong(cfg, cfg.total_training_steps, figures).values())
+    record = to_record(figures, fields, remarks)
+    shown = {name: value for name, value in record.items() if not name.startswith(BASE) and name != "remarks"}
     return table(shown) + "".join(f"{note}\n" for note in notes(record))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from sae_training.activations_store import ActivationsStore
@@ -136,8 +137,8 @@ def run_in_folder(
     with (
         counted_phases() as phases,
         RunFolder(path, cfg) as folder,
-        open_run(cfg, singles, folder, store, held_out) as run,
         StopRequest(tqdm.write) as stop,
+        open_unless_stopped(cfg, singles, folder, store, held_out, stop) as run,
     ):
         try:
             with phase("training", has_bar=True):
@@ -152,6 +153,25 @@ def run_in_folder(
 
 
 # --------------------------------------------------------------------------------------------------------- the loop
+
+
+def open_unless_stopped(
+    cfg: LanguageModelSAERunnerConfig,
+    singles: Singles,
+    folder: RunFolder,
+    store: ActivationsStore,
+    held_out: Tensor,
+    stop: StopRequest,
+) -> Run:
+    """Begin the run or go on with it. A stop while the first buffer fills costs nothing that was trained."""
+    try:
+        return open_run(cfg, singles, folder, store, held_out)
+    except StopAsked:
+        assert stop.signal is not None
+        raise TrainingInterrupted(
+            f"Stopped by {stop.signal.name} before a step was made. The same command begins again.",
+            exit_code=128 + stop.signal,
+        ) from None
 
 
 def train(run: Run, stop: StopRequest) -> None:

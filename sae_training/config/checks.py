@@ -162,6 +162,8 @@ def plain_value(value: Any, hint: Any) -> Any:
         return str(value).removeprefix("torch.")
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         value = value.item()
+    if isinstance(value, range) and is_slice(hint):
+        value = slice(value.start, value.stop, None if value.step == 1 else value.step)
     if isinstance(value, range) or type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 1:
         value = list(value) if isinstance(value, range) else value.tolist()
     if isinstance(value, os.PathLike):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import itertools
 import json
 import re
 import typing
@@ -121,6 +122,10 @@ def _read_single(word: str, types: Sequence[Any]) -> Any:
         if float in types:
             return float(word)
     if str in types:
+        if folded in ("none", "null") and quoted is None:
+            raise ValueError(
+                f"found {word}, which this field does not take; leave it out, or write '\"{word}\"' for a name"
+            )
         return word
     others = [described(kind) for kind in types if typing.get_origin(kind) is not Literal]
     if choices:
@@ -158,6 +163,22 @@ def is_number(word: str) -> bool:
 def is_no_name(word: str) -> bool:
     """Return whether a word is a number or a list, and so a value that has strayed from its flag."""
     return is_number(word) or word[:1] in (*CLOSING, "{", "")
+
+
+def check_alone(given: Sequence[str], words: Sequence[str], types: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise ValueError if more words stand alone than a verb has `names` for; the one after a switch was meant for it.
+
+    `words` is what `in_one_word` makes of `given`.
+    """
+    alone = [word for word in words if not word.startswith("-")]
+    if len(alone) <= len(names):
+        return
+    for flag, word in itertools.pairwise(given):
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and word in alone and bool in options(types.get(name)):
+            raise ValueError(f"{name}: found {word!r}, expected True or False.")
+    expected = f"at most {len(names)} ({' '.join(names)})" if names else "none"
+    raise ValueError(f"found {len(alone)} words without a flag ({', '.join(alone)}), expected {expected}.")
 
 
 def in_one_word(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:

@@ -39,7 +39,7 @@ def finish(run: Run) -> None:
             log_sparsity(run, member)
         member.trainer.take_average()
     evaluations: dict[str, dict[str, Any]] = {}
-    for member, figures in evaluate_now(run):
+    for member, figures in last_evaluation(run):
         figures |= {"sparsity/dead_features": int(member.trainer.tracker.dead().sum())}
         member.logger.log(figures, run.step, run.n_training_tokens)
         evaluations[member.name] = evaluation = recorded(run, member, figures)
@@ -57,9 +57,21 @@ def finish(run: Run) -> None:
     tqdm.write(summary(run.folder.path, evaluation, member.trainer.sae.d_sae))
 
 
+def last_evaluation(run: Run) -> list[tuple[Member, dict[str, float]]]:
+    """Return the figures of each autoencoder. An error in it says that nothing trained is lost, and the way on."""
+    try:
+        return evaluate_now(run)
+    except Exception as error:
+        error.add_note(
+            f"All {run.step} steps are trained and saved: {saved_now(run) or 'NOT saved (see above)'}. Once this is "
+            "mended, the same command evaluates them; with --eval_every_steps 0 it finishes the run without evaluation."
+        )
+        raise
+
+
 def recorded(run: Run, member: Member, figures: dict[str, float]) -> dict[str, Any]:
     """Return the evaluation as evaluation.json holds it, after wandb has got its words."""
-    remarks = list(what_is_wrong(member, run.step, figures).values())
+    remarks = list(what_is_wrong(member.cfg, run.step, figures, member.scales[1]).values())
     fields = vars(member.cfg) | {"tokens_per_step": member.cfg.tokens_per_step}
     record = to_record(figures, fields, remarks, dead_window(fields, run.step))
     words = {key: value for key, value in record.items() if isinstance(value, str)}

@@ -9,7 +9,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.auto import auto_lr
 from sae_training.config.types import WITH_PENALTY
 from sae_training.report.in_words import BASE, which_rows
-from sae_training.run.state import Member
+from sae_training.training.schedules import lr_at
 
 MEAN_SHARE = 0.5  # of the squared norm of rows; above it, most of the error is the mean if b_dec is not there
 UNUSUAL_SIZE = 10.0  # of centred elements: beyond it, or below its inverse, the size of rows is part of the problem
@@ -17,14 +17,17 @@ FAR_FROM_AUTO = 10.0  # a learning rate this many times the rule's, or below it
 FEW_STEPS = 100
 
 
-def what_is_wrong(member: Member, step: int, figures: Mapping[str, float]) -> dict[str, str]:
+def what_is_wrong(
+    cfg: LanguageModelSAERunnerConfig, step: int, figures: Mapping[str, float], target_scale: float = 1.0
+) -> dict[str, str]:
     """Return a sentence for each figure that says that a run is broken, by the figure. Sound runs have none.
 
-    `figures` are those of `evals.evaluate`, perhaps with the number of dead latents.
+    `figures` are those of `evals.evaluate` after `step` steps of `cfg`, perhaps with the number of dead latents;
+    `target_scale` is the factor of the rows that the autoencoder predicts in training.
     """
-    cfg, sae, found = member.cfg, member.trainer.sae, {}
-    if figures.get("sparsity/dead_features") == sae.d_sae:
-        found["dead latents"] = f"all {sae.d_sae:,} latents are dead: {against_silence(cfg)}"
+    found = {}
+    if figures.get("sparsity/dead_features") == cfg.d_sae:
+        found["dead latents"] = f"all {cfg.d_sae:,} latents are dead: {against_silence(cfg)}"
     if f"{BASE}rows" not in figures:
         return found
     if not figures[f"{BASE}rows"]:
@@ -40,7 +43,7 @@ def what_is_wrong(member: Member, step: int, figures: Mapping[str, float]) -> di
     elif explained < 0:
         found["explained variance"] = (
             f"explained variance is {explained:,.4g} on held-out rows, worse than predicting their mean, which is 0: "
-            f"{'; '.join(why_worse_than_the_mean(member, step, figures))}"
+            f"{'; '.join(why_worse_than_the_mean(cfg, step, figures, target_scale))}"
         )
     if figures[f"{BASE}predicted_tokens"] and not math.isfinite(figures["metrics/ce_loss_without_sae"]):
         found["CE loss"] = (
@@ -64,13 +67,15 @@ def why_no_variance(figures: Mapping[str, float]) -> str:
     return "reconstructions are not finite; lower lr, and begin anew"
 
 
-def why_worse_than_the_mean(member: Member, step: int, figures: Mapping[str, float]) -> list[str]:
+def why_worse_than_the_mean(
+    cfg: LanguageModelSAERunnerConfig, step: int, figures: Mapping[str, float], target_scale: float
+) -> list[str]:
     """Return the likely reasons, each with what to change; without one, what to try."""
-    cfg, reasons = member.cfg, []
+    reasons = []
     lr, total = cfg.resolved_lr, cfg.total_training_steps
     share, std = figures[f"{BASE}mean_row_share"], figures[f"{BASE}row_std"]
     if cfg.b_dec_init_method == "zeros" and cfg.from_pretrained_path is None and share > MEAN_SHARE:
-        way, far = travelled(member, step), figures[f"{BASE}largest_mean_element"] * member.scales[1]
+        way, far = travelled(cfg, step), figures[f"{BASE}largest_mean_element"] * target_scale
         moved = f" and has moved by {way:.3g} at most, towards elements of up to {far:.3g}" if way < far else ""
         size = "over 99.9%" if share > 0.999 else f"{share:.1%}"
         return [
@@ -99,6 +104,6 @@ def why_worse_than_the_mean(member: Member, step: int, figures: Mapping[str, flo
     return reasons or [f"lower lr (now {lr:.3g}), or raise total_training_tokens (now {total:,} steps)"]
 
 
-def travelled(member: Member, step: int) -> float:
+def travelled(cfg: LanguageModelSAERunnerConfig, step: int) -> float:
     """Return how far Adam, which moves an element by about lr a step, can have moved one in `step` steps."""
-    return sum(member.trainer.lr(number) for number in range(step))
+    return sum(lr_at(cfg, number) for number in range(step))

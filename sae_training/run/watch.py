@@ -40,7 +40,7 @@ def is_evaluated(run: Run) -> bool:
 
 def say_what_is_wrong(run: Run, member: Member, figures: Mapping[str, float]) -> None:
     """Say what the figures show to be wrong and has not been said of this autoencoder."""
-    for figure, remark in what_is_wrong(member, run.step, figures).items():
+    for figure, remark in what_is_wrong(member.cfg, run.step, figures, member.scales[1]).items():
         if figure not in member.said:
             member.said.add(figure)
             tqdm.write(f"{member.name + ': ' if member.name else ''}after step {run.step}, {remark}.")

@@ -18,6 +18,7 @@ from sae_training.machine.files import write_text
 from sae_training.machine.phases import progress_bar
 from sae_training.run.folder import RunFolder, free_folder
 from sae_training.run.logger import RunLogger
+from sae_training.run.remarks import what_is_wrong
 from sae_training.run.wandb_mirror import WandbOptions
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.toy_model_runner.data import (
@@ -28,7 +29,7 @@ from sae_training.toy_model_runner.data import (
     zipf_weights,
 )
 from sae_training.toy_model_runner.picture import write_picture
-from sae_training.toy_model_runner.scores import score
+from sae_training.toy_model_runner.scores import Scores, score
 from sae_training.training.metrics import training_metrics
 from sae_training.training.thresholds import start_thresholds
 from sae_training.training.trainer import SAETrainer
@@ -60,6 +61,8 @@ def toy_model_sae_runner(cfg: SAEToyModelRunnerConfig) -> ToyModelResult:
         write_picture(
             folder.path / PICTURE_FILE, folder.path.name, scores.cosines, scores.matched, scores.f1, scores.frequencies
         )
+        for remark in what_is_wrong(with_defaults(cfg), cfg.total_training_steps, evaluation_of(scores)).values():
+            tqdm.write(f"Something is wrong: {remark}.")
         folder.write_status("finished")
     except BaseException as error:
         folder.write_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
@@ -67,6 +70,15 @@ def toy_model_sae_runner(cfg: SAEToyModelRunnerConfig) -> ToyModelResult:
     finally:
         folder.release()
     return ToyModelResult(sae, scores.figures, folder.path)
+
+
+def evaluation_of(scores: Scores) -> dict[str, float]:
+    """Return the scores that an evaluation on held-out text has too, under its names."""
+    figures = scores.figures
+    return scores.base | {
+        "metrics/eval_explained_variance": figures["explained_variance"],
+        "metrics/eval_l0": figures["l0"],
+    }
 
 
 def toy_model(cfg: SAEToyModelRunnerConfig) -> ToyModel:

@@ -5,6 +5,7 @@ true directions, decoder --cosines--> one latent for each feature --rows--> F1 o
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ class Scores(NamedTuple):
     """How well an autoencoder found the dictionary: the figures, and what the picture shows."""
 
     figures: dict[str, float]
+    base: dict[str, float]
+    """Facts of the rows that the figures are over."""
     cosines: Tensor
     """(n_features, d_sae)"""
     matched: Tensor
@@ -57,7 +60,21 @@ def score(sae: SparseAutoencoder, model: ToyModel, data: ToyModelGenerator, n_ro
         "true_l0": counts.true_firings.sum().item() / n_rows,
         "explained_variance": explained_variance(torch.cat(rows), torch.cat(rows_out)).item(),
     }
-    return Scores(figures, cosines, matched, f1, counts.true_frequencies())
+    return Scores(figures, base_of(torch.cat(rows)), cosines, matched, f1, counts.true_frequencies())
+
+
+def base_of(rows: Tensor) -> dict[str, float]:
+    """Facts of the rows (n, n_hidden) that the figures are over, by the names of an evaluation (`report.in_words`)."""
+    mean = rows.mean(dim=0)
+    variance = (rows - mean).pow(2).mean().item()
+    square = rows.pow(2).mean().item()
+    return {
+        "base/rows": len(rows),
+        "base/mean_row_share": 1 - variance / (square or math.nan),
+        "base/row_std": math.sqrt(variance),
+        "base/largest_mean_element": mean.abs().max().item(),
+        "base/predicted_tokens": 0,
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- directions

@@ -62,6 +62,20 @@ def lr_factor(
     return main_factor(name, position, length, end_factor, n_restart_cycles) * decay
 
 
+def lr_at(cfg: LanguageModelSAERunnerConfig, step: int) -> float:
+    """Return the learning rate of a run in its step number `step`, from 0."""
+    factor = lr_factor(
+        step,
+        cfg.lr_scheduler_name,
+        cfg.total_training_steps,
+        warm_up_steps=cfg.resolved_lr_warm_up_steps,
+        decay_steps=cfg.lr_decay_steps,
+        end_factor=cfg.lr_end_value / cfg.resolved_lr,
+        n_restart_cycles=cfg.n_restart_cycles,
+    )
+    return cfg.resolved_lr * factor
+
+
 def main_factor(name: str, position: int, length: int, end_factor: float, n_cycles: int) -> float:
     """The factor `position` steps into a main part of `length` steps."""
     progress = min(1.0, max(0.0, position / length))

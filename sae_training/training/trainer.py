@@ -18,7 +18,7 @@ from sae_training.training.mixed_precision import check_dtype
 from sae_training.training.objective import objective
 from sae_training.training.optim import check_installed, make_optimizer, moments, step_unless
 from sae_training.training.resampling import NOT_BY_LATENT, resample
-from sae_training.training.schedules import annealed_k, lr_factor, warm_up_factor
+from sae_training.training.schedules import annealed_k, lr_at, warm_up_factor
 from sae_training.training.thresholds import THRESHOLDS, TargetL0, groups_of, threshold_lr
 
 
@@ -182,17 +182,7 @@ class SAETrainer:
                 raise NonFiniteLoss(f"{name} holds values that are not finite (NaN or infinite)")
 
     def lr(self, step: int) -> float:
-        cfg = self.cfg
-        factor = lr_factor(
-            step,
-            cfg.lr_scheduler_name,
-            cfg.total_training_steps,
-            warm_up_steps=cfg.resolved_lr_warm_up_steps,
-            decay_steps=cfg.lr_decay_steps,
-            end_factor=cfg.lr_end_value / cfg.resolved_lr,
-            n_restart_cycles=cfg.n_restart_cycles,
-        )
-        return cfg.resolved_lr * factor
+        return lr_at(self.cfg, step)
 
     def l1_coefficient(self, step: int) -> float:
         if self.cfg.architecture not in WITH_PENALTY:

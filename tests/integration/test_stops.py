@@ -96,13 +96,16 @@ def test_stop_in_a_phase_costs_nothing_that_was_trained(
     assert {name for name in files_of(run) if "checkpoints" in name} == {n for n in expected if "checkpoints" in n}
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stop_in_the_first_fill_leaves_what_the_same_command_begins(
-    tmp_path: Path, undisturbed: dict[str, bytes]
+    number: signal.Signals, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     words = arguments(tmp_path)
-    code, said, n_after = run_stopped(tmp_path, "filling the buffer", 2, signal.SIGINT, *words)
-    assert (code, n_after) == (128 + signal.SIGINT, 0), said
+    code, said, n_after = run_stopped(tmp_path, "filling the buffer", 2, number, *words)
+    assert (code, n_after) == (128 + number, 0), said
+    assert f"Stopped by {number.name} before a step was made. The same command begins again." in said
     assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
     process = Command(tmp_path, *words)
     _, err = process.communicate()
     assert process.returncode == 0, err

@@ -462,3 +462,30 @@ def test_a_list_where_a_number_belongs_is_shown(words: str, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         parse_train(words.split())
     assert "expected a whole number" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--multi_topk", "nope", "demo", "demo"], "multi_topk: found 'nope', expected True or False"),
+        (["cache", "--prepend-bos", "0x1", "demo", "demo"], "prepend_bos: found '0x1', expected True or False"),
+        (
+            ["train", "demo", "demo", "more"],
+            r"found 3 words .*\(demo, demo, more\), expected at most 2 \(MODEL DATASET\)",
+        ),
+        (["eval", "a", "b"], r"expected at most 1 \(RUN\)"),
+        (["toy", "demo"], "found 1 words .* expected none"),
+    ],
+)
+def test_a_word_too_many_is_named(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(words)
+
+
+@pytest.mark.parametrize("word", ["null", "None"])
+def test_a_text_that_is_never_none_is_not_called_null(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["train", "demo", "demo", f"--run_dir={word}"])
+    assert "does not take" in "".join(capsys.readouterr())
+    assert parse_train(["demo", "demo", f"--run_dir='{word}'"]).run_dir == word
+    assert parse_train(["demo", "demo", f"--run_name={word}"]).run_name is None

@@ -673,3 +673,10 @@ def test_given_sizes_stay_and_open_ones_follow_the_run() -> None:
 
 def test_cache_holds_out_what_any_run_may_ask_for() -> None:
     assert CacheActivationsRunnerConfig(total_training_tokens=4096).n_eval_batches == 10
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [(range(3), (0, 3)), (range(2, 9, 3), (2, 9, 3)), (slice(1, None), (1, None))]
+)
+def test_positions_may_be_a_range(given: Any, kept: tuple[int | None, ...]) -> None:
+    assert Config(d_in=8, seqpos_slice=given).seqpos_slice == kept

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.run.remarks import what_is_wrong
-from sae_training.run.state import Member
-from sae_training.sparse_autoencoder import SparseAutoencoder
-from sae_training.training.trainer import SAETrainer
 
 NAN = float("nan")
 SOUND = {
@@ -27,18 +23,6 @@ SOUND = {
 }
 LONG = {"total_training_tokens": 64 * 1000, "lr": 1e-3}
 WORSE = {"metrics/eval_explained_variance": -240_000.0}
-
-
-class Scaled(Member):
-    @property
-    def scales(self) -> tuple[float, float]:
-        return 1.0, 1.0
-
-
-def member_of(cfg: LanguageModelSAERunnerConfig) -> Member:
-    trainer = SAETrainer(SparseAutoencoder(cfg), cfg)
-    nothing: Any = None
-    return Scaled("", cfg, nothing, nothing, nothing, trainer, cast(Any, None))
 
 
 @pytest.mark.parametrize(
@@ -82,14 +66,13 @@ def member_of(cfg: LanguageModelSAERunnerConfig) -> Member:
 def test_what_is_wrong_and_what_to_change(
     small_config: Callable, changes: dict[str, Any], figures: dict[str, float], expected: dict[str, str]
 ) -> None:
-    member = member_of(small_config(**{**LONG, **changes}))
-    found = what_is_wrong(member, 10, SOUND | figures)
+    found = what_is_wrong(small_config(**{**LONG, **changes}), 10, SOUND | figures)
     assert found.keys() == expected.keys(), found
     for name, pattern in expected.items():
         assert re.search(pattern, found[name]), found[name]
 
 
 def test_without_an_evaluation_only_the_latents_are_asked(small_config: Callable) -> None:
-    member = member_of(small_config(**LONG))
-    assert what_is_wrong(member, 10, {}) == {}
-    assert list(what_is_wrong(member, 10, {"sparsity/dead_features": 512})) == ["dead latents"]
+    cfg = small_config(**LONG)
+    assert what_is_wrong(cfg, 10, {}) == {}
+    assert list(what_is_wrong(cfg, 10, {"sparsity/dead_features": 512})) == ["dead latents"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -290,3 +291,24 @@ def test_help_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"bias_norm": 1000.0, "b_dec_init_method": "zeros"}, "b_dec began at zeros .*set b_dec_init_method"),
+        ({"lr": 3.0}, "lr 3 is [0-9]+ times what lr auto would take|L0 is 0"),
+        ({}, None),
+    ],
+)
+def test_a_run_that_is_worse_than_the_mean_row_says_so(
+    changes: dict[str, Any], expected: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = SAEToyModelRunnerConfig(**{**(SMALL if expected is None else SHORT), **changes}, run_dir=str(tmp_path))
+    scores = toy_model_sae_runner(cfg).scores
+    said = "".join(capsys.readouterr())
+    if expected is None:
+        assert scores["explained_variance"] > 0 and "Something is wrong" not in said
+    else:
+        assert scores["explained_variance"] < 0
+        assert re.search(f"Something is wrong: .*({expected})", said), said
