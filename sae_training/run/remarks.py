@@ -45,11 +45,14 @@ def what_is_wrong(
             f"explained variance is {explained:,.4g} on held-out rows, worse than predicting their mean, which is 0: "
             f"{'; '.join(why_worse_than_the_mean(cfg, step, figures, target_scale))}"
         )
-    if figures[f"{BASE}predicted_tokens"] and not math.isfinite(figures["metrics/ce_loss_without_sae"]):
-        found["CE loss"] = (
-            f"the language model's own loss is not a number: its last layers overflow in {cfg.lm_dtype}; set lm_dtype "
-            "to bfloat16 or float32"
-        )
+    if figures[f"{BASE}predicted_tokens"]:
+        losses = {"without_sae": "the language model's own loss", "with_sae": "the loss on reconstructions"}
+        for key, loss in losses.items():
+            if "CE loss" not in found and not math.isfinite(figures[f"metrics/ce_loss_{key}"]):
+                found["CE loss"] = (
+                    f"{loss} is not a number: the last layers of the language model overflow in {cfg.lm_dtype}; set "
+                    "lm_dtype to bfloat16 or float32"
+                )
     return found
 
 

@@ -15,6 +15,7 @@ SOUND = {
     "metrics/eval_explained_variance": 0.8,
     "metrics/eval_l0": 20.0,
     "metrics/ce_loss_without_sae": 4.0,
+    "metrics/ce_loss_with_sae": 4.5,
     "base/rows": 64,
     "base/predicted_tokens": 60,
     "base/mean_row_share": 0.1,
@@ -59,7 +60,8 @@ WORSE = {"metrics/eval_explained_variance": -240_000.0}
             {"explained variance": "all held-out rows are the same"},
         ),
         ({}, {"base/rows": 0}, {"rows": "no held-out row counts"}),
-        ({}, {"metrics/ce_loss_without_sae": NAN}, {"CE loss": "overflow in float32; set lm_dtype"}),
+        ({}, {"metrics/ce_loss_without_sae": NAN}, {"CE loss": "own loss .* overflow in float32; set lm_dtype"}),
+        ({}, {"metrics/ce_loss_with_sae": NAN}, {"CE loss": "loss on reconstructions .* overflow in float32"}),
         ({}, {"metrics/ce_loss_without_sae": NAN, "base/predicted_tokens": 0}, {}),
     ],
 )
