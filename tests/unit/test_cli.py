@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -385,7 +386,9 @@ def test_eval_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setitem(sys.modules, module.__name__, module)
     vars(module)["evaluate_run"] = lambda _: {"explained variance": 0.912345, "l0": 32}
     assert main(["eval", "runs/a"]) == 0
-    assert capsys.readouterr().out == "explained variance  0.9123\nl0                  32\n"
+    said = capsys.readouterr()
+    assert said.out == "explained variance  0.9123\nl0                  32\n"
+    assert re.fullmatch(r"Time: .*; \d+\.\d s in all\.\n", said.err)
 
 
 def test_table_of_nothing_is_empty() -> None:
