@@ -192,9 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         debug = wants_tracebacks(argv)
         with warnings.catch_warnings():  # what a user should change is said in a line, without our source code
-            warnings.showwarning = lambda message, *_: sys.stderr.write(f"warning: {message}\n")
-            verb = parse(argv)
-        run_verb(verb)
+            warnings.showwarning = show_in_a_line
+            run_verb(parse(argv))
     except KeyboardInterrupt as stop:
         # the runner's own interruption says what was saved, and has the exit code that goes with the signal
         stopped = str(stop) or "Stopped. The same command begins anew, or goes on from what is saved."
@@ -213,6 +212,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write("\n".join([f"error: {error}", *notes]) + "\n")
         return 1
     return 0
+
+
+def show_in_a_line(message: Warning | str, *_: object, **__: object) -> None:
+    """Show a warning in the way of `warnings.showwarning`, in one line, above a bar if there is one."""
+    say(f"warning: {' '.join(str(message).split())}")
 
 
 def wants_tracebacks(words: Sequence[str]) -> bool:
