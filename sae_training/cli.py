@@ -39,7 +39,7 @@ from sae_training.config.values import (
     without_retired_flags,
     written,
 )
-from sae_training.machine.phases import counted_phases, phase
+from sae_training.machine.phases import counted_phases, phase, say
 
 # What `train` starts from without a config file; the class itself keeps the defaults of the mats era.
 RECIPE: dict[str, Any] = {
@@ -193,9 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         debug = wants_tracebacks(argv)
         with warnings.catch_warnings():  # what a user should change is said in a line, without our source code
-            warnings.showwarning = lambda message, *_: sys.stderr.write(f"warning: {message}\n")
-            verb = parse(argv)
-        run_verb(verb)
+            warnings.showwarning = show_in_a_line
+            run_verb(parse(argv))
     except KeyboardInterrupt as stop:
         # the runner's own interruption says what was saved, and has the exit code that goes with the signal
         stopped = str(stop) or "Stopped. The same command begins anew, or goes on from what is saved."
@@ -216,6 +215,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def show_in_a_line(message: Warning | str, *_: object, **__: object) -> None:
+    """Show a warning in the way of `warnings.showwarning`, in one line, above a bar if there is one."""
+    say(f"warning: {' '.join(str(message).split())}")
+
+
 def wants_tracebacks(words: Sequence[str]) -> bool:
     """Return whether the words or the environment ask for tracebacks; the other words may be wrong."""
     given = [word for word in in_one_word(words, {"debug": bool}) if word.startswith("--debug=")]
@@ -224,43 +228,49 @@ def wants_tracebacks(words: Sequence[str]) -> bool:
 
 
 def run_verb(verb: Verb) -> None:
-    """Carry out a command."""
+    """Carry out a command, and say how long each phase took."""
+    with counted_phases() as phases:
+        carry_out(verb)
+        if not isinstance(verb, Train | Resume | Cache):  # whose jobs say it themselves
+            sys.stdout.flush()  # has the result, which scripts read; so the times go to stderr, after it
+            say(phases.line())
+
+
+def carry_out(verb: Verb) -> None:
     match verb:
         case Train():
-            with counted_phases():
-                with phase("starting"):
-                    from sae_training.lm_runner import language_model_sae_runner
-                language_model_sae_runner(config_of(verb))
+            with phase("starting"):
+                from sae_training.lm_runner import language_model_sae_runner
+            language_model_sae_runner(config_of(verb))
         case Resume():
-            with counted_phases():
-                with phase("starting"):
-                    from sae_training.lm_runner import resume_run
-                resume_run(verb.run)
+            with phase("starting"):
+                from sae_training.lm_runner import resume_run
+            resume_run(verb.run)
         case Eval():
-            from sae_training.run.evals import evaluate_run
-
+            with phase("starting"):
+                from sae_training.run.evals import evaluate_run
             sys.stdout.write(evaluation_in_words(evaluate_run(verb.run), verb.run))
         case Report():
-            from sae_training.report.run_page import report_run
-
-            sys.stdout.write(f"{report_run(verb.run)}\n")
+            with phase("starting"):
+                from sae_training.report.run_page import report_run
+            with phase("report"):
+                page = report_run(verb.run)
+            sys.stdout.write(f"{page}\n")
         case Cache():
-            with counted_phases():
-                with phase("starting"):
-                    from sae_training.cache_activations_runner import cache_activations_runner
-                names = field_types(CacheActivationsRunnerConfig)
-                values = with_words({name: getattr(verb, name) for name in names}, verb)
-                sys.stdout.write(f"{cache_activations_runner(CacheActivationsRunnerConfig(**values))}\n")
+            with phase("starting"):
+                from sae_training.cache_activations_runner import cache_activations_runner
+            names = field_types(CacheActivationsRunnerConfig)
+            values = with_words({name: getattr(verb, name) for name in names}, verb)
+            sys.stdout.write(f"{cache_activations_runner(CacheActivationsRunnerConfig(**values))}\n")
         case Pretokenize():
-            from sae_training.pretokenize import pretokenize
-
-            fields = ("dataset_split", "dataset_text_column", "streaming", "on_bad_rows")
+            with phase("starting"):
+                from sae_training.pretokenize import pretokenize
+            fields = ("dataset_split", "dataset_text_column", "streaming", "on_bad_rows", "n_processes")
             named = {name: getattr(verb, name) for name in fields}
-            folder = pretokenize(verb.model, verb.dataset, verb.output, n_processes=verb.n_processes, **named)
-            sys.stdout.write(f"{folder}\n")
+            sys.stdout.write(f"{pretokenize(verb.model, verb.dataset, verb.output, **named)}\n")
         case Toy():
-            from sae_training.toy_model_runner import toy_model_sae_runner
-
+            with phase("starting"):
+                from sae_training.toy_model_runner import toy_model_sae_runner
             names = field_types(SAEToyModelRunnerConfig)
             result = toy_model_sae_runner(SAEToyModelRunnerConfig(**{name: getattr(verb, name) for name in names}))
             sys.stdout.write(table(result.scores) + f"{result.folder}\n")
@@ -362,15 +372,10 @@ def table(values: Mapping[str, object]) -> str:
 
 def evaluation_in_words(figures: Mapping[str, float], run: Path) -> str:
     """Return the table of an evaluation of `run`, and what its figures are over."""
-    from sae_training.report.in_words import BASE, notes, to_record
-    from sae_training.run.folder import read_run_config
-    from sae_training.run.remarks import what_is_wrong
+    from sae_training.report.in_words import BASE, notes
+    from sae_training.run.remarks import record_of
 
-    fields, remarks = {}, []
-    if f"{BASE}rows" in figures:
-        cfg = read_run_config(run)
-        fields, remarks = vars(cfg), list(what_is_wrong(cfg, cfg.total_training_steps, figures).values())
-    record = to_record(figures, fields, remarks)
+    record = record_of(figures, run)
     shown = {name: value for name, value in record.items() if not name.startswith(BASE) and name != "remarks"}
     return table(shown) + "".join(f"{note}\n" for note in notes(record))
 

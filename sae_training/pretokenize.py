@@ -20,6 +20,7 @@ from tqdm import tqdm
 from sae_training.language_model.load import load_tokenizer
 from sae_training.machine.files import write_text
 from sae_training.machine.paths import absolute
+from sae_training.machine.phases import phase
 from sae_training.text.chat import renderer
 from sae_training.text.documents import Documents
 from sae_training.text.open import open_documents, save_tokenized
@@ -53,16 +54,17 @@ def pretokenize(
 
     def opened(tokenizer: Any) -> Documents:
         source = (dataset_path, dataset_split, dataset_text_column, streaming)
-        return open_documents(*source, on_bad_rows=on_bad_rows, render=renderer(tokenizer), notify=tqdm.write)
+        with phase("reading the text"):
+            return open_documents(*source, on_bad_rows=on_bad_rows, render=renderer(tokenizer), notify=tqdm.write)
 
     if folder.exists():
         with suppress(FileNotFoundError):  # the model or the text may be gone, and the copy is still good
-            info["probe"] = probe(tokenizer := load_tokenizer(model_name))
+            info["probe"] = probe(tokenizer := loaded_tokenizer(model_name))
             info["content"] = opened(tokenizer).fingerprint
         check_same(folder, info)
         tqdm.write(f"{folder} holds them already.")
         return folder
-    tokenizer = load_tokenizer(model_name)
+    tokenizer = loaded_tokenizer(model_name)
     documents = opened(tokenizer)
     info |= {"probe": probe(tokenizer), "content": documents.fingerprint}
     if documents.is_tokenized:
@@ -77,3 +79,8 @@ def pretokenize(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
+
+
+def loaded_tokenizer(model_name: str) -> Any:
+    with phase("loading the tokenizer"):
+        return load_tokenizer(model_name)

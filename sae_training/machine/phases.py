@@ -1,7 +1,7 @@
 """What a person sees of a job's phases: a bar or a line for each over two seconds, and at the end how long each took.
 
 On a terminal or in a notebook there are bars. Elsewhere, as in the log file of a cluster's job, there is a line after
-two seconds and then one every 30. TQDM_DISABLE=1 turns off both; messages stay.
+two seconds and then one every 30, for what has no bar too. TQDM_DISABLE=1 turns off both; messages stay.
 """
 
 from __future__ import annotations
@@ -43,12 +43,17 @@ def progress_bar(
     desc: str, total: int, unit: str, initial: int = 0, leave: bool = False, smoothing: float = 0.3
 ) -> Bar:
     """Return a bar, or what writes lines in its place. `leave`: it stays on the screen, and is there from the start."""
-    if is_turned_off() or not (sys.stderr.isatty() or is_interactive()):
+    if not shows_bars():
         return Lines(desc, total, unit, initial, silent=is_turned_off())
     return tqdm(
         desc=desc, total=total, unit=unit, initial=initial, leave=leave, smoothing=smoothing,
         unit_scale=True, delay=0 if leave else SHOWN_AFTER,
     )  # fmt: skip
+
+
+def shows_bars() -> bool:
+    """Return whether bars are to be shown: there is a terminal or a notebook, and nothing turns them off."""
+    return not is_turned_off() and (sys.stderr.isatty() or is_interactive())
 
 
 def is_turned_off() -> bool:
@@ -156,12 +161,14 @@ def counted_phases() -> Iterator[Phases]:
 
 @contextmanager
 def phase(name: str, has_bar: bool = False) -> Iterator[None]:
-    """Count what runs in here as the phase `name`; a line says so after two seconds, unless it has a bar."""
+    """Count what runs in here as the phase `name`; unless it has a bar, a line says so after two seconds.
+
+    Where there are no bars, another says it every 30 seconds, as `progress_bar` does there.
+    """
     phases = COUNTED[-1] if COUNTED and threading.current_thread() is threading.main_thread() else None
-    timer = threading.Timer(SHOWN_AFTER, say, [f"{name} ..."])
-    timer.daemon = True
+    ended = threading.Event()
     if not has_bar and not is_turned_off():
-        timer.start()
+        threading.Thread(target=say_until, args=(name, ended), daemon=True).start()
     if phases is not None:
         phases.count()
         phases.open.append(name)
@@ -169,10 +176,20 @@ def phase(name: str, has_bar: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        timer.cancel()
+        ended.set()
         if phases is not None:
             phases.count()
             phases.open.pop()
+
+
+def say_until(name: str, ended: threading.Event) -> None:
+    """Say that the phase `name` is under way until it has ended, at the times of `Lines`; on a terminal once."""
+    started = time.monotonic()
+    if ended.wait(SHOWN_AFTER):
+        return
+    say(f"{name} ...")
+    while not shows_bars() and not ended.wait(LINE_EVERY):
+        say(f"{name} ... {tqdm.format_interval(time.monotonic() - started)}")
 
 
 def say(line: str) -> None:

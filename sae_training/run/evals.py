@@ -26,7 +26,7 @@ from sae_training.language_model.hooks import NamedLook, hooked, inputs_of
 from sae_training.language_model.load import LanguageModel, model_of
 from sae_training.language_model.sites import HookSite, Sites
 from sae_training.machine.interrupt import stop_point
-from sae_training.machine.phases import Bar, progress_bar
+from sae_training.machine.phases import Bar, phase, progress_bar
 from sae_training.report.in_words import SCORE, why_no_score
 from sae_training.run.folder import read_run_config
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -358,12 +358,16 @@ def evaluate_run(path: str | Path) -> dict[str, float]:
     """Evaluate the autoencoder in the run folder `path` on its held-out text, as the run itself did at its end."""
     path = Path(path)
     cfg = read_run_config(path)
-    sae = SparseAutoencoder.load_from_pretrained(path)
-    model = model_of(cfg, device=str(sae.device))
-    store = ActivationsStore(without_cache(sae.cfg), model)
-    tokens = store.held_out_tokens()
+    with phase("reading the autoencoder"):
+        sae = SparseAutoencoder.load_from_pretrained(path)
+    with phase("loading the language model"):
+        model = model_of(cfg, device=str(sae.device))
+    with phase("reading the text"):
+        store = ActivationsStore(without_cache(sae.cfg), model)
+        tokens = store.held_out_tokens()
     if len(tokens) == 0:
         raise ValueError(
             f"{path}: this run holds no text out (n_eval_batches=0), so there is nothing to evaluate it on."
         )
-    return evaluate(sae, store, tokens)
+    with phase("evaluation", has_bar=True):
+        return evaluate(sae, store, tokens)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.auto import auto_lr
 from sae_training.config.types import WITH_PENALTY
-from sae_training.report.in_words import BASE, which_rows
+from sae_training.report.in_words import BASE, to_record, which_rows
+from sae_training.run.folder import read_run_config
 from sae_training.training.schedules import lr_at
 
 MEAN_SHARE = 0.5  # of the squared norm of rows; above it, most of the error is the mean if b_dec is not there
@@ -54,6 +57,14 @@ def what_is_wrong(
                     "lm_dtype to bfloat16 or float32"
                 )
     return found
+
+
+def record_of(figures: Mapping[str, float], run: Path) -> dict[str, Any]:
+    """Return the figures of a finished run's evaluation with what is over them and what is wrong, as in its final/."""
+    if f"{BASE}rows" not in figures:
+        return to_record(figures, {})
+    cfg = read_run_config(run)
+    return to_record(figures, vars(cfg), list(what_is_wrong(cfg, cfg.total_training_steps, figures).values()))
 
 
 def against_silence(cfg: LanguageModelSAERunnerConfig) -> str:

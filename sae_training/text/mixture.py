@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from sae_training.text.bars import bars_of_datasets
 from sae_training.text.columns import has_transform, is_plain
 from sae_training.text.documents import Documents
 from sae_training.text.masks import MASKS
@@ -25,6 +26,7 @@ _FEATURES = {
 }
 
 
+@bars_of_datasets()
 def open_mixture(paths: Sequence[object], weights: Sequence[float] = (), **how: Any) -> Documents:
     """Open several data sets as one: documents are drawn from the parts in turn, in a fixed random order.
 

@@ -25,6 +25,8 @@ from datasets.exceptions import DatasetsError
 from sae_training.demo_data import bundled_text
 from sae_training.machine.files import NotEnoughDisk, disk_named
 from sae_training.machine.paths import first_line
+from sae_training.machine.phases import phase, shows_bars
+from sae_training.text.bars import bars_of_datasets
 from sae_training.text.columns import column_types, feature_types, find_column, has_transform, types_of_rows
 from sae_training.text.documents import Documents, independent_copy, pieces_of
 from sae_training.text.local_files import (
@@ -54,7 +56,7 @@ _logger = logging.getLogger("sae_training")
 # "rows" are read by `row_files`, the others by `datasets`.
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
-# Reading that much into the Arrow cache takes seconds, so a progress bar is shown.
+# Reading that much into the Arrow cache takes seconds, so a progress bar is shown where there is a terminal.
 _PROGRESS_BAR_BYTES = 100_000_000
 
 
@@ -68,6 +70,7 @@ def _disk_named() -> contextlib.AbstractContextManager[None]:
     return disk_named(Path(datasets_config.HF_DATASETS_CACHE), Path(tempfile.gettempdir()))
 
 
+@bars_of_datasets()
 def open_documents(
     dataset: object,
     split: str = "train",
@@ -134,6 +137,7 @@ def open_documents(
     return Documents(found, bad_rows, place_of, render if kind == "chat" else None, masks=masks, are_whole=are_whole)
 
 
+@bars_of_datasets()
 def save_tokenized(documents: Documents, tokenize: Tokenize, folder: Path, n_processes: int) -> int:
     """Save the token ids of each document, in order, and return the number of documents.
 
@@ -155,7 +159,7 @@ def save_tokenized(documents: Documents, tokenize: Tokenize, folder: Path, n_pro
 
     features = datasets.Features({"tokens": datasets.List(datasets.Value("int32"))})
     if isinstance(dataset, datasets.Dataset):
-        with _disk_named():
+        with phase("tokenizing", has_bar=shows_bars()), _disk_named():
             copy = dataset.map(
                 tokens_of_rows,
                 batched=True,
@@ -174,11 +178,11 @@ def save_tokenized(documents: Documents, tokenize: Tokenize, folder: Path, n_pro
                 yield from ({"tokens": tokens} for tokens in tokens_of_row(row, number))
 
         try:
-            with _disk_named():
+            with phase("tokenizing", has_bar=shows_bars()), _disk_named():
                 copy = datasets.Dataset.from_generator(all_tokens, features=features)
         except DatasetsError as error:
             raise documents.given.unreadable(error) from error
-    with disk_named(folder):
+    with phase("saving", has_bar=shows_bars()), disk_named(folder):
         copy.save_to_disk(folder)
     return len(copy)
 
@@ -223,7 +227,7 @@ def _load_files(files: LocalFiles, given: Given, split: str, text_column: str | 
         options["columns"] = columns
     names = {part: [glob.escape(str(file.absolute())) for file in files.splits[part]] for part in split_names(split)}
     try:
-        with _progress_bars_only_if(files.n_bytes > _PROGRESS_BAR_BYTES):
+        with bars_of_datasets(files.n_bytes > _PROGRESS_BAR_BYTES):
             return _load_dataset(files.builder, data_files=names, split=split, streaming=streaming, **options)
     except (DatasetsError, ValueError) as error:
         if "corresponds to no data" in str(error):
@@ -247,7 +251,7 @@ def _documents_of_rows(
 ) -> tuple[Any, Callable[[int], str] | None]:
     """(the documents of files that are read row by row as a data set, where a row of it stands)."""
     try:
-        with _progress_bars_only_if(files.n_bytes > _PROGRESS_BAR_BYTES):
+        with bars_of_datasets(files.n_bytes > _PROGRESS_BAR_BYTES):
             found = open_rows(files, split, bad_rows, streaming, masks)
         if streaming and bad_rows.on_bad_rows == "error":
             check_first_rows(files, split, bad_rows, masks)
@@ -323,15 +327,3 @@ def _near_names(path: Path) -> str:
 
 def _no_such_split(split: str, splits: Iterable[Any], given: Given) -> ValueError:
     return ValueError(f"dataset_split: {given.name} has no split {split!r}; it has: {', '.join(map(str, splits))}")
-
-
-@contextlib.contextmanager
-def _progress_bars_only_if(wanted: bool) -> Iterator[None]:
-    quiet = not wanted and not datasets.are_progress_bars_disabled()
-    if quiet:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if quiet:
-            datasets.enable_progress_bars()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sae_training.config.io import config_to_dict, with_defaults
 from sae_training.config.toy import SAEToyModelRunnerConfig
 from sae_training.machine.files import write_text
-from sae_training.machine.phases import progress_bar
+from sae_training.machine.phases import phase, progress_bar
 from sae_training.run.folder import RunFolder, free_folder
 from sae_training.run.logger import RunLogger
 from sae_training.run.remarks import what_is_wrong
@@ -55,12 +55,14 @@ def toy_model_sae_runner(cfg: SAEToyModelRunnerConfig) -> ToyModelResult:
     model = toy_model(cfg)
     folder = RunFolder(free_folder(Path(cfg.run_dir) / cfg.resolved_run_name.replace("/", "_")), cfg)
     try:
-        sae = train(cfg, model, folder.path)
-        scores = score(sae, model, ToyModelGenerator(model, cfg.seed + 2, cfg.device), cfg.n_eval_rows)
-        write_text(folder.path / SCORES_FILE, json.dumps(scores.figures, indent=2) + "\n")
-        write_picture(
-            folder.path / PICTURE_FILE, folder.path.name, scores.cosines, scores.matched, scores.f1, scores.frequencies
-        )
+        with phase("training", has_bar=True):
+            sae = train(cfg, model, folder.path)
+        with phase("scoring"):
+            scores = score(sae, model, ToyModelGenerator(model, cfg.seed + 2, cfg.device), cfg.n_eval_rows)
+            write_text(folder.path / SCORES_FILE, json.dumps(scores.figures, indent=2) + "\n")
+        with phase("drawing the picture"):
+            picture = (scores.cosines, scores.matched, scores.f1, scores.frequencies)
+            write_picture(folder.path / PICTURE_FILE, folder.path.name, *picture)
         for remark in what_is_wrong(with_defaults(cfg), cfg.total_training_steps, evaluation_of(scores)).values():
             tqdm.write(f"Something is wrong: {remark}.")
         folder.write_status("finished")

@@ -15,6 +15,7 @@ from wandb_file import artifacts, history, wandb_files
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.lm_runner import language_model_sae_runner, run_config
+from sae_training.machine.phases import counted_phases
 from sae_training.report.metrics_file import read_metrics
 from sae_training.run.evals import evaluate_run
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -194,8 +195,11 @@ def test_new_session_has_an_untrained_autoencoder(small_config: MakeConfig, demo
 def test_evaluate_run_repeats_the_final_evaluation(small_config: MakeConfig, demo_model: Any) -> None:
     run = run_config(small_config(), demo_model)
     saved = json.loads((run.folder.final / "evaluation.json").read_text())
-    again = evaluate_run(run.folder.path)
+    with counted_phases() as phases:
+        again = evaluate_run(run.folder.path)
     assert again == {key: saved[key] for key in again}
+    of_training = ["loading the language model", "reading the text", "evaluation"]
+    assert list(phases.seconds) == ["other", "reading the autoencoder", *of_training]
 
 
 def test_run_that_holds_out_no_text_trains_without_an_evaluation(small_config: MakeConfig, demo_model: Any) -> None:

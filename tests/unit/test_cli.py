@@ -3,8 +3,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -385,7 +387,21 @@ def test_eval_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setitem(sys.modules, module.__name__, module)
     vars(module)["evaluate_run"] = lambda _: {"explained variance": 0.912345, "l0": 32}
     assert main(["eval", "runs/a"]) == 0
-    assert capsys.readouterr().out == "explained variance  0.9123\nl0                  32\n"
+    said = capsys.readouterr()
+    assert said.out == "explained variance  0.9123\nl0                  32\n"
+    assert re.fullmatch(r"Time: .*; \d+\.\d s in all\.\n", said.err)
+
+
+def test_warnings_of_a_verb_are_one_line_each(runner: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    def resume_run(run: Path) -> None:
+        warnings.warn(f"{run}: no tokenizer", stacklevel=1)
+        warnings.warn("a library\nbreaks its lines", FutureWarning, stacklevel=2)
+
+    vars(runner)["resume_run"] = resume_run
+    shown = warnings.showwarning
+    assert main(["resume", "runs/a"]) == 0
+    assert capsys.readouterr().err == "warning: runs/a: no tokenizer\nwarning: a library breaks its lines\n"
+    assert warnings.showwarning is shown
 
 
 def test_table_of_nothing_is_empty() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from sae_training import cli
 from sae_training.activations_store import ActivationsStore
+from sae_training.machine.phases import counted_phases
 from sae_training.pretokenize import pretokenize
 from sae_training.text.documents import MAX_CHUNK_LENGTH
 from sae_training.text.open import open_documents
@@ -37,7 +38,9 @@ def contexts(path: Path, tokenizer: Any, n: int = 200) -> torch.Tensor:
 def test_copy_gives_the_same_contexts_as_the_text(
     streaming: bool, n_processes: int, text: Path, tmp_path: Path, demo_model: Any
 ) -> None:
-    folder = pretokenize("demo", str(text), tmp_path / "ids", streaming=streaming, n_processes=n_processes)
+    with counted_phases() as phases:
+        folder = pretokenize("demo", str(text), tmp_path / "ids", streaming=streaming, n_processes=n_processes)
+    assert list(phases.seconds) == ["other", "loading the tokenizer", "reading the text", "tokenizing", "saving"]
     assert torch.equal(contexts(folder, demo_model.tokenizer, 9000), contexts(text, demo_model.tokenizer, 9000))
 
 

@@ -74,6 +74,25 @@ def test_phase_without_a_bar_is_said_after_two_seconds() -> None:
     assert stderr_of("line").splitlines()[0] == "working ..."
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_phase_without_a_bar_is_said_again_where_there_are_no_bars(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two waits pass at once, the third finds the phase ended."""
+    waits: list[float] = []
+
+    class Ended(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0)
+            return len(waits) > 2
+
+    monkeypatch.setattr(phases, "shows_bars", lambda: terminal)
+    phases.say_until("working", Ended())
+    said = capsys.readouterr().err.splitlines()
+    assert said == (["working ..."] if terminal else ["working ...", "working ... 00:00"])
+    assert waits == [phases.SHOWN_AFTER, phases.LINE_EVERY, phases.LINE_EVERY][: 1 if terminal else 3]
+
+
 @pytest.mark.parametrize(("value", "off"), [("1", True), ("true", True), ("0", False), ("", False), ("False", False)])
 def test_values_of_tqdm_disable(value: str, off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TQDM_DISABLE", value)

@@ -249,7 +249,9 @@ def test_matched_order_leaves_out_features_without_a_latent() -> None:
 def test_command_line_trains_and_prints_the_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [word for name, value in SHORT.items() for word in (f"--{name}", str(value))]
     assert main(["toy", *flags, "--run-dir", str(tmp_path), "--clip_grad_norm", "1e-1", "--ema_decay=0.9"]) == 0
-    *table, folder = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith("Time: ")
+    *table, folder = said.out.splitlines()
     assert table[0].startswith("recovered_share")
     config = json.loads((Path(folder) / "config.json").read_text())["config"]
     assert (config["clip_grad_norm"], config["ema_decay"]) == (0.1, 0.9)
