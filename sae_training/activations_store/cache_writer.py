@@ -101,7 +101,8 @@ class CacheWriter:
                     "path, or the old values."
                 )
             return found
-        if self.folder.exists() and any(self.folder.iterdir()):
+        # A process that was killed while it wrote the first manifest leaves a part of that.
+        if self.folder.exists() and any(path.name != f"{MANIFEST}.tmp" for path in self.folder.iterdir()):
             raise ValueError(
                 f"cached_activations_path: {self.folder} is not empty and holds no cache; give an empty or new folder."
             )

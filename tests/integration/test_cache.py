@@ -222,6 +222,14 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def test_a_cache_killed_while_it_wrote_its_first_manifest_is_begun_again(tmp_path: Path, write: Write) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "manifest.json.tmp").write_text('{"about": {')
+    folder = write()
+    assert read_manifest(folder).complete
+    assert not (folder / "manifest.json.tmp").exists()
+
+
 @pytest.mark.slow
 def test_kills_while_a_cache_is_written_change_nothing(tmp_path: Path) -> None:
     changes = {"form": "both", "total_training_tokens": 100 * 64, "shard_size_mb": 1}
