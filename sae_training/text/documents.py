@@ -88,6 +88,13 @@ class Documents:
         else:
             self._kind = "replayed stream" if _has_shuffle_buffer(dataset) else "stream"
 
+    def with_masks(self, masks: tuple[str, ...]) -> Documents:
+        """The same documents under other masks."""
+        other = copy.copy(self)
+        other.__dict__.pop("fingerprint", None)  # it depends on the masks
+        other.masks = masks
+        return other
+
     def start(self) -> Position:
         """The position of the first document."""
         position: Position = {

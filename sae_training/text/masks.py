@@ -4,7 +4,8 @@
     special_tokens_mask   1 at BOS, EOS, padding and the like
     labels                -100 where an id is no target
 
-Ids that one of them masks are dropped, wherever in the row they stand.
+Ids that one of them masks are dropped, wherever in the row they stand. Packed rows keep their separators, though
+special_tokens_mask masks them (`rows`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 import numpy as np
 
 MASKS = ("attention_mask", "special_tokens_mask", "labels")
+
+SEPARATORS = "special_tokens_mask"
+"""The mask that masks the separators of packed rows."""
 
 # What the mask holds at an id that counts, and at one that does not.
 _VALUES = {"attention_mask": (1, 0), "special_tokens_mask": (0, 1), "labels": (0, -100)}
@@ -46,11 +50,17 @@ def counting_ids(row: Mapping[str, Any], column: str, masks: Sequence[str]) -> A
     ids = row.get(column)
     if ids is None or not masks:
         return ids
-    keep = np.ones(len(ids), dtype=bool)
+    keep = keeps(row, column, masks)
+    return ids if keep.all() else np.asarray(ids)[keep].tolist()
+
+
+def keeps(row: Mapping[str, Any], column: str, masks: Sequence[str]) -> np.ndarray:
+    """Which ids in `column` of a row count, bool (n,). Raises MaskMisfit for a mask that does not fit the ids."""
+    keep = np.ones(len(row[column]), dtype=bool)
     for mask in masks:
         if row.get(mask) is not None:
-            keep &= _keeps(mask, row[mask], len(ids), column)
-    return ids if keep.all() else np.asarray(ids)[keep].tolist()
+            keep &= _keeps(mask, row[mask], len(keep), column)
+    return keep
 
 
 def plain_masks(row: Mapping[str, Any], column: str, masks: Sequence[str]) -> dict[str, list[int] | None]:

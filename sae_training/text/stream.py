@@ -30,7 +30,7 @@ from sae_training.text.packing import (
     pack,
     separator_id_of,
 )
-from sae_training.text.rows import are_running_text, sample_of, tell_masks
+from sae_training.text.rows import rows_as_read
 from sae_training.text.tokenize import Tokenize, tokenizer_function
 
 _logger = logging.getLogger("sae_training")
@@ -81,15 +81,13 @@ class TokenStream:
         self.n_held_out = n_held_out
         self.held_out_every = held_out_every
         self.pack_sequences = pack_sequences
-        self._documents = documents
         document_bos_id = bos_id if separator == "auto" else None
         self._is_running_text = False
-        is_judged = documents.is_tokenized and pack_sequences
+        is_judged = documents.is_tokenized and pack_sequences and separator in ("auto", "none")
         if documents.masks or is_judged and document_bos_id is not None:
-            sample = sample_of(documents)
-            tell_masks(documents, sample, notify)
-            if is_judged and document_bos_id is not None:
-                self._is_running_text = are_running_text(documents, sample, document_bos_id, notify)
+            documents, is_packed = rows_as_read(documents, document_bos_id, is_judged, notify)
+            self._is_running_text = is_packed and document_bos_id is not None
+        self._documents = documents
         self._source = _TokenSource(
             documents,
             list if documents.is_tokenized else tokenizer_function(tokenizer),

@@ -144,6 +144,7 @@ def test_only_ids_that_count_are_read(
 
     def stream() -> TokenStream:
         documents = open_documents(data, text_column=column)
+        documents.are_whole = True  # rows that look packed: test_rows
         return TokenStream(
             documents, TOKENIZER, 4, prepend_bos=bos, pack_sequences=packs, batch_tokens=5, notify=lambda line: None
         )
