@@ -187,8 +187,11 @@ class Documents:
 
     def documents_in(self, row: Mapping[str, Any], number: int) -> list[Any]:
         """The documents of row `number`, text or ids; none of a bad row that is skipped. Raises BadData for others."""
+        if self.column not in row:
+            self.bad_rows.meet_missing(self.place_of(number), row)
+            return []
         try:
-            found = documents_in(row.get(self.column), self.kind)
+            found = documents_in(row[self.column], self.kind)
             if self.masks and found:
                 return [counting_ids({**row, self.column: found[0]}, self.column, self.masks)]
             return found if self.render is None else [self.render(conversation) for conversation in found]

@@ -9,7 +9,7 @@ Every row is checked when it is read, because the types of a column are known fr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -108,6 +108,10 @@ class BadRows:
     def meet_value(self, place: str, found: object) -> None:
         """Do as `meet` for a row whose column holds `found`."""
         self.meet(place, f"column {self.column!r} holds {found}, expected {EXPECTED[self.kind]}")
+
+    def meet_missing(self, place: str, row: Mapping[str, Any]) -> None:
+        """Do as `meet` for a row that lacks the column. A row whose column holds null is a row without a document."""
+        self.meet(place, f"has no column {self.column!r}; it has: {', '.join(map(str, row)) or 'none at all'}")
 
     def meet(self, place: str, problem: str) -> None:
         """Raise BadData for a bad row, or count it. `place`: the file and the line, or else the row."""

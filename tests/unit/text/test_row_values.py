@@ -26,6 +26,10 @@ BAD_LISTS = st.lists(TEXTS | NUMBERS | LISTS | DICTS, min_size=1, max_size=4)
 VALUES = st.none() | TEXTS | NUMBERS | LISTS | DICTS | BAD_LISTS
 
 
+# The value of a row without the column: what it is called there instead, people misspell.
+MISSING = {"txt": "c"}
+
+
 def expected_documents(value: Any) -> list[str] | None:
     if value is None:
         return []
@@ -47,13 +51,17 @@ def by_a_transform(values: list[Any], folder: Path) -> Any:
     return dataset
 
 
+def row_of(value: Any) -> dict[str, Any]:
+    return {"n": 1, "txt": "c"} if value is MISSING else {"n": 1, "text": value}
+
+
 def json_lines(values: list[Any], folder: Path) -> Any:
-    (folder / "a.jsonl").write_text("".join(json.dumps({"n": 1, "text": value}) + "\n" for value in values))
+    (folder / "a.jsonl").write_text("".join(json.dumps(row_of(value)) + "\n" for value in values))
     return folder / "a.jsonl"
 
 
 def json_list(values: list[Any], folder: Path) -> Any:
-    (folder / "a.json").write_text(json.dumps([{"text": value} for value in values], indent=1))
+    (folder / "a.json").write_text(json.dumps([row_of(value) for value in values], indent=1))
     return folder / "a.json"
 
 
@@ -63,7 +71,7 @@ PLACES = {generated: "row {}", by_a_transform: "row {}", json_lines: "a.jsonl, l
 @pytest.mark.parametrize("streaming", [None, True], ids=["whole", "streaming"])
 @pytest.mark.parametrize("source", PLACES, ids=lambda source: source.__name__)
 @settings(max_examples=25, deadline=None)
-@given(values=st.lists(VALUES, min_size=1, max_size=8))
+@given(values=st.lists(VALUES | st.just(MISSING), min_size=1, max_size=8))
 def test_whatever_a_column_of_text_holds_is_its_documents_or_named(
     values: list[Any], source: Callable[[list[Any], Path], Any], streaming: bool | None
 ) -> None:
@@ -92,10 +100,10 @@ def test_whatever_a_column_of_text_holds_is_its_documents_or_named(
         with pytest.raises(BadData) as caught:
             list(opened("error").read())
         where = PLACES[source].format(first + 1)
-        assert f"{where}: column 'text' holds {describe(values[first])}, expected a string or a list of" in str(
-            caught.value
-        )
-        assert f"{where}: column 'text' holds {describe(values[first])}" in said[0]
+        problem = f"{where}: column 'text' holds {describe(values[first])}, expected a string or a list of"
+        if values[first] is MISSING and source in (json_lines, json_list):
+            problem = f"{where}: has no column 'text'; it has: n, txt"
+        assert problem in str(caught.value) and problem in said[0]
 
 
 @settings(max_examples=60, deadline=None)
