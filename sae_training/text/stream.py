@@ -46,7 +46,7 @@ class TokenStream:
         starts contexts only, not documents.
     n_held_out, held_out_every: contexts held_out_every - 1, 2 * held_out_every - 1, ... of an epoch, n_held_out of
         them, are for evaluation and never come from `next_contexts`.
-    vocab_size: ids from here on are an error; None checks nothing.
+    vocab_size: ids from here on are an error, or a bad row where rows hold ids; None checks none.
     pack_sequences: False puts one document, or a part of a longer one, into each context, and PADDING after it.
     notify: called with a message when the data has ended and a second epoch begins, and with what rows of token ids
         were found to be.
@@ -87,7 +87,7 @@ class TokenStream:
         if documents.masks or is_judged and document_bos_id is not None:
             documents, is_packed = rows_as_read(documents, document_bos_id, is_judged, notify)
             self._is_running_text = is_packed and document_bos_id is not None
-        self._documents = documents
+        self._documents = documents = documents.with_vocabulary(vocab_size)
         self._source = _TokenSource(
             documents,
             list if documents.is_tokenized else tokenizer_function(tokenizer),
@@ -316,22 +316,13 @@ class _TokenSource:
             yield chunks
 
     def _check_ids(self, ids: np.ndarray) -> None:
-        if len(ids) == 0:
-            return
-        given, column = self.documents.given, self.documents.column
-        if self.vocab_size is not None and ids.max() >= self.vocab_size:
-            found = f"the tokenizer gave, on {given.name},"
-            if self.documents.is_tokenized:
-                found = f"{given.name} has, in column {column!r},"
+        """Check what the tokenizer made. Rows of token ids are checked where they are read."""
+        if len(ids) > 0 and self.vocab_size is not None and ids.max() >= self.vocab_size:
+            found = f"the tokenizer gave, on {self.documents.given.name},"
             raise self._too_large_id(int(ids.max()), self.vocab_size, found)
-        if ids.min() < 0:
-            raise ValueError(
-                f"{given.field}: {given.name} has token id {int(ids.min())} in column {column!r}, expected none below "
-                "0; set dataset_text_column to the column of input ids, or use the text"
-            )
 
     def _too_large_id(self, token_id: int, vocab_size: int, found: str) -> ValueError:
         return ValueError(
             f"{self.documents.given.field}: {found} token id {token_id}, but the model's vocabulary has {vocab_size} "
-            f"ids (0 to {vocab_size - 1}); use the model's own tokenizer, and text or ids made for it"
+            f"ids (0 to {vocab_size - 1}); use the model's own tokenizer"
         )

@@ -106,6 +106,49 @@ def test_whatever_a_column_of_text_holds_is_its_documents_or_named(
         assert problem in str(caught.value) and problem in said[0]
 
 
+def ids_in_lines(rows: list[dict[str, Any]], folder: Path) -> Any:
+    (folder / "a.jsonl").write_text("".join("\n" + json.dumps(row) + "\n" for row in rows))
+    return folder / "a.jsonl"
+
+
+def ids_in_parquet(rows: list[dict[str, Any]], folder: Path) -> Any:
+    datasets.Dataset.from_list(rows).to_parquet(folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [(ids_in_lines, lambda n: f"a.jsonl, line {2 * n}"), (ids_in_parquet, lambda n: f"a.parquet, row {n}")],
+    ids=["jsonl", "parquet"],
+)
+@settings(max_examples=20, deadline=None)
+@given(
+    ids=st.lists(st.lists(st.tuples(st.integers(-2, 12), st.booleans()), min_size=1, max_size=5), min_size=1),
+    vocab_size=st.sampled_from([8, 11, None]),
+)
+def test_id_that_no_token_has_makes_its_row_bad_unless_it_is_masked(
+    ids: list[list[tuple[int, bool]]], vocab_size: int | None, source: Any, place: Any, streaming: bool
+) -> None:
+    ids = [[(1, True), (2, True)], *ids]
+    rows = [{"tokens": [i for i, _ in row], "attention_mask": [int(counts) for _, counts in row]} for row in ids]
+    kept = [[i for i, counts in row if counts] for row in ids]
+    is_bad = [any(i < 0 or vocab_size is not None and i >= vocab_size for i in row) for row in kept]
+    with tempfile.TemporaryDirectory() as folder:
+        data = source(rows, Path(folder))
+
+        def read(on_bad_rows: Any) -> tuple[list[list[int]], int]:
+            documents = open_documents(data, streaming=streaming, on_bad_rows=on_bad_rows, notify=lambda line: None)
+            documents = documents.with_vocabulary(vocab_size)
+            return [chunk.content for chunk in documents.read()], documents.bad_rows.n_skipped
+
+        good = [row for row, bad in zip(kept, is_bad, strict=True) if row and not bad]
+        assert read("skip") == (good, sum(is_bad))
+        if any(is_bad):
+            with pytest.raises(BadData, match=rf": {place(is_bad.index(True) + 1)}: has.* token id .*on_bad_rows=skip"):
+                read("error")
+
+
 @settings(max_examples=60, deadline=None)
 @given(value=VALUES | st.lists(st.integers(0, 9) | st.none() | st.booleans() | st.floats(), max_size=4))
 def test_ids_are_flat_lists_of_integers_and_nothing_else(value: Any) -> None:
