@@ -13,12 +13,14 @@ import glob
 import logging
 import re
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import config as datasets_config
 from datasets.exceptions import DatasetsError
 
@@ -134,26 +136,38 @@ def open_documents(
     return Documents(found, bad_rows, place_of, render if kind == "chat" else None, masks=masks, are_whole=are_whole)
 
 
-def save_tokenized(documents: Documents, tokenize: Tokenize, folder: Path, n_processes: int) -> int:
-    """Save the token ids of each document, in order, and return the number of documents.
+def save_tokenized(documents: Documents, tokenize: Tokenize, folder: Path, n_processes: int) -> tuple[int, int]:
+    """Save the token ids of each document, in order, and return (number of documents, of bad rows that were skipped).
 
     `folder` becomes a save_to_disk folder with the column `tokens`.
     """
-
-    column, dataset, max_length = documents.column, documents.dataset, documents.max_chunk_length
+    column, dataset, max_length, bad_rows = (
+        documents.column,
+        documents.dataset,
+        documents.max_chunk_length,
+        documents.bad_rows,
+    )
 
     def tokens_of(text: str) -> list[int]:
         return [i for ids in tokenize(list(pieces_of(text, max_length))) for i in ids]
 
-    def tokens_of_row(row: Mapping[str, Any], number: int) -> list[list[int]]:
+    def tokens_of_row(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
+        n_before = bad_rows.n_skipped
+        found = documents.documents_in(row, number)
+        is_skipped = bad_rows.n_skipped > n_before
         # A row without a document stays a row, so that copies have the numbers of rows that they always had.
-        return [tokens_of(text) for text in documents.documents_in(row, number) or [""]]
+        return [{"tokens": tokens_of(text), "is_skipped": is_skipped} for text in found or [""]]
 
-    def tokens_of_rows(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[list[int]]]:
-        found = [tokens_of_row({column: value}, n) for value, n in zip(batch[column], numbers, strict=True)]
-        return {"tokens": [tokens for of_row in found for tokens in of_row]}
+    def tokens_of_rows(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        rows = zip(batch[column], numbers, strict=True)
+        found = [document for value, n in rows for document in tokens_of_row({column: value}, n)]
+        return {name: [document[name] for document in found] for name in features}
 
-    features = datasets.Features({"tokens": datasets.List(datasets.Value("int32"))})
+    # Processes that `map` starts count skipped rows each for itself, so that their rows tell.
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("int32")), "is_skipped": datasets.Value("bool")}
+    )
+    n_skipped = bad_rows.n_skipped
     if isinstance(dataset, datasets.Dataset):
         with _disk_named():
             copy = dataset.map(
@@ -167,20 +181,23 @@ def save_tokenized(documents: Documents, tokenize: Tokenize, folder: Path, n_pro
                 load_from_cache_file=False,
                 desc="tokenizing",
             )
+        n_skipped += int(np.sum(copy.with_format("numpy")["is_skipped"][:]))
     else:
 
-        def all_tokens() -> Iterator[dict[str, list[int]]]:
+        def all_tokens() -> Iterator[dict[str, Any]]:
             for number, row in enumerate(dataset):
-                yield from ({"tokens": tokens} for tokens in tokens_of_row(row, number))
+                yield from tokens_of_row(row, number)
 
         try:
             with _disk_named():
-                copy = datasets.Dataset.from_generator(all_tokens, features=features)
+                # A name of its own, because a copy out of the cache counts no skipped rows.
+                copy = datasets.Dataset.from_generator(all_tokens, features=features, fingerprint=uuid.uuid4().hex)
         except DatasetsError as error:
             raise documents.given.unreadable(error) from error
+        n_skipped = bad_rows.n_skipped
     with disk_named(folder):
-        copy.save_to_disk(folder)
-    return len(copy)
+        copy.remove_columns("is_skipped").save_to_disk(folder)
+    return len(copy), n_skipped
 
 
 # Finding the data -------------------------------------------------------------------------------

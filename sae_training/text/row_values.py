@@ -106,6 +106,12 @@ class BadRows:
         """How many rows have been skipped, each counted once."""
         return len(self._places) + sum(part.n_skipped for part in self.parts)
 
+    def say_skipped(self, n: int | None = None) -> None:
+        """Say how many rows were left out, if there were any. `n`: None takes `n_skipped`."""
+        if n := self.n_skipped if n is None else n:
+            rows, were = ("rows", "were") if n > 1 else ("row", "was")
+            self.notify(f"on_bad_rows: {n:,} bad {rows} of {self.given.name} {were} skipped.")
+
     def all_skipped(self) -> BadData:
         """The error for data of which nothing is left."""
         return BadData(
