@@ -10,7 +10,8 @@ special_tokens_mask masks them (`rows`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -40,6 +41,33 @@ def mask_columns(columns: Mapping[str, Any] | None, rows: Any) -> tuple[str, ...
         names = {name for row in islice(rows, _ROWS_TO_SNIFF) for name, value in row.items() if _is_list(value)}
         return tuple(name for name in MASKS if name in names)
     return tuple(name for name in MASKS if hasattr(columns.get(name), "feature"))
+
+
+def unread_masks(columns: Mapping[str, Any] | None, rows: Iterable[Mapping[str, Any]], column: str) -> list[str]:
+    """Columns of other names that the first of `rows` show to be masks: a 0 or 1 for each id in `column`.
+
+    columns: their features; None if these are not known.
+    """
+    known = {column, *MASKS, "token_type_ids"}
+    if columns is not None and not any(hasattr(columns[name], "feature") for name in columns if name not in known):
+        return []
+    found: dict[str, set[Any]] = {}
+    with contextlib.suppress(Exception):  # whoever comes to a row that cannot be read raises its error
+        for row in islice(rows, _ROWS_TO_SNIFF):
+            ids: Any = row.get(column)
+            for name, value in row.items():
+                if name not in known and value is not None and hasattr(ids, "__len__"):
+                    found.setdefault(name, set()).update(_numbers(value, len(ids)))
+    return [name for name, seen in found.items() if seen == {0, 1} or seen and seen < {0, 1} and "mask" in name.lower()]
+
+
+def _numbers(values: Any, n: int) -> set[Any]:
+    """The values of a list of n numbers; {None} for anything else."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        return {None}
+    return set(array.tolist()) if array.shape == (n,) and array.dtype.kind in "biuf" else set() if n == 0 else {None}
 
 
 def counting_ids(row: Mapping[str, Any], column: str, masks: Sequence[str]) -> Any:

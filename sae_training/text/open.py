@@ -14,6 +14,7 @@ import logging
 import re
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 from datasets import config as datasets_config
 from datasets.exceptions import DatasetsError
 
@@ -38,9 +40,10 @@ from sae_training.text.local_files import (
     place_in_parquet,
     split_names,
 )
-from sae_training.text.masks import mask_columns
+from sae_training.text.masks import mask_columns, unread_masks
 from sae_training.text.pretokenized import INFO_FILE
 from sae_training.text.row_files import (
+    FileOfRows,
     check_first_rows,
     check_has_rows,
     files_of_rows,
@@ -122,11 +125,11 @@ def open_documents(
     masks, place_of = (), None
     if files is not None and files.are_rows:
         if kind == "ids":
-            masks = mask_columns(None, rows_of_files(files_of_rows(files, split)))
+            masks = _masks_of_rows(files_of_rows(files, split), column, given)
         found, place_of = _documents_of_rows(files, split, streaming, bad_rows, masks)
     else:
         if kind == "ids":
-            masks = _masks_of(found)
+            masks = _masks_of(found, files, split, column, given)
         found = _with_columns(found, [column, *masks])
         if files is not None and files.builder == "parquet" and split in files.splits:
             place_of = place_in_parquet(files, split)
@@ -273,10 +276,34 @@ def _documents_of_rows(
     return found, place_in_rows(files, split, bad_rows, masks) if split in files.splits else None
 
 
-def _masks_of(found: Any) -> tuple[str, ...]:
-    """The mask columns of a data set of token ids."""
+def _masks_of_rows(files: list[FileOfRows], column: str, given: Given) -> tuple[str, ...]:
+    """The mask columns of files that are read row by row. Warns of what may be others."""
+    _warn_of_masks(unread_masks(None, rows_of_files(files), column), given)
+    return mask_columns(None, rows_of_files(files))
+
+
+def _masks_of(found: Any, files: LocalFiles | None, split: str, column: str, given: Given) -> tuple[str, ...]:
+    """The mask columns of a data set of token ids. Warns of what may be others."""
     features = None if has_transform(found) else found.features
+    if files is not None and files.builder == "parquet":  # of which `found` has the columns that are read
+        with pyarrow.parquet.ParquetFile(files.of(split)[0]) as file:
+            all_features = datasets.Features.from_arrow_schema(file.schema_arrow)
+            rows = (row for some in file.iter_batches(100) for row in some.to_pylist())
+            unread = unread_masks(all_features, rows, column)
+    else:
+        unread = unread_masks(features, independent_copy(found), column)
+    _warn_of_masks(unread, given)
     return mask_columns(features, independent_copy(found) if features is None else ())
+
+
+def _warn_of_masks(names: list[str], given: Given) -> None:
+    if names:
+        listed = " and ".join(map(repr, names))
+        warnings.warn(
+            f"{given.field}: {given.name} has a 0 or 1 for each id in column {listed}, which is not read, so that all "
+            "ids count; if it masks ids, name it attention_mask (1 where an id counts), or else remove it",
+            stacklevel=4,
+        )
 
 
 def _with_columns(found: Any, columns: list[str]) -> Any:
