@@ -30,7 +30,7 @@ from sae_training.text.packing import (
     pack,
     separator_id_of,
 )
-from sae_training.text.rows import rows_as_read
+from sae_training.text.rows import rows_as_read, sample_of
 from sae_training.text.tokenize import Tokenize, tokenizer_function
 
 _logger = logging.getLogger("sae_training")
@@ -206,6 +206,13 @@ class TokenStream:
     def _require_a_context(self, end: _Place) -> None:
         if end.context_index == 0:
             given = self._documents.given
+            sample = sample_of(self._documents) if self._documents.masks and len(end.pending) == 0 else []
+            if sample and not any(row.n_kept for row in sample):
+                raise ValueError(
+                    f"{given.field}: {given.name} holds no id that counts: all {sum(row.n_ids for row in sample):,} "
+                    f"ids in {len(sample)} rows are masked by {' or '.join(self._documents.masks)}; correct the "
+                    "column, or remove it to read all ids"
+                )
             if not self.pack_sequences:
                 raise ValueError(f"{given.field}: {given.name} holds no token; give a text that does")
             raise ValueError(

@@ -241,6 +241,14 @@ def test_columns_that_are_no_masks_are_left_alone(values: list[Any]) -> None:
         open_documents(datasets.Dataset.from_dict(data))
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_data_of_which_all_ids_are_masked_says_so(packs: bool) -> None:
+    data = datasets.Dataset.from_dict({"input_ids": PADDED["input_ids"], "labels": [[-100] * 4] * 3})
+    stream = TokenStream(open_documents(data), TOKENIZER, 4, pack_sequences=packs, notify=lambda line: None)
+    with pytest.raises(ValueError, match="all 12 ids in 3 rows are masked by labels; correct the column, or remove"):
+        stream.next_contexts(1)
+
+
 def test_columns_beside_text_are_no_masks() -> None:
     data = {"text": ["the cat", "a dog"], "attention_mask": [[0, 1], [1]]}
     assert open_documents(datasets.Dataset.from_dict(data)).masks == ()
