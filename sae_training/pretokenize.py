@@ -72,12 +72,15 @@ def pretokenize(
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        n = save_tokenized(documents, tokenizer_function(tokenizer), partial, n_processes or os.cpu_count() or 1)
-        write_text(partial / INFO_FILE, json.dumps(info | {"n_documents": n}, indent=1) + "\n")
+        n_processes = n_processes or os.cpu_count() or 1
+        n, n_skipped = save_tokenized(documents, tokenizer_function(tokenizer), partial, n_processes)
+        counts = {"n_documents": n, "n_skipped": n_skipped}
+        write_text(partial / INFO_FILE, json.dumps(info | counts, indent=1) + "\n")
         os.replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    documents.bad_rows.say_skipped(n_skipped)
     return folder
 
 

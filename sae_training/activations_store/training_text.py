@@ -85,6 +85,4 @@ class TrainingText:
 
     def say_skipped(self) -> None:
         """Say how many bad rows of the training text were left out, if there were any."""
-        if n := self.documents.bad_rows.n_skipped:
-            rows = f"{n:,} bad row{'s' if n > 1 else ''}"
-            self.notify(f"on_bad_rows: {rows} of {self.documents.given.name} {'were' if n > 1 else 'was'} skipped.")
+        self.documents.bad_rows.say_skipped()

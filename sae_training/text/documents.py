@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from sae_training.text.masks import MaskMisfit, counting_ids
-from sae_training.text.row_values import BadRows, Kind, Render, WrongValue, documents_in
+from sae_training.text.row_values import BadRows, Kind, Render, UnknownId, WrongValue, check_known, documents_in
 from sae_training.text.tokenize import Piece
 
 # A JSON-safe place in a data set. Only Documents knows what the keys mean.
@@ -80,6 +80,7 @@ class Documents:
         self.max_chunk_length = max_chunk_length
         self.masks = masks
         self.are_whole = are_whole
+        self.vocab_size: int | None = None
         self.parts = parts
         # Only a map-style data set has a length.
         self.n_rows: int | None = len(dataset) if hasattr(dataset, "__len__") else None
@@ -87,6 +88,19 @@ class Documents:
             self._kind = "rows"
         else:
             self._kind = "replayed stream" if _has_shuffle_buffer(dataset) else "stream"
+
+    def with_masks(self, masks: tuple[str, ...]) -> Documents:
+        """The same documents under other masks."""
+        other = copy.copy(self)
+        other.__dict__.pop("fingerprint", None)  # it depends on the masks
+        other.masks = masks
+        return other
+
+    def with_vocabulary(self, vocab_size: int | None) -> Documents:
+        """The same documents, where a row with an id from `vocab_size` on is a bad row."""
+        other = copy.copy(self)
+        other.vocab_size = vocab_size
+        return other
 
     def start(self) -> Position:
         """The position of the first document."""
@@ -180,15 +194,21 @@ class Documents:
 
     def documents_in(self, row: Mapping[str, Any], number: int) -> list[Any]:
         """The documents of row `number`, text or ids; none of a bad row that is skipped. Raises BadData for others."""
+        place = functools.partial(self.place_of, number)
+        if self.column not in row:
+            self.bad_rows.meet_missing(place, row, number)
+            return []
         try:
-            found = documents_in(row.get(self.column), self.kind)
+            found = documents_in(row[self.column], self.kind)
             if self.masks and found:
-                return [counting_ids({**row, self.column: found[0]}, self.column, self.masks)]
+                found = [counting_ids({**row, self.column: found[0]}, self.column, self.masks)]
+            if self.is_tokenized and found:
+                check_known(found[0], self.column, self.vocab_size)
             return found if self.render is None else [self.render(conversation) for conversation in found]
         except WrongValue as error:
-            self.bad_rows.meet_value(self.place_of(number), error)
-        except MaskMisfit as error:
-            self.bad_rows.meet(self.place_of(number), str(error))
+            self.bad_rows.meet_value(place, error, number)
+        except (MaskMisfit, UnknownId) as error:
+            self.bad_rows.meet(place, str(error), number)
         return []
 
     def _fail(self, error: Exception, row: int, note: str = "") -> NoReturn:

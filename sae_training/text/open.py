@@ -13,12 +13,16 @@ import glob
 import logging
 import re
 import tempfile
+import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow.parquet
 from datasets import config as datasets_config
 from datasets.exceptions import DatasetsError
 
@@ -38,9 +42,10 @@ from sae_training.text.local_files import (
     place_in_parquet,
     split_names,
 )
-from sae_training.text.masks import mask_columns
+from sae_training.text.masks import mask_columns, unread_masks
 from sae_training.text.pretokenized import INFO_FILE
 from sae_training.text.row_files import (
+    FileOfRows,
     check_first_rows,
     check_has_rows,
     files_of_rows,
@@ -123,11 +128,11 @@ def open_documents(
     masks, place_of = (), None
     if files is not None and files.are_rows:
         if kind == "ids":
-            masks = mask_columns(None, rows_of_files(files_of_rows(files, split)))
+            masks = _masks_of_rows(files_of_rows(files, split), column, given)
         found, place_of = _documents_of_rows(files, split, streaming, bad_rows, masks)
     else:
         if kind == "ids":
-            masks = _masks_of(found)
+            masks = _masks_of(found, files, split, column, given)
         found = _with_columns(found, [column, *masks])
         if files is not None and files.builder == "parquet" and split in files.splits:
             place_of = place_in_parquet(files, split)
@@ -138,26 +143,38 @@ def open_documents(
 
 
 @bars_of_datasets()
-def save_tokenized(documents: Documents, tokenize: Tokenize, folder: Path, n_processes: int) -> int:
-    """Save the token ids of each document, in order, and return the number of documents.
+def save_tokenized(documents: Documents, tokenize: Tokenize, folder: Path, n_processes: int) -> tuple[int, int]:
+    """Save the token ids of each document, in order, and return (number of documents, of bad rows that were skipped).
 
     `folder` becomes a save_to_disk folder with the column `tokens`.
     """
-
-    column, dataset, max_length = documents.column, documents.dataset, documents.max_chunk_length
+    column, dataset, max_length, bad_rows = (
+        documents.column,
+        documents.dataset,
+        documents.max_chunk_length,
+        documents.bad_rows,
+    )
 
     def tokens_of(text: str) -> list[int]:
         return [i for ids in tokenize(list(pieces_of(text, max_length))) for i in ids]
 
-    def tokens_of_row(row: Mapping[str, Any], number: int) -> list[list[int]]:
+    def tokens_of_row(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
+        n_before = bad_rows.n_skipped
+        found = documents.documents_in(row, number)
+        is_skipped = bad_rows.n_skipped > n_before
         # A row without a document stays a row, so that copies have the numbers of rows that they always had.
-        return [tokens_of(text) for text in documents.documents_in(row, number) or [""]]
+        return [{"tokens": tokens_of(text), "is_skipped": is_skipped} for text in found or [""]]
 
-    def tokens_of_rows(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[list[int]]]:
-        found = [tokens_of_row({column: value}, n) for value, n in zip(batch[column], numbers, strict=True)]
-        return {"tokens": [tokens for of_row in found for tokens in of_row]}
+    def tokens_of_rows(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        rows = zip(batch[column], numbers, strict=True)
+        found = [document for value, n in rows for document in tokens_of_row({column: value}, n)]
+        return {name: [document[name] for document in found] for name in features}
 
-    features = datasets.Features({"tokens": datasets.List(datasets.Value("int32"))})
+    # Processes that `map` starts count skipped rows each for itself, so that their rows tell.
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("int32")), "is_skipped": datasets.Value("bool")}
+    )
+    n_skipped = bad_rows.n_skipped
     if isinstance(dataset, datasets.Dataset):
         with phase("tokenizing", has_bar=shows_bars()), _disk_named():
             copy = dataset.map(
@@ -171,20 +188,23 @@ def save_tokenized(documents: Documents, tokenize: Tokenize, folder: Path, n_pro
                 load_from_cache_file=False,
                 desc="tokenizing",
             )
+        n_skipped += int(np.sum(copy.with_format("numpy")["is_skipped"][:]))
     else:
 
-        def all_tokens() -> Iterator[dict[str, list[int]]]:
+        def all_tokens() -> Iterator[dict[str, Any]]:
             for number, row in enumerate(dataset):
-                yield from ({"tokens": tokens} for tokens in tokens_of_row(row, number))
+                yield from tokens_of_row(row, number)
 
         try:
             with phase("tokenizing", has_bar=shows_bars()), _disk_named():
-                copy = datasets.Dataset.from_generator(all_tokens, features=features)
+                # A name of its own, because a copy out of the cache counts no skipped rows.
+                copy = datasets.Dataset.from_generator(all_tokens, features=features, fingerprint=uuid.uuid4().hex)
         except DatasetsError as error:
             raise documents.given.unreadable(error) from error
+        n_skipped = bad_rows.n_skipped
     with phase("saving", has_bar=shows_bars()), disk_named(folder):
-        copy.save_to_disk(folder)
-    return len(copy)
+        copy.remove_columns("is_skipped").save_to_disk(folder)
+    return len(copy), n_skipped
 
 
 # Finding the data -------------------------------------------------------------------------------
@@ -260,10 +280,34 @@ def _documents_of_rows(
     return found, place_in_rows(files, split, bad_rows, masks) if split in files.splits else None
 
 
-def _masks_of(found: Any) -> tuple[str, ...]:
-    """The mask columns of a data set of token ids."""
+def _masks_of_rows(files: list[FileOfRows], column: str, given: Given) -> tuple[str, ...]:
+    """The mask columns of files that are read row by row. Warns of what may be others."""
+    _warn_of_masks(unread_masks(None, rows_of_files(files), column), given)
+    return mask_columns(None, rows_of_files(files))
+
+
+def _masks_of(found: Any, files: LocalFiles | None, split: str, column: str, given: Given) -> tuple[str, ...]:
+    """The mask columns of a data set of token ids. Warns of what may be others."""
     features = None if has_transform(found) else found.features
+    if files is not None and files.builder == "parquet":  # of which `found` has the columns that are read
+        with pyarrow.parquet.ParquetFile(files.of(split)[0]) as file:
+            all_features = datasets.Features.from_arrow_schema(file.schema_arrow)
+            rows = (row for some in file.iter_batches(100) for row in some.to_pylist())
+            unread = unread_masks(all_features, rows, column)
+    else:
+        unread = unread_masks(features, independent_copy(found), column)
+    _warn_of_masks(unread, given)
     return mask_columns(features, independent_copy(found) if features is None else ())
+
+
+def _warn_of_masks(names: list[str], given: Given) -> None:
+    if names:
+        listed = " and ".join(map(repr, names))
+        warnings.warn(
+            f"{given.field}: {given.name} has a 0 or 1 for each id in column {listed}, which is not read, so that all "
+            "ids count; if it masks ids, name it attention_mask (1 where an id counts), or else remove it",
+            stacklevel=4,
+        )
 
 
 def _with_columns(found: Any, columns: list[str]) -> Any:

@@ -76,8 +76,11 @@ def placed_documents(
             if row is None:
                 bad_rows.meet(place, f"found {problem}, expected a row with a column {column!r}")
                 continue
+            if column not in row:
+                bad_rows.meet_missing(place, row)
+                continue
             try:
-                documents = documents_in(row.get(column), bad_rows.kind)
+                documents = documents_in(row[column], bad_rows.kind)
                 beside = plain_masks(row, column, masks) if documents else dict.fromkeys(masks)
             except WrongValue as error:
                 bad_rows.meet_value(place, error)

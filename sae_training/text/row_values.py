@@ -9,7 +9,7 @@ Every row is checked when it is read, because the types of a column are known fr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -40,6 +40,14 @@ class BadData(ValueError):
 
 class WrongValue(Exception):
     """The value of a row is none of its column's kind. The text of the error says what was found."""
+
+
+class UnknownId(Exception):
+    """A row holds an id that no token of the model has. The text of the error says which."""
+
+
+Place = str | Callable[[], str]
+"""Where a row stands, or a function that finds it: rows of a file are counted from its start."""
 
 
 class Given(NamedTuple):
@@ -89,7 +97,7 @@ class BadRows:
         self._places: set[int] = set()
         """Hashes of the places of skipped rows, because rows are read again: ahead, for evaluation, in later epochs."""
 
-        self._last = ""
+        self._last: tuple[Place, str] = ("", "")
         self.parts: list[BadRows] = []
         """Those of the parts of a mixture."""
 
@@ -98,31 +106,45 @@ class BadRows:
         """How many rows have been skipped, each counted once."""
         return len(self._places) + sum(part.n_skipped for part in self.parts)
 
+    def say_skipped(self, n: int | None = None) -> None:
+        """Say how many rows were left out, if there were any. `n`: None takes `n_skipped`."""
+        if n := self.n_skipped if n is None else n:
+            rows, were = ("rows", "were") if n > 1 else ("row", "was")
+            self.notify(f"on_bad_rows: {n:,} bad {rows} of {self.given.name} {were} skipped.")
+
     def all_skipped(self) -> BadData:
         """The error for data of which nothing is left."""
         return BadData(
             f"{self.given.field}: {self.given.name}: all {self.n_skipped:,} rows were skipped, the last for this: "
-            f"{self._last}; mend the data, or set dataset_text_column to another column"
+            f"{_written(*self._last)}; mend the data, or set dataset_text_column to another column"
         )
 
-    def meet_value(self, place: str, found: object) -> None:
+    def meet_value(self, place: Place, found: object, key: object = None) -> None:
         """Do as `meet` for a row whose column holds `found`."""
-        self.meet(place, f"column {self.column!r} holds {found}, expected {EXPECTED[self.kind]}")
+        self.meet(place, f"column {self.column!r} holds {found}, expected {EXPECTED[self.kind]}", key)
 
-    def meet(self, place: str, problem: str) -> None:
-        """Raise BadData for a bad row, or count it. `place`: the file and the line, or else the row."""
-        problem = f"{place}: {problem}"
+    def meet_missing(self, place: Place, row: Mapping[str, Any], key: object = None) -> None:
+        """Do as `meet` for a row that lacks the column. A row whose column holds null is a row without a document."""
+        self.meet(place, f"has no column {self.column!r}; it has: {', '.join(map(str, row)) or 'none at all'}", key)
+
+    def meet(self, place: Place, problem: str, key: object = None) -> None:
+        """Raise BadData for a bad row, or count it.
+
+        place: the file and the line, or else the row; or a function that finds it, called where it is said.
+        key: what tells the row from others; None takes the place.
+        """
         if self.on_bad_rows == "error":
             raise BadData(
-                f"{self.given.field}: {self.given.name}: {problem}; mend the row, or set on_bad_rows=skip to leave out "
-                "rows like it"
+                f"{self.given.field}: {self.given.name}: {_written(place, problem)}; mend the row, or set "
+                "on_bad_rows=skip to leave out rows like it"
             )
-        is_new, self._last = hash(place) not in self._places, problem
-        self._places.add(hash(place))
+        hashed = hash(place if key is None else key)
+        is_new, self._last = hashed not in self._places, (place, problem)
+        self._places.add(hashed)
         n = len(self._places)
         if is_new and str(n).strip("0") == "1":
             others = "" if n == 1 else f" ({n:,} rows so far)"
-            self.notify(f"on_bad_rows: skipped {problem}{others}")
+            self.notify(f"on_bad_rows: skipped {_written(place, problem)}{others}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BadRows:
         """Itself: readers are independent copies of a data set, and all count in one place."""
@@ -131,6 +153,10 @@ class BadRows:
     def __reduce__(self) -> tuple[Any, ...]:
         """What `datasets` hashes to know its cache again: not the counts."""
         return BadRows, (self.given, self.column, self.kind, self.on_bad_rows, print)
+
+
+def _written(place: Place, problem: str) -> str:
+    return f"{place if isinstance(place, str) else place()}: {problem}"
 
 
 def documents_in(value: Any, kind: Kind) -> list[Any]:
@@ -184,6 +210,23 @@ def check_ids(value: Any) -> None:
         raise WrongValue(describe(value))
     if array is not value and any(isinstance(i, bool) for i in value):  # numpy takes [1, True] for integers
         raise WrongValue(describe(value))
+
+
+def check_known(ids: Any, column: str, vocab_size: int | None) -> None:
+    """Raise UnknownId, naming the column, for an id below 0, or beyond the vocabulary (None: of unknown size)."""
+    array = np.asarray(ids)
+    if array.size == 0:
+        return
+    if array.min() < 0:
+        raise UnknownId(
+            f"has token id {array.min()} in column {column!r}, expected none below 0; set dataset_text_column to the "
+            "column of input ids, or use the text"
+        )
+    if vocab_size is not None and array.max() >= vocab_size:
+        raise UnknownId(
+            f"has, in column {column!r}, token id {array.max()}, but the model's vocabulary has {vocab_size} ids (0 "
+            f"to {vocab_size - 1}); use ids made with the model's own tokenizer"
+        )
 
 
 def is_ids(value: Any) -> bool:

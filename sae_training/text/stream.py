@@ -30,7 +30,7 @@ from sae_training.text.packing import (
     pack,
     separator_id_of,
 )
-from sae_training.text.rows import are_running_text, sample_of, tell_masks
+from sae_training.text.rows import rows_as_read, sample_of
 from sae_training.text.tokenize import Tokenize, tokenizer_function
 
 _logger = logging.getLogger("sae_training")
@@ -46,7 +46,7 @@ class TokenStream:
         starts contexts only, not documents.
     n_held_out, held_out_every: contexts held_out_every - 1, 2 * held_out_every - 1, ... of an epoch, n_held_out of
         them, are for evaluation and never come from `next_contexts`.
-    vocab_size: ids from here on are an error; None checks nothing.
+    vocab_size: ids from here on are an error, or a bad row where rows hold ids; None checks none.
     pack_sequences: False puts one document, or a part of a longer one, into each context, and PADDING after it.
     notify: called with a message when the data has ended and a second epoch begins, and with what rows of token ids
         were found to be.
@@ -81,15 +81,13 @@ class TokenStream:
         self.n_held_out = n_held_out
         self.held_out_every = held_out_every
         self.pack_sequences = pack_sequences
-        self._documents = documents
         document_bos_id = bos_id if separator == "auto" else None
         self._is_running_text = False
-        is_judged = documents.is_tokenized and pack_sequences
+        is_judged = documents.is_tokenized and pack_sequences and separator in ("auto", "none")
         if documents.masks or is_judged and document_bos_id is not None:
-            sample = sample_of(documents)
-            tell_masks(documents, sample, notify)
-            if is_judged and document_bos_id is not None:
-                self._is_running_text = are_running_text(documents, sample, document_bos_id, notify)
+            documents, is_packed = rows_as_read(documents, document_bos_id, is_judged, notify)
+            self._is_running_text = is_packed and document_bos_id is not None
+        self._documents = documents = documents.with_vocabulary(vocab_size)
         self._source = _TokenSource(
             documents,
             list if documents.is_tokenized else tokenizer_function(tokenizer),
@@ -208,6 +206,13 @@ class TokenStream:
     def _require_a_context(self, end: _Place) -> None:
         if end.context_index == 0:
             given = self._documents.given
+            sample = sample_of(self._documents) if self._documents.masks and len(end.pending) == 0 else []
+            if sample and not any(row.n_kept for row in sample):
+                raise ValueError(
+                    f"{given.field}: {given.name} holds no id that counts: all {sum(row.n_ids for row in sample):,} "
+                    f"ids in {len(sample)} rows are masked by {' or '.join(self._documents.masks)}; correct the "
+                    "column, or remove it to read all ids"
+                )
             if not self.pack_sequences:
                 raise ValueError(f"{given.field}: {given.name} holds no token; give a text that does")
             raise ValueError(
@@ -318,22 +323,13 @@ class _TokenSource:
             yield chunks
 
     def _check_ids(self, ids: np.ndarray) -> None:
-        if len(ids) == 0:
-            return
-        given, column = self.documents.given, self.documents.column
-        if self.vocab_size is not None and ids.max() >= self.vocab_size:
-            found = f"the tokenizer gave, on {given.name},"
-            if self.documents.is_tokenized:
-                found = f"{given.name} has, in column {column!r},"
+        """Check what the tokenizer made. Rows of token ids are checked where they are read."""
+        if len(ids) > 0 and self.vocab_size is not None and ids.max() >= self.vocab_size:
+            found = f"the tokenizer gave, on {self.documents.given.name},"
             raise self._too_large_id(int(ids.max()), self.vocab_size, found)
-        if ids.min() < 0:
-            raise ValueError(
-                f"{given.field}: {given.name} has token id {int(ids.min())} in column {column!r}, expected none below "
-                "0; set dataset_text_column to the column of input ids, or use the text"
-            )
 
     def _too_large_id(self, token_id: int, vocab_size: int, found: str) -> ValueError:
         return ValueError(
             f"{self.documents.given.field}: {found} token id {token_id}, but the model's vocabulary has {vocab_size} "
-            f"ids (0 to {vocab_size - 1}); use the model's own tokenizer, and text or ids made for it"
+            f"ids (0 to {vocab_size - 1}); use the model's own tokenizer"
         )

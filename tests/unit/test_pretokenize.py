@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from sae_training.activations_store import ActivationsStore
 from sae_training.machine.phases import counted_phases
 from sae_training.pretokenize import pretokenize
 from sae_training.text.documents import MAX_CHUNK_LENGTH
-from sae_training.text.open import open_documents
+from sae_training.text.open import open_documents, save_tokenized
 from sae_training.text.stream import TokenStream
 
 
@@ -42,6 +43,35 @@ def test_copy_gives_the_same_contexts_as_the_text(
         folder = pretokenize("demo", str(text), tmp_path / "ids", streaming=streaming, n_processes=n_processes)
     assert list(phases.seconds) == ["other", "loading the tokenizer", "reading the text", "tokenizing", "saving"]
     assert torch.equal(contexts(folder, demo_model.tokenizer, 9000), contexts(text, demo_model.tokenizer, 9000))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_skipped_rows_are_said_and_noted(streaming: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "the cat"}\n{"text": 5}\n{"txt": "a dog"}\n' * 4)
+    for name in ("ids", "again"):  # the second time the Arrow cache knows the rows
+        words = ["pretokenize", "demo", str(path), str(tmp_path / name)]
+        assert cli.main([*words, "--on_bad_rows=skip", f"--streaming={streaming}", "--n_processes=1"]) == 0
+        assert f"on_bad_rows: 8 bad rows of '{path}' were skipped." in "".join(capsys.readouterr())
+        assert json.loads((tmp_path / name / "pretokenized.json").read_text())["n_skipped"] == 8
+
+
+@pytest.mark.parametrize(("streaming", "n_processes"), [(False, 1), (False, 2), (True, 1)])
+def test_rows_that_other_processes_skip_are_counted(streaming: bool, n_processes: int, tmp_path: Path) -> None:
+    texts = ["the cat", None, "a dog", "a mat", None] * 50
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    documents = open_documents(
+        datasets.Dataset.from_dict({"messages": chats}),
+        streaming=streaming,
+        on_bad_rows="skip",
+        render=lambda conversation: conversation[0]["content"],
+        notify=lambda line: None,
+    )
+    counts = save_tokenized(documents, lambda found: [[len(text)] for text in found], tmp_path / "ids", n_processes)
+    assert counts == (250, 100)
+    copy = datasets.load_from_disk(str(tmp_path / "ids"))
+    assert copy.column_names == ["tokens"]
+    assert copy["tokens"][:] == [[] if text is None else [len(text)] for text in texts]
 
 
 def test_copy_is_made_once(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,7 @@ def test_only_ids_that_count_are_read(
 
     def stream() -> TokenStream:
         documents = open_documents(data, text_column=column)
+        documents.are_whole = True  # rows that look packed: test_rows
         return TokenStream(
             documents, TOKENIZER, 4, prepend_bos=bos, pack_sequences=packs, batch_tokens=5, notify=lambda line: None
         )
@@ -211,6 +213,40 @@ def test_mask_that_does_not_fit_names_the_row(streaming: bool) -> None:
     documents = open_documents(data.to_iterable_dataset() if streaming else data)
     with pytest.raises(ValueError, match=r"dataset_path: .*: row 2: attention_mask: found 2 values for 3 ids .*remove"):
         contents(documents)
+
+
+@pytest.mark.parametrize("name", ["loss_mask", "completion_mask", "assistant_masks", "counts"])
+@pytest.mark.parametrize("way", ["object", "stream", "generator", "transform", "jsonl", "parquet"])
+def test_mask_of_another_name_is_warned_of(way: str, name: str, tmp_path: Path) -> None:
+    dataset = datasets.Dataset.from_dict(
+        {"input_ids": PADDED["input_ids"], name: PADDED["attention_mask"], "token_type_ids": PADDED["attention_mask"]}
+    )
+    data: Any = dataset
+    if way in ("stream", "generator"):
+        data = WAYS[3 if way == "stream" else 6](dataset)
+    if way == "transform":
+        data = made_by_a_transform(dataset)
+    if way in ("jsonl", "parquet"):
+        data = tmp_path / f"a.{way}"
+        dataset.to_parquet(data) if way == "parquet" else dataset.to_json(data)
+    with pytest.warns(UserWarning, match=f"dataset_path: .* in column '{name}', which is not read.* name it attention"):
+        assert contents(open_documents(data)) == PADDED["input_ids"]
+
+
+@pytest.mark.parametrize("values", [[[5, 0, 1, 1]] * 3, [[0, 1]] * 3, [0, 1, 1], ["a", "b", "c"], [None] * 3])
+def test_columns_that_are_no_masks_are_left_alone(values: list[Any]) -> None:
+    data = {"input_ids": PADDED["input_ids"], "position_ids": values, "token_type_ids": PADDED["attention_mask"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_documents(datasets.Dataset.from_dict(data))
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_data_of_which_all_ids_are_masked_says_so(packs: bool) -> None:
+    data = datasets.Dataset.from_dict({"input_ids": PADDED["input_ids"], "labels": [[-100] * 4] * 3})
+    stream = TokenStream(open_documents(data), TOKENIZER, 4, pack_sequences=packs, notify=lambda line: None)
+    with pytest.raises(ValueError, match="all 12 ids in 3 rows are masked by labels; correct the column, or remove"):
+        stream.next_contexts(1)
 
 
 def test_columns_beside_text_are_no_masks() -> None:

@@ -88,6 +88,8 @@ def test_files_of_a_folder_are_named_by_their_place_in_it(tmp_path: Path, stream
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', r"line 2: found broken JSON \(.*\), expected a row with a col"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n{"text": null}\n', r"line 2: has no column 'text'; it has: txt"),
+        ("a.jsonl", b'{"text": "a"}\n{}\n', r"line 2: has no column 'text'; it has: none at all"),
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', r"line 2: found a list of strings in place of a row"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2: found bytes that are not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b \\ud800"}\n', r"line 2: column 'text' holds half a surrogate pair"),

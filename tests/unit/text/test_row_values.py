@@ -26,6 +26,10 @@ BAD_LISTS = st.lists(TEXTS | NUMBERS | LISTS | DICTS, min_size=1, max_size=4)
 VALUES = st.none() | TEXTS | NUMBERS | LISTS | DICTS | BAD_LISTS
 
 
+# The value of a row without the column: what it is called there instead, people misspell.
+MISSING = {"txt": "c"}
+
+
 def expected_documents(value: Any) -> list[str] | None:
     if value is None:
         return []
@@ -47,13 +51,17 @@ def by_a_transform(values: list[Any], folder: Path) -> Any:
     return dataset
 
 
+def row_of(value: Any) -> dict[str, Any]:
+    return {"n": 1, "txt": "c"} if value is MISSING else {"n": 1, "text": value}
+
+
 def json_lines(values: list[Any], folder: Path) -> Any:
-    (folder / "a.jsonl").write_text("".join(json.dumps({"n": 1, "text": value}) + "\n" for value in values))
+    (folder / "a.jsonl").write_text("".join(json.dumps(row_of(value)) + "\n" for value in values))
     return folder / "a.jsonl"
 
 
 def json_list(values: list[Any], folder: Path) -> Any:
-    (folder / "a.json").write_text(json.dumps([{"text": value} for value in values], indent=1))
+    (folder / "a.json").write_text(json.dumps([row_of(value) for value in values], indent=1))
     return folder / "a.json"
 
 
@@ -63,7 +71,7 @@ PLACES = {generated: "row {}", by_a_transform: "row {}", json_lines: "a.jsonl, l
 @pytest.mark.parametrize("streaming", [None, True], ids=["whole", "streaming"])
 @pytest.mark.parametrize("source", PLACES, ids=lambda source: source.__name__)
 @settings(max_examples=25, deadline=None)
-@given(values=st.lists(VALUES, min_size=1, max_size=8))
+@given(values=st.lists(VALUES | st.just(MISSING), min_size=1, max_size=8))
 def test_whatever_a_column_of_text_holds_is_its_documents_or_named(
     values: list[Any], source: Callable[[list[Any], Path], Any], streaming: bool | None
 ) -> None:
@@ -92,10 +100,53 @@ def test_whatever_a_column_of_text_holds_is_its_documents_or_named(
         with pytest.raises(BadData) as caught:
             list(opened("error").read())
         where = PLACES[source].format(first + 1)
-        assert f"{where}: column 'text' holds {describe(values[first])}, expected a string or a list of" in str(
-            caught.value
-        )
-        assert f"{where}: column 'text' holds {describe(values[first])}" in said[0]
+        problem = f"{where}: column 'text' holds {describe(values[first])}, expected a string or a list of"
+        if values[first] is MISSING and source in (json_lines, json_list):
+            problem = f"{where}: has no column 'text'; it has: n, txt"
+        assert problem in str(caught.value) and problem in said[0]
+
+
+def ids_in_lines(rows: list[dict[str, Any]], folder: Path) -> Any:
+    (folder / "a.jsonl").write_text("".join("\n" + json.dumps(row) + "\n" for row in rows))
+    return folder / "a.jsonl"
+
+
+def ids_in_parquet(rows: list[dict[str, Any]], folder: Path) -> Any:
+    datasets.Dataset.from_list(rows).to_parquet(folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [(ids_in_lines, lambda n: f"a.jsonl, line {2 * n}"), (ids_in_parquet, lambda n: f"a.parquet, row {n}")],
+    ids=["jsonl", "parquet"],
+)
+@settings(max_examples=20, deadline=None)
+@given(
+    ids=st.lists(st.lists(st.tuples(st.integers(-2, 12), st.booleans()), min_size=1, max_size=5), min_size=1),
+    vocab_size=st.sampled_from([8, 11, None]),
+)
+def test_id_that_no_token_has_makes_its_row_bad_unless_it_is_masked(
+    ids: list[list[tuple[int, bool]]], vocab_size: int | None, source: Any, place: Any, streaming: bool
+) -> None:
+    ids = [[(1, True), (2, True)], *ids]
+    rows = [{"tokens": [i for i, _ in row], "attention_mask": [int(counts) for _, counts in row]} for row in ids]
+    kept = [[i for i, counts in row if counts] for row in ids]
+    is_bad = [any(i < 0 or vocab_size is not None and i >= vocab_size for i in row) for row in kept]
+    with tempfile.TemporaryDirectory() as folder:
+        data = source(rows, Path(folder))
+
+        def read(on_bad_rows: Any) -> tuple[list[list[int]], int]:
+            documents = open_documents(data, streaming=streaming, on_bad_rows=on_bad_rows, notify=lambda line: None)
+            documents = documents.with_vocabulary(vocab_size)
+            return [chunk.content for chunk in documents.read()], documents.bad_rows.n_skipped
+
+        good = [row for row, bad in zip(kept, is_bad, strict=True) if row and not bad]
+        assert read("skip") == (good, sum(is_bad))
+        if any(is_bad):
+            with pytest.raises(BadData, match=rf": {place(is_bad.index(True) + 1)}: has.* token id .*on_bad_rows=skip"):
+                read("error")
 
 
 @settings(max_examples=60, deadline=None)

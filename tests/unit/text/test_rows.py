@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from texts import BOS, epoch_of, make_tokenizer, stories, through_a_file
 
 from sae_training.demo_data import DEMO_MODEL
@@ -126,6 +129,99 @@ def test_masked_rows_are_documents() -> None:
     data = rows_of(TEXT, attention_mask=[[1] * (N - i % 3) + [0] * (i % 3) for i in range(20)])
     assert epoch_of(read(data, told))[0][0] == BOS
     assert not any("packed" in line for line in told)
+
+
+# A row's mask, by what it says of each id; where rows are packed, masked ids are the separators.
+SAYS: dict[str, Callable[[list[int], set[int]], list[int]]] = {
+    "special_tokens_mask": lambda row, masked: [int(i in masked) for i in range(len(row))],
+    "labels": lambda row, masked: [-100 if i in masked else token for i, token in enumerate(row)],
+    "attention_mask": lambda row, masked: [int(i not in masked) for i in range(len(row))],
+}
+MASK = st.sampled_from(list(SAYS))
+
+
+def with_masked(rows: list[list[int]], masked: list[set[int]], mask: str) -> datasets.Dataset:
+    """Rows of ids, and a mask that masks the given places."""
+    return rows_of(rows, **{mask: [SAYS[mask](row, places) for row, places in zip(rows, masked, strict=True)]})
+
+
+def verdict(data: datasets.Dataset, **options: Any) -> tuple[str, list[list[int]]]:
+    told: list[str] = []
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        stream = read(data, told, **options)
+    unclear = any("it cannot be told whether the rows" in str(one.message) for one in warned)
+    packed = any("holds packed rows" in line for line in told)
+    return "unclear" if unclear else "running text" if packed else "documents", epoch_of(stream)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(mask=MASK, inner=st.lists(st.sets(st.integers(1, N - 2), max_size=4), min_size=20, max_size=20))
+def test_ids_masked_within_packed_rows_leave_them_packed(mask: str, inner: list[set[int]]) -> None:
+    rows = [
+        [EOS if i in masked else token for i, token in enumerate(row)] for row, masked in zip(TEXT, inner, strict=True)
+    ]
+    found, contexts = verdict(with_masked(rows, inner, mask))
+    assert found == "running text"
+    text = [token for token in joined(rows) if token != EOS or mask == "special_tokens_mask"]
+    assert without_first(contexts) == text[: 4 * len(contexts)] and len(text) - 4 * len(contexts) < 4
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(
+    mask=st.sampled_from(["special_tokens_mask", "labels"]),
+    density=st.floats(0.005, 0.15),
+    seed=st.integers(0, 99),
+)
+def test_separators_masked_anywhere_never_make_documents_without_a_word(mask: str, density: float, seed: int) -> None:
+    is_masked = np.random.default_rng(seed).random((len(TEXT), N)) < density
+    masked = [set(np.flatnonzero(row).tolist()) for row in is_masked]
+    n_cut, n_inner = (is_masked[:, 0] | is_masked[:, -1]).sum(), is_masked[:, 1:-1].sum()
+    found, _ = verdict(with_masked(TEXT, masked, mask))
+    # Where masked ids stand at ends of rows only, they are padding as far as anybody can tell.
+    assert found != "documents" or n_inner == 0 and n_cut > 2
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(
+    mask=MASK,
+    lengths=st.lists(st.integers(2, N - 3), min_size=3, max_size=20),
+    n_full=st.integers(0, 10),
+    left=st.booleans(),
+    inner=st.booleans(),
+)
+def test_padded_rows_are_documents_without_a_word(
+    mask: str, lengths: list[int], n_full: int, left: bool, inner: bool
+) -> None:
+    lengths = lengths + [N] * min(n_full, len(lengths))
+    rows, masked = [], []
+    for row, n in zip(TEXT, lengths, strict=False):
+        padding = [0] * (N - n)
+        rows.append([*padding, *row[:n]] if left else [*row[:n], *padding])
+        masked.append(set(range(N - n)) if left else set(range(n, N)))
+        if inner and mask != "attention_mask" and n > 4:
+            masked[-1].add(N - 3 if left else 2)
+    found, contexts = verdict(with_masked(rows, masked, mask))
+    assert found == "documents"
+    kept = [[BOS, *(t for i, t in enumerate(row) if i not in there)] for row, there in zip(rows, masked, strict=True)]
+    assert joined(contexts) == packed(joined(kept))[: len(contexts) * 5]
+
+
+def test_padded_last_row_leaves_the_others_packed() -> None:
+    says = [[1] * N] * 19 + [[1] * 5 + [0] * (N - 5)]
+    found, contexts = verdict(rows_of([*TEXT[:19], TEXT[19][:5] + [0] * (N - 5)], attention_mask=says))
+    text = joined([*TEXT[:19], TEXT[19][:5]])
+    assert found == "running text" and without_first(contexts) == text[: 4 * len(contexts)]
+
+
+@pytest.mark.parametrize("options", [{"separator": "none"}, {"prepend_bos": False}, {"separator": "bos"}], ids=str)
+def test_special_tokens_mask_takes_the_separators_of_documents_alone(options: dict[str, Any]) -> None:
+    rows = [[*row[:5], EOS, *row[6:]] for row in TEXT]
+    says = [[int(token == EOS) for token in row] for row in rows]
+    found, contexts = verdict(rows_of(rows, special_tokens_mask=says), **options)
+    are_documents = options.get("separator") == "bos"
+    assert found == ("documents" if are_documents else "running text")
+    assert (EOS in joined(contexts)) != are_documents
 
 
 def test_rows_of_a_mixture_come_in_turn_so_each_is_read_as_a_document() -> None:

@@ -319,6 +319,8 @@ def test_token_id_beyond_the_vocabulary_is_an_error_with_both_numbers():
     stream = stream_of_ids([[1, 2], [3, 77, 5]], context_size=4, vocab_size=77)
     with pytest.raises(ValueError, match=r"token id 77, but the model's vocabulary has 77 ids"):
         stream.next_contexts(1)
+    with pytest.raises(ValueError, match=r"row 2: has, in column 'tokens', token id 77"):
+        stream.first_contexts(1)
     stream_of_ids([[1, 2], [3, 77, 5]], context_size=4, vocab_size=78).next_contexts(1)
 
 
