@@ -54,7 +54,15 @@ def test_every_block_says_whether_it_is_run(page: Path) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.mark == "run" for b in blocks_of(page))], ids=name)
 def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    # One thread, because as many pages as there are cores are run at a time.
+    own = {
+        "PATH": path,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "OMP_NUM_THREADS": "1",
+    }
+    env = os.environ | own
     marked = [block for block in blocks_of(page) if block.mark == "run"]
     for language, group in groupby(marked, key=lambda block: block.language):
         blocks = list(group)
