@@ -21,7 +21,7 @@ from sae_training.activations_store.finiteness import check_finite, explain_cach
 from sae_training.activations_store.source import Taken
 from sae_training.machine.files import sha256
 from sae_training.machine.interrupt import StopAsked, stop_point
-from sae_training.machine.paths import lies_elsewhere
+from sae_training.machine.paths import same_or_moved
 
 READ_AHEAD = 2  # batches
 
@@ -42,10 +42,7 @@ def open_cache(folder: Path, expected: dict[str, Any], sites: dict[str, int]) ->
             f"store_batch_size), but {folder} was written with {manifest.about['n_held_out']} held out, so it contains "
             "some that this run is evaluated on; lower n_eval_batches, or write another cache."
         )
-    then = manifest.about
-    different = [
-        key for key in MUST_AGREE if then[key] != expected[key] and not lies_elsewhere(then[key], expected[key])
-    ]
+    different = [key for key in MUST_AGREE if not same_or_moved(manifest.about[key], expected[key])]
     if {"model_name", "lm_dtype"} & {*different}:
         different = [key for key in different if key != "model_fingerprint"]  # because it differs only for that
     if different:

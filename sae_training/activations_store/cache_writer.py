@@ -45,7 +45,7 @@ from sae_training.language_model.harvest import harvest
 from sae_training.language_model.twins import compiled_blocks
 from sae_training.machine.files import check_free_disk, flush_to_disk, sha256, write_safetensors
 from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInterrupted
-from sae_training.machine.paths import lies_elsewhere
+from sae_training.machine.paths import same_or_moved
 from sae_training.machine.phases import phase, progress_bar
 from sae_training.machine.precision import dtype_name
 
@@ -89,11 +89,8 @@ class CacheWriter:
             # The fingerprint says whether the weights differ, and a job that met no bad row wrote what skipping writes.
             for name in ("model_revision", "on_bad_rows", *retired(CacheActivationsRunnerConfig)):
                 then.pop(name, None)
-            differences = {
-                name: (old, now.get(name))
-                for name, old in then.items()
-                if old != now.get(name) and not lies_elsewhere(old, now.get(name))
-            }
+            pairs = {name: (old, now.get(name)) for name, old in then.items()}
+            differences = {name: pair for name, pair in pairs.items() if not same_or_moved(*pair)}
             if differences:
                 lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in differences.items())
                 raise ValueError(

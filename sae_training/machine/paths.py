@@ -73,11 +73,12 @@ def paths_of(cfg: Source) -> dict[str, list[Path]]:
     return {name: paths for name, paths in found.items() if paths}
 
 
-def lies_elsewhere(old: object, new: object) -> bool:
-    """Return whether `new` is what `old` named, moved: a path that is gone, and one of the same name that is here."""
+def same_or_moved(old: object, new: object) -> bool:
+    """Return whether `new` is `old`, or what it named, moved: a path that is gone, and one of its name that is here."""
+    if old == new:
+        return True
     if isinstance(old, list) and isinstance(new, list):
-        pairs = list(zip(old, new, strict=False))
-        return len(old) == len(new) and all(a == b or lies_elsewhere(a, b) for a, b in pairs)
+        return len(old) == len(new) and all(map(same_or_moved, old, new))
     if not (isinstance(old, str) and isinstance(new, str) and os.path.isabs(old) and os.path.isabs(new)):
         return False
     return Path(old).name == Path(new).name and not os.path.exists(old) and os.path.exists(new)

@@ -24,7 +24,7 @@ from sae_training.config.sweep import is_several
 from sae_training.formats.run_files import CHECKPOINTS, FINAL, RUN_CONFIG_FILE, STATUS_FILE
 from sae_training.machine.files import NotEnoughDisk, write_text
 from sae_training.machine.lock import InUse, exclusive
-from sae_training.machine.paths import PATH_FIELDS, lies_elsewhere, paths_of
+from sae_training.machine.paths import PATH_FIELDS, paths_of, same_or_moved
 
 LOCK_FILE = ".lock"
 
@@ -147,7 +147,7 @@ def check_same_config(folder: Path, cfg: LanguageModelSAERunnerConfig) -> None:
     machine. What is in it is checked where it is read: models and texts have fingerprints in a checkpoint.
     """
     differences = config_differences(read_run_config(folder), cfg, ignore=WATCHING_FIELDS)
-    moved = {name: pair for name, pair in differences.items() if name in PATH_FIELDS and lies_elsewhere(*pair)}
+    moved = {name: pair for name, pair in differences.items() if name in PATH_FIELDS and same_or_moved(*pair)}
     others = {name: pair for name, pair in differences.items() if name not in moved}
     if others:
         lines = [f"  {name}: {old!r} -> {new!r}" for name, (old, new) in others.items()]
