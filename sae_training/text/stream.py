@@ -107,10 +107,11 @@ class TokenStream:
         """Number of contexts of this epoch that have been passed, held-out contexts included."""
         return self._contexts.place.context_index
 
-    def next_contexts(self, n: int) -> Tensor:
+    def next_contexts(self, n: int, until_end: bool = False) -> Tensor:
         """The next n training contexts, int64 (n, context_size), with PADDING after the end of one.
 
-        An error uses up none.
+        With `until_end` there are fewer at the end of the data, and then none; without, it starts again. An error uses
+        up none.
         """
         before = self.epoch, self._contexts.place
         taken = [np.empty((0, self.context_size), dtype=np.int64)]
@@ -120,6 +121,8 @@ class TokenStream:
                 first = self.context_index
                 rows = self._contexts.take(n_missing)
                 if len(rows) == 0:
+                    if until_end:
+                        break
                     self._start_epoch()
                     continue
                 rows = rows[~self._is_held_out(np.arange(first, first + len(rows)))]

@@ -1,0 +1,229 @@
+"""A finished analysis, as people read it: a table of latents, and a latent with its figures and examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sqlalchemy import select
+
+from sae_analysis.store import schema
+from sae_analysis.store.example_blob import KINDS
+from sae_analysis.store.read import Reader, url_of
+
+ANALYSIS_FOLDER = "analysis"
+STORE_FILE = "analysis.sqlite"
+
+
+def open_analysis(path: str | Path) -> Analysis:
+    """Open the analysis of a run folder, of a folder that `build` wrote to, a store file, or a database URL."""
+    if "://" in str(path):
+        return Analysis(Reader(str(path)))
+    given = path = Path(path).expanduser()
+    if path.is_dir():
+        path = next((p for p in (path / ANALYSIS_FOLDER / STORE_FILE, path / STORE_FILE) if p.is_file()), path)
+    if not path.is_file():
+        inside = sorted(p.parent.parent for p in given.glob(f"*/{ANALYSIS_FOLDER}/{STORE_FILE}"))
+        if inside:
+            raise FileNotFoundError(
+                f"{given}: holds the analyses of {len(inside)} autoencoders; open one of {', '.join(map(str, inside))}."
+            )
+        raise FileNotFoundError(f"{given}: holds no analysis; build it with `sae-analysis build {given}`.")
+    return Analysis(Reader(url_of(path)))
+
+
+@dataclass(frozen=True)
+class Example:
+    """A place in the corpus, with the text around it."""
+
+    latent: int
+    kind: str
+    """top, random, silent, or quantile 4 (the strongest fifth of the latent's firings) to quantile 0."""
+    context: int
+    """The number of the context in the corpus."""
+    position: int
+    """Of the example's token in the context; `tokens[position]` is its text."""
+    activation: float
+    """Of the latent there; 0 where it does not fire."""
+    ids: list[int]
+    """The token ids of the whole context."""
+    tokens: list[str]
+    """Their texts. Of a character that is split over tokens, all but the first are ""."""
+    activations: list[float]
+    """Of the latent at each token; 0 beyond 128 tokens from the example, where they are not kept."""
+
+    @property
+    def token(self) -> str:
+        return self.tokens[self.position]
+
+    def window(self, width: int = 32) -> range:
+        """Return the positions of `width` tokens around the example, two thirds of them before it."""
+        start = max(0, min(self.position - 2 * width // 3, len(self.tokens) - width))
+        return range(start, min(start + width, len(self.tokens)))
+
+    def __str__(self) -> str:
+        text = "".join(f"[{self.tokens[i]}]" if i == self.position else self.tokens[i] for i in self.window())
+        return f"{self.activation:8.3f}  {text!r}"
+
+
+class Latent:
+    """One latent of an analysis; its figures are attributes: `density`, `max`, `mean`, ... (`Analysis.latents`)."""
+
+    def __init__(self, analysis: Analysis, index: int) -> None:
+        self.analysis, self.index = analysis, int(index)
+
+    def __getattr__(self, name: str) -> Any:
+        figures = self.__dict__.get("figures")
+        if figures is None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            figures = self.__dict__["figures"] = self.analysis.latents.loc[self.index].to_dict()
+        if name in figures:
+            return figures[name]
+        raise AttributeError(f"latent has no figure {name!r}; it has: {', '.join(map(str, figures))}")
+
+    @cached_property
+    def details(self) -> dict[str, Any]:
+        return self.analysis.reader.details(self.index)
+
+    @property
+    def histogram(self) -> tuple[np.ndarray, np.ndarray]:
+        """(counts, edges): of its activations where it fires; edges grow by a constant factor."""
+        found = self.details["histogram"]
+        return np.array(found["counts"]), np.array(found["edges"])
+
+    @property
+    def quantiles(self) -> dict[float, float]:
+        """Of its activations where it fires, rounded down to an edge of the histogram's finest bins (9% apart)."""
+        return {float(q): v for q, v in self.details["quantiles"].items()}
+
+    @property
+    def logits(self) -> dict[str, list[tuple[str, float]]]:
+        """The tokens whose logits its direction raises ("top") and lowers ("bottom") most; {} where there are none."""
+        found = self.details.get("logits", {})
+        text = self.analysis.token_text
+        return {side: [(text(id_), value) for id_, value in found[side]] for side in ("top", "bottom") if side in found}
+
+    @property
+    def logit_histogram(self) -> tuple[np.ndarray, np.ndarray]:
+        """(counts, edges) of the logits over the vocabulary."""
+        found = self.details["logits"]
+        return np.array(found["counts"]), np.linspace(*found["edges"], len(found["counts"]) + 1)
+
+    @property
+    def neighbours(self) -> dict[str, list[tuple[int, float]]]:
+        """Latents: similar (cosine of decoders), correlated (Pearson), coactive (Jaccard); and neurons (cosine)."""
+        return {name: [(int(i), v) for i, v in pairs] for name, pairs in self.details["neighbours"].items()}
+
+    @property
+    def top_tokens(self) -> list[tuple[str, float]]:
+        """The tokens that make up most of its activation, and the share of each."""
+        table = schema.tokens
+        query = select(table.c.token, table.c.share).where(
+            table.c.analysis == self.analysis.reader.analysis, table.c.latent == self.index
+        )
+        found = self.analysis.reader.rows(query.order_by(table.c.rank))
+        return [(self.analysis.token_text(row.token), row.share) for row in found]
+
+    def examples(self, kind: str = "top") -> list[Example]:
+        """Return examples of a kind: top, quantile (of all fifths, strongest first) or one fifth of it ("quantile 4"),
+        random, or silent."""
+        kinds = {*KINDS, "quantile"}
+        if kind not in kinds:
+            raise ValueError(f"kind: found {kind!r}, expected one of {', '.join(sorted(kinds))}.")
+        reader, stored = self.analysis.reader, self.analysis.reader.examples(self.index)
+        ends = np.cumsum(stored.lengths)
+        found = []
+        for i, of_kind in enumerate(stored.kinds):
+            name = KINDS[of_kind]
+            if name != kind and not (kind == "quantile" and name.startswith("quantile")):
+                continue
+            ids = reader.context(int(stored.contexts[i]))
+            activations = np.zeros(len(ids), dtype=np.float32)
+            own = slice(ends[i] - stored.lengths[i], ends[i])
+            activations[stored.firing_positions[own]] = stored.firing_values[own]
+            position = int(stored.positions[i])
+            found.append(
+                Example(
+                    self.index,
+                    name,
+                    int(stored.contexts[i]),
+                    position,
+                    float(activations[position]),
+                    ids.tolist(),
+                    reader.texts(ids),
+                    activations.tolist(),
+                )  # fmt: skip
+            )
+        return found
+
+    def __repr__(self) -> str:
+        lines = [f"latent {self.index}: fires on {self.density:.3%} of tokens, at most {self.max:.3g}"]
+        return "\n".join([*lines, *map(str, self.examples("top")[:5])])
+
+
+class Analysis:
+    """A finished analysis."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What was analysed, and on what."""
+        return self.reader.about
+
+    @cached_property
+    def latents(self) -> pd.DataFrame:
+        """A row for each latent: `latent_statistics` and `store.schema.FIGURES` say what the columns are."""
+        return self.reader.latents()
+
+    def latent(self, index: int) -> Latent:
+        """Return a latent. IndexError if there is none of this number."""
+        if not 0 <= index < self.about["d_sae"]:
+            raise IndexError(f"latent: found {index}, expected 0 to {self.about['d_sae'] - 1}.")
+        return Latent(self, index)
+
+    def token_text(self, id_: int) -> str:
+        return self.reader.texts([id_])[0]
+
+    def search(self, tokens: str | list[str] | None = None, text: str | None = None) -> pd.DataFrame:
+        """Return the latents that fire on some tokens, or whose top examples hold a text, best first.
+
+        tokens: words or pieces; a latent is found if one is among the ten that make up most of its activation. Spaces
+            around a token and its case do not count. Ordered by their share in it (column `share`).
+        text: ordered by the number of top examples whose windows hold it (column `n_examples`); case does not count.
+        """
+        if (tokens is None) == (text is None):
+            raise ValueError("search: give tokens or text.")
+        if tokens is None:
+            return self.with_text(text or "")
+        return self.with_tokens([tokens] if isinstance(tokens, str) else tokens)
+
+    def with_tokens(self, tokens: list[str]) -> pd.DataFrame:
+        wanted = {token.strip().lower() for token in tokens}
+        ids = [i for i in range(len(self.reader.pieces)) if self.token_text(i).strip().lower() in wanted]
+        table = schema.tokens
+        query = select(table.c.latent, table.c.share).where(
+            table.c.analysis == self.reader.analysis, table.c.token.in_(ids)
+        )
+        found = pd.DataFrame(self.reader.rows(query), columns=["index", "share"]).groupby("index")["share"].sum()
+        return self.latents.join(found, how="inner").sort_values("share", ascending=False, kind="stable")
+
+    def with_text(self, text: str) -> pd.DataFrame:
+        wanted, counts = text.lower(), {}
+        for index in self.latents.index[self.latents["count"] > 0]:
+            windows = (e for e in self.latent(index).examples("top"))
+            n = sum(wanted in "".join(e.tokens[i] for i in e.window()).lower() for e in windows)
+            if n:
+                counts[index] = n
+        found = pd.Series(counts, name="n_examples", dtype="int64")
+        return self.latents.join(found, how="inner").sort_values("n_examples", ascending=False, kind="stable")
+
+    def __repr__(self) -> str:
+        about = self.about
+        return f"Analysis of {about['name']}: {about['d_sae']:,} latents of {about['hook_point']} on {about['text']}"

@@ -1,0 +1,257 @@
+"""Build the analysis of a run: one pass over a corpus, from which everything that is known of each latent follows.
+
+corpus --contexts with activations--> Gathered, for each autoencoder --> the tables of a store
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from sae_analysis.analysis import ANALYSIS_FOLDER, STORE_FILE, Analysis, open_analysis
+from sae_analysis.corpus import CachedCorpus, LiveCorpus
+from sae_analysis.gathered import Gathered, Sizes
+from sae_analysis.of_model import of_model
+from sae_analysis.store.write import Writer
+from sae_analysis.subjects import Subject, subjects_of
+from sae_training.activations_store import ActivationsStore
+from sae_training.config.io import CACHE_FIELDS, config_to_dict
+from sae_training.language_model.load import fingerprint
+from sae_training.machine.files import disk_named, read_safetensors, write_safetensors
+from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInterrupted
+from sae_training.machine.lock import lock_beside
+from sae_training.machine.phases import counted_phases, phase, progress_bar
+from sae_training.utils import Session
+
+SAVE_EVERY = 60.0  # seconds
+
+
+@counted_phases()
+def build_analysis(
+    source: str | Path | Session,
+    n_tokens: int = 1_000_000,
+    *,
+    dataset: Any = None,
+    output: str | Path | None = None,
+    cached: str | Path | None = None,
+    sizes: Sizes | None = None,
+    seed: int = 0,
+    anew: bool = False,
+) -> Analysis | dict[str, Analysis]:
+    """Analyse the latents of an autoencoder on `n_tokens` of text, and return the analysis.
+
+    source: a run folder (of several autoencoders: all, from one pass, returned by name), a checkpoint, any file that
+        `SparseAutoencoder.load_from_pretrained` takes, or (model, sae, store) of the session loader.
+    dataset: a path, a name or a `datasets` object in place of the run's own training text.
+    output: the folder that gets the analysis; without it the run's own, or `runs/<name of the file>`.
+    cached: a folder of contexts that `sae-training cache` wrote, which replaces the passes of the language model.
+    sizes: how many examples of a latent are kept.
+
+    A build that was stopped goes on where it was last saved, at most a minute before, and the result is the same.
+    `anew` starts it again. A finished analysis with the same settings is returned as it is.
+    """
+    if n_tokens < 1:
+        raise ValueError(f"n_tokens: found {n_tokens}, expected 1 or more.")
+    found = subjects_of(source, dataset, output)
+    if cached is not None and dataset is not None:
+        raise ValueError("cached: the text of a cache is its own; leave out dataset.")
+    build = Build(found.store, found.subjects, found.folder, n_tokens, sizes or Sizes(), seed, cached)
+    with (
+        lock_beside(found.folder / ANALYSIS_FOLDER, "output"),
+        disk_named(found.folder),
+        StopRequest(tqdm.write) as stop,
+    ):
+        if anew:
+            build.forget()
+        try:
+            build.run()
+        except StopAsked:
+            build.save()
+            assert stop.signal is not None
+            raise TrainingInterrupted(
+                f"Stopped by {stop.signal.name} after {build.corpus.done:,} of {build.corpus.n_contexts:,} contexts, "
+                "saved. The same command continues it.",
+                exit_code=128 + stop.signal,
+            ) from None
+    found.store.text.say_skipped()
+    opened = {subject.name: open_analysis(subject.folder) for subject in found.subjects}
+    return opened if found.are_several else opened[found.subjects[0].name]
+
+
+class Build:
+    """A build, which a kill may end at any moment: its folder is what it goes on from."""
+
+    def __init__(
+        self,
+        store: ActivationsStore,
+        subjects: Sequence[Subject],
+        folder: Path,
+        n_tokens: int,
+        sizes: Sizes,
+        seed: int,
+        cached: str | Path | None,
+    ) -> None:
+        self.store, self.subjects, self.sizes = store, subjects, sizes
+        self.context_size = int(store.text.cfg.context_size)
+        n_contexts = math.ceil(n_tokens / self.context_size)
+        sites = store.sites.all
+        if cached is None:
+            self.corpus = LiveCorpus(store, sites, n_contexts)
+        else:
+            self.corpus = CachedCorpus(store, sites, n_contexts, Path(cached).expanduser())
+        self.gathered = {
+            subject.name: Gathered(subject.sae, subject.sites, self.context_size, store.model.cfg.d_vocab, sizes, seed)
+            for subject in subjects
+        }
+        settings = {
+            "text": store.text.documents.given.name,
+            "cached": None if cached is None else str(cached),
+            "n_contexts": self.corpus.n_contexts,
+            "seed": seed,
+            "sizes": asdict(sizes),
+            "rules": {name: config_to_dict(store.text.cfg)[name] for name in CACHE_FIELDS},
+            "model": fingerprint(store.model),
+        }
+        self.settings = {subject.name: settings | {"sae": hash_of(subject.sae)} for subject in subjects}
+        self.folder = folder / ANALYSIS_FOLDER / "building"
+        self.state_file, self.ids_file = self.folder / "state.safetensors", self.folder / "contexts.i4"
+
+    # ------------------------------------------------------------------------------------------------------ the build
+
+    def run(self) -> None:
+        """Make the pass, or the rest of it, and write what was found."""
+        if all(self.is_written(subject) for subject in self.subjects):
+            tqdm.write(f"{self.folder.parent}: this analysis is there already.")
+            return
+        with phase("reading the text"):
+            self.go_on()
+        with phase("analysis", has_bar=True):
+            self.make_pass()
+        self.save()
+        ids = np.fromfile(self.ids_file, dtype="<i4").reshape(-1, self.context_size)
+        for subject in self.subjects:
+            if not self.is_written(subject):
+                with phase("writing the analysis", has_bar=True):
+                    self.write(subject, ids)
+        shutil.rmtree(self.folder)
+
+    def make_pass(self) -> None:
+        corpus = self.corpus
+        per_context = self.context_size
+        bar = progress_bar("analysis", corpus.n_contexts * per_context, "tokens", corpus.done * per_context)
+        saved = time.monotonic()
+        with bar, self.ids_file.open("ab") as ids:
+            for contexts in corpus:
+                for gathered in self.gathered.values():
+                    gathered.add(contexts, self.store.rule)
+                ids.write(contexts.tokens.cpu().numpy().astype("<i4").tobytes())
+                bar.update(len(contexts.tokens) * per_context)
+                if time.monotonic() - saved > SAVE_EVERY:
+                    ids.flush()
+                    self.save()
+                    saved = time.monotonic()
+
+    def write(self, subject: Subject, ids: np.ndarray) -> None:
+        """Write the store of one autoencoder beside its place, go on with what is there, and move it in."""
+        partial = subject.folder / ANALYSIS_FOLDER / (STORE_FILE + ".part")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        writer = Writer(f"sqlite:///{partial}", 1, self.about(subject))
+        writer.write(self.gathered[subject.name], of_model(self.store.model, subject.sites.target), ids, self.sizes)
+        partial.rename(partial.with_name(STORE_FILE))
+
+    # -------------------------------------------------------------------------------------------------- what is saved
+
+    def save(self) -> None:
+        """Save all that has been gathered, whole or not at all."""
+        tensors = {
+            f"{name}/{key}": value
+            for name, gathered in self.gathered.items()
+            for key, value in gathered.state().items()
+        }
+        metadata = {"corpus": json.dumps(self.corpus.state()), "settings": json.dumps(self.settings)}
+        write_safetensors(self.state_file, tensors, metadata)
+
+    def go_on(self) -> None:
+        """Take up what was saved, if anything was. ValueError if it is of another build."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.ids_file.touch()
+        n_bytes = 0
+        if self.state_file.is_file():
+            with safe_open(self.state_file, framework="pt") as file:
+                metadata = file.metadata()
+            check_same(self.folder, json.loads(metadata["settings"]), self.settings)
+            self.corpus.go_on(json.loads(metadata["corpus"]))
+            tensors = read_safetensors(self.state_file)
+            for name, gathered in self.gathered.items():
+                own = f"{name}/"
+                gathered.load({k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)})
+            n_bytes = self.corpus.done * self.context_size * 4
+            tqdm.write(f"Going on after {self.corpus.done:,} of {self.corpus.n_contexts:,} contexts.")
+        with self.ids_file.open("rb+") as ids:
+            ids.truncate(n_bytes)
+
+    def forget(self) -> None:
+        """Delete what an unfinished build has left."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for subject in self.subjects:
+            for file in (STORE_FILE, STORE_FILE + ".part"):
+                (subject.folder / ANALYSIS_FOLDER / file).unlink(missing_ok=True)
+
+    def is_written(self, subject: Subject) -> bool:
+        """Return whether the subject's analysis is there, with the same settings."""
+        path = subject.folder / ANALYSIS_FOLDER / STORE_FILE
+        return path.is_file() and open_analysis(path).about["settings"] == self.settings[subject.name]
+
+    def about(self, subject: Subject) -> dict[str, Any]:
+        cfg = subject.sae.full_cfg
+        return {
+            "name": subject.name,
+            "settings": self.settings[subject.name],
+            "model": cfg.model_name,
+            "text": self.store.text.documents.given.name,
+            "hook_point": subject.sites.input.name,
+            "target_hook_point": subject.sites.target.name,
+            "architecture": subject.sae.architecture,
+            "d_in": subject.sae.d_in,
+            "d_sae": subject.sae.d_sae,
+            "context_size": self.context_size,
+            "n_contexts": self.corpus.done,
+        }
+
+
+def hash_of(sae: torch.nn.Module) -> str:
+    """Return a hash of the weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ValueError, saying where they differ, unless a saved build has the settings of this one."""
+    if found == wanted:
+        return
+    if found.keys() != wanted.keys():
+        lines = [f"  autoencoders: {', '.join(found)} -> {', '.join(wanted)}"]
+    else:
+        pairs = {
+            key: (old[key], new[key]) for old, new in zip(found.values(), wanted.values(), strict=True) for key in new
+        }
+        lines = [f"  {key}: {old!r} -> {new!r}" for key, (old, new) in pairs.items() if old != new]
+    raise ValueError(
+        f"{folder} holds an unfinished build with other settings:\n" + "\n".join(lines) + "\nGive the old ones to "
+        "continue it, or anew (--anew) to delete it and begin again."
+    )

@@ -1,0 +1,109 @@
+"""The corpus of an analysis: contexts in the order of the text, numbered from 0, with the activations of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from sae_training.activations_store import ActivationsStore
+from sae_training.activations_store.cache import origin, position_from_json, position_to_json
+from sae_training.activations_store.cache_reader import CachedShards, open_cache
+from sae_training.activations_store.passes import to_device
+from sae_training.language_model.harvest import harvest
+from sae_training.language_model.sites import HookSite
+from sae_training.language_model.twins import compiled_blocks
+from sae_training.machine.interrupt import stop_point
+
+
+class Contexts(NamedTuple):
+    """Some contexts of a corpus."""
+
+    first: int
+    """The number of the first of them."""
+    tokens: Tensor
+    """(n, positions)"""
+    activations: dict[HookSite, Tensor]
+    """(n, positions, width) at each hook."""
+
+
+class Corpus(Protocol):
+    """Contexts from `done` on; `state` and `done` say where another process goes on."""
+
+    done: int
+
+    def __iter__(self) -> Iterator[Contexts]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+
+class LiveCorpus:
+    """The first `n_contexts` of a store's training text (fewer, if it ends), from passes of the language model."""
+
+    def __init__(self, store: ActivationsStore, sites: Sequence[HookSite], n_contexts: int) -> None:
+        self.store, self.sites, self.n_contexts = store, sites, n_contexts
+        self.done = 0
+
+    def __iter__(self) -> Iterator[Contexts]:
+        store = self.store
+        while self.done < self.n_contexts:
+            stop_point()
+            n = min(store.store_batch_size, self.n_contexts - self.done)
+            tokens = to_device(store.text.tokens.next_contexts(n, until_end=True), store.device)
+            if len(tokens) == 0:
+                return
+            with compiled_blocks():
+                found = harvest(store.model, tokens, self.sites, store.padded)
+            first, self.done = self.done, self.done + len(tokens)
+            yield Contexts(first, tokens, dict(zip(self.sites, found, strict=True)))
+
+    def state(self) -> dict[str, Any]:
+        return {"done": self.done, "tokens": position_to_json(self.store.text.tokens.state_dict())}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if the text is another one."""
+        self.store.text.tokens.load_state_dict(position_from_json(state["tokens"]))
+        self.done = state["done"]
+
+
+class CachedCorpus:
+    """The contexts of a cache, without a pass of the language model."""
+
+    def __init__(self, store: ActivationsStore, sites: Sequence[HookSite], n_contexts: int, folder: Path) -> None:
+        widths = {site.name: site.d_in for site in sites}
+        self.shards = open_cache(folder, origin(store.cfg, store.model, 0), widths)
+        if self.shards.form != "contexts":
+            self.shards = contexts_of(self.shards, folder)
+        self.store, self.sites = store, sites
+        self.n_contexts = min(n_contexts, self.shards.n)
+        self.done = 0
+
+    def __iter__(self) -> Iterator[Contexts]:
+        while self.done < self.n_contexts:
+            stop_point()
+            end = min(self.done + self.store.store_batch_size, self.n_contexts)
+            read = self.shards.read(self.done, end)
+            first, self.done = self.done, end
+            found = {site: to_device(read[site.name], self.store.device) for site in self.sites}
+            yield Contexts(first, to_device(read["tokens"], self.store.device), found)
+
+    def state(self) -> dict[str, Any]:
+        return {"done": self.done, "shards": self.shards.fingerprint()}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if the cache is another one."""
+        if state["shards"] != self.shards.fingerprint():
+            raise ValueError(f"cached: {self.shards.folder} is another cache than the build was begun with.")
+        self.done = state["done"]
+
+
+def contexts_of(shards: CachedShards, folder: Path) -> CachedShards:
+    """Return the contexts of a cache that holds rows too. ValueError for rows alone, which have lost their text."""
+    if not shards.manifest.contexts:
+        raise ValueError(
+            f"cached: {folder} holds shuffled rows, which have no text around them; expected one written with "
+            "`sae-training cache --form contexts` (or both)."
+        )
+    return CachedShards(folder, shards.manifest, "contexts", shards.hooks)

@@ -1,0 +1,83 @@
+"""The logit lens: what a latent's direction adds to the logits, if nothing after the hook changed it.
+
+logits[latent] = norm(W_dec[latent]) @ W_U, where `norm` is the part of the final norm that does not depend on the rest
+of the residual stream: its weight, and for LayerNorm the subtraction of the mean (nostalgebraist 2020; Bloom and Lin
+2024).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+N_BINS = 40
+CHUNK = 2**25  # logits at once
+
+
+class Lens(NamedTuple):
+    """What each latent does to the logits; `n` tokens a side."""
+
+    top: np.ndarray
+    """(d_sae, n): the token ids with the highest logits, highest first."""
+    top_values: np.ndarray
+    bottom: np.ndarray
+    """(d_sae, n): the lowest, lowest first."""
+    bottom_values: np.ndarray
+    skew: np.ndarray
+    """(d_sae,): of the logits over the vocabulary; NaN where all are the same."""
+    kurtosis: np.ndarray
+    """3 for a normal distribution."""
+    counts: np.ndarray
+    """(d_sae, N_BINS): histogram over the vocabulary."""
+    edges: np.ndarray
+    """(d_sae, 2): its lowest and highest edge; bins are of one width."""
+
+
+def unembedding(model: Any) -> Tensor:
+    """Return (d_model, d_vocab): the final norm's weight times the unembedding."""
+    norm = getattr(model, "ln_final", None)
+    weight = getattr(norm, "w", None)
+    if weight is None:
+        weight = getattr(norm, "weight", None)
+    W_U = model.W_U.detach().float()
+    table = W_U if weight is None else weight.detach().float().unsqueeze(1) * W_U
+    is_centred = str(model.cfg.normalization_type or "").startswith("LN")
+    return table - table.mean(dim=0) if is_centred else table
+
+
+@torch.no_grad()
+def logit_lens(directions: Tensor, table: Tensor, n: int = 10) -> Lens:
+    """Return what each of `directions` (d_sae, d_model) does to the logits, through `table` (d_model, d_vocab)."""
+    d_vocab = table.shape[1]
+    n = min(n, d_vocab)
+    parts = []
+    for some in directions.float().split(max(1, CHUNK // d_vocab)):
+        logits = some @ table
+        top, bottom = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
+        low, high = bottom.values[:, :1], top.values[:, :1]
+        mean = logits.mean(dim=1, keepdim=True)
+        centred = logits - mean
+        squares = centred * centred
+        variance = squares.mean(dim=1, dtype=torch.float64)
+        skew = (squares * centred).mean(dim=1, dtype=torch.float64) / variance**1.5
+        kurtosis = squares.mul_(squares).mean(dim=1, dtype=torch.float64) / variance**2
+        bins = ((logits - low) * (N_BINS / (high - low).clamp_min(1e-30))).int().clamp_(max=N_BINS - 1)
+        bins += torch.arange(len(some), dtype=torch.int32, device=bins.device).unsqueeze(1) * N_BINS
+        counts = torch.bincount(bins.flatten(), minlength=len(some) * N_BINS).view(len(some), N_BINS)
+        same = (variance <= 0).unsqueeze(1)
+        moments = torch.where(same, torch.nan, torch.stack([skew, kurtosis], dim=1))
+        parts.append(
+            (
+                top.indices,
+                top.values,
+                bottom.indices,
+                bottom.values,
+                *moments.unbind(1),
+                counts,
+                torch.cat([low, high], 1),
+            )
+        )
+    return Lens(*(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))

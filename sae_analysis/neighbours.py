@@ -1,0 +1,150 @@
+"""What a latent is close to: other latents by their directions, by where they fire, and neurons of the model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+
+from sae_analysis.events import Ints, arrays_of, priorities
+from sae_training.kernels.sparse_code import Code
+
+MAX_ROWS = 65_536
+MAX_PAIRS = 2**25
+"""Pairs of latents on one row, added up over the rows: 0.8 GiB, if every pair is another one."""
+
+
+class Nearest(NamedTuple):
+    """For each latent others and how near they are, (d_sae, n) each, nearest first; -1 and NaN where there are less."""
+
+    others: Ints
+    values: np.ndarray
+
+
+class RowSample:
+    """The codes of a random sample of a corpus' rows (`events.priorities`): all of them, if they are few."""
+
+    def __init__(self, d_sae: int, seed: int, n: int = MAX_ROWS) -> None:
+        self.d_sae, self.seed, self.n = d_sae, seed, n
+        self.keys = np.zeros(0, dtype=np.uint64)
+        self.sizes = np.zeros(0, dtype=np.int64)
+        self.latents = np.zeros(0, dtype=np.int32)
+        self.values = np.zeros(0, dtype=np.float32)
+        self.limit = np.array(np.iinfo(np.uint64).max, dtype=np.uint64)
+        self.new: list[tuple[np.ndarray, ...]] = []
+
+    def add(self, code: Code, contexts: Ints, positions: Ints) -> None:
+        """Add the rows of `code`, which are these contexts and positions (rows,)."""
+        keys = priorities(self.seed, contexts, positions)
+        chosen = keys < self.limit
+        entries = code.at_entries
+        kept = chosen[entries.rows.cpu().numpy()]
+        sizes = entries.offsets.diff().cpu().numpy()[chosen]
+        latents, values = entries.latents.cpu().numpy(), code.values.float().cpu().numpy()
+        self.new.append((keys[chosen], sizes, latents[kept].astype(np.int32), values[kept]))
+        if len(self.keys) + sum(len(part[0]) for part in self.new) > 2 * self.n:
+            self.settle()
+
+    def settle(self) -> None:
+        """Keep the `n` rows with the smallest keys, in the order of these."""
+        parts = [(self.keys, self.sizes, self.latents, self.values), *self.new]
+        self.keys, self.sizes, self.latents, self.values = map(np.concatenate, zip(*parts, strict=True))
+        self.new = []
+        order = np.argsort(self.keys, kind="stable")[: self.n]
+        self.latents, self.values = (part for part in take_rows(order, self.sizes, self.latents, self.values))
+        self.keys, self.sizes = self.keys[order], self.sizes[order]
+        if len(order) == self.n:
+            self.limit[...] = self.keys[-1]
+
+    def matrix(self) -> scipy.sparse.csr_array:
+        """Return the codes (rows, d_sae) of so many of the rows that MAX_PAIRS are enough."""
+        self.settle()
+        n = int(np.searchsorted(np.cumsum(self.sizes**2), MAX_PAIRS, side="right"))
+        starts = np.append(0, np.cumsum(self.sizes[:n]))
+        values = self.values[: starts[-1]].astype(np.float64)
+        return scipy.sparse.csr_array((values, self.latents[: starts[-1]], starts), shape=(n, self.d_sae))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        self.settle()
+        return arrays_of(self)
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        vars(self).update(arrays)
+
+
+def take_rows(order: Ints, sizes: Ints, *parts: np.ndarray) -> list[np.ndarray]:
+    """Return the entries of rows in another order; row i has sizes[i] entries, one after the other."""
+    starts = np.cumsum(sizes) - sizes
+    lengths = sizes[order]
+    ends = np.cumsum(lengths)
+    places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts[order] - (ends - lengths), lengths)
+    return [part[places] for part in parts]
+
+
+# --------------------------------------------------------------------------------------------------- by where they fire
+
+
+def coactive(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
+    """Return the latents that fire most often together: rows where both do, over rows where either does (Jaccard)."""
+    fires = matrix.copy()
+    fires.data = np.ones_like(fires.data)
+    both = (fires.T @ fires).tocsr()
+    counts = both.diagonal()
+    row = np.repeat(np.arange(both.shape[0]), np.diff(both.indptr))
+    both.data = both.data / (counts[row] + counts[both.indices] - both.data)
+    return nearest_in_rows(both, n)
+
+
+def correlated(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
+    """Return the latents with the highest Pearson correlation over the rows, of those that fire on a common row."""
+    n_rows = matrix.shape[0]
+    products = (matrix.T @ matrix).tocsr()
+    means = np.asarray(matrix.sum(axis=0)).ravel() / max(n_rows, 1)
+    deviations = np.sqrt(np.maximum(products.diagonal() / max(n_rows, 1) - means**2, 0))
+    row = np.repeat(np.arange(products.shape[0]), np.diff(products.indptr))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        covariance = products.data / n_rows - means[row] * means[products.indices]
+        products.data = covariance / (deviations[row] * deviations[products.indices])
+    return nearest_in_rows(products, n)
+
+
+def nearest_in_rows(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
+    """Return the `n` largest finite entries of each row of a square matrix, without those of the diagonal."""
+    size = matrix.shape[0]
+    row = np.repeat(np.arange(size), np.diff(matrix.indptr))
+    counts = np.isfinite(matrix.data) & (row != matrix.indices)
+    rows, others, values = row[counts], matrix.indices[counts], matrix.data[counts]
+    order = np.lexsort([others, -values, rows])
+    rank = np.arange(len(order)) - np.searchsorted(rows[order], rows[order])
+    order, rank = order[rank < n], rank[rank < n]
+    found = Nearest(np.full((size, n), -1, dtype=np.int64), np.full((size, n), np.nan))
+    found.others[rows[order], rank] = others[order]
+    found.values[rows[order], rank] = values[order]
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- by direction
+
+
+@torch.no_grad()
+def most_similar(directions: Tensor, n: int, among: Tensor | None = None, chunk: int = 2**24) -> Nearest:
+    """Return which of `among` (m, d) each of `directions` (d_sae, d) has the largest cosine with.
+
+    None: which of the other directions. Cosines with a direction of zeros are 0.
+    """
+    unit = torch.nn.functional.normalize(directions, dim=1)
+    table = unit if among is None else torch.nn.functional.normalize(among, dim=1)
+    n = min(n, len(table) - (among is None))
+    values, others = [], []
+    for start in range(0, len(unit), rows := max(1, chunk // max(1, len(table)))):
+        cosines = unit[start : start + rows] @ table.T
+        if among is None:
+            own = torch.arange(len(cosines), device=cosines.device)
+            cosines[own, own + start] = -torch.inf
+        top = cosines.topk(max(n, 0), dim=1)
+        values.append(top.values)
+        others.append(top.indices)
+    return Nearest(torch.cat(others).cpu().numpy(), torch.cat(values).double().cpu().numpy())

@@ -1,0 +1,1 @@
+"""The store of analyses: tables, and what writes and reads them."""

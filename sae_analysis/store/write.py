@@ -1,0 +1,198 @@
+"""Writing an analysis: what was gathered becomes rows of the tables, a slice of latents in each transaction."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sqlalchemy import Connection, Table, func, insert, select, update
+from torch import Tensor
+
+from sae_analysis.gathered import Gathered, Sizes
+from sae_analysis.latent_statistics import QUANTILES, shown_histogram
+from sae_analysis.logit_lens import Lens, logit_lens
+from sae_analysis.neighbours import Nearest, coactive, correlated, most_similar
+from sae_analysis.of_model import OfModel
+from sae_analysis.store import schema
+from sae_analysis.store.example_blob import to_bytes
+from sae_analysis.store.examples_of import Examples
+from sae_analysis.store.read import engine_of
+from sae_training.machine.phases import progress_bar
+
+SLICE = 512  # latents
+N_NEIGHBOURS = 10
+N_TOKENS = 10
+
+
+class Writer:
+    """Writes the analysis number `analysis`. What is there already, of an earlier process, stays."""
+
+    def __init__(self, url: str, analysis: int, about: dict[str, Any]) -> None:
+        self.engine, self.analysis, self.about = engine_of(url), analysis, about
+        schema.metadata.create_all(self.engine)
+
+    def write(self, gathered: Gathered, of_model: OfModel, context_ids: np.ndarray, sizes: Sizes) -> None:
+        """Write all tables. `context_ids` (contexts, positions): the token ids of the corpus."""
+        with self.engine.begin() as connection:
+            self.begin(connection)
+            first = self.n_written(connection)
+        found = Findings(gathered, of_model)
+        examples = Examples(gathered, sizes)
+        d_sae = gathered.sae.d_sae
+        with progress_bar("writing the analysis", d_sae, "latents", initial=first) as bar:
+            for start in range(first, d_sae, SLICE):
+                some = range(start, min(start + SLICE, d_sae))
+                with self.engine.begin() as connection:
+                    self.insert(connection, schema.latents, found.latent_rows(some))
+                    self.insert(connection, schema.details, found.detail_rows(some))
+                    self.insert(connection, schema.tokens, found.token_rows(some))
+                    self.insert(connection, schema.examples, example_rows(examples, some))
+                bar.update(len(some))
+        for latent in range(first):
+            examples.of(latent)  # so that the contexts of those that were there already are known
+        with self.engine.begin() as connection:
+            self.insert(connection, schema.contexts, context_rows(context_ids, examples.contexts))
+            self.insert(connection, schema.pieces, [{"token": i, "content": p} for i, p in enumerate(of_model.pieces)])
+            row = {"complete": True, "about": json.dumps(self.about | found.about())}
+            connection.execute(update(schema.analyses).values(row).where(schema.analyses.c.analysis == self.analysis))
+
+    def begin(self, connection: Connection) -> None:
+        is_this = schema.analyses.c.analysis == self.analysis
+        if connection.execute(select(schema.analyses).where(is_this)).first() is None:
+            row = {"schema_version": schema.SCHEMA_VERSION, "complete": False, "about": json.dumps(self.about)}
+            self.insert(connection, schema.analyses, [row])
+
+    def n_written(self, connection: Connection) -> int:
+        """Return how many latents are there: slices are whole, so they are the first ones."""
+        counted = select(func.count()).select_from(schema.latents).where(schema.latents.c.analysis == self.analysis)
+        return connection.execute(counted).scalar_one()
+
+    def insert(self, connection: Connection, table: Table, rows: Sequence[dict[str, Any]]) -> None:
+        if rows:
+            connection.execute(insert(table), [{"analysis": self.analysis, **row} for row in rows])
+
+
+class Findings:
+    """The figures of all latents, from what was gathered and from the weights."""
+
+    def __init__(self, gathered: Gathered, of_model: OfModel) -> None:
+        sae = gathered.sae
+        self.gathered = gathered
+        self.shares = gathered.mass.shares()
+        self.top_tokens = gathered.mass.top_tokens(N_TOKENS)
+        self.quantiles = gathered.statistics.quantiles()
+        matrix = gathered.rows.matrix()
+        self.n_rows_together = matrix.shape[0]
+        W_dec = sae.W_dec.detach().float()
+        self.near: dict[str, Nearest] = {
+            "similar": most_similar(W_dec, N_NEIGHBOURS),
+            "correlated": correlated(matrix, N_NEIGHBOURS),
+            "coactive": coactive(matrix, N_NEIGHBOURS),
+        }
+        if of_model.neurons is not None:
+            self.near["neurons"] = most_similar(W_dec, N_NEIGHBOURS, of_model.neurons.to(W_dec))
+        table = of_model.unembedding
+        self.lens: Lens | None = None if table is None else logit_lens(W_dec, table.to(W_dec), N_TOKENS)
+        self.figures = gathered.statistics.figures() | weight_figures(sae.W_enc.detach(), W_dec, sae.b_enc.detach())
+        if self.lens is not None:
+            self.figures |= {"logit_skew": self.lens.skew, "logit_kurtosis": self.lens.kurtosis}
+        self.figures |= {
+            "token_entropy": self.shares.entropy,
+            "top_token": self.shares.top_token,
+            "top_token_share": self.shares.top_token_share,
+            "top_bigram_first": self.shares.top_bigram[:, 0],
+            "top_bigram_second": self.shares.top_bigram[:, 1],
+            "top_bigram_share": self.shares.top_bigram_share,
+        }
+
+    def about(self) -> dict[str, Any]:
+        """Return what all latents have in common."""
+        return {
+            "n_counted": int(self.gathered.statistics.n_counted),
+            "n_rows_together": self.n_rows_together,
+            "n_dropped_token_pairs": int(self.gathered.mass.n_dropped),
+        }
+
+    def latent_rows(self, some: range) -> list[dict[str, Any]]:
+        columns = {name: plain(values[some.start : some.stop]) for name, values in self.figures.items()}
+        return [{"latent": latent} | {k: v[i] for k, v in columns.items()} for i, latent in enumerate(some)]
+
+    def detail_rows(self, some: range) -> list[dict[str, Any]]:
+        return [{"latent": latent, "content": packed(self.details(latent))} for latent in some]
+
+    def details(self, latent: int) -> dict[str, Any]:
+        counts, edges = shown_histogram(self.gathered.statistics.histogram[latent])
+        quantiles = dict(zip(map(str, QUANTILES), plain(self.quantiles[:, latent]), strict=True))
+        found: dict[str, Any] = {
+            "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+            "quantiles": quantiles,
+            "neighbours": {name: pairs(near.others[latent], near.values[latent]) for name, near in self.near.items()},
+        }
+        if (lens := self.lens) is not None:
+            found["logits"] = {
+                "top": pairs(lens.top[latent], lens.top_values[latent]),
+                "bottom": pairs(lens.bottom[latent], lens.bottom_values[latent]),
+                "counts": lens.counts[latent].tolist(),
+                "edges": lens.edges[latent].tolist(),
+            }
+        return found
+
+    def token_rows(self, some: range) -> list[dict[str, Any]]:
+        latents, ids, shares = self.top_tokens
+        begin, end = np.searchsorted(latents, [some.start, some.stop])
+        ranks = np.arange(len(latents)) - np.searchsorted(latents, latents)
+        names = ("latent", "rank", "token", "share")
+        columns = (plain(part[begin:end]) for part in (latents, ranks, ids, shares))
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def weight_figures(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor) -> dict[str, np.ndarray]:
+    """Return what the weights alone say of each latent; decoder_x and decoder_y are the first two principal directions.
+
+    The cosine of encoder and decoder is NaN for a transcoder between places of different widths.
+    """
+    W_enc = W_enc.float()
+    cosine = torch.full_like(b_enc, math.nan, dtype=torch.float32)
+    if W_enc.shape[0] == W_dec.shape[1]:
+        cosine = torch.cosine_similarity(W_enc.T, W_dec, dim=1)
+    centred = (W_dec - W_dec.mean(dim=0)).double().cpu()
+    _, axes = torch.linalg.eigh(centred.T @ centred)
+    plane = axes[:, -2:].flip(1)
+    plane = plane * plane.gather(0, plane.abs().argmax(dim=0, keepdim=True)).sign()  # one of two opposite signs
+    x_y = centred @ plane
+    found = {
+        "decoder_norm": W_dec.norm(dim=1),
+        "encoder_norm": W_enc.norm(dim=0),
+        "encoder_bias": b_enc.float(),
+        "encoder_decoder_cosine": cosine,
+        "decoder_x": x_y[:, 0],
+        "decoder_y": x_y[:, -1],
+    }
+    return {name: value.cpu().numpy() for name, value in found.items()}
+
+
+def example_rows(examples: Examples, some: range) -> list[dict[str, Any]]:
+    return [{"latent": latent, "content": to_bytes(examples.of(latent))} for latent in some]
+
+
+def context_rows(context_ids: np.ndarray, used: set[int]) -> list[dict[str, Any]]:
+    return [{"context": number, "content": context_ids[number].astype("<i4").tobytes()} for number in sorted(used)]
+
+
+def pairs(numbers: np.ndarray, values: np.ndarray) -> list[tuple[int, float]]:
+    """Return (number, value) for those that there are."""
+    return [(int(n), float(v)) for n, v in zip(numbers, values, strict=True) if n >= 0 and math.isfinite(v)]
+
+
+def plain(values: np.ndarray) -> list[Any]:
+    """Return Python's numbers; None for what is not finite."""
+    return [None if isinstance(v, float) and not math.isfinite(v) else v for v in values.tolist()]
+
+
+def packed(content: dict[str, Any]) -> bytes:
+    return zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 6)

@@ -1,0 +1,91 @@
+"""What is analysed: the autoencoders that a path or a session names, and the store that serves them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_training.activations_store import ActivationsStore
+from sae_training.activations_store.store import without_cache
+from sae_training.config.io import with_defaults
+from sae_training.config.sweep import is_several, variants
+from sae_training.formats.run_files import CHECKPOINTS, FINAL, RUN_CONFIG_FILE, SNAPSHOTS
+from sae_training.language_model.load import model_of
+from sae_training.language_model.sites import Sites, find_sites, merged
+from sae_training.machine.phases import phase
+from sae_training.run.folder import read_run_config
+from sae_training.sparse_autoencoder import SparseAutoencoder
+from sae_training.utils import Session
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An autoencoder, and the folder whose `analysis/` gets what is found."""
+
+    name: str
+    sae: SparseAutoencoder
+    sites: Sites
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Autoencoders that are analysed in one pass."""
+
+    subjects: list[Subject]
+    store: ActivationsStore
+    folder: Path
+    are_several: bool
+
+
+def subjects_of(source: str | Path | Session, dataset: Any, output: str | Path | None) -> Subjects:
+    """Load what `source` names. ValueError or FileNotFoundError, as the session loader raises them."""
+    if isinstance(source, (str, Path)):
+        path = Path(source).expanduser()
+        with phase("reading the autoencoder"):
+            found = autoencoders_in(path)
+        with phase("loading the language model"):
+            model = model_of(next(iter(found.values())).cfg)
+        are_several = len(found) > 1 or is_run_of_several(path)
+        folder = Path(output).expanduser() if output is not None else folder_of(path)
+    else:
+        model, sae, store = source
+        are_several, found = False, {with_defaults(sae.cfg).resolved_run_name: sae}
+        folder = Path(output).expanduser() if output is not None else Path("runs") / next(iter(found))
+    sites = {name: find_sites(sae.cfg, model) for name, sae in found.items()}
+    cfg = without_cache(next(iter(found.values())).cfg)
+    if isinstance(dataset, str | Path):
+        cfg = dataclasses.replace(cfg, dataset_path=str(dataset), dataset_weights=(), is_dataset_tokenized=None)
+        dataset = None
+    with phase("reading the text"):
+        store = ActivationsStore(cfg, model, dataset, sites=merged(sites.values()))
+    subjects = [
+        Subject(name, sae.eval(), sites[name], folder / name if are_several else folder) for name, sae in found.items()
+    ]
+    return Subjects(subjects, store, folder, are_several)
+
+
+def autoencoders_in(path: Path) -> dict[str, SparseAutoencoder]:
+    """Return the autoencoders of a run folder, or the one of anything else that can be loaded, by name."""
+    if is_run_of_several(path):
+        names = list(variants(read_run_config(path)))
+        return {name: SparseAutoencoder.load_from_pretrained(path / name) for name in names}
+    return {path.resolve().name.split(".")[0]: SparseAutoencoder.load_from_pretrained(path)}
+
+
+def is_run_of_several(path: Path) -> bool:
+    return (path / RUN_CONFIG_FILE).is_file() and is_several(read_run_config(path))
+
+
+def folder_of(path: Path) -> Path:
+    """Return the folder of the run that a path is, or lies in; for any other file `runs/<its name>`."""
+    path = path.resolve()
+    if (path / RUN_CONFIG_FILE).is_file():
+        return path
+    for parent in path.parents[:2]:  # final/, checkpoints/step_1/, snapshots/step_1/
+        inside = path.relative_to(parent).parts[0]
+        if inside in (CHECKPOINTS, SNAPSHOTS, FINAL) and (parent / RUN_CONFIG_FILE).is_file():
+            return parent if inside == FINAL else parent / "analysis-of" / path.name
+    return Path("runs") / path.name.split(".")[0]

@@ -1,0 +1,126 @@
+"""On which tokens a latent fires: its activations added up by the token, and by the token with the one before it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from sae_analysis.events import Firings, Ints, arrays_of
+
+BUFFERED = 2**22  # firings that are added to the table at once, because a table is sorted anew each time
+MAX_PAIRS = 2**25  # 0.5 GiB
+
+
+class Shares(NamedTuple):
+    """Of each latent (d_sae,): how its activations are spread over tokens. NaN and -1 where it never fires."""
+
+    entropy: np.ndarray
+    """Of the distribution of its mass over the vocabulary, in bits."""
+    top_token: Ints
+    top_token_share: np.ndarray
+    top_bigram: Ints
+    """(d_sae, 2): the token before (-1: none) and the token."""
+    top_bigram_share: np.ndarray
+
+
+class TokenMass:
+    """The table (latent, token before, token) -> sum of activations.
+
+    Above MAX_PAIRS entries, those with the smallest shares of their latents are dropped; what is dropped still counts
+    in the total, so that shares are never too high, and `n_dropped` says how many they were.
+    """
+
+    def __init__(self, d_sae: int, d_vocab: int) -> None:
+        self.d_sae, self.base = d_sae, d_vocab + 1
+        self.keys = np.zeros(0, dtype=np.int64)
+        self.mass = np.zeros(0)
+        self.total = np.zeros(d_sae)
+        self.n_dropped = np.zeros((), dtype=np.int64)
+        self.waiting: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, firings: Firings) -> None:
+        values = firings.values.astype(np.float64)
+        self.total[firings.fired] += np.add.reduceat(values, firings.begins) if len(values) else 0
+        keys = (firings.latents * self.base + firings.ids_before + 1) * self.base + firings.ids
+        self.waiting.append((keys, values))
+        if sum(len(keys) for keys, _ in self.waiting) > BUFFERED:
+            self.settle()
+
+    def settle(self) -> None:
+        """Put what waits into the table."""
+        waiting = [(self.keys, self.mass), *self.waiting]
+        self.waiting = []
+        self.keys, self.mass = added_up(*map(np.concatenate, zip(*waiting, strict=True)))
+        if len(self.keys) > MAX_PAIRS:
+            shares = self.mass / self.total[self.keys // self.base**2]
+            limit = np.partition(shares, -MAX_PAIRS // 2)[-MAX_PAIRS // 2]
+            kept = shares >= limit
+            self.n_dropped += len(kept) - np.count_nonzero(kept)
+            self.keys, self.mass = self.keys[kept], self.mass[kept]
+
+    def shares(self) -> Shares:
+        self.settle()
+        latents, tokens = self.keys // self.base**2, self.keys % self.base
+        bigrams = best_of(latents, self.mass, self.d_sae)
+        by_token, mass = added_up(latents * self.base + tokens, self.mass)
+        of_latent = by_token // self.base
+        share = mass / self.total[of_latent]
+        entropy = np.bincount(of_latent, -share * np.log2(share), minlength=self.d_sae)
+        unigrams = best_of(of_latent, mass, self.d_sae)
+        fires = self.total > 0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return Shares(
+                np.where(fires, entropy, np.nan),
+                at(by_token % self.base, unigrams),
+                at(mass, unigrams, np.nan) / self.total,
+                np.stack([at(self.keys // self.base % self.base - 1, bigrams), at(tokens, bigrams)], axis=1),
+                at(self.mass, bigrams, np.nan) / self.total,
+            )
+
+    def top_tokens(self, n: int) -> tuple[Ints, Ints, np.ndarray]:
+        """Return (latents, tokens, shares): for each latent the `n` tokens with the largest shares, largest first."""
+        by_token, mass = added_up(self.keys // self.base**2 * self.base + self.keys % self.base, self.mass)
+        latents, tokens = np.divmod(by_token, self.base)
+        order = np.lexsort([tokens, -mass, latents])
+        rank = np.arange(len(order)) - np.searchsorted(latents[order], latents[order])
+        order = order[rank < n]
+        return latents[order], tokens[order], mass[order] / self.total[latents[order]]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return its state. What waits stays so: sums are the same to the last bit, whenever the state is saved."""
+        waiting = self.waiting or [(self.keys[:0], self.mass[:0])]
+        self.waiting = [(np.concatenate([keys for keys, _ in waiting]), np.concatenate([mass for _, mass in waiting]))]
+        ((waiting_keys, waiting_mass),) = self.waiting
+        return arrays_of(self) | {"waiting_keys": waiting_keys, "waiting_mass": waiting_mass}
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        for name in ("keys", "mass", "total", "n_dropped"):
+            setattr(self, name, arrays[name])
+        self.waiting = [(arrays["waiting_keys"], arrays["waiting_mass"])]
+
+
+def added_up(keys: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ascending unique keys, and the sum of the mass of each."""
+    if len(keys) == 0:
+        return keys, mass
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    begins = np.flatnonzero(np.append(True, np.diff(keys) != 0))
+    return keys[begins], np.add.reduceat(mass[order], begins)
+
+
+def best_of(latents: np.ndarray, mass: np.ndarray, d_sae: int) -> Ints:
+    """Return for each latent the place of its largest mass, the first of equals; -1 if it has none."""
+    order = np.lexsort([np.arange(len(mass)), -mass, latents])
+    found = np.full(d_sae, -1, dtype=np.int64)
+    first = np.flatnonzero(np.append(True, np.diff(latents[order]) != 0))[: len(order)]
+    found[latents[order][first]] = order[first]
+    return found
+
+
+def at(values: np.ndarray, places: Ints, missing: float = -1) -> np.ndarray:
+    """Return the values at some places, and `missing` where the place is -1."""
+    if len(values) == 0:
+        return np.full(len(places), missing)
+    return np.where(places < 0, missing, values[places])
