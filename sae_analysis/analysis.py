@@ -211,18 +211,41 @@ class Analysis:
         query = select(table.c.latent, table.c.share).where(
             table.c.analysis == self.reader.analysis, table.c.token.in_(ids)
         )
-        found = pd.DataFrame(self.reader.rows(query), columns=["index", "share"]).groupby("index")["share"].sum()
-        return self.latents.join(found, how="inner").sort_values("share", ascending=False, kind="stable")
+        shares: dict[int, float] = {}
+        for row in self.reader.rows(query):
+            shares[row.latent] = shares.get(row.latent, 0.0) + row.share
+        return self.ranked("share", shares)
 
     def with_text(self, text: str) -> pd.DataFrame:
         wanted, counts = text.lower(), {}
-        for index in self.latents.index[self.latents["count"] > 0]:
-            windows = (e for e in self.latent(index).examples("top"))
-            n = sum(wanted in "".join(e.tokens[i] for i in e.window()).lower() for e in windows)
+        for index in np.flatnonzero(self.latents["count"].to_numpy() > 0).tolist():
+            examples = self.latent(index).examples("top")
+            n = sum(wanted in "".join(e.tokens[i] for i in e.window()).lower() for e in examples)
             if n:
                 counts[index] = n
-        found = pd.Series(counts, name="n_examples", dtype="int64")
-        return self.latents.join(found, how="inner").sort_values("n_examples", ascending=False, kind="stable")
+        return self.ranked("n_examples", counts)
+
+    def ranked(self, name: str, values: dict[int, Any]) -> pd.DataFrame:
+        """Return the rows of some latents with a column more, its highest values first."""
+        table = self.latents.loc[sorted(values)].copy()
+        table[name] = [values[index] for index in sorted(values)]
+        return table.sort_values(name, ascending=False, kind="stable")
+
+    def summary(self) -> str:
+        """Return what was found in a few lines, and where it is."""
+        table, about = self.latents, self.about
+        alive = table[table["count"] > 0]
+        quantiles = alive["density"].quantile([0.1, 0.5, 0.9])
+        silent = len(table) - len(alive)
+        return "\n".join(
+            [
+                f"{self!r}",
+                f"  {about['n_counted']:,} tokens counted, {about['n_contexts']:,} contexts of {about['context_size']}",
+                f"  {silent:,} latents never fire; a tenth of the others fires on less than {quantiles[0.1]:.2g} of the "
+                f"tokens, half on less than {quantiles[0.5]:.2g}, a tenth on more than {quantiles[0.9]:.2g}",
+                f"  {self.reader.url.removeprefix('sqlite:///')}",
+            ]
+        )
 
     def __repr__(self) -> str:
         about = self.about
