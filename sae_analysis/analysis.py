@@ -112,7 +112,7 @@ class Latent:
     def logit_histogram(self) -> tuple[np.ndarray, np.ndarray]:
         """(counts, edges) of the logits over the vocabulary."""
         found = self.details["logits"]
-        return np.array(found["counts"]), np.linspace(*found["edges"], len(found["counts"]) + 1)
+        return np.array(found["counts"]), np.linspace(found["edges"][0], found["edges"][1], len(found["counts"]) + 1)
 
     @property
     def neighbours(self) -> dict[str, list[tuple[int, float]]]:
@@ -234,15 +234,15 @@ class Analysis:
     def summary(self) -> str:
         """Return what was found in a few lines, and where it is."""
         table, about = self.latents, self.about
-        alive = table[table["count"] > 0]
-        quantiles = alive["density"].quantile([0.1, 0.5, 0.9])
-        silent = len(table) - len(alive)
+        density = table["density"].to_numpy()
+        quantiles = np.quantile(density[density > 0], [0.1, 0.5, 0.9]) if (density > 0).any() else np.zeros(3)
+        silent = np.count_nonzero(density == 0)
         return "\n".join(
             [
                 f"{self!r}",
                 f"  {about['n_counted']:,} tokens counted, {about['n_contexts']:,} contexts of {about['context_size']}",
-                f"  {silent:,} latents never fire; a tenth of the others fires on less than {quantiles[0.1]:.2g} of the "
-                f"tokens, half on less than {quantiles[0.5]:.2g}, a tenth on more than {quantiles[0.9]:.2g}",
+                f"  {silent:,} latents never fire; a tenth of the others fires on less than {quantiles[0]:.2g} of "
+                f"the tokens, half on less than {quantiles[1]:.2g}, a tenth on more than {quantiles[2]:.2g}",
                 f"  {self.reader.url.removeprefix('sqlite:///')}",
             ]
         )

@@ -40,7 +40,7 @@ def sae(request: pytest.FixtureRequest) -> SparseAutoencoder:
                 parameter.normal_(std=0.3, generator=generator)
             if name == "r_mag":
                 parameter.normal_(std=0.1, generator=generator)
-        sae.b_enc -= 0.6
+        sae.b_enc.sub_(0.6)
         if sae.choice == "batchtopk":
             sae.inference_threshold.fill_(0.4)
     return sae
