@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import D_IN, D_SAE, text_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +32,7 @@ def make_store(small_config: Callable, demo_model: Any) -> Make:
 @pytest.fixture(scope="module")
 def tokens(demo_model: Any) -> Tensor:
     """4 contexts of 16 tokens, BOS first, as the store makes them."""
-    text = DEMO_HELD_OUT_TEXT.read_text(encoding="utf-8")[:2000]
+    text = text_of(DEMO_HELD_OUT_TEXT)[:2000]
     ids = demo_model.tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = torch.full((4, 1), demo_model.tokenizer.bos_token_id)
     return torch.cat([bos, torch.tensor(ids[:60]).reshape(4, 15)], dim=1)
@@ -131,7 +132,7 @@ def test_perfect_autoencoder_changes_nothing(make_store: Make, tokens: Tensor) -
     assert found["metrics/kl_with_sae"] == pytest.approx(0, abs=1e-6)
     assert found["metrics/eval_explained_variance"] == pytest.approx(1, abs=1e-9)
     assert found["metrics/l2_ratio"] == pytest.approx(1, abs=1e-6)
-    assert found["metrics/eval_l0"] == 256  # of x and -x in each of the 256 coordinates, one is positive
+    assert found["metrics/eval_l0"] == D_IN  # of x and -x in each of the coordinates, one is positive
 
 
 def test_zero_autoencoder_is_the_ablation(make_store: Make, tokens: Tensor) -> None:
@@ -169,7 +170,7 @@ def test_dead_fraction_counts_latents_that_never_fire(make_store: Make, tokens: 
     sae = autoencoder(store, "perfect")
     with torch.no_grad():
         sae.b_enc[:128] = -1e6
-    assert evaluate(sae, store, tokens)["metrics/eval_dead_fraction"] == 128 / 512
+    assert evaluate(sae, store, tokens)["metrics/eval_dead_fraction"] == 128 / D_SAE
 
 
 # ---------------------------------------------------------------------------------------------------------- the sums
