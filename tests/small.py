@@ -11,6 +11,7 @@ from sae_training.demo_data import DEMO_MODEL
 
 _MODEL = json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8"))
 D_IN, N_LAYERS, VOCAB = _MODEL["hidden_size"], _MODEL["num_hidden_layers"], _MODEL["vocab_size"]
+D_HEAD = D_IN // _MODEL["num_attention_heads"]
 D_SAE = 2 * D_IN  # of SMALL_RUN
 
 # 12 steps of 64 tokens on 4 refills of a small buffer: every part of a run happens at least once.

@@ -123,7 +123,7 @@ def test_refill_happens_in_place_when_half_is_served(make_store: Make) -> None:
     store.next_batch()
     buffer = buffer_of(store).buffers[HOOK]
     assert buffer.data_ptr() == address
-    kept = torch.ones(D_IN, dtype=torch.bool)
+    kept = torch.ones(len(buffer), dtype=torch.bool)
     kept[served] = False
     assert torch.equal(buffer[kept], before[kept])
     assert (buffer[served] != before[served]).any(dim=1).all()

@@ -82,8 +82,8 @@ def test_held_out_titles_are_absent_from_train(train: list[dict[str, str]], held
 
 
 def test_held_out_passages_are_absent_from_train(train: list[dict[str, str]], held_out: list[dict[str, str]]) -> None:
-    # Chronicles retells Kings, and two countries have one border: a few passages recur, at most 2 of 10 as drawn here. Of
-    # a document that had slipped in, all 10 would.
+    # Chronicles retells Kings, and two countries have one border: a few passages recur, at most 2 of 10 as drawn here.
+    # Of a document that had slipped in, all 10 would.
     everything = "\0".join(d["text"] for d in train)
     draw = random.Random(0)
     for document in held_out:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import D_IN, D_SAE, text_of
+from small import D_HEAD, D_IN, D_SAE, text_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -170,7 +170,11 @@ def test_dead_fraction_counts_latents_that_never_fire(make_store: Make, tokens: 
     sae = autoencoder(store, "perfect")
     with torch.no_grad():
         sae.b_enc[:128] = -1e6
-    assert evaluate(sae, store, tokens)["metrics/eval_dead_fraction"] == 128 / D_SAE
+    # Its latents are the coordinates of x, then those of -x; some have one sign on all of these tokens.
+    x = store.get_activations(tokens).flatten(end_dim=1)
+    fires = torch.cat([(x > 0).any(dim=0), (x < 0).any(dim=0)])
+    fires[:128] = False
+    assert evaluate(sae, store, tokens)["metrics/eval_dead_fraction"] == (~fires).sum().item() / D_SAE
 
 
 # ---------------------------------------------------------------------------------------------------------- the sums
@@ -263,7 +267,7 @@ def test_a_wide_code_bounds_the_prompts_of_a_pass(make_store: Make) -> None:
 
 @pytest.mark.parametrize("head", [0, 3])
 def test_attention_of_a_query_hook(make_store: Make, tokens: Tensor, plain_model: Any, head: int) -> None:
-    store = make_store(hook_point=f"blocks.{LAYER}.attn.hook_q", hook_point_head_index=head, d_in=64)
+    store = make_store(hook_point=f"blocks.{LAYER}.attn.hook_q", hook_point_head_index=head, d_in=D_HEAD)
     found = evaluate(autoencoder(store, "perfect"), store, tokens)
     assert found["metrics/kldiv_reconstructed"] == pytest.approx(0, abs=1e-6)
     # With a query of zeros all scores are 0: query i spreads evenly over its i + 1 keys.
@@ -278,7 +282,7 @@ def test_attention_of_a_query_hook(make_store: Make, tokens: Tensor, plain_model
 
 def test_attention_of_head_output_cannot_change(make_store: Make, tokens: Tensor) -> None:
     # hook_z comes after the pattern.
-    store = make_store(hook_point=f"blocks.{LAYER}.attn.hook_z", hook_point_head_index=0, d_in=64)
+    store = make_store(hook_point=f"blocks.{LAYER}.attn.hook_z", hook_point_head_index=0, d_in=D_HEAD)
     found = evaluate(autoencoder(store, "zero"), store, tokens)
     assert found["metrics/kldiv_reconstructed"] == found["metrics/kldiv_ablation"] == 0
     assert found["metrics/ce_loss_with_ablation"] != found["metrics/ce_loss_without_sae"]
@@ -294,10 +298,10 @@ def test_whole_width_hooks_have_no_attention_figures(make_store: Make, tokens: T
 
 def test_one_head_leaves_the_others_alone(make_store: Make, tokens: Tensor) -> None:
     all_heads = make_store(hook_point=f"blocks.{LAYER}.attn.hook_z")
-    one_head = make_store(hook_point=f"blocks.{LAYER}.attn.hook_z", hook_point_head_index=2, d_in=64)
+    one_head = make_store(hook_point=f"blocks.{LAYER}.attn.hook_z", hook_point_head_index=2, d_in=D_HEAD)
     sae = autoencoder(all_heads, "perfect")
     with torch.no_grad():  # zeros for head 2 alone
-        sae.W_dec[:, 128:192] = 0
+        sae.W_dec[:, 2 * D_HEAD : 3 * D_HEAD] = 0
     expected = evaluate(sae, all_heads, tokens)["metrics/ce_loss_with_sae"]
     found = evaluate(autoencoder(one_head, "zero"), one_head, tokens)
     assert found["metrics/ce_loss_with_ablation"] == pytest.approx(expected, rel=1e-5)
