@@ -172,9 +172,7 @@ def test_another_build_is_not_mixed_with_an_unfinished_one(run: Path, built: Ana
     process = FORKS.Process(target=killed)
     process.start()
     process.join(300)
-    with pytest.raises(
-        ValueError, match=r"unfinished build with other settings:\n  n_contexts: 188 -> 13\n.*anew"
-    ):
+    with pytest.raises(ValueError, match=r"unfinished build with other settings:\n  n_contexts: 188 -> 13\n.*anew"):
         build_analysis(run, 200, output=tmp_path / "out")
     assert isinstance(found := build_analysis(run, 200, output=tmp_path / "out", anew=True), Analysis)
     assert found.about["n_contexts"] == 13
