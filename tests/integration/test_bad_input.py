@@ -80,7 +80,7 @@ def nothing_left(tmp_path: Path) -> Check:
 def test_unknown_hook_lists_the_hooks_and_the_nearest(train: Train, nothing_left: Check) -> None:
     answer = train("--hook-point", "blocks.1.hook_resid_pots")
     check_refused(answer, "'blocks.1.hook_resid_pots'", "Did you mean blocks.1.hook_resid_post?")
-    check_refused(answer, "blocks.{layer}.hook_mlp_out", "blocks.{layer}.attn.hook_z", "layer 0 to 3")
+    check_refused(answer, "blocks.{layer}.hook_mlp_out", "blocks.{layer}.attn.hook_z", f"layer 0 to {N_LAYERS - 1}")
     nothing_left()
 
 

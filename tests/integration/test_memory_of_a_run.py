@@ -33,9 +33,9 @@ print(json.dumps({"planned": plans[0].needed, "held": peak - plans[0].in_use}))
 """
 
 LARGE: dict[str, dict[str, Any]] = {
-    "weights and moments": {"architecture": "topk", "k": 32, "expansion_factor": 256, "total_training_tokens": 256},
+    "weights and moments": {"architecture": "topk", "k": 32, "expansion_factor": 800, "total_training_tokens": 256},
     "dense codes of a batch": {
-        "expansion_factor": 32,
+        "expansion_factor": 64,
         "train_batch_size": 2048,
         "n_batches_in_buffer": 140,
         "total_training_tokens": 8192,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from small import D_IN, SMALL_RUN
+from small import D_IN, D_SAE, SMALL_RUN
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_file import history, the_run, wandb_files
 
@@ -350,7 +350,7 @@ QUALITY_SYSTEMS = ["ours:topk", 'ours:standard:{"l1_coefficient": 1e-4, "lr": 0.
 def quality(folder: Path, *words: str) -> tuple[dict[str, Any], str]:
     """The JSON and the table that the script printed for a few small steps on the bundled model."""
     source = ["--model=demo", "--text=demo", "--hook-point=blocks.1.hook_resid_post", "--held-out=8"]
-    sizes = ["--rows=3_000", "--batch=256", "--d-sae=512", "--k=8", "--dead-rows=1_000", "--threads=1"]
+    sizes = ["--rows=3_000", "--batch=256", f"--d-sae={D_SAE}", "--k=8", "--dead-rows=1_000", "--threads=1"]
     files = [f"--rows-file={folder / 'rows.safetensors'}", f"--results={folder / 'results.jsonl'}"]
     with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
         bench_quality.main([*source, *sizes, *files, *words])
@@ -375,7 +375,7 @@ def test_bench_quality_evaluates_what_it_trained(compared: tuple[Path, dict[str,
         assert 0 <= metrics["dead_held_out"] < 1
     assert "CE score" in table
     saved = bench_quality.load_plain(folder / result["results"][0]["file"])
-    assert (saved.activation, saved.k, saved.tensors["W_enc"].shape) == ("topk", 8, (D_IN, 512))
+    assert (saved.activation, saved.k, saved.tensors["W_enc"].shape) == ("topk", 8, (D_IN, D_SAE))
 
 
 def test_bench_quality_continues_with_what_is_missing(compared: tuple[Path, dict[str, Any], str]) -> None:
