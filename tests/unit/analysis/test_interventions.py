@@ -49,7 +49,9 @@ def gpt2_bridge(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A GPT-2, whose fused queries, keys and values have no taps in the twins of its blocks."""
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=16, n_head=2, n_positions=40, vocab_size=2560)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=16, n_head=2, n_positions=40, vocab_size=VOCAB)).save_pretrained(
+        folder
+    )
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
     return load_language_model(str(folder), lm_dtype="float32")
 
