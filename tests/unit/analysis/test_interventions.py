@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import VOCAB
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
