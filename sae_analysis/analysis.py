@@ -113,7 +113,7 @@ class Latent:
     def logit_histogram(self) -> tuple[np.ndarray, np.ndarray]:
         """(counts, edges) of the logits over the vocabulary."""
         found = self.details["logits"]
-        return np.array(found["counts"]), np.linspace(*found["edges"], len(found["counts"]) + 1)
+        return np.array(found["counts"]), np.linspace(found["edges"][0], found["edges"][1], len(found["counts"]) + 1)
 
     @property
     def neighbours(self) -> dict[str, list[tuple[int, float]]]:
@@ -220,18 +220,41 @@ class Analysis:
         query = select(table.c.latent, table.c.share).where(
             table.c.analysis == self.reader.analysis, table.c.token.in_(ids)
         )
-        found = pd.DataFrame(self.reader.rows(query), columns=["index", "share"]).groupby("index")["share"].sum()
-        return self.latents.join(found, how="inner").sort_values("share", ascending=False, kind="stable")
+        shares: dict[int, float] = {}
+        for row in self.reader.rows(query):
+            shares[row.latent] = shares.get(row.latent, 0.0) + row.share
+        return self.ranked("share", shares)
 
     def with_text(self, text: str) -> pd.DataFrame:
         wanted, counts = text.lower(), {}
-        for index in self.latents.index[self.latents["count"] > 0]:
-            windows = (e for e in self.latent(index).examples("top"))
-            n = sum(wanted in "".join(e.tokens[i] for i in e.window()).lower() for e in windows)
+        for index in np.flatnonzero(self.latents["count"].to_numpy() > 0).tolist():
+            examples = self.latent(index).examples("top")
+            n = sum(wanted in "".join(e.tokens[i] for i in e.window()).lower() for e in examples)
             if n:
                 counts[index] = n
-        found = pd.Series(counts, name="n_examples", dtype="int64")
-        return self.latents.join(found, how="inner").sort_values("n_examples", ascending=False, kind="stable")
+        return self.ranked("n_examples", counts)
+
+    def ranked(self, name: str, values: dict[int, Any]) -> pd.DataFrame:
+        """Return the rows of some latents with a column more, its highest values first."""
+        table = self.latents.loc[sorted(values)].copy()
+        table[name] = [values[index] for index in sorted(values)]
+        return table.sort_values(name, ascending=False, kind="stable")
+
+    def summary(self) -> str:
+        """Return what was found in a few lines, and where it is."""
+        table, about = self.latents, self.about
+        density = table["density"].to_numpy()
+        quantiles = np.quantile(density[density > 0], [0.1, 0.5, 0.9]) if (density > 0).any() else np.zeros(3)
+        silent = np.count_nonzero(density == 0)
+        return "\n".join(
+            [
+                f"{self!r}",
+                f"  {about['n_counted']:,} tokens counted, {about['n_contexts']:,} contexts of {about['context_size']}",
+                f"  {silent:,} latents never fire; a tenth of the others fires on less than {quantiles[0]:.2g} of "
+                f"the tokens, half on less than {quantiles[1]:.2g}, a tenth on more than {quantiles[2]:.2g}",
+                f"  {self.reader.url.removeprefix('sqlite:///')}",
+            ]
+        )
 
     def __repr__(self) -> str:
         about = self.about

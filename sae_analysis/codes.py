@@ -24,7 +24,7 @@ def code_of(sae: SparseAutoencoder, x: Tensor) -> Code:
 
     The autoencoder must be in evaluation mode.
     """
-    if sae.device.type != "cpu":
+    if sae.device.type != "cpu" or len(x) == 0:
         return dense_code(sae, x)
     sae_in = sae.sae_input(sae.normalize(x))
     encoder = encoder_of(sae, sae_in, sae.W_enc, sae.b_enc)

@@ -2,7 +2,7 @@
 
 logits[latent] = norm(W_dec[latent]) @ W_U, where `norm` is the part of the final norm that does not depend on the rest
 of the residual stream: its weight, and for LayerNorm the subtraction of the mean (nostalgebraist 2020; Bloom and Lin
-2024).
+2024). The mean over the vocabulary is subtracted, because it changes no probability, and processed models lack it.
 """
 
 from __future__ import annotations
@@ -56,13 +56,12 @@ def logit_lens(directions: Tensor, table: Tensor, n: int = 10) -> Lens:
     parts = []
     for some in directions.float().split(max(1, CHUNK // d_vocab)):
         logits = some @ table
+        logits -= logits.mean(dim=1, keepdim=True)
         top, bottom = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
         low, high = bottom.values[:, :1], top.values[:, :1]
-        mean = logits.mean(dim=1, keepdim=True)
-        centred = logits - mean
-        squares = centred * centred
+        squares = logits * logits
         variance = squares.mean(dim=1, dtype=torch.float64)
-        skew = (squares * centred).mean(dim=1, dtype=torch.float64) / variance**1.5
+        skew = (squares * logits).mean(dim=1, dtype=torch.float64) / variance**1.5
         kurtosis = squares.mul_(squares).mean(dim=1, dtype=torch.float64) / variance**2
         bins = ((logits - low) * (N_BINS / (high - low).clamp_min(1e-30))).int().clamp_(max=N_BINS - 1)
         bins += torch.arange(len(some), dtype=torch.int32, device=bins.device).unsqueeze(1) * N_BINS

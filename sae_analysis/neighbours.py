@@ -100,7 +100,7 @@ def coactive(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
 
 def correlated(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
     """Return the latents with the highest Pearson correlation over the rows, of those that fire on a common row."""
-    n_rows = matrix.shape[0]
+    n_rows = len(matrix.indptr) - 1
     products = (matrix.T @ matrix).tocsr()
     means = np.asarray(matrix.sum(axis=0)).ravel() / max(n_rows, 1)
     deviations = np.sqrt(np.maximum(products.diagonal() / max(n_rows, 1) - means**2, 0))
@@ -113,10 +113,11 @@ def correlated(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
 
 def nearest_in_rows(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
     """Return the `n` largest finite entries of each row of a square matrix, without those of the diagonal."""
-    size = matrix.shape[0]
+    size = len(matrix.indptr) - 1
     row = np.repeat(np.arange(size), np.diff(matrix.indptr))
     counts = np.isfinite(matrix.data) & (row != matrix.indices)
-    rows, others, values = row[counts], matrix.indices[counts], matrix.data[counts]
+    rows, others = row[counts], matrix.indices[counts]
+    values: np.ndarray = matrix.data[counts]
     order = np.lexsort([others, -values, rows])
     rank = np.arange(len(order)) - np.searchsorted(rows[order], rows[order])
     order, rank = order[rank < n], rank[rank < n]

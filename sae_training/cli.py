@@ -7,12 +7,8 @@ needs them, because torch takes over a second to import and `--help` should answ
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import traceback
 import typing
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +31,10 @@ from sae_training.config.values import (
     is_readable,
     metavar,
     read_value,
-    reads_as,
     without_retired_flags,
     written,
 )
+from sae_training.machine.console import exit_code
 from sae_training.machine.phases import counted_phases, phase, say
 
 # What `train` starts from without a config file; the class itself keeps the defaults of the mats era.
@@ -189,42 +185,7 @@ Verb = Train | Resume | Eval | Report | Cache | Pretokenize | Toy
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; wrong flags leave through SystemExit(2)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    debug = False
-    try:
-        debug = wants_tracebacks(argv)
-        with warnings.catch_warnings():  # what a user should change is said in a line, without our source code
-            warnings.showwarning = show_in_a_line
-            run_verb(parse(argv))
-    except KeyboardInterrupt as stop:
-        # the runner's own interruption says what was saved, and has the exit code that goes with the signal
-        stopped = str(stop) or "Stopped. The same command begins anew, or goes on from what is saved."
-        sys.stderr.write(f"{stopped}\n")
-        return getattr(stop, "exit_code", 130)
-    except BrokenPipeError:
-        # the reader of a pipe (`| head`) has left; at its last flush the interpreter would complain once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (ValueError, OSError, ArithmeticError, ImportError) as error:
-        # a loss that is not finite is an ArithmeticError; a division by zero is a bug of ours
-        if debug or isinstance(error, ZeroDivisionError):
-            traceback.print_exc()
-        else:
-            notes = getattr(error, "__notes__", [])
-            sys.stderr.write("\n".join([f"error: {error}", *notes]) + "\n")
-        return 1
-    return 0
-
-
-def show_in_a_line(message: Warning | str, *_: object, **__: object) -> None:
-    """Show a warning in the way of `warnings.showwarning`, in one line, above a bar if there is one."""
-    say(f"warning: {' '.join(str(message).split())}")
-
-
-def wants_tracebacks(words: Sequence[str]) -> bool:
-    """Return whether the words or the environment ask for tracebacks; the other words may be wrong."""
-    given = [word for word in in_one_word(words, {"debug": bool}) if word.startswith("--debug=")]
-    value = given[-1].partition("=")[2] if given else os.environ.get("SAE_TRAINING_DEBUG", "")
-    return reads_as(value, bool) and read_value(value, bool)
+    return exit_code(argv, lambda: run_verb(parse(argv)))
 
 
 def run_verb(verb: Verb) -> None:

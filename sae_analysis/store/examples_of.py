@@ -20,7 +20,8 @@ class Examples:
         self.contexts: set[int] = set()
 
     def of(self, latent: int) -> Stored:
-        parts = [self.taken(self.strongest, *np.searchsorted(self.strongest.latents, [latent, latent + 1]), "top")]
+        begin, end = np.searchsorted(self.strongest.latents, [latent, latent + 1])
+        parts = [self.taken(self.strongest, begin, end, "top")]
         begin, end = np.searchsorted(self.sampled.latents, [latent, latent + 1])
         middle = min(begin + self.sizes.random, end)
         parts += self.bands(middle, end)

@@ -50,7 +50,7 @@ class Reader:
             raise ValueError(f"{url}: this analysis is unfinished; the same `build` command goes on with it.")
         self.about: dict[str, Any] = json.loads(row.about)
 
-    def rows(self, query: Select[Any]) -> list[Any]:
+    def rows(self, query: Select[*tuple[Any, ...]]) -> list[Any]:
         with self.engine.connect() as connection:
             return list(connection.execute(query))
 

@@ -87,7 +87,7 @@ class Findings:
         self.top_tokens = gathered.mass.top_tokens(N_TOKENS)
         self.quantiles = gathered.statistics.quantiles()
         matrix = gathered.rows.matrix()
-        self.n_rows_together = matrix.shape[0]
+        self.n_rows_together = len(matrix.indptr) - 1
         W_dec = sae.W_dec.detach().float()
         self.near: dict[str, Nearest] = {
             "similar": most_similar(W_dec, N_NEIGHBOURS),

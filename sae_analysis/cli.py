@@ -1,0 +1,124 @@
+"""The command line: `sae-analysis build | export`, also as `python -m sae_analysis`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, assert_never
+
+import tyro
+from tyro.conf import FlagConversionOff, Positional, arg, subcommand
+
+from sae_training.cli import registry
+from sae_training.config.checks import field_types
+from sae_training.config.values import in_one_word
+from sae_training.machine.console import exit_code
+from sae_training.machine.phases import counted_phases, phase, say
+
+Run = Annotated[str, Positional, arg(metavar="RUN")]
+
+
+@dataclass(kw_only=True)
+class Common:
+    """The flags of every verb."""
+
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(kw_only=True)
+class Build(Common):
+    """Analyse the latents of an autoencoder, in one pass over a text.
+
+    The result is analysis/analysis.sqlite in the run's folder. The same command goes on with an unfinished build.
+    """
+
+    run: Run
+    """Run folder (of several autoencoders: all of them), checkpoint, or file of weights."""
+
+    tokens: int = 1_000_000
+    """Tokens of the text, 2_000_000 or 2e6."""
+
+    dataset: str | None = None
+    """Text; without it the run's own training text."""
+
+    output: Path | None = None
+    """Folder that gets the result; without it the run's."""
+
+    cached: Path | None = None
+    """Folder of contexts that `sae-training cache --form contexts` wrote, in place of passes of the language model."""
+
+    seed: int = 0
+    """Of the random examples."""
+
+    anew: bool = False
+    """Delete what an earlier build has left, and begin again."""
+
+
+@dataclass(kw_only=True)
+class Export(Common):
+    """Write an analysis as other files."""
+
+    run: Run
+    """Run folder with an analysis, or the file of one."""
+
+    output: Annotated[Path, Positional, arg(metavar="OUT")]
+    """Folder to write."""
+
+    format: Literal["parquet", "jsonl", "neuronpedia"] = "parquet"
+    """parquet: tables for pandas and DuckDB; jsonl: a document a latent; neuronpedia: the layout of its imports."""
+
+
+Verb = Build | Export
+VERBS: dict[str, type[Any]] = {"build": Build, "export": Export}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code; wrong flags leave through SystemExit(2)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return exit_code(argv, lambda: run_verb(parse(argv)))
+
+
+def parse(argv: Sequence[str]) -> Verb:
+    """Return the command that the words say; wrong words leave through SystemExit(2)."""
+    name, *words = argv or ["--help"]
+    if name in VERBS:
+        words = in_one_word(words, field_types(VERBS[name]))
+    return tyro.cli(
+        Annotated[Build, subcommand("build")] | Annotated[Export, subcommand("export")],  # pyright: ignore
+        args=[name, *words],
+        prog="sae-analysis",
+        description="Explore the latents of trained sparse autoencoders.",
+        registry=registry,
+        config=(FlagConversionOff,),
+    )
+
+
+def run_verb(verb: Verb) -> None:
+    """Carry out a command, and say how long each phase took."""
+    with counted_phases() as phases:
+        carry_out(verb)
+        sys.stdout.flush()  # has the result, which scripts read; so the times go to stderr, after it
+        say(phases.line())
+
+
+def carry_out(verb: Verb) -> None:
+    match verb:
+        case Build():
+            with phase("starting"):
+                from sae_analysis.build import build_analysis
+            built = build_analysis(
+                verb.run, verb.tokens, dataset=verb.dataset, output=verb.output, cached=verb.cached,
+                seed=verb.seed, anew=verb.anew,
+            )  # fmt: skip
+            for analysis in built.values() if isinstance(built, dict) else [built]:
+                sys.stdout.write(f"{analysis.summary()}\n")
+        case Export():
+            from sae_analysis.analysis import open_analysis
+            from sae_analysis.export import export
+
+            sys.stdout.write(f"{export(open_analysis(verb.run), verb.output, verb.format)}\n")
+        case _:
+            assert_never(verb)
