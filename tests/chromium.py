@@ -92,7 +92,7 @@ class Browser:
         elif method == "Network.requestWillBeSent":
             self.loaded.append(parameters["request"]["url"])
 
-    # ----------------------------------------------------------------------------------------------------- what one does
+    # ---------------------------------------------------------------------------------------------------- what one does
 
     def open(self, address: str) -> None:
         self.send("Page.navigate", url=address)
@@ -104,13 +104,12 @@ class Browser:
         assert "exceptionDetails" not in found, f"{expression}: {found['exceptionDetails']}"
         return found["result"].get("value")
 
-    def until(self, expression: str) -> Any:
-        """Wait until an expression is true, and return its value."""
+    def until(self, expression: str) -> None:
+        """Wait until an expression is true."""
         ends = time.monotonic() + PATIENCE
-        while not (value := self.js(expression)):
+        while not self.js(f"Boolean({expression})"):
             assert time.monotonic() < ends, f"still not: {expression}"
             time.sleep(0.02)
-        return value
 
     def texts(self, selector: str) -> list[str]:
         return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map((e) => e.textContent)")

@@ -74,6 +74,5 @@ class ContextFiles:
         return firsts
 
 
-
 def context_text(texts: Texts, number: int) -> str:
     return joined(texts.of(texts.read_ids(number)))

@@ -20,9 +20,9 @@ class Clarity(NamedTuple):
 
     latent: int
     tier: int
-    """0: a reader can tell what it stands for. 1: the same, but one of its densities is unusual. 2: the rest. 3: dead."""
+    """0: a reader can tell what it stands for. 1: the same, but its density is unusual. 2: the rest. 3: dead."""
     score: float
-    """The share of its activation that its few commonest words make up."""
+    """The share of its activation that its few commonest words make up, less that of pieces of words and signs."""
     word: str
     """The commonest of them."""
 
@@ -31,18 +31,21 @@ def clarity(record: dict[str, Any]) -> Clarity:
     """Judge one latent by its record.
 
     Clear is one whose strongest tokens are whole words and not all the same one, which fires steadily on them, and most
-    of whose activation is on a few words. A piece of a word says little to a reader, and a latent of one word only
+    of whose activation is on a few words, these among them. A piece of a word says little to a reader, and a latent of one word only
     says little more than that word.
     """
     latent, figures = record["latent"], record["figures"]
     if not figures["count"]:
         return Clarity(latent, 3, 0.0, "")
     words: dict[str, float] = {}
+    of_pieces = 0.0
     for text, share in record["tokens"]:
         if is_word(text):
             words[text.strip().lower()] = words.get(text.strip().lower(), 0.0) + share
+        else:
+            of_pieces += share
     shares = sorted(words.values(), reverse=True)
-    score = sum(shares[:N_WORDS])
+    score = sum(shares[:N_WORDS]) - of_pieces
     word = max(words, key=words.__getitem__, default="")
     tops = list(tokens_of_windows(record))[:N_TOP]
     activations = [activation_of(example) for example in record["examples"][: len(tops)]]
@@ -50,7 +53,8 @@ def clarity(record: dict[str, Any]) -> Clarity:
     is_clear = (
         len(tops) == N_TOP
         and all(is_whole_word(texts, at) for texts, at in tops)
-        and len(names) > 1
+        and 1 < len(names)
+        and names <= words.keys()
         and activations[-1] > STEADY * activations[0]
         and len(shares) > 1
         and shares[0] < LARGEST_SHARE

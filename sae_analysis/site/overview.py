@@ -12,7 +12,8 @@ from sae_analysis.site.scripts import short, shorts
 
 N_BINS = 40
 N_ROW_TOKENS = 5
-BEFORE, AFTER = 9, 4  # tokens shown beside the strongest one
+BEFORE, AFTER = 14, 6  # tokens shown beside the strongest one
+LONGEST_TOKEN = 40
 COLUMNS = (
     "density", "max", "mean", "variance", "skew", "kurtosis", "mean_position", "encoder_decoder_cosine", "decoder_norm",
     "encoder_norm", "encoder_bias", "decoder_x", "decoder_y", "logit_skew", "logit_kurtosis", "token_entropy",
@@ -47,4 +48,4 @@ def row(record: dict[str, Any]) -> list[Any]:
         example = [before[-80:], texts[at][:80], "".join(texts[at + 1 : at + 1 + AFTER])[:40]]
         break
     figures = [short(record["figures"][name], 3) for name in ROW_FIGURES]
-    return [record["latent"], [text for text, _ in record["tokens"][:N_ROW_TOKENS]], example, figures]
+    return [record["latent"], [text[:LONGEST_TOKEN] for text, _ in record["tokens"][:N_ROW_TOKENS]], example, figures]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 UNSAFE = re.compile("[<\u2028\u2029\ud800-\udfff]")
-"""What a script may not hold as it is: the start of a tag, ends of lines, and halves of characters, which no file holds."""
+"""What a script may not hold as it is: the start of a tag, ends of lines, and halves of characters."""
 
 
 def as_json(value: Any) -> str:

@@ -10,6 +10,8 @@ from sae_analysis.store.read import Reader
 
 REACH = 3
 """A character has four bytes at most, so it reaches over this many tokens beyond one."""
+LONGEST = 200
+"""Letters of one token that are shown."""
 
 
 class Texts:
@@ -28,12 +30,17 @@ class Texts:
         return [decoded(piece) for piece in self.reader.pieces]
 
     def of(self, ids: Sequence[int]) -> list[str]:
-        """Return the text of each token of a sequence; "" for padding."""
+        """Return the text of each token of a sequence; "" for padding.
+
+        Parts of characters stand together, because a token that is text by itself neither ends nor begins inside one.
+        """
         pieces, alone = self.reader.pieces, self.alone
         found = [alone[id_] if 0 <= id_ < len(pieces) else "" for id_ in ids]
-        if None in found:
-            return as_texts([pieces[id_] if 0 <= id_ < len(pieces) else b"" for id_ in ids])
-        return [text or "" for text in found]
+        while None in found:
+            start = found.index(None)
+            stop = next((i for i in range(start, len(found)) if found[i] is not None), len(found))
+            found[start:stop] = as_texts([pieces[id_] for id_ in ids[start:stop]])
+        return [text for text in found if text is not None]
 
     def token(self, id_: int) -> str:
         return self.of([id_])[0]
@@ -46,10 +53,16 @@ class Texts:
 
 
 def decoded(piece: bytes) -> str | None:
+    """Return the text of a token, or None if its bytes are no text by themselves."""
     try:
-        return piece.decode()
+        return shortened(piece.decode())
     except UnicodeDecodeError:
         return None
+
+
+def shortened(text: str) -> str:
+    """Return a text of one token without what is beyond LONGEST letters, because no page shows more of it."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text):,} letters)"
 
 
 def window_of(position: int, length: int, width: int = 32) -> range:

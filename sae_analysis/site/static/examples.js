@@ -29,7 +29,7 @@
   };
 
   const tokensOf = (example, texts, start, record) =>
-    texts.map((text, i) => {
+    texts.flatMap((text, i) => {
       const position = start + i;
       const activation = example.activations.get(position) ?? 0;
       return site.token({

@@ -45,8 +45,7 @@
 
   const quantiles = (record) =>
     card("Quantiles", record.quantiles.length
-      ? el("div", { class: "wide" }, table("Quantiles of its activations", record.quantiles.map(([q]) => `${site.number(100 * q)} %`),
-        [record.quantiles.map(([, value]) => site.number(value))]))
+      ? el("dl", { class: "thirds" }, record.quantiles.map(([q, value]) => el("div", {}, el("dt", {}, `${site.number(100 * q)} %`), el("dd", {}, site.number(value)))))
       : el("p", { class: "note" }, "It never fires."));
 
   const logits = (record) => {
@@ -71,7 +70,7 @@
   ];
   const neighbours = (record, link) =>
     card("Neighbours", NEAR.filter(([name]) => record.neighbours[name]?.length).map(([name, title, what]) =>
-      el("details", { open: name !== "neurons" }, el("summary", {}, el("span", {}, title), " ", el("span", { class: "note" }, what)),
+      el("details", { open: name === "similar" || name === "correlated" }, el("summary", {}, el("span", {}, title), " ", el("span", { class: "note" }, what)),
         table(title, name === "neurons" ? ["neuron", "value"] : ["latent", "top token", "value"],
           record.neighbours[name].map(([number, value, token]) =>
             name === "neurons" ? [String(number), site.number(value)]

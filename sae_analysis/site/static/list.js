@@ -64,7 +64,8 @@
 
   const rowOf = ([latent, tokens, example, figures], extra) => {
     const context = example.length
-      ? el("span", { class: "snippet", dir: "auto" }, site.visible(example[0]), el("mark", {}, site.visible(example[1])), site.visible(example[2]))
+      ? el("span", { class: "snippet", dir: "auto" }, site.visible(example[0]), /^ \S/u.test(example[1]) ? " " : "",
+        el("mark", {}, site.visible(example[1].replace(/^ (?=\S)/u, ""))), site.visible(example[2]))
       : el("span", { class: "note" }, "never fires");
     return el("tr", {},
       el("th", { scope: "row" }, el("a", { href: `#/latent/${latent}` }, String(latent))),

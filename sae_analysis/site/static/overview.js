@@ -21,12 +21,15 @@
 
   const card = (id, title, ...content) => el("section", { class: "card", "aria-labelledby": id }, el("h2", { id }, title), ...content);
 
+  // Of a chart in units of its letters, so that these are as large on a phone.
+  const size = () => (innerWidth < 700 ? { width: 360, height: 170 } : { width: 560, height: 190 });
+
   const density = () => {
     const { counts, edges } = site.value("about").histograms.density;
     const address = (low, high) => site.address({ density: `${(10 ** low).toPrecision(6)}..${(10 ** high).toPrecision(6)}` });
     return card("density-title", "How often latents fire",
       site.bars({
-        counts, edges, unit: "latents", label: "Histogram of the densities of latents; each bar leads to its latents", pick: address, width: 560, height: 190,
+        counts, edges, unit: "latents", label: "Histogram of the densities of latents; each bar leads to its latents", pick: address, ...size(),
         range: (low, high) => `density ${site.percent(10 ** low)} to ${site.percent(10 ** high)}`,
         ticks: counts.length ? site.logTicks(edges[0], edges[edges.length - 1], (value) => site.percent(value)) : [],
       }),
@@ -38,7 +41,7 @@
     const address = (low, high) => site.address({ encoder_decoder_cosine: `${low}..${high}` });
     return card("cosine-title", "Encoder against decoder",
       site.bars({
-        counts, edges, unit: "latents", label: "Histogram of the cosines of encoder and decoder; each bar leads to its latents", pick: address, width: 560, height: 190,
+        counts, edges, unit: "latents", label: "Histogram of the cosines of encoder and decoder; each bar leads to its latents", pick: address, ...size(),
         range: (low, high) => `cosine ${site.number(low)} to ${site.number(high)}`, ticks: counts.length ? site.ticks(edges[0], edges[edges.length - 1]) : [],
       }),
       el("p", { class: "note" }, "Cosine between a latent's encoder and decoder directions."));

@@ -4,8 +4,7 @@
 
 (() => {
   const { el } = site;
-  const LONGEST = 400; // letters of one token, beyond which its middle is left out
-  const LONGEST_CHIP = 28;
+  const LONGEST_CHIP = 28; // letters of a token that stands alone
   // Controls, soft hyphen, signs of direction and of no width, byte order marks, and halves of characters.
   const ODD =
     /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\ud800-\udfff]/gu;
@@ -19,10 +18,9 @@
     return `U+${code.toString(16).toUpperCase().padStart(4, "0")}`;
   };
 
-  const cut = (text, longest) => {
+  const cut = (text) => {
     const letters = Array.from(text);
-    if (letters.length <= longest) return text;
-    return `${letters.slice(0, longest).join("")}… (${letters.length.toLocaleString("en-US")} letters)`;
+    return letters.length <= LONGEST_CHIP ? text : `${letters.slice(0, LONGEST_CHIP).join("")}…`;
   };
 
   // Nodes that show a text; `spaces`: spaces at its ends as a sign too, where a token stands alone.
@@ -49,12 +47,10 @@
     return nodes;
   };
 
-  site.visibleToken = (text) => site.visible(cut(text, LONGEST));
-
   // The same as plain text, for labels and titles.
-  site.plain = (text) => cut(text, LONGEST).replace(ODD, nameOf);
+  site.plain = (text) => text.replace(ODD, nameOf);
 
   // A token that stands alone, as in a table.
   site.chip = (text) =>
-    el("span", { class: "chip", dir: "auto" }, text === "" ? "∅" : site.visible(cut(text, LONGEST_CHIP), true));
+    el("span", { class: "chip", dir: "auto" }, text === "" ? "∅" : site.visible(cut(text), true));
 })();

@@ -6,15 +6,16 @@
   const facts = new WeakMap();
   let tip = null;
 
-  // A span for a token. `fact`: {text, position, activation, share (of the latent's maximum), isExample}.
+  // Nodes for a token: a span, and before it its space, so that lines break there. `fact`: {text, position, activation, share (of the latent's maximum), isExample}.
   site.token = (fact) => {
     const fires = fact.activation > 0;
-    const shown = fact.text === "" ? (fires ? "‥" : "") : site.visibleToken(fact.text);
+    const hasSpace = /^ \S/u.test(fact.text);
+    const shown = fact.text === "" ? (fires ? "‥" : "") : site.visible(hasSpace ? fact.text.slice(1) : fact.text);
     const kinds = ["tok", fires && "fires", fact.isExample && "example"].filter(Boolean).join(" ");
     const span = el("span", { class: kinds }, shown);
     if (fires) span.style.setProperty("--heat", `${Math.round(12 + 88 * Math.min(1, fact.share))}%`);
     facts.set(span, fact);
-    return span;
+    return hasSpace ? [" ", span] : [span];
   };
 
   const moved = (logits, activation) =>
