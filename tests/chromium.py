@@ -48,8 +48,10 @@ class Browser:
         self.loaded: list[str] = []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.frames: list[str] = []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+        self.send("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=False, flatten=True)
 
     def close(self) -> None:
         self.process.kill()
@@ -89,6 +91,8 @@ class Browser:
             self.errors.append(json.dumps(parameters["args"])[:2000])
         elif method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
             self.errors.append(json.dumps(parameters["entry"])[:2000])
+        elif method == "Target.attachedToTarget" and parameters["targetInfo"]["type"] == "iframe":
+            self.frames.append(parameters["sessionId"])
         elif method == "Network.requestWillBeSent":
             self.loaded.append(parameters["request"]["url"])
 
@@ -110,6 +114,16 @@ class Browser:
         while not self.js(f"Boolean({expression})"):
             assert time.monotonic() < ends, f"still not: {expression}"
             time.sleep(0.02)
+
+    @contextmanager
+    def inner_frame(self) -> Iterator[None]:
+        """Speak to the frame of another origin that the page has opened last."""
+        self.until("document.querySelector('iframe')")
+        outer, self.session = self.session, self.frames[-1]
+        try:
+            yield
+        finally:
+            self.session = outer
 
     def texts(self, selector: str) -> list[str]:
         return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map((e) => e.textContent)")

@@ -43,7 +43,7 @@ DEAD = 3
 
 
 def make_analysis(folder: Path, n_latents: int = 40) -> Analysis:
-    """Write an analysis; latent i fires most on word i, and latent DEAD never. Each hostile text is a token somewhere."""
+    """Write an analysis; latent i fires most on word i, and latent DEAD never. Each hostile text is a token."""
     path = folder / ANALYSIS_FOLDER / STORE_FILE
     path.parent.mkdir(parents=True)
     draw = np.random.default_rng(0)

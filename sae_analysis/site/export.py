@@ -76,12 +76,12 @@ class Export:
     def about(self) -> dict[str, Any]:
         """Return what every page of the site needs."""
         figures = self.records.figures
-        has = [name for name in COLUMNS if figures[name].notna().any()]
+        has = [name for name in COLUMNS if not np.isnan(self.column(name)).all()]
         return {
             "about": self.reader.about,
             "kinds": KINDS,
             "n_latents": len(figures),
-            "n_dead": int((figures["count"] == 0).sum()),
+            "n_dead": int(np.count_nonzero(figures["count"].to_numpy() == 0)),
             "columns": has,
             "row_figures": ROW_FIGURES,
             "rows_per_file": ROWS_PER_FILE,
@@ -92,9 +92,12 @@ class Export:
 
     def write_columns(self, order: list[int]) -> None:
         for name in COLUMNS:
-            values = self.records.figures[name].to_numpy(dtype=float, na_value=np.nan)
-            write_data(self.folder, f"columns/{name}", packed(values, "<f4"))
+            write_data(self.folder, f"columns/{name}", packed(self.column(name), "<f4"))
         write_data(self.folder, "columns/order", packed(np.array(order), "<u4"))
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a figure of all latents; NaN where there is none."""
+        return self.records.values[:, self.records.columns.index(name)]
 
 
 class LatentFiles:

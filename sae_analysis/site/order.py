@@ -31,8 +31,8 @@ def clarity(record: dict[str, Any]) -> Clarity:
     """Judge one latent by its record.
 
     Clear is one whose strongest tokens are whole words and not all the same one, which fires steadily on them, and most
-    of whose activation is on a few words, these among them. A piece of a word says little to a reader, and a latent of one word only
-    says little more than that word.
+    of whose activation is on a few words, these among them. A piece of a word says little to a reader, and a latent of
+    one word only says little more than that word.
     """
     latent, figures = record["latent"], record["figures"]
     if not figures["count"]:
@@ -53,7 +53,7 @@ def clarity(record: dict[str, Any]) -> Clarity:
     is_clear = (
         len(tops) == N_TOP
         and all(is_whole_word(texts, at) for texts, at in tops)
-        and 1 < len(names)
+        and len(names) > 1
         and names <= words.keys()
         and activations[-1] > STEADY * activations[0]
         and len(shares) > 1

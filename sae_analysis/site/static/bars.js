@@ -63,10 +63,10 @@
     return found;
   };
 
-  // The same for logarithms to the base 10: whole powers, or 1, 2, 5 where there are few of these.
+  // The same for logarithms to the base 10: whole powers, and numbers between them where there are few of these.
   site.logTicks = (low, high, text = site.number) => {
     const found = [];
-    const factors = high - low < 2.2 ? [1, 2, 5] : [1];
+    const factors = high - low < 0.8 ? [1, 1.5, 2, 3, 4, 5, 7] : high - low < 2.2 ? [1, 2, 5] : [1];
     for (let power = Math.floor(low); power <= high; power++) {
       for (const factor of factors) {
         const place = power + Math.log10(factor);

@@ -33,7 +33,7 @@
       const position = start + i;
       const activation = example.activations.get(position) ?? 0;
       return site.token({
-        text, position, activation, share: activation / (record.figures.max || 1),
+        text, position, activation, isFirst: i === 0, share: activation / (record.figures.max || 1),
         isExample: position === example.position, unknown: Math.abs(position - example.position) > KEPT,
       });
     });
@@ -51,7 +51,7 @@
       el("div", { class: "value", title: `context ${example.context}, position ${example.position}` },
         example.activation > 0 ? site.number(example.activation) : "0"), line);
     if (!example.hasContext) return item;
-    const button = el("button", { class: "more", "aria-expanded": "false", "aria-label": `Whole context of example ${number}` }, "more");
+    const button = el("button", { class: "more", "aria-expanded": "false", "aria-label": `more: whole context of example ${number}` }, "more");
     item.widen = async (wide) => {
       try {
         if (wide) line.replaceChildren(...tokensOf(example, await site.context(example.context), 0, record));
@@ -63,6 +63,7 @@
       line.classList.toggle("whole", wide);
       button.setAttribute("aria-expanded", String(wide));
       button.textContent = wide ? "less" : "more";
+      button.setAttribute("aria-label", `${button.textContent}: whole context of example ${number}`);
     };
     button.addEventListener("click", () => item.widen(button.getAttribute("aria-expanded") !== "true"));
     item.append(button);

@@ -25,6 +25,8 @@
     return bar;
   };
 
+  const unseen = (text) => el("span", { class: "unseen" }, text);
+
   const table = (caption, heads, rows) =>
     el("table", {}, el("caption", { class: "unseen" }, caption),
       el("thead", {}, el("tr", {}, heads.map((head) => el("th", { scope: "col" }, head)))),
@@ -50,7 +52,7 @@
 
   const logits = (record) => {
     const { top, bottom, counts, edges } = record.logits;
-    const side = (title, pairs) => table(title, [title, ""], pairs.map(([text, value]) => [site.chip(text), site.number(value)]));
+    const side = (title, pairs) => table(title, [title, unseen("logit")], pairs.map(([text, value]) => [site.chip(text), site.number(value)]));
     const [low, high] = [edges[0], edges[edges.length - 1]];
     const all = counts.map((_, i) => low + ((high - low) * i) / counts.length).concat(high);
     return card("Logits",
@@ -80,7 +82,7 @@
     const most = record.tokens[0]?.[1];
     return card("Tokens",
       el("p", { class: "note" }, "The tokens that have most of its activation, and their shares."),
-      table("Top tokens", ["token", "share", ""], record.tokens.map(([text, value]) => [site.chip(text), site.percent(value), share(value, most)])),
+      table("Top tokens", ["token", "share", unseen("bar")], record.tokens.map(([text, value]) => [site.chip(text), site.percent(value), share(value, most)])),
       record.bigram ? el("p", {}, "Top pair: ", site.chip(record.bigram[0]), " ", site.chip(record.bigram[1]), ` ${site.percent(record.bigram[2])}`) : null);
   };
 

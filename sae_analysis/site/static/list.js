@@ -140,7 +140,7 @@
 
   const heading = (state, n) => {
     const about = site.value("about");
-    if (isDefault({ ...state, page: "" })) return `${site.number(about.n_latents)} latents`;
+    if (n === about.n_latents) return `${site.number(n)} latents`;
     return `${site.number(n)} of ${site.number(about.n_latents)} latents`;
   };
 

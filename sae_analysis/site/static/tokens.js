@@ -6,7 +6,7 @@
   const facts = new WeakMap();
   let tip = null;
 
-  // Nodes for a token: a span, and before it its space, so that lines break there. `fact`: {text, position, activation, share (of the latent's maximum), isExample}.
+  // Nodes for a token: a span, and before it its space, so that lines break there. `fact`: {text, position, activation, share (of the latent's maximum), isExample, isFirst}.
   site.token = (fact) => {
     const fires = fact.activation > 0;
     const hasSpace = /^ \S/u.test(fact.text);
@@ -15,7 +15,7 @@
     const span = el("span", { class: kinds }, shown);
     if (fires) span.style.setProperty("--heat", `${Math.round(12 + 88 * Math.min(1, fact.share))}%`);
     facts.set(span, fact);
-    return hasSpace ? [" ", span] : [span];
+    return hasSpace && !fact.isFirst ? [" ", span] : [span];
   };
 
   const moved = (logits, activation) =>
@@ -36,7 +36,7 @@
     hide();
     const fact = facts.get(span);
     tip = el("div", { id: "tip", role: "tooltip" }, contentOf(fact, record));
-    document.body.append(tip);
+    document.getElementById("main").append(tip);
     const box = span.getClientRects()[0] ?? span.getBoundingClientRect();
     const left = Math.max(8, Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8));
     const above = box.top - tip.offsetHeight - 6;

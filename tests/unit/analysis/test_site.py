@@ -175,7 +175,9 @@ def test_pages_hold_no_tag_of_the_corpus(site: Path, analysis: Analysis) -> None
     one = latent_page(analysis.reader, 11)
     head, script = one.split("<script>", 1)
     tags |= set(re.findall(r"<(\w+)", head))
-    assert tags == {"html", "head", "meta", "title", "link", "style", "script", "body", "main", "header", "a", "noscript", "p"}
+    assert tags == set(
+        ["html", "head", "meta", "title", "link", "style", "script", "body", "main", "header", "a", "noscript", "p"]
+    )
     assert script.count("</script>") == 1
     assert "window.broken" in script
 
@@ -202,36 +204,43 @@ def test_scripts_never_make_elements_of_strings() -> None:
 def test_scripts_and_data_are_valid(site: Path) -> None:
     assert NODE is not None
     paths = [str(site / "site.js"), *map(str, (site / "data").rglob("*.js"))]
-    check = "for (const path of process.argv.slice(1)) new vm.Script(fs.readFileSync(path, 'utf8'), { filename: path });"
+    check = (
+        "for (const path of process.argv.slice(1)) new vm.Script(fs.readFileSync(path, 'utf8'), { filename: path });"
+    )
     subprocess.run([NODE, "-e", check, *paths], check=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- search
 
 
+# As much of a browser as base.js and search.js need; data files are run where a browser would load them.
+NODE_PAGE = """
+const [site_folder, static_folder, queries] = process.argv.slice(1);
+const run = (path) => vm.runInThisContext(fs.readFileSync(path, "utf8"));
+const element = () => ({ setAttribute(name, value) { this[name] = value; }, addEventListener() {} });
+globalThis.document = {
+  createElement: () => Object.assign(element(), { append() {} }),
+  head: { append: (script) => run(`${site_folder}/${script.src}`) },
+};
+for (const name of ["base.js", "search.js"]) run(`${static_folder}/${name}`);
+vm.runInThisContext("globalThis.site = site");
+(async () => {
+  const found = [];
+  for (const [name, query] of JSON.parse(queries)) found.push([...(await site[name](query))]);
+  console.log(JSON.stringify(found));
+})();
+"""
+
+
 @pytest.mark.skipif(NODE is None, reason="no node on this machine")
 def test_search_finds_what_the_analysis_finds(site: Path, analysis: Analysis) -> None:
-    queries = [("tokens", "Ocean"), ("tokens", "__proto__"), ("tokens", "constructor"), ("text", "river the"), ("text", "<b>")]
-    asked = "".join(
-        f"out.push([...await site.find{'Token' if kind == 'tokens' else 'Text'}({json.dumps(query)})]);"
-        for kind, query in queries
-    )
-    script = f"""
-        const fs = require("fs");
-        globalThis.addEventListener = () => {{}};
-        globalThis.document = {{
-          createElement: (tag) => ({{ setAttribute(name, value) {{ this[name] = value; }}, append() {{}}, addEventListener() {{}} }}),
-          head: {{ append: (script) => vm.runInThisContext(fs.readFileSync({json.dumps(str(site))} + "/" + script.src, "utf8")) }},
-        }};
-        const vm = require("vm");
-        for (const name of ["base.js", "search.js"]) vm.runInThisContext(fs.readFileSync({json.dumps(str(STATIC))} + "/" + name, "utf8"));
-        vm.runInThisContext("globalThis.site = site");
-        (async () => {{ const out = []; {asked} console.log(JSON.stringify(out)); }})();
-    """
+    queries = [("findToken", query) for query in ("Ocean", "__proto__", "constructor")]
+    queries += [("findText", query) for query in ("river the", "<b>")]
     assert NODE is not None
-    done = subprocess.run([NODE, "-e", script], capture_output=True, text=True, check=True)
+    words = [NODE, "-e", NODE_PAGE, str(site), str(STATIC), json.dumps(queries)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     for (kind, query), found in zip(queries, json.loads(done.stdout), strict=True):
-        if kind == "tokens":
+        if kind == "findToken":
             expected = analysis.search(tokens=query)["share"].round(3).to_dict()
         else:
             expected = {}
@@ -245,7 +254,8 @@ def test_search_finds_what_the_analysis_finds(site: Path, analysis: Analysis) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "key"), [(" The", "the"), ("\n", "\\n"), ("  ", "__"), ("", ""), ("x" * 5000, "x" * 40), ("\ud800", "\ud800")]
+    ("text", "key"),
+    [(" The", "the"), ("\n", "\\n"), ("  ", "__"), ("", ""), ("x" * 5000, "x" * 40), ("\ud800", "\ud800")],
 )
 def test_token_is_searched_by_what_one_types(text: str, key: str) -> None:
     assert token_key(text) == key
