@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from sqlalchemy import select
 
+from sae_analysis.site.one_page import inline_page, save_page
 from sae_analysis.store import schema
 from sae_analysis.store.example_blob import KINDS
 from sae_analysis.store.read import Reader, url_of
@@ -180,6 +181,14 @@ class Latent:
                 )  # fmt: skip
             )
         return found
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write its page as one file, which needs no other, and return the path."""
+        return save_page(self.analysis.reader, self.index, path)
+
+    def _repr_html_(self) -> str:
+        """Its page, in a notebook."""
+        return inline_page(self.analysis.reader, self.index)
 
     def __repr__(self) -> str:
         lines = [f"latent {self.index}: fires on {self.density:.3%} of tokens, at most {self.max:.3g}"]

@@ -67,4 +67,4 @@ def test_no_page_holds_a_placeholder() -> None:
     assert not [page.name for page in pages if "@@" in page.read_text(encoding="utf-8")]
 
 
-SOURCE_SUFFIXES = (".py", ".cpp", ".j2", ".css")
+SOURCE_SUFFIXES = (".py", ".cpp", ".j2", ".css", ".js")
