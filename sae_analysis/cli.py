@@ -62,7 +62,7 @@ class Build(Common):
 
 @dataclass(kw_only=True)
 class Export(Common):
-    """Write an analysis as other files."""
+    """Write an analysis as a site to look at, or as files for other programs."""
 
     run: Run
     """Run folder with an analysis, or the file of one."""
@@ -70,8 +70,8 @@ class Export(Common):
     output: Annotated[Path, Positional, arg(metavar="OUT")]
     """Folder to write."""
 
-    format: Literal["parquet", "jsonl", "neuronpedia"] = "parquet"
-    """parquet: tables for pandas and DuckDB; jsonl: a document a latent; neuronpedia: the layout of its imports."""
+    format: Literal["site", "parquet", "jsonl", "neuronpedia"] = "site"
+    """site: OUT/index.html; parquet: tables; jsonl: a document a latent; neuronpedia: the layout of its imports."""
 
 
 Verb = Build | Export

@@ -1,5 +1,6 @@
-"""Write an analysis as files for other programs.
+"""Write an analysis as files for other programs, or as a site to look at.
 
+site          index.html and its data, which opens from the disk (`site/`)
 parquet       latents.parquet, a row a latent; examples.parquet, a row an example
 jsonl         latents.jsonl, a document a latent with its examples (what mongoimport takes)
 neuronpedia   release, model, sourceset and source.jsonl; features/ and activations/batch-<i>.jsonl.gz
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sae_analysis.analysis import Analysis, Example, Latent
+from sae_analysis.site.export import export_site
 from sae_training.machine.files import written_beside
 from sae_training.machine.phases import progress_bar
 
@@ -26,11 +28,16 @@ PER_BATCH = 1024  # latents in a file of Neuronpedia's, as its own generator wri
 SLICE = 256  # latents whose examples are in memory at once
 
 
-def export(analysis: Analysis, folder: str | Path, form: str = "parquet") -> Path:
-    """Write the analysis into `folder` in one of the forms above, each file whole or not at all, and return it."""
+def export(analysis: Analysis, folder: str | Path, form: str = "site") -> Path:
+    """Write the analysis into `folder` in one of the forms above, and return the folder; of a site its index.html.
+
+    Each file is written whole or not at all; a site that is there is replaced once the new one is complete.
+    """
     folder = Path(folder).expanduser()
-    if form not in FORMS:
-        raise ValueError(f"format: found {form!r}, expected one of {', '.join(FORMS)}.")
+    if form not in ("site", *FORMS):
+        raise ValueError(f"format: found {form!r}, expected one of site, {', '.join(FORMS)}.")
+    if form == "site":
+        return export_site(analysis, folder)
     folder.mkdir(parents=True, exist_ok=True)
     FORMS[form](analysis, folder)
     return folder
