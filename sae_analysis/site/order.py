@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from sae_analysis.site.records import tokens_of_windows
+from sae_analysis.site.records import Records, tokens_of_windows
+from sae_analysis.store.read import Reader
 
-RAREST, COMMONEST = 2e-4, 2e-2  # densities
+RAREST, COMMONEST = 2e-4, 1e-2  # densities
 FEWEST = 20  # firings, below which shares of tokens are chance
 STEADY = 0.5  # of the strongest activation, on the last of N_TOP examples
 N_TOP = 5
 LARGEST_SHARE = 0.8  # of one word, beyond which a latent says little more than that word
-N_WORDS = 4
 
 
 class Clarity(NamedTuple):
@@ -22,7 +22,7 @@ class Clarity(NamedTuple):
     tier: int
     """0: a reader can tell what it stands for. 1: the same, but its density is unusual. 2: the rest. 3: dead."""
     score: float
-    """The share of its activation that its few commonest words make up, less that of pieces of words and signs."""
+    """The mean of its strongest activations, which are small on small words."""
     word: str
     """The commonest of them."""
 
@@ -30,25 +30,22 @@ class Clarity(NamedTuple):
 def clarity(record: dict[str, Any]) -> Clarity:
     """Judge one latent by its record.
 
-    Clear is one whose strongest tokens are whole words and not all the same one, which fires steadily on them, and most
-    of whose activation is on a few words, these among them. A piece of a word says little to a reader, and a latent of
-    one word only says little more than that word.
+    Clear is one whose strongest tokens are whole words, not all the same one, and among those that it fires on most; it
+    fires steadily on them. A piece of a word says little to a reader, and a latent of one word only says little
+    more than that word.
     """
     latent, figures = record["latent"], record["figures"]
     if not figures["count"]:
         return Clarity(latent, 3, 0.0, "")
     words: dict[str, float] = {}
-    of_pieces = 0.0
     for text, share in record["tokens"]:
         if is_word(text):
             words[text.strip().lower()] = words.get(text.strip().lower(), 0.0) + share
-        else:
-            of_pieces += share
     shares = sorted(words.values(), reverse=True)
-    score = sum(shares[:N_WORDS]) - of_pieces
     word = max(words, key=words.__getitem__, default="")
     tops = list(tokens_of_windows(record))[:N_TOP]
     activations = [activation_of(example) for example in record["examples"][: len(tops)]]
+    score = sum(activations) / max(len(activations), 1)
     names = {texts[at].strip().lower() for texts, at in tops}
     is_clear = (
         len(tops) == N_TOP
@@ -61,6 +58,11 @@ def clarity(record: dict[str, Any]) -> Clarity:
     )
     is_usual = figures["count"] >= FEWEST and RAREST <= figures["density"] <= COMMONEST
     return Clarity(latent, 2 if not is_clear else 1 - is_usual, score, word)
+
+
+def clearest(reader: Reader, n: int) -> list[int]:
+    """Return the first `n` latents of the default order."""
+    return default_order(map(clarity, Records(reader).all()))[:n]
 
 
 def default_order(found: Iterable[Clarity]) -> list[int]:
