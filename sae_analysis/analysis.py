@@ -71,6 +71,17 @@ class Example:
         return f"{self.activation:8.3f}  {text!r}"
 
 
+@dataclass(frozen=True)
+class Effect:
+    """What ablating a latent at one token does to the prediction of the next (`effects.py`), in nats."""
+
+    loss: float | None
+    """Change of the loss of the token that follows; None at the end of a context."""
+    raised: list[tuple[str, float]]
+    """The tokens whose log-probability grows most without the latent, and by how much."""
+    lowered: list[tuple[str, float]]
+
+
 class Latent:
     """One latent of an analysis; its figures are attributes: `density`, `max`, `mean`, ... (`Analysis.latents`)."""
 
@@ -129,6 +140,15 @@ class Latent:
         )
         found = self.analysis.reader.rows(query.order_by(table.c.rank))
         return [(self.analysis.token_text(row.token), row.share) for row in found]
+
+    @property
+    def effects(self) -> list[Effect]:
+        """What ablating it does at each of its top examples; [] if that was not measured (`build --effects`)."""
+        text = self.analysis.token_text
+        return [
+            Effect(found["loss"], *([(text(i), v) for i, v in found[side]] for side in ("raised", "lowered")))
+            for found in self.analysis.reader.effects(self.index)
+        ]
 
     def examples(self, kind: str = "top") -> list[Example]:
         """Return examples of a kind: top, quantile (of all fifths, strongest first) or one fifth of it ("quantile 4"),

@@ -22,15 +22,16 @@ from tqdm import tqdm
 
 from sae_analysis.analysis import ANALYSIS_FOLDER, STORE_FILE, Analysis, open_analysis
 from sae_analysis.corpus import CachedCorpus, LiveCorpus
+from sae_analysis.effects import effects_of
 from sae_analysis.gathered import Gathered, Sizes
 from sae_analysis.of_model import of_model
-from sae_analysis.store.write import Writer
+from sae_analysis.store.write import Writer, add_effect
 from sae_analysis.subjects import Subject, subjects_of
 from sae_training.activations_store import ActivationsStore
 from sae_training.config.io import CACHE_FIELDS, config_to_dict
 from sae_training.language_model.load import fingerprint
 from sae_training.machine.files import disk_named, read_safetensors, write_safetensors
-from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInterrupted
+from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInterrupted, stop_point
 from sae_training.machine.lock import lock_beside
 from sae_training.machine.phases import counted_phases, phase, progress_bar
 from sae_training.utils import Session
@@ -47,6 +48,7 @@ def build_analysis(
     output: str | Path | None = None,
     cached: str | Path | None = None,
     sizes: Sizes | None = None,
+    effects: int | Sequence[int] = 0,
     seed: int = 0,
     anew: bool = False,
 ) -> Analysis | dict[str, Analysis]:
@@ -58,6 +60,8 @@ def build_analysis(
     output: the folder that gets the analysis; without it the run's own, or `runs/<name of the file>`.
     cached: a folder of contexts that `sae-training cache` wrote, which replaces the passes of the language model.
     sizes: how many examples of a latent are kept.
+    effects: for how many latents to measure what ablating them does at their top examples (`effects.py`): those that
+        fire most strongly for how often they do, or these. An analysis that is there gets those it lacks.
 
     A build that was stopped goes on where it was last saved, at most a minute before, and the result is the same.
     `anew` starts it again. A finished analysis with the same settings is returned as it is.
@@ -86,6 +90,8 @@ def build_analysis(
                 exit_code=128 + stop.signal,
             ) from None
     found.store.text.say_skipped()
+    for subject in found.subjects:
+        add_effects(subject, found.store, effects)
     opened = {subject.name: open_analysis(subject.folder) for subject in found.subjects}
     return opened if found.are_several else opened[found.subjects[0].name]
 
@@ -229,6 +235,23 @@ class Build:
             "context_size": self.context_size,
             "n_contexts": self.corpus.done,
         }
+
+
+def add_effects(subject: Subject, store: ActivationsStore, wanted: int | Sequence[int]) -> None:
+    """Measure the effects of some latents that the subject's analysis lacks, and add them to it."""
+    analysis = open_analysis(subject.folder)
+    if isinstance(wanted, int):
+        table = analysis.latents
+        strength = (table["max"] / table["density"]).fillna(0).to_numpy()
+        wanted = np.argsort(-strength, kind="stable")[:wanted].tolist()
+    there = analysis.reader.with_effects()
+    missing = [latent for latent in wanted if latent not in there]
+    with phase("effects", has_bar=True), progress_bar("effects", len(missing), "latents") as bar:
+        for latent in missing:
+            stop_point()
+            examples = analysis.latent(latent).examples("top")
+            add_effect(analysis.reader, latent, effects_of(store.model, subject.sae, examples, store.padded))
+            bar.update(1)
 
 
 def hash_of(sae: torch.nn.Module) -> str:

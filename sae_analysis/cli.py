@@ -50,6 +50,9 @@ class Build(Common):
     cached: Path | None = None
     """Folder of contexts that `sae-training cache --form contexts` wrote, in place of passes of the language model."""
 
+    effects: int = 0
+    """For so many latents, what ablating them at their top examples does to the next token's prediction."""
+
     seed: int = 0
     """Of the random examples."""
 
@@ -111,7 +114,7 @@ def carry_out(verb: Verb) -> None:
                 from sae_analysis.build import build_analysis
             built = build_analysis(
                 verb.run, verb.tokens, dataset=verb.dataset, output=verb.output, cached=verb.cached,
-                seed=verb.seed, anew=verb.anew,
+                effects=verb.effects, seed=verb.seed, anew=verb.anew,
             )  # fmt: skip
             for analysis in built.values() if isinstance(built, dict) else [built]:
                 sys.stdout.write(f"{analysis.summary()}\n")

@@ -39,6 +39,13 @@ class Corpus(Protocol):
     def state(self) -> dict[str, Any]: ...
 
 
+PASS_TOKENS = 4096  # the same for all, because sums round otherwise in other batches, and then another latent may fire
+
+
+def contexts_of_a_pass(store: ActivationsStore) -> int:
+    return max(1, PASS_TOKENS // store.text.cfg.context_size)
+
+
 class LiveCorpus:
     """The first `n_contexts` of a store's training text (fewer, if it ends), from passes of the language model."""
 
@@ -50,7 +57,7 @@ class LiveCorpus:
         store = self.store
         while self.done < self.n_contexts:
             stop_point()
-            n = min(store.store_batch_size, self.n_contexts - self.done)
+            n = min(contexts_of_a_pass(store), self.n_contexts - self.done)
             tokens = to_device(store.text.tokens.next_contexts(n, until_end=True), store.device)
             if len(tokens) == 0:
                 return
@@ -83,7 +90,7 @@ class CachedCorpus:
     def __iter__(self) -> Iterator[Contexts]:
         while self.done < self.n_contexts:
             stop_point()
-            end = min(self.done + self.store.store_batch_size, self.n_contexts)
+            end = min(self.done + contexts_of_a_pass(self.store), self.n_contexts)
             read = self.shards.read(self.done, end)
             first, self.done = self.done, end
             found = {site: to_device(read[site.name], self.store.device) for site in self.sites}

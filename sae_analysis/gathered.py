@@ -81,7 +81,7 @@ class Gathered:
     def state(self) -> dict[str, Tensor]:
         """Return all that has been gathered, to be saved."""
         return {
-            f"{part}.{name}": torch.from_numpy(np.ascontiguousarray(array))
+            f"{part}.{name}": torch.from_numpy(np.asarray(array, order="C"))
             for part, accumulator in self.parts.items()
             for name, array in accumulator.arrays().items()
         }

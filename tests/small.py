@@ -1,14 +1,24 @@
-"""The config of a small run on the bundled language model."""
+"""The config of a small run on the bundled language model, that model's sizes, and what its text says."""
 
 from __future__ import annotations
 
+import gzip
+import json
+from pathlib import Path
 from typing import Any
+
+from sae_training.demo_data import DEMO_MODEL
+
+_MODEL = json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8"))
+D_IN, N_LAYERS, VOCAB = _MODEL["hidden_size"], _MODEL["num_hidden_layers"], _MODEL["vocab_size"]
+D_HEAD = D_IN // _MODEL["num_attention_heads"]
+D_SAE = 2 * D_IN  # of SMALL_RUN
 
 # 12 steps of 64 tokens on 4 refills of a small buffer: every part of a run happens at least once.
 SMALL_RUN: dict[str, Any] = {
     "model_name": "demo",
     "hook_point": "blocks.1.hook_resid_post",
-    "d_in": 256,
+    "d_in": D_IN,
     "lm_dtype": "float32",
     "dataset_path": "demo",
     "context_size": 16,
@@ -27,3 +37,8 @@ SMALL_RUN: dict[str, Any] = {
     "log_to_wandb": False,
     "run_name": "run",
 }
+
+
+def text_of(path: Path) -> str:
+    """What a gzipped file of text holds."""
+    return gzip.decompress(path.read_bytes()).decode()

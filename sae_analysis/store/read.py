@@ -80,6 +80,16 @@ class Reader:
         content = self.content(schema.details, "latent", latent)
         return {} if content is None else json.loads(zlib.decompress(content))
 
+    def effects(self, latent: int) -> list[dict[str, Any]]:
+        """Return the effects of a latent, one for each top example; [] if they were not measured."""
+        content = self.content(schema.effects, "latent", latent)
+        return [] if content is None else json.loads(zlib.decompress(content))
+
+    def with_effects(self) -> set[int]:
+        """Return the latents whose effects were measured."""
+        table = schema.effects
+        return {row.latent for row in self.rows(select(table.c.latent).where(table.c.analysis == self.analysis))}
+
     def examples(self, latent: int) -> Stored:
         content = self.content(schema.examples, "latent", latent)
         if content is None:

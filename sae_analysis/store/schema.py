@@ -4,6 +4,7 @@
     latents     one row for each latent: the figures that people sort and filter by
     details     one row for each latent: histograms, logits, neighbours; JSON, compressed
     examples    one row for each latent: where it fires (`examples_blob`), compressed
+    effects     one row for some latents: what ablating them does at their top examples; JSON, compressed
     tokens      the tokens that make up most of a latent's activation, for search
     contexts    the token ids of each context that an example is in
     pieces      the bytes of each token id
@@ -90,6 +91,7 @@ def blobs(name: str, key: str) -> Table:
 
 details = blobs("details", "latent")
 examples = blobs("examples", "latent")
+effects = blobs("effects", "latent")
 contexts = blobs("contexts", "context")
 pieces = blobs("pieces", "token")
 

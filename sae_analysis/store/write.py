@@ -21,7 +21,7 @@ from sae_analysis.of_model import OfModel
 from sae_analysis.store import schema
 from sae_analysis.store.example_blob import to_bytes
 from sae_analysis.store.examples_of import Examples
-from sae_analysis.store.read import engine_of
+from sae_analysis.store.read import Reader, engine_of
 from sae_training.machine.phases import progress_bar
 
 SLICE = 512  # latents
@@ -151,6 +151,13 @@ class Findings:
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
+def add_effect(reader: Reader, latent: int, effects: list[dict[str, Any]]) -> None:
+    """Add to a finished analysis what ablating a latent does at its top examples."""
+    row = {"analysis": reader.analysis, "latent": latent, "content": packed(effects)}
+    with reader.engine.begin() as connection:
+        connection.execute(insert(schema.effects), [row])
+
+
 def weight_figures(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor) -> dict[str, np.ndarray]:
     """Return what the weights alone say of each latent; decoder_x and decoder_y are the first two principal directions.
 
@@ -194,5 +201,5 @@ def plain(values: np.ndarray) -> list[Any]:
     return [None if isinstance(v, float) and not math.isfinite(v) else v for v in values.tolist()]
 
 
-def packed(content: dict[str, Any]) -> bytes:
+def packed(content: Any) -> bytes:
     return zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 6)

@@ -7,8 +7,8 @@ from pathlib import Path
 _DEMO_DATA = Path(__file__).parent
 
 DEMO_MODEL = _DEMO_DATA / "model"
-DEMO_TEXT = _DEMO_DATA / "text" / "train.jsonl"
-DEMO_HELD_OUT_TEXT = _DEMO_DATA / "text" / "held_out.jsonl"
+DEMO_TEXT = _DEMO_DATA / "text" / "train.jsonl.gz"
+DEMO_HELD_OUT_TEXT = _DEMO_DATA / "text" / "held_out.jsonl.gz"
 
 
 def bundled_model(name: str) -> str:

@@ -46,7 +46,13 @@ class BlocksBelow:
         """In here a pass records the outputs."""
         with ExitStack() as stack:
             for n in self.outputs:
-                stack.enter_context(running(self.model.blocks[n - 1], lambda forward, n=n: self.recorder(forward, n)))
+                block = self.model.blocks[n - 1]
+                point = output_point_inside(block)
+                if point is None:
+                    stack.enter_context(running(block, lambda forward, n=n: self.recorder(forward, n)))
+                else:  # before the hooks of others there, which are called again when the output is replayed
+                    hook = point.register_forward_pre_hook(lambda _, args, n=n: self.outputs.update({n: args[0]}))
+                    stack.callback(hook.remove)
             yield
 
     def recorder(self, forward: Callable[..., Any], n: int) -> Callable[..., Any]:
@@ -61,9 +67,7 @@ class BlocksBelow:
         """In here a pass over the same prompts goes through the first `n` blocks without computing them."""
         with ExitStack() as stack:
             for i, block in enumerate(self.model.blocks[:n]):
-                # A HookedTransformer's block has the hook point of its output inside, a bridge's block around.
-                inside = i == n - 1 and not hasattr(block, "original_component")
-                point = block.hook_resid_post if inside else None
+                point = output_point_inside(block) if i == n - 1 else None
                 stack.enter_context(running(block, lambda _, point=point: self.replayer(n, point)))
             yield
 
@@ -73,6 +77,11 @@ class BlocksBelow:
             return output if point is None else point(output)
 
         return replay
+
+
+def output_point_inside(block: Any) -> Any | None:
+    """The hook point of a block's output in a HookedTransformer; None in a bridge, whose forward does not reach it."""
+    return None if hasattr(block, "original_component") else block.hook_resid_post
 
 
 def copied(output: Any) -> Any:

@@ -83,7 +83,7 @@ def hooked(
     with ExitStack() as stack:
         for layer, hooks in in_blocks.items():
             switch = None if layer is None else switch_in(model.blocks[layer])
-            if switch is None or switch.is_touched():  # the block runs with its hook points anyway
+            if switch is None or switch.is_touched() or switch.needs_points():  # it runs with its hook points anyway
                 open_points(stack, hooks)
             else:
                 open_in_block(stack, switch, hooks, layer == last)

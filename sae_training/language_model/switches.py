@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 SWITCHES = {
@@ -38,6 +40,18 @@ def switch_on(model: Any, hook_point: str, field: str = "hook_point") -> None:
         raise ValueError(
             f"{field}: {hook_point} needs {switch}, which this model cannot do ({error}); choose another hook."
         ) from error
+
+
+@contextmanager
+def switches_restored(model: Any) -> Iterator[None]:
+    """Turn off at the end what has been turned on in here."""
+    off = {switch for switch in SWITCHES.values() if not is_on(model, switch)}
+    try:
+        yield
+    finally:
+        for switch in off:
+            if is_on(model, switch):
+                getattr(model, f"set_{switch}")(False)
 
 
 def is_on(model: Any, switch: str) -> bool:

@@ -23,7 +23,6 @@ Look = Callable[[Tensor], Tensor | None]
 
 SAME = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative distance; roundings alone give 1e-6
 SAME_IN_16_BITS = 2e-2
-LEVEL = -1  # marks our hooks at hook points, so that only these are removed
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,18 @@ class Tap:
 
 
 @contextmanager
-def open_point(point: HookPoint, look: Look) -> Iterator[None]:
-    """In here `look` is called whenever a pass comes to the hook point."""
-    point.add_hook(lambda tensor, hook: look(tensor), level=LEVEL)
+def open_point(point: HookPoint, look: Look, is_permanent: bool = False) -> Iterator[int]:
+    """In here `look` is called whenever a pass comes to the hook point. Yield the id that torch gives the hook.
+
+    A hook that `is_permanent` stays when somebody calls `reset_hooks`.
+    """
+    point.add_hook(lambda tensor, hook: look(tensor), is_permanent=is_permanent)
+    added = point.fwd_hooks[-1]
     try:
-        yield
+        yield added.hook.id
     finally:
-        point.remove_hooks(dir="fwd", level=LEVEL)
+        added.hook.remove()
+        point.fwd_hooks = [other for other in point.fwd_hooks if other is not added]
 
 
 # ----------------------------------------------------------------------------------------------------------- finding

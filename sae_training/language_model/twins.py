@@ -7,7 +7,8 @@ the plain Hugging Face block with the bridge's processed weights, which runs in 
 compiled copy of the twin (`compile.py`) runs for training rows.
 
 At every pass a block looks for hooks on its parts and for parts that were replaced. If it finds any, it runs as
-TransformerLens wrote it. Hooks on the block's input and output do not count, because the twin passes both.
+TransformerLens wrote it. Hooks on the block's input and output do not count, because the twin passes both, nor do
+hooks that are open in the twin too (`standing.py`).
 
 Our own hooks (`hooks.py`) rarely need the block itself: most places inside can be tapped in the twin (`taps.py`). For
 the few others that are only read, the block runs a second time as TransformerLens wrote it. The residual stream comes
@@ -63,6 +64,10 @@ class BlockSwitch:
     ) -> None:
         self.hooked, self.twin, self.taps, self.outside = hooked, twin, taps, outside
         self.compiled: Forward | None = None
+        self.standing: dict[int, Tap | None] = {}
+        """Hooks at hook points that do not count (`standing.py`), by id: the tap where they are open too, if any."""
+        self.changed = False
+        """Whether a standing hook without a tap has replaced a tensor in the pass that runs."""
         parts = [part for part in block.modules() if part not in outside]
         self.parts = [(part._modules, tuple(part._modules.values())) for part in parts]
         self.on_points = [hooks for part in parts if isinstance(part, HookPoint) for hooks in hooks_of(part)]
@@ -75,6 +80,8 @@ class BlockSwitch:
             *before, counts = self.planned
         elif self.is_touched() or kwargs.get("output_attentions"):  # only the block itself has attention patterns
             before, counts = [], self.hooked
+        elif self.needs_points():
+            return self.run_with_points(*args, **kwargs)
         else:
             before, counts = [], self.fastest()
         for forward in before:
@@ -82,8 +89,10 @@ class BlockSwitch:
         return counts(*args, **kwargs)
 
     def fastest(self) -> Forward:
-        """The compiled twin where it is to run, else the twin."""
-        return self.compiled if self.compiled is not None and compiled_wanted.get() else self.twin
+        """The compiled twin where it is to run, else the twin (whose taps a compiled one would pass over)."""
+        if self.compiled is None or not compiled_wanted.get() or self.standing:
+            return self.twin
+        return self.compiled
 
     @contextmanager
     def running(self, forwards: tuple[Forward, ...]) -> Iterator[None]:
@@ -99,13 +108,35 @@ class BlockSwitch:
         finally:
             self.planned = ()
 
+    def needs_points(self) -> bool:
+        """Whether a standing hook has no tap, so that only the block itself can show it its tensor."""
+        return None in self.standing.values()
+
+    def run_with_points(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the block itself; with the values of the twin's if no standing hook without a tap changed any.
+
+        Gradients are those of the block itself. With a cache of keys, which each run adds to, only the block runs.
+        """
+        self.changed = False
+        out = self.hooked(*args, **kwargs)
+        if self.changed or any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
+            return out
+        return with_values_of(self.twin(*args, **kwargs), out)
+
     def is_touched(self) -> bool:
         # These are references to torch's own dicts: about 20 us a block, six times faster than walking its modules.
         return (
-            any(self.on_points)
+            any(hook not in self.standing for hooks in self.on_points for hook in hooks)
             or any(is_foreign(hook) for hooks in self.on_others for hook in hooks.values())
             or any(tuple(parts.values()) != known for parts, known in self.parts)
         )
+
+
+def with_values_of(values: Any, out: Any) -> Any:
+    """`values` with the gradient of `out`: two outputs of a block (a tensor, or a tuple with it first)."""
+    if isinstance(out, tuple):
+        return (with_values_of(values[0], out[0]), *values[1:])
+    return values.detach() + (out - out.detach()) if out.requires_grad else values
 
 
 def is_foreign(hook: Callable[..., Any]) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from processes import FORKS
 from scipy import stats
 from small import SMALL_RUN
 
-from sae_analysis import build, build_analysis, open_analysis
+from sae_analysis import build, build_analysis, corpus, open_analysis
 from sae_analysis.analysis import Analysis
 from sae_analysis.cli import main
 from sae_analysis.export import export
@@ -132,8 +133,8 @@ def without_settings(rows: dict[str, list[tuple[Any, ...]]]) -> dict[str, Any]:
 
 
 def build_with_many_saves(run: Path, output: Path, kill_at_insert: int | None = None) -> None:
-    """Build, saving after every batch and writing few latents at a time; end the process in the n-th insertion."""
-    build.SAVE_EVERY, write.SLICE = 0.0, 64
+    """Build in small passes, saving after each, and writing few latents at a time; end the process in an insertion."""
+    build.SAVE_EVERY, write.SLICE, corpus.PASS_TOKENS = 0.0, 64, 64
     insert, counted = write.Writer.insert, 0
 
     def counted_insert(*args: Any) -> None:
@@ -161,9 +162,8 @@ def test_kills_change_nothing(run: Path, built: Analysis, tmp_path: Path) -> Non
     with pytest.raises(FileNotFoundError, match="holds no analysis"):
         open_analysis(tmp_path / "killed")
     run_job(killed, tmp_path / "killed")
-    whole = content(run / "analysis" / "analysis.sqlite")
-    for name in ("whole", "killed"):
-        assert content(tmp_path / name / "analysis" / "analysis.sqlite") == whole
+    one, other = (content(tmp_path / name / "analysis" / "analysis.sqlite") for name in ("whole", "killed"))
+    assert one == other
 
 
 def test_another_build_is_not_mixed_with_an_unfinished_one(run: Path, built: Analysis, tmp_path: Path) -> None:
@@ -171,9 +171,7 @@ def test_another_build_is_not_mixed_with_an_unfinished_one(run: Path, built: Ana
     process = FORKS.Process(target=killed)
     process.start()
     process.join(300)
-    with pytest.raises(
-        ValueError, match=r"unfinished build with other settings:\n  run, n_contexts: 188 -> 13\n.*anew"
-    ):
+    with pytest.raises(ValueError, match=r"unfinished build with other settings:\n  n_contexts: 188 -> 13\n.*anew"):
         build_analysis(run, 200, output=tmp_path / "out")
     assert isinstance(found := build_analysis(run, 200, output=tmp_path / "out", anew=True), Analysis)
     assert found.about["n_contexts"] == 13
@@ -181,7 +179,7 @@ def test_another_build_is_not_mixed_with_an_unfinished_one(run: Path, built: Ana
 
 def test_batches_of_another_size_give_the_same_examples(run: Path, built: Analysis, demo_model: Any) -> None:
     model, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained(run, model=demo_model)
-    sae.cfg = dataclasses.replace(sae.cfg, store_batch_size=7)
+    sae.cfg = dataclasses.replace(sae.cfg, store_batch_size=2, n_eval_batches=2)  # as many are held out
     other = build_analysis((model, sae, store), N_TOKENS, output=run.parent / "other")
     assert isinstance(other, Analysis)
     assert other.latents["count"].tolist() == built.latents["count"].tolist()
@@ -227,8 +225,8 @@ def test_checkpoints_and_files_get_a_place_of_their_own(
     run: Path, built: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    copy = tmp_path / "mine.safetensors"
-    copy.write_bytes((run / "final" / "sae.safetensors").read_bytes())
+    copy = tmp_path / "mine"
+    shutil.copytree(run / "final", copy)
     build_analysis(copy, 300)
     assert (tmp_path / "runs" / "mine" / "analysis" / "analysis.sqlite").is_file()
     assert open_analysis("runs/mine").about["d_sae"] == built.about["d_sae"]
@@ -282,7 +280,7 @@ def test_errors_say_what_to_do(run: Path, built: Analysis, tmp_path: Path, capsy
     assert "holds no analysis; build it with `sae-analysis build" in error("export", str(tmp_path), str(tmp_path / "x"))
     assert "no such" in error("build", str(tmp_path / "nowhere")).lower()
     assert "n_tokens: found 0" in error("build", str(run), "--tokens", "0")
-    with pytest.raises(IndexError, match="latent: found 512"):
+    with pytest.raises(IndexError, match="latent: found"):
         built.latent(built.about["d_sae"])
     with pytest.raises(ValueError, match="kind: found 'best'"):
         built.latent(0).examples("best")
@@ -302,3 +300,32 @@ def test_an_unfinished_or_newer_store_is_refused_by_name(built: Analysis, tmp_pa
         connection.close()
         with pytest.raises(ValueError, match=message):
             open_analysis(copy)
+
+
+def test_effects_are_those_of_leaving_a_latent_out(run: Path, built: Analysis, demo_model: Any) -> None:
+    found = build_analysis(run, N_TOKENS, effects=[0, 40])
+    assert isinstance(found, Analysis)
+    assert found.latent(1).effects == []
+    _, sae, _ = LMSparseAutoencoderSessionloader.load_session_from_pretrained(run, model=demo_model)
+    latent = found.latent(40)
+    examples, effects = latent.examples("top"), latent.effects
+    assert len(effects) == len(examples) > 3
+    for example, effect in zip(examples[:4], effects, strict=False):
+        ids = torch.tensor([example.ids])
+
+        def leave_out(x: torch.Tensor, hook: Any, example: Any = example) -> torch.Tensor:
+            x = x.clone()
+            x[0, example.position] -= example.activation * sae.W_dec[40].detach()
+            return x
+
+        with torch.no_grad():
+            clean = demo_model(ids, return_type="logits")[0, example.position].log_softmax(-1)
+            hooks = [(SMALL_RUN["hook_point"], leave_out)]
+            changed = demo_model.run_with_hooks(ids, fwd_hooks=hooks, return_type="logits")[0, example.position]
+        change = changed.log_softmax(-1) - clean
+        if example.position + 1 < len(example.ids):
+            assert effect.loss == pytest.approx(-change[example.ids[example.position + 1]].item(), abs=1e-4)
+        else:
+            assert effect.loss is None
+        assert [value for _, value in effect.raised] == pytest.approx(change.topk(5).values.tolist(), abs=1e-4)
+        assert [value for _, value in effect.lowered] == pytest.approx((-(-change).topk(5).values).tolist(), abs=1e-4)

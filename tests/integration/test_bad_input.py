@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from small import D_IN, D_SAE, N_LAYERS
 from torch import Tensor
 
 import sae_training
@@ -85,13 +86,15 @@ def test_unknown_hook_lists_the_hooks_and_the_nearest(train: Train, nothing_left
 
 def test_hook_of_a_layer_that_the_model_lacks_names_both_counts(train: Train, nothing_left: Check) -> None:
     check_refused(
-        train("--hook-point", "blocks.9.hook_resid_post"), "block 9", "this model has 4; choose a layer from 0 to 3"
+        train("--hook-point", "blocks.9.hook_resid_post"),
+        "block 9",
+        f"this model has {N_LAYERS}; choose a layer from 0 to {N_LAYERS - 1}",
     )
     nothing_left()
 
 
 def test_wrong_d_in_names_both_widths(train: Train, nothing_left: Check) -> None:
-    check_refused(train("--d-in", "300"), "d_in: got 300", "is 256 wide", "use d_in=256")
+    check_refused(train("--d-in", "300"), "d_in: got 300", f"is {D_IN} wide", f"use d_in={D_IN}")
     nothing_left()
 
 
@@ -102,14 +105,14 @@ def test_context_longer_than_the_models_names_both_lengths(train: Train, nothing
 
 def test_k_larger_than_d_sae_names_both(train: Train, nothing_left: Check) -> None:
     answer = train("--architecture", "topk", "--k", "600")
-    check_refused(answer, "k: found 600", "d_sae = 512", "lower k or raise expansion_factor")
+    check_refused(answer, "k: found 600", f"d_sae = {D_SAE}", "lower k or raise expansion_factor")
     nothing_left()
 
 
 def test_k_larger_than_the_d_sae_that_the_model_gives_names_both(train: Train, nothing_left: Check) -> None:
     # d_in is known only when the model is there: the check comes again.
     answer = train("--architecture", "topk", "--k", "600", "--d-in", "None")
-    check_refused(answer, "k: found 600", "d_sae = 512", "lower k or raise expansion_factor")
+    check_refused(answer, "k: found 600", f"d_sae = {D_SAE}", "lower k or raise expansion_factor")
     nothing_left()
 
 
@@ -198,7 +201,7 @@ def test_pretrained_autoencoder_of_another_width_names_both(
     path = tmp_path / "sae.safetensors"
     SparseAutoencoder(small_config(expansion_factor=1)).save_model(path)
     answer = train("--from-pretrained-path", str(path))
-    check_refused(answer, "(256, 256)", "(256, 512)", "expansion_factor")
+    check_refused(answer, f"({D_IN}, {D_IN})", f"({D_IN}, {D_SAE})", "expansion_factor")
     nothing_left()
 
 
@@ -238,8 +241,8 @@ def small_disk(tmp_path: Path) -> Iterator[Mount]:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-# A checkpoint of the small run has weights of 2 x 256 x 512 floats and their two moments, and a buffer of 256 rows of
-# 256 floats: about 3.3 MiB. Three of them (keep_checkpoints and the one being written) and 16 MiB must be free.
+# A checkpoint of the small run has weights of 2 x 192 x 384 floats and their two moments, and a buffer of 256 rows of
+# 192 floats: about 1.9 MiB. Three of them (keep_checkpoints and the one being written) and 16 MiB must be free.
 def test_disk_too_small_for_the_checkpoints_is_refused_before_training(train: Train, small_disk: Mount) -> None:
     disk = small_disk(8)
     check_refused(train("--run-dir", str(disk)), str(disk / "run"), "8 MiB are free", "set run_dir to another disk")

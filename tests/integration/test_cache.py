@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from killed import run_job
-from small import SMALL_RUN
+from small import D_IN, SMALL_RUN
 from torch import Tensor
 
 from sae_training.activations_store import ActivationsStore
@@ -137,7 +137,7 @@ def test_precisions(dtype: str, write: Write, demo_model: Any, small_config: Cal
     assert ((found - activations).abs() <= bound).all()
     assert sorted_rows(everything(folder, "rows")[HOOK].float()) == sorted_rows(found[keep])
     n_bytes = sum(path.stat().st_size for path in (folder / "rows").iterdir())
-    width = {"float32": 4 * 256, "bfloat16": 2 * 256, "float16": 2 * 256, "int8": 256 + 4}[dtype] + 4
+    width = {"float32": 4 * D_IN, "bfloat16": 2 * D_IN, "float16": 2 * D_IN, "int8": D_IN + 4}[dtype] + 4
     assert n_bytes == pytest.approx(width * int(keep.sum()), rel=0.02)
 
 
@@ -212,7 +212,7 @@ def test_several_train_from_one_cache_and_the_session_needs_it_no_more(
     for path in folder.rglob("*.*"):
         path.unlink()
     _, _, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained(run.members[0].folder, model=demo_model)
-    assert store.next_batch().shape == (64, 256)
+    assert store.next_batch().shape == (64, D_IN)
 
 
 # -------------------------------------------------------------------------------------------------------------- kills

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import VOCAB
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sae_training import cli
@@ -33,7 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {
 def make(kind: str, path: Path) -> Path:
     """Write a random model, whose residual stream has a mean."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SIZES[kind], vocab_size=2560, initializer_range=0.3)
+    config = AutoConfig.for_model(kind, **SIZES[kind], vocab_size=VOCAB, initializer_range=0.3)
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(path)
     return path

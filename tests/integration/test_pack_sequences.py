@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from small import SMALL_RUN
+from small import D_IN, SMALL_RUN, VOCAB
 from torch import Tensor
 
 from sae_training.activations_store import ActivationsStore
@@ -48,7 +48,7 @@ def model(request: pytest.FixtureRequest, demo_model: Any) -> Any:
     from transformer_lens import HookedTransformerConfig
 
     cfg = HookedTransformerConfig(
-        n_layers=2, d_model=256, n_heads=2, d_head=16, n_ctx=64, d_vocab=2560, act_fn="gelu", seed=0, d_mlp=32
+        n_layers=2, d_model=D_IN, n_heads=2, d_head=16, n_ctx=64, d_vocab=VOCAB, act_fn="gelu", seed=0, d_mlp=32
     )
     return HookedTransformer(cfg, tokenizer=demo_model.tokenizer)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small import D_IN, D_SAE
 from wandb_file import artifacts, history, wandb_files
 
 from sae_training.config import LanguageModelSAERunnerConfig
@@ -75,7 +76,7 @@ def test_a_run_of_a_hundred_steps_ends_at_its_target_l0(
     cfg = small_config(architecture="jumprelu", target_l0=target, total_training_tokens=100 * 64, **changes)
     rows = read_metrics(run_config(cfg, demo_model).folder.path)
     first, *_, last = [row["metrics/l0"] for row in rows if "metrics/l0" in row]
-    assert first < 2 * target  # sparse at once, where half of the 512 latents would be active without a sample
+    assert first < 2 * target  # sparse at once, where half of the latents would be active without a sample
     assert last == pytest.approx(target, rel=0.2)  # of 64 rows
     assert rows[-1]["metrics/eval_l0"] == pytest.approx(target, rel=0.1)  # of 512 other rows
 
@@ -92,7 +93,7 @@ def test_a_run_shorter_than_the_sampling_window_keeps_its_log_sparsity(
 ) -> None:
     run = run_config(small_config(feature_sampling_window=2000), demo_model)
     saved = load_file(run.folder.final / "log_feature_sparsity.safetensors")["log_feature_sparsity"]
-    assert saved.shape == (512,)
+    assert saved.shape == (D_SAE,)
     assert saved.max() > -5
 
 
@@ -159,7 +160,7 @@ def test_wandb_receives_every_key_of_the_mats_era(small_config: MakeConfig, demo
     of_file = {row["step"]: row["losses/mse_loss"] for row in read_metrics(run.folder.path) if "losses/mse_loss" in row}
     of_wandb = {row["_step"]: row["losses/mse_loss"] for row in rows if "losses/mse_loss" in row}
     assert of_wandb == of_file
-    name = "sparse_autoencoder_demo_blocks.1.hook_resid_post_512"
+    name = f"sparse_autoencoder_demo_blocks.1.hook_resid_post_{D_SAE}"
     assert set(artifacts(file)) == {name, f"{name}_log_feature_sparsity"}
 
 
@@ -169,10 +170,10 @@ def test_loaded_session_gives_back_what_was_trained(small_config: MakeConfig, de
     assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), run.sae.parameters(), strict=True))
     assert sae.cfg == run.cfg
     tokens = store.get_batch_tokens()
-    assert sae(store.get_activations(tokens)).sae_out.shape == (4, 16, 256)
-    assert store.next_batch().shape == (64, 256)
+    assert sae(store.get_activations(tokens)).sae_out.shape == (4, 16, D_IN)
+    assert store.next_batch().shape == (64, D_IN)
     assert torch.equal(store.held_out_tokens(), run.held_out)
-    assert model.cfg.d_model == 256
+    assert model.cfg.d_model == D_IN
 
 
 @pytest.mark.parametrize("part", ["final", "checkpoints/step_5", "snapshots/step_6", "final/sae.safetensors"])
@@ -188,7 +189,7 @@ def test_new_session_has_an_untrained_autoencoder(small_config: MakeConfig, demo
     cfg = small_config(d_in=None)
     model, sae, store = LMSparseAutoencoderSessionloader(cfg).load_session(model=demo_model)
     assert model is demo_model
-    assert sae.d_in == 256
+    assert sae.d_in == D_IN
     assert store.get_batch_tokens().shape == (4, 16)
 
 
@@ -236,13 +237,13 @@ def test_fine_tuning_keeps_the_function_of_a_decoder_with_other_norms(
     tuned = run_config(cfg, demo_model)
     x = first.store.next_batch()
     torch.testing.assert_close(tuned.sae(x).sae_out, first.sae(x).sae_out, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(tuned.sae.W_dec.norm(dim=1), torch.ones(512))
+    torch.testing.assert_close(tuned.sae.W_dec.norm(dim=1), torch.ones(D_SAE))
 
 
 def test_fine_tuning_another_width_names_both_shapes(small_config: MakeConfig, demo_model: Any) -> None:
     first = run_config(small_config(), demo_model)
     cfg = small_config(run_name="tuned", from_pretrained_path=str(first.folder.path), expansion_factor=4)
-    with pytest.raises(ValueError, match=r"its W_enc is \(256, 512\), this config's \(256, 1024\)"):
+    with pytest.raises(ValueError, match=rf"its W_enc is \({D_IN}, {D_SAE}\), this config's \({D_IN}, {2 * D_SAE}\)"):
         run_config(cfg, demo_model)
 
 

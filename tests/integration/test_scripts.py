@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from small import SMALL_RUN
+from small import D_IN, SMALL_RUN
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_file import history, the_run, wandb_files
 
@@ -375,7 +375,7 @@ def test_bench_quality_evaluates_what_it_trained(compared: tuple[Path, dict[str,
         assert 0 <= metrics["dead_held_out"] < 1
     assert "CE score" in table
     saved = bench_quality.load_plain(folder / result["results"][0]["file"])
-    assert (saved.activation, saved.k, saved.tensors["W_enc"].shape) == ("topk", 8, (256, 512))
+    assert (saved.activation, saved.k, saved.tensors["W_enc"].shape) == ("topk", 8, (D_IN, 512))
 
 
 def test_bench_quality_continues_with_what_is_missing(compared: tuple[Path, dict[str, Any], str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import SMALL_RUN
+from small import D_IN, SMALL_RUN
 from test_resume import start, step_of, wait_for
 
 from sae_training import lm_runner
@@ -78,7 +78,7 @@ def test_what_a_run_of_several_leaves(small_config: Callable, demo_model: Any) -
         assert "Explained variance" in write_report(run / name).read_text()
         model, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained(run / name)
         assert_same_weights(sae, found[name])
-        assert store.next_batch().shape == (64, 256)
+        assert store.next_batch().shape == (64, D_IN)
         for key, value in evaluate_run(run / name).items():
             assert value == pytest.approx(evaluations[name][key], rel=1e-5, abs=1e-6), (name, key)
     with pytest.raises(FileNotFoundError, match="holds the folders of 4 autoencoders.*layer0-k4"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import D_IN, D_SAE
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -39,7 +40,7 @@ def test_rows_of_both_hooks_belong_together(small_config: Callable, demo_model: 
 
 @torch.no_grad()
 def test_evaluation_puts_the_output_in_the_place_of_the_target(small_config: Callable, demo_model: Any) -> None:
-    store = ActivationsStore(small_config(**HOOKS, d_out=256, skip_connection=True), demo_model)
+    store = ActivationsStore(small_config(**HOOKS, d_out=D_IN, skip_connection=True), demo_model)
     sae = SparseAutoencoder(store.cfg).eval()
     sae.W_skip.normal_(std=0.05, generator=torch.Generator().manual_seed(3))
     tokens = store.held_out_tokens()[:4]
@@ -77,7 +78,7 @@ def test_normalised_training_leaves_weights_for_raw_activations(
     expected = member.trainer.sae.reconstruct(served.x) / scales[-1]
     loaded = SparseAutoencoder.load_from_pretrained(run.folder.path)
     torch.testing.assert_close(loaded.reconstruct(served.x / scales[0]), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(512))
+    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(D_SAE))
     tuned = run_config(replace(cfg, run_name="tuned", from_pretrained_path=str(run.folder.path), lr=1e-12), demo_model)
     for (name, weight), (_, first) in zip(tuned.sae.weights(), loaded.weights(), strict=True):
         torch.testing.assert_close(weight, first, rtol=1e-3, atol=1e-3, msg=name)
@@ -107,7 +108,7 @@ def test_a_run_trains_resumes_and_comes_back(small_config: Callable, demo_model:
     evaluation = evaluate(run.sae, run.store, run.held_out)
     assert evaluation["metrics/eval_explained_variance"] > 0.2
     assert evaluation["metrics/ce_loss_with_sae"] < evaluation["metrics/ce_loss_with_ablation"]
-    assert run.sae.get_name() == "transcoder_demo_blocks.1.hook_resid_mid_blocks.1.hook_mlp_out_512"
+    assert run.sae.get_name() == f"transcoder_demo_blocks.1.hook_resid_mid_blocks.1.hook_mlp_out_{D_SAE}"
     _, sae, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained(run.folder.path, model=demo_model)
     store.advance()
     batch = store.batch(store.sites)
@@ -121,5 +122,5 @@ def test_a_transcoder_run_says_which_hook_or_width_is_wrong(small_config: Callab
         ActivationsStore(small_config(**swapped), demo_model)
     with pytest.raises(ValueError, match="target_hook_point: this model has no hook 'blocks.1.hook_mlp_uot'"):
         run_config(small_config(**HOOKS | {"target_hook_point": "blocks.1.hook_mlp_uot"}), demo_model)
-    with pytest.raises(ValueError, match="d_out: got 300, but .* 256 wide; use d_out=256, or d_out=None"):
+    with pytest.raises(ValueError, match=f"d_out: got 300, but .* {D_IN} wide; use d_out={D_IN}, or d_out=None"):
         run_config(small_config(**HOOKS, d_out=300), demo_model)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from small import SMALL_RUN
+from small import D_IN, SMALL_RUN, text_of
 from torch import Tensor
 
 from sae_training.activations_store import ActivationsStore
@@ -52,9 +52,9 @@ def test_shapes_are_those_of_the_contract(make_store: Make) -> None:
     store = make_store()
     tokens = store.get_batch_tokens()
     assert tokens.shape == (4, 16)
-    assert store.get_activations(tokens).shape == (4, 16, 256)
+    assert store.get_activations(tokens).shape == (4, 16, D_IN)
     batch = store.next_batch()
-    assert batch.shape == (64, 256)
+    assert batch.shape == (64, D_IN)
     assert batch.dtype == torch.float32
 
 
@@ -74,7 +74,7 @@ def test_several_datasets_are_mixed(make_store: Make, tmp_path: Path) -> None:
 
 def test_activations_may_be_trained_on(make_store: Make) -> None:
     store = make_store()
-    weight = torch.ones(256, requires_grad=True)
+    weight = torch.ones(D_IN, requires_grad=True)
     (store.get_activations(store.get_batch_tokens()) * weight).sum().backward()
     assert weight.grad is not None
 
@@ -123,7 +123,7 @@ def test_refill_happens_in_place_when_half_is_served(make_store: Make) -> None:
     store.next_batch()
     buffer = buffer_of(store).buffers[HOOK]
     assert buffer.data_ptr() == address
-    kept = torch.ones(256, dtype=torch.bool)
+    kept = torch.ones(len(buffer), dtype=torch.bool)
     kept[served] = False
     assert torch.equal(buffer[kept], before[kept])
     assert (buffer[served] != before[served]).any(dim=1).all()
@@ -241,13 +241,13 @@ def test_odd_row_counts_lose_nothing(make_store: Make) -> None:
 
 
 def test_head_hook_gives_one_heads_width(make_store: Make) -> None:
-    d_head = 256 // 4 if make_store().model.cfg.n_heads == 4 else 256 // make_store().model.cfg.n_heads
+    d_head = D_IN // make_store().model.cfg.n_heads
     store = make_store(hook_point="blocks.1.attn.hook_z", hook_point_head_index=0, d_in=d_head)
     assert store.next_batch().shape == (64, d_head)
 
 
 def test_hook_z_without_head_index_concatenates_the_heads(make_store: Make) -> None:
-    assert make_store(hook_point="blocks.1.attn.hook_z", d_in=256).next_batch().shape == (64, 256)
+    assert make_store(hook_point="blocks.1.attn.hook_z", d_in=D_IN).next_batch().shape == (64, D_IN)
 
 
 def test_held_out_tokens_are_never_trained_on(make_store: Make) -> None:
@@ -264,7 +264,7 @@ def test_eval_dataset_is_used_for_evaluation_only(make_store: Make) -> None:
     text = store.model.tokenizer.decode(store.held_out_tokens()[0][1:])
     from sae_training.demo_data import DEMO_HELD_OUT_TEXT
 
-    assert text[:30].strip() in DEMO_HELD_OUT_TEXT.read_text(encoding="utf-8").replace("\\n", "\n")
+    assert text[:30].strip() in text_of(DEMO_HELD_OUT_TEXT).replace("\\n", "\n")
 
 
 def test_dataset_object_stands_in_for_the_path(make_store: Make) -> None:
@@ -276,13 +276,13 @@ def test_dataset_object_stands_in_for_the_path(make_store: Make) -> None:
 def test_duck_typed_config_of_the_mats_era_is_enough(demo_model: Any) -> None:
     cfg = SimpleNamespace(
         model_name="demo", hook_point="blocks.0.hook_resid_post", hook_point_layer=1, hook_point_head_index=None,
-        dataset_path="demo", is_dataset_tokenized=False, context_size=16, d_in=256, n_batches_in_buffer=4,
+        dataset_path="demo", is_dataset_tokenized=False, context_size=16, d_in=D_IN, n_batches_in_buffer=4,
         store_batch_size=4, train_batch_size=32, device=torch.device("cpu"), dtype=torch.float32, seed=0,
     )  # fmt: skip
     store = ActivationsStore(cfg, demo_model)
     assert store.cfg is cfg
     assert store.model is demo_model
-    assert store.next_batch().shape == (32, 256)
+    assert store.next_batch().shape == (32, D_IN)
 
 
 def test_cache_config_is_enough(make_store: Make, demo_model: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import SMALL_RUN
+from small import D_IN, SMALL_RUN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_training.activations_store import ActivationsStore
@@ -122,7 +122,7 @@ def test_cache_that_holds_them_serves_no_row(
     cache_activations_runner(cfg, demo_model)
     shard = folder / form / "00000.safetensors"
     tensors = load_file(shard)
-    tensors[HOOK].view(-1)[256 * 5 + 3] = bad
+    tensors[HOOK].view(-1)[D_IN * 5 + 3] = bad
     save_file(tensors, shard)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest[form][0] |= {"sha256": hashlib.sha256(shard.read_bytes()).hexdigest(), "bytes": shard.stat().st_size}

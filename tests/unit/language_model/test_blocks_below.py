@@ -74,3 +74,16 @@ def test_pass_above_shared_blocks_is_the_whole_pass(kind: str, hook: str, reques
     assert not torch.equal(changed, clean)
     assert torch.equal(after, clean)  # nothing is left behind
     assert all(switch_in(block) is not None for block in model.blocks) == (kind == "demo_model")
+
+
+@pytest.mark.parametrize("kind", ["demo_model", "hooked_transformer"])
+def test_hooks_of_others_at_the_output_of_a_shared_block_count_once(kind: str, request: pytest.FixtureRequest) -> None:
+    model: Any = request.getfixturevalue(kind)
+    tokens, hook = torch.arange(24).reshape(2, 12), "blocks.1.hook_resid_post"
+    below = BlocksBelow(model, [2])
+    with torch.no_grad(), model.hooks(fwd_hooks=[(hook, lambda activations, hook: activations * activations)]):
+        expected = model(tokens)
+        with hooked(model, []), below.recorded():
+            assert torch.equal(model(tokens), expected)
+        with hooked(model, [], [(hook, torch.clone)]), below.skipped(2):
+            assert torch.equal(model(tokens), expected)

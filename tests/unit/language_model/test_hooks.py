@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from block_helpers import as_written, block_runs, hooked_blocks, ids
+from small import VOCAB
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, PhiConfig
 
@@ -225,13 +226,13 @@ SIZES = {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "vocab_size": 2560,
+    "vocab_size": VOCAB,
     "max_position_embeddings": 64,
 }
 MODELS: dict[str, Any] = {
     "after each part a norm": Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, sliding_window=20),
     "attention beside the MLP": PhiConfig(**SIZES),
-    "queries, keys and values in one": GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=2560, n_positions=64),
+    "queries, keys and values in one": GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=VOCAB, n_positions=64),
 }
 
 

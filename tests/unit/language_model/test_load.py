@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import VOCAB
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sae_training.demo_data import DEMO_MODEL
@@ -23,7 +24,7 @@ def small_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     if request.param == "TransformerBridge":
         folder = tmp_path_factory.mktemp("small")
         config = GPT2Config(
-            n_layer=2, n_embd=16, n_head=2, n_positions=32, n_inner=20, vocab_size=2560, bos_token_id=0, eos_token_id=0
+            n_layer=2, n_embd=16, n_head=2, n_positions=32, n_inner=20, vocab_size=VOCAB, bos_token_id=0, eos_token_id=0
         )
         torch.manual_seed(0)
         GPT2LMHeadModel(config).save_pretrained(folder)
@@ -71,7 +72,7 @@ def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     # n_ctx as in the published config.json, where HookedTransformer looks for it.
     config = GPT2Config(
-        n_layer=2, n_embd=16, n_head=2, n_positions=32, n_ctx=32, vocab_size=2560, bos_token_id=0, eos_token_id=0
+        n_layer=2, n_embd=16, n_head=2, n_positions=32, n_ctx=32, vocab_size=VOCAB, bos_token_id=0, eos_token_id=0
     )
     GPT2LMHeadModel(config).save_pretrained(snapshot)
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(snapshot)
@@ -136,7 +137,7 @@ def test_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     config = GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=32, vocab_size=100, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="2559, but the model knows only 100 tokens"):
+    with pytest.raises(ValueError, match=f"{VOCAB - 1}, but the model knows only 100 tokens"):
         load_language_model(str(tmp_path))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import D_IN, VOCAB
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sae_training.config import LanguageModelSAERunnerConfig
@@ -18,7 +19,7 @@ from sae_training.language_model.switches import SWITCHES
 from sae_training.lm_runner import language_model_sae_runner
 from sae_training.utils import LMSparseAutoencoderSessionloader
 
-D_MODEL, N_HEADS, N_IDS = 16, 2, 2560
+D_MODEL, N_HEADS, N_IDS = 16, 2, VOCAB
 IDS = torch.arange(1, 9).reshape(1, 8)
 
 
@@ -98,7 +99,7 @@ def test_switch_that_the_model_lacks_is_named(tmp_path: Path) -> None:
 
 
 def test_other_hooks_turn_nothing_on(demo_model: Any) -> None:
-    find_sites(LanguageModelSAERunnerConfig(hook_point="blocks.1.hook_resid_post", d_in=256), demo_model)
+    find_sites(LanguageModelSAERunnerConfig(hook_point="blocks.1.hook_resid_post", d_in=D_IN), demo_model)
     assert not any(getattr(demo_model.cfg, switch, False) for switch in SWITCHES.values())
 
 

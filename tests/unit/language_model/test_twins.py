@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from block_helpers import as_written, block_runs, hooked_blocks, ids
+from small import N_LAYERS
 
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import load_language_model
@@ -36,8 +37,8 @@ def model() -> Any:
 def test_blocks_without_hooks_run_without_hook_points(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = as_written(model, lambda: model(ids()))
     ran = block_runs(model, monkeypatch)
-    sites = [find_hook_site(model, f"blocks.{i}.hook_resid_pre") for i in range(4)]
-    sites.append(find_hook_site(model, "blocks.3.hook_resid_post"))
+    sites = [find_hook_site(model, f"blocks.{i}.hook_resid_pre") for i in range(N_LAYERS)]
+    sites.append(find_hook_site(model, f"blocks.{N_LAYERS - 1}.hook_resid_post"))
     harvest(model, ids(), sites)
     torch.testing.assert_close(model(ids()), expected)
     assert hooked_blocks(ran) == []

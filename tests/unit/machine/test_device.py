@@ -41,7 +41,7 @@ def test_a_missing_device_is_named_with_what_to_set(kind: str) -> None:
 def test_a_missing_device_is_refused_by_whatever_computes_on_it(demo_model: object) -> None:
     name = ONE_TOO_MANY["cuda"]
     cfg = LanguageModelSAERunnerConfig(
-        model_name="demo", dataset_path="demo", hook_point="blocks.1.hook_resid_post", d_in=256, device=name
+        model_name="demo", dataset_path="demo", hook_point="blocks.1.hook_resid_post", d_in=192, device=name
     )
     for compute in (
         lambda: load_language_model("no such model", name),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import D_HEAD, D_IN, D_SAE, text_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +32,7 @@ def make_store(small_config: Callable, demo_model: Any) -> Make:
 @pytest.fixture(scope="module")
 def tokens(demo_model: Any) -> Tensor:
     """4 contexts of 16 tokens, BOS first, as the store makes them."""
-    text = DEMO_HELD_OUT_TEXT.read_text(encoding="utf-8")[:2000]
+    text = text_of(DEMO_HELD_OUT_TEXT)[:2000]
     ids = demo_model.tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = torch.full((4, 1), demo_model.tokenizer.bos_token_id)
     return torch.cat([bos, torch.tensor(ids[:60]).reshape(4, 15)], dim=1)
@@ -131,7 +132,7 @@ def test_perfect_autoencoder_changes_nothing(make_store: Make, tokens: Tensor) -
     assert found["metrics/kl_with_sae"] == pytest.approx(0, abs=1e-6)
     assert found["metrics/eval_explained_variance"] == pytest.approx(1, abs=1e-9)
     assert found["metrics/l2_ratio"] == pytest.approx(1, abs=1e-6)
-    assert found["metrics/eval_l0"] == 256  # of x and -x in each of the 256 coordinates, one is positive
+    assert found["metrics/eval_l0"] == D_IN  # of x and -x in each of the coordinates, one is positive
 
 
 def test_zero_autoencoder_is_the_ablation(make_store: Make, tokens: Tensor) -> None:
@@ -169,7 +170,11 @@ def test_dead_fraction_counts_latents_that_never_fire(make_store: Make, tokens: 
     sae = autoencoder(store, "perfect")
     with torch.no_grad():
         sae.b_enc[:128] = -1e6
-    assert evaluate(sae, store, tokens)["metrics/eval_dead_fraction"] == 128 / 512
+    # Its latents are the coordinates of x, then those of -x; some have one sign on all of these tokens.
+    x = store.get_activations(tokens).flatten(end_dim=1)
+    fires = torch.cat([(x > 0).any(dim=0), (x < 0).any(dim=0)])
+    fires[:128] = False
+    assert evaluate(sae, store, tokens)["metrics/eval_dead_fraction"] == (~fires).sum().item() / D_SAE
 
 
 # ---------------------------------------------------------------------------------------------------------- the sums
@@ -262,7 +267,7 @@ def test_a_wide_code_bounds_the_prompts_of_a_pass(make_store: Make) -> None:
 
 @pytest.mark.parametrize("head", [0, 3])
 def test_attention_of_a_query_hook(make_store: Make, tokens: Tensor, plain_model: Any, head: int) -> None:
-    store = make_store(hook_point=f"blocks.{LAYER}.attn.hook_q", hook_point_head_index=head, d_in=64)
+    store = make_store(hook_point=f"blocks.{LAYER}.attn.hook_q", hook_point_head_index=head, d_in=D_HEAD)
     found = evaluate(autoencoder(store, "perfect"), store, tokens)
     assert found["metrics/kldiv_reconstructed"] == pytest.approx(0, abs=1e-6)
     # With a query of zeros all scores are 0: query i spreads evenly over its i + 1 keys.
@@ -277,7 +282,7 @@ def test_attention_of_a_query_hook(make_store: Make, tokens: Tensor, plain_model
 
 def test_attention_of_head_output_cannot_change(make_store: Make, tokens: Tensor) -> None:
     # hook_z comes after the pattern.
-    store = make_store(hook_point=f"blocks.{LAYER}.attn.hook_z", hook_point_head_index=0, d_in=64)
+    store = make_store(hook_point=f"blocks.{LAYER}.attn.hook_z", hook_point_head_index=0, d_in=D_HEAD)
     found = evaluate(autoencoder(store, "zero"), store, tokens)
     assert found["metrics/kldiv_reconstructed"] == found["metrics/kldiv_ablation"] == 0
     assert found["metrics/ce_loss_with_ablation"] != found["metrics/ce_loss_without_sae"]
@@ -293,10 +298,10 @@ def test_whole_width_hooks_have_no_attention_figures(make_store: Make, tokens: T
 
 def test_one_head_leaves_the_others_alone(make_store: Make, tokens: Tensor) -> None:
     all_heads = make_store(hook_point=f"blocks.{LAYER}.attn.hook_z")
-    one_head = make_store(hook_point=f"blocks.{LAYER}.attn.hook_z", hook_point_head_index=2, d_in=64)
+    one_head = make_store(hook_point=f"blocks.{LAYER}.attn.hook_z", hook_point_head_index=2, d_in=D_HEAD)
     sae = autoencoder(all_heads, "perfect")
     with torch.no_grad():  # zeros for head 2 alone
-        sae.W_dec[:, 128:192] = 0
+        sae.W_dec[:, 2 * D_HEAD : 3 * D_HEAD] = 0
     expected = evaluate(sae, all_heads, tokens)["metrics/ce_loss_with_sae"]
     found = evaluate(autoencoder(one_head, "zero"), one_head, tokens)
     assert found["metrics/ce_loss_with_ablation"] == pytest.approx(expected, rel=1e-5)

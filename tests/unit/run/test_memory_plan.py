@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from small import D_IN, D_SAE
 
 from sae_training.activations_store import ActivationsStore
 from sae_training.config.sweep import variants
@@ -32,9 +33,9 @@ def sizes(plan: MemoryPlan) -> dict[Kind, int]:
 def test_what_is_held_follows_from_the_sizes(plan_of: Callable) -> None:
     plan = plan_of(architecture="topk")
     held = {part.name: part.bytes for part in plan.held}
-    # 4 * 4 * 16 rows of 256 float32, and their order in int64.
-    assert held["buffer, 256 rows x 256"] == 256 * (256 * 4 + 8)
-    weights = 4 * (2 * 256 * 512 + 512 + 512 + 256)
+    # 4 * 4 * 16 rows of float32, and their order in int64.
+    assert held[f"buffer, 256 rows x {D_IN}"] == 256 * (D_IN * 4 + 8)
+    weights = 4 * (2 * D_IN * D_SAE + D_SAE + D_SAE + D_IN)
     assert held["weights"] == pytest.approx(weights, rel=0.01)
     assert held["optimizer state"] == pytest.approx(2 * weights, rel=0.01)
     several = {part.name: part.bytes for part in plan_of(architecture="topk", k=[4, 8], optimizer="signum").held}
@@ -52,8 +53,8 @@ def test_a_step_holds_gradients_and_what_its_rows_need(plan_of: Callable) -> Non
     weights = sizes(plan_of())[Kind.WEIGHTS]
     whole, parts = (sizes(plan_of(train_batch_size=128, micro_batch_size=micro))[Kind.STEP] for micro in (None, 16))
     # Of a dense step, 9 tensors as wide as a row and 6 as wide as the code, in float32.
-    assert whole - weights == 128 * (9 * 256 + 6 * 512) * 4
-    assert parts - weights == 16 * (9 * 256 + 6 * 512) * 4
+    assert whole - weights == 128 * (9 * D_IN + 6 * D_SAE) * 4
+    assert parts - weights == 16 * (9 * D_IN + 6 * D_SAE) * 4
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_table(small_config: Callable) -> None:

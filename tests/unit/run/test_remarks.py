@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from small import D_SAE
 
 from sae_training.run.remarks import what_is_wrong
 
@@ -52,7 +53,11 @@ WORSE = {"metrics/eval_explained_variance": -240_000.0}
         ({}, WORSE, {"explained variance": "lower lr .now 0.001., or raise total_training_tokens .now 1,000 steps"}),
         ({}, {"metrics/eval_l0": 0.0}, {"L0": "L0 is 0: no latent fires .* lower l1_coefficient"}),
         ({"architecture": "topk", "k": 8}, {"metrics/eval_l0": 0.0}, {"L0": "lower lr .now 0.001., or raise lr_warm"}),
-        ({}, {"sparsity/dead_features": 512}, {"dead latents": "all 512 latents are dead: lower l1_coefficient"}),
+        (
+            {},
+            {"sparsity/dead_features": D_SAE},
+            {"dead latents": f"all {D_SAE} latents are dead: lower l1_coefficient"},
+        ),
         ({}, {"metrics/eval_explained_variance": NAN}, {"explained variance": "not a number: reconstructions are not"}),
         (
             {},
@@ -77,4 +82,4 @@ def test_what_is_wrong_and_what_to_change(
 def test_without_an_evaluation_only_the_latents_are_asked(small_config: Callable) -> None:
     cfg = small_config(**LONG)
     assert what_is_wrong(cfg, 10, {}) == {}
-    assert list(what_is_wrong(cfg, 10, {"sparsity/dead_features": 512})) == ["dead latents"]
+    assert list(what_is_wrong(cfg, 10, {"sparsity/dead_features": D_SAE})) == ["dead latents"]

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import huggingface_hub.constants
 import pytest
+from small import text_of
 
 from sae_training.demo_data import DEMO_TEXT
 from sae_training.text.documents import Documents
@@ -165,7 +166,7 @@ def test_split_chooses_from_the_splits(tmp_path: Path):
 
 @pytest.mark.skipif(not DEMO_TEXT.exists(), reason="the bundled text is not there")
 def test_demo_is_the_bundled_text():
-    first = json.loads(DEMO_TEXT.read_text().splitlines()[0])["text"]
+    first = json.loads(text_of(DEMO_TEXT).splitlines()[0])["text"]
     assert "".join(contents(open_documents("demo"))).startswith(first)
 
 
