@@ -83,10 +83,11 @@ def main() -> None:
 
 def explore(folder: Path, n_latents: int = 10) -> None:
     """Analyse the latents of a finished run, print a few with the text they fire on most, and write a site of all."""
-    from sae_analysis.build import build_analysis
+    from sae_analysis import build_analysis, open_analysis
     from sae_analysis.export import export
 
-    analysis = build_analysis(folder, ANALYSIS_TOKENS)
+    build_analysis(folder, ANALYSIS_TOKENS)
+    analysis = open_analysis(folder)
     with phase("site", has_bar=True):
         site = export(analysis, folder / "site")
     print("Latents, how often they fire, the words they fire on most, and the strongest place in the text:\n")
