@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from small import VOCAB
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -52,15 +51,8 @@ def gpt2_bridge(tmp_path_factory: pytest.TempPathFactory) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-<<<<<<< HEAD:tests/unit/sae_analysis/test_interventions.py
-    GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=16, n_head=2, n_positions=40, vocab_size=VOCAB)).save_pretrained(
-        folder
-    )
-    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
-=======
     config = GPT2Config(n_layer=3, n_embd=16, n_head=2, n_positions=40, vocab_size=len(tokenizer))
     GPT2LMHeadModel(config).save_pretrained(folder)
->>>>>>> w-splice:tests/unit/analysis/test_interventions.py
     return load_language_model(str(folder), lm_dtype="float32")
 
 
