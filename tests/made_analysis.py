@@ -60,6 +60,7 @@ def make_analysis(folder: Path, n_latents: int = 40) -> Analysis:
         schema.latents: [latent_row(i, draw) for i in range(n_latents)],
         schema.details: [{"latent": i, "content": details(i, n_latents)} for i in range(n_latents)],
         schema.examples: [{"latent": i, "content": to_bytes(examples(i, contexts, draw))} for i in range(n_latents)],
+        schema.effects: [{"latent": i, "content": effects(i)} for i in (7, 11)],
         schema.tokens: [
             {"latent": i, "rank": rank, "token": (i + rank) % len(PIECES), "share": 0.4 / 2**rank}
             for i in range(n_latents)
@@ -99,6 +100,11 @@ def details(latent: int, n_latents: int) -> bytes:
         "logits": {"top": tokens, "bottom": [[i, -v] for i, v in tokens], "counts": [1, 8, 3], "edges": [-1.0, 1.0]},
     }
     return zlib.compress(json.dumps(found).encode())
+
+
+def effects(latent: int) -> bytes:
+    found = [{"loss": number / 10, "raised": [[latent, 0.5]], "lowered": [[10, -0.25]]} for number in range(19)]
+    return zlib.compress(json.dumps([*found, {"loss": None, "raised": [], "lowered": []}]).encode())
 
 
 def examples(latent: int, contexts: np.ndarray, draw: np.random.Generator) -> Stored:

@@ -43,11 +43,13 @@ class Records:
     def some(self, latents: range) -> Iterator[dict[str, Any]]:
         details = {row.latent: json.loads(zlib.decompress(row.content)) for row in self.rows(schema.details, latents)}
         examples = {row.latent: from_bytes(row.content) for row in self.rows(schema.examples, latents)}
+        effects = {row.latent: json.loads(zlib.decompress(row.content)) for row in self.rows(schema.effects, latents)}
         tokens: dict[int, list[Any]] = {}
         for row in self.rows(schema.tokens, latents):
             tokens.setdefault(row.latent, []).append((row.rank, row.token, row.share))
         for latent in latents:
-            yield self.record(latent, details.get(latent, {}), sorted(tokens.get(latent, [])), examples[latent])
+            record = self.record(latent, details.get(latent, {}), sorted(tokens.get(latent, [])), examples[latent])
+            yield record | {"effects": [self.effect(one) for one in effects.get(latent, [])]}
 
     def rows(self, table: Table, latents: range) -> list[Row[Any]]:
         """Return the rows of some latents."""
@@ -77,6 +79,11 @@ class Records:
     def logits(self, details: dict[str, Any]) -> dict[str, Any]:
         sides = {side: [[self.texts.token(i), short(v, 3)] for i, v in details[side]] for side in ("top", "bottom")}
         return sides | {"counts": details["counts"], "edges": shorts(details["edges"])}
+
+    def effect(self, found: dict[str, Any]) -> list[Any]:
+        """Return [change of loss, raised tokens, lowered tokens] of one top example, without the latent there."""
+        sides = [[[self.texts.token(i), short(v, 3)] for i, v in found[side]] for side in ("raised", "lowered")]
+        return [short(found["loss"], 3), *sides]
 
     def near(self, name: str, pairs: list[tuple[int, float]]) -> list[list[Any]]:
         """Return (number, value) and, for latents, the token that makes up most of their activation."""

@@ -162,6 +162,9 @@ def test_hover_shows_activation_and_logit_lens(tab: Browser, index: str) -> None
     assert "activation 19.3" in tip
     assert "raises" in tip
     assert "lowers" in tip
+    assert "without it: next token's loss 0" in tip
+    assert "likelier without it" in tip
+    assert tab.texts(".loss")[1] == "+0.1 loss"
     tab.mouse("mouseMoved", 2, 2)
     tab.until("!document.querySelector('#tip')")
 

@@ -34,9 +34,14 @@
       const activation = example.activations.get(position) ?? 0;
       return site.token({
         text, position, activation, isFirst: i === 0, share: activation / (record.figures.max || 1),
-        isExample: position === example.position, unknown: Math.abs(position - example.position) > KEPT,
+        isExample: position === example.position, effect: position === example.position ? example.effect : null, unknown: Math.abs(position - example.position) > KEPT,
       });
     });
+
+  // Change of the loss of the next token where the latent is ablated, if that was measured.
+  const loss = (effect) =>
+    effect && effect[0] !== null ? el("div", { class: "loss", title: "change of the next token's loss without the latent, in nats" },
+      `${effect[0] > 0 ? "+" : ""}${site.number(effect[0], 2)} loss`) : null;
 
   const exampleRow = (example, number, record) => {
     const name = example.activation > 0 ? `activation ${site.number(example.activation)}` : "does not fire";
@@ -49,7 +54,7 @@
     site.walkable(line, record);
     const item = el("li", { class: "one" },
       el("div", { class: "value", title: `context ${example.context}, position ${example.position}` },
-        example.activation > 0 ? site.number(example.activation) : "0"), line);
+        example.activation > 0 ? site.number(example.activation) : "0", loss(example.effect)), line);
     if (!example.hasContext) return item;
     const button = el("button", { class: "more", "aria-expanded": "false", "aria-label": `more: whole context of example ${number}` }, "more");
     item.widen = async (wide) => {
@@ -97,6 +102,8 @@
   // The part of a latent's page with its examples. `chosen`: the tab shown first; `onTab`: told which is chosen.
   site.examples = (record, chosen = "top", onTab = () => {}) => {
     const examples = record.examples.map(parsed);
+    const strongest = examples.filter((example) => example.kind === "top");
+    record.effects.forEach((effect, i) => strongest[i] && (strongest[i].effect = effect));
     const panel = el("div", { id: "examples-panel", role: "tabpanel", tabindex: "0" });
     const tabs = TABS.map(([name, title, isOf]) => {
       const count = examples.filter((example) => isOf(example.kind)).length;

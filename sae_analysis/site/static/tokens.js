@@ -24,12 +24,23 @@
         logits[side].slice(0, 5).map(([text, value]) => [site.chip(text), `${site.number(value * activation)} `]))
     );
 
+  // What is predicted after the token where the latent is ablated.
+  const without = ([loss, raised, lowered]) => {
+    const side = (title, pairs) =>
+      pairs.length ? el("div", { class: "moved" }, title, pairs.map(([text, value]) => [site.chip(text), `${site.number(value, 2)} `])) : null;
+    return [
+      loss === null ? null : el("div", {}, "without it: next token's loss ", el("b", {}, `${loss > 0 ? "+" : ""}${site.number(loss)}`)),
+      side("likelier without it ", raised), side("less likely ", lowered),
+    ];
+  };
+
   const contentOf = (fact, record) => [
     el("div", { class: "tip-token" }, site.chip(fact.text), el("span", { class: "note" }, `position ${fact.position}`)),
     el("div", {}, fact.activation > 0
       ? ["activation ", el("b", {}, site.number(fact.activation)), ` · ${site.percent(fact.share)} of its maximum`]
       : fact.unknown ? "activation not kept so far from the example" : "does not fire here"),
     fact.activation > 0 && record.logits ? moved(record.logits, fact.activation) : null,
+    fact.effect ? without(fact.effect) : null,
   ];
 
   const show = (span, record) => {

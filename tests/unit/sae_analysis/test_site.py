@@ -69,6 +69,8 @@ def test_every_latent_has_a_record_with_every_part(site: Path, analysis: Analysi
     latent = analysis.latent(5)
     assert records[5]["figures"]["density"] == pytest.approx(latent.density)
     assert records[5]["logits"]["top"][0] == [latent.logits["top"][0][0], short(latent.logits["top"][0][1], 3)]
+    assert records[5]["effects"] == []
+    assert records[7]["effects"][3] == [0.3, [[shown(PIECES[7].decode()), 0.5]], [[HOSTILE[0].decode(), -0.25]]]
     assert [pair[:2] for pair in records[5]["neighbours"]["similar"]] == [[6, 0.9], [7, 0.45], [8, 0.3]]
 
 
