@@ -22,7 +22,7 @@ from sae_analysis.store.read import Reader
 from sae_training.machine.phases import progress_bar
 
 LATENTS_BYTES = 100_000  # of a file of latents, so that a page and the first of its data stay below 300 KB
-ROWS_PER_FILE = 64
+ROWS_PER_FILE = 16  # a page of a sorted list needs 50 of these files
 N_FIRST = 50  # rows of the list that come with the first page
 
 
