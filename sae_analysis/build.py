@@ -226,7 +226,7 @@ class Build:
             "name": subject.name,
             "settings": self.settings[subject.name],
             "model": cfg.model_name,
-            "text": self.store.text.documents.given.name,
+            "text": self.store.text.documents.given.name.strip("'"),
             "hook_point": subject.sites.input.name,
             "target_hook_point": subject.sites.target.name,
             "architecture": subject.sae.architecture,
