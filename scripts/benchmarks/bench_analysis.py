@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from sae_training.machine.interrupt import without_traceback
 from scripts.benchmarks.machine import machine_facts
 
 
@@ -90,4 +91,5 @@ def measure(name: str, args: argparse.Namespace, sender: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with without_traceback():
+        main()
