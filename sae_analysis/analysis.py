@@ -12,6 +12,7 @@ import pandas as pd
 from sqlalchemy import select
 
 from sae_analysis.site.one_page import inline_page, save_page
+from sae_analysis.site.order import clearest
 from sae_analysis.store import schema
 from sae_analysis.store.example_blob import KINDS
 from sae_analysis.store.read import Reader, url_of
@@ -219,8 +220,6 @@ class Analysis:
 
     def clearest(self, n: int = 10) -> list[int]:
         """Return the numbers of the latents that a reader understands soonest, which the site lists first."""
-        from sae_analysis.site.order import clearest
-
         return clearest(self.reader, n)
 
     def token_text(self, id_: int) -> str:

@@ -96,3 +96,14 @@ def priorities(seed: int, *numbers: Ints) -> NDArray[np.uint64]:
 def arrays_of(accumulator: object) -> dict[str, NDArray[Any]]:
     """Return the arrays that an accumulator holds, which are all of its state."""
     return {name: value for name, value in vars(accumulator).items() if isinstance(value, np.ndarray)}
+
+
+def ranges(begins: Ints, lengths: Ints) -> Ints:
+    """Return begins[0], begins[0] + 1, ... (lengths[0] of them), begins[1], ..."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins - (ends - lengths), lengths)
+
+
+def ranks(keys: Ints) -> Ints:
+    """Return the place of each of the ascending `keys` among those that are equal to it."""
+    return np.arange(len(keys)) - np.searchsorted(keys, keys)

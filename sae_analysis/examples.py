@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae_analysis.events import Firings, Floats, Ints, arrays_of, priorities
+from sae_analysis.events import Firings, Floats, Ints, arrays_of, priorities, ranges
 
 WINDOW = 128  # tokens before and after an example, in which the latent's other firings are kept
 
@@ -190,9 +190,3 @@ def windows(firings: Firings, groups: Ints, chosen: Ints) -> tuple[Ints, Ints]:
     low = np.maximum(np.searchsorted(places, middle - WINDOW), begins)
     high = np.minimum(np.searchsorted(places, middle + WINDOW, side="right"), ends)
     return low, high - low
-
-
-def ranges(begins: Ints, lengths: Ints) -> Ints:
-    """Return begins[0], begins[0] + 1, ... (lengths[0] of them), begins[1], ..."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins - (ends - lengths), lengths)

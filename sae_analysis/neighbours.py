@@ -9,7 +9,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from sae_analysis.events import Ints, arrays_of, priorities
+from sae_analysis.events import Ints, arrays_of, priorities, ranges, ranks
 from sae_training.kernels.sparse_code import Code
 
 MAX_ROWS = 65_536
@@ -78,9 +78,7 @@ class RowSample:
 def take_rows(order: Ints, sizes: Ints, *parts: np.ndarray) -> list[np.ndarray]:
     """Return the entries of rows in another order; row i has sizes[i] entries, one after the other."""
     starts = np.cumsum(sizes) - sizes
-    lengths = sizes[order]
-    ends = np.cumsum(lengths)
-    places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts[order] - (ends - lengths), lengths)
+    places = ranges(starts[order], sizes[order])
     return [part[places] for part in parts]
 
 
@@ -119,7 +117,7 @@ def nearest_in_rows(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
     rows, others = row[counts], matrix.indices[counts]
     values: np.ndarray = matrix.data[counts]
     order = np.lexsort([others, -values, rows])
-    rank = np.arange(len(order)) - np.searchsorted(rows[order], rows[order])
+    rank = ranks(rows[order])
     order, rank = order[rank < n], rank[rank < n]
     found = Nearest(np.full((size, n), -1, dtype=np.int64), np.full((size, n), np.nan))
     found.others[rows[order], rank] = others[order]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sae_analysis.events import Firings, Ints, arrays_of
+from sae_analysis.events import Firings, Ints, arrays_of, ranks
 
 BUFFERED = 2**22  # firings that are added to the table at once, because a table is sorted anew each time
 MAX_PAIRS = 2**25  # 0.5 GiB
@@ -83,8 +83,7 @@ class TokenMass:
         by_token, mass = added_up(self.keys // self.base**2 * self.base + self.keys % self.base, self.mass)
         latents, tokens = np.divmod(by_token, self.base)
         order = np.lexsort([tokens, -mass, latents])
-        rank = np.arange(len(order)) - np.searchsorted(latents[order], latents[order])
-        order = order[rank < n]
+        order = order[ranks(latents[order]) < n]
         return latents[order], tokens[order], mass[order] / self.total[latents[order]]
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sae_analysis.examples import Kept, ranges
+from sae_analysis.events import ranges
+from sae_analysis.examples import Kept
 from sae_analysis.gathered import Gathered, Sizes
 from sae_analysis.store.example_blob import KINDS, Stored
 

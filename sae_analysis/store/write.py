@@ -13,6 +13,7 @@ import torch
 from sqlalchemy import Connection, Table, func, insert, select, update
 from torch import Tensor
 
+from sae_analysis.events import ranks
 from sae_analysis.gathered import Gathered, Sizes
 from sae_analysis.latent_statistics import QUANTILES, shown_histogram
 from sae_analysis.logit_lens import Lens, logit_lens
@@ -145,9 +146,8 @@ class Findings:
     def token_rows(self, some: range) -> list[dict[str, Any]]:
         latents, ids, shares = self.top_tokens
         begin, end = np.searchsorted(latents, [some.start, some.stop])
-        ranks = np.arange(len(latents)) - np.searchsorted(latents, latents)
         names = ("latent", "rank", "token", "share")
-        columns = (plain(part[begin:end]) for part in (latents, ranks, ids, shares))
+        columns = (plain(part[begin:end]) for part in (latents, ranks(latents), ids, shares))
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
