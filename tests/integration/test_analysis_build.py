@@ -134,6 +134,7 @@ def without_settings(rows: dict[str, list[tuple[Any, ...]]]) -> dict[str, Any]:
 
 def build_with_many_saves(run: Path, output: Path, kill_at_insert: int | None = None) -> None:
     """Build in small passes, saving after each, and writing few latents at a time; end the process in an insertion."""
+    torch.set_num_threads(1)  # in each process, because sums round otherwise on another number of threads
     build.SAVE_EVERY, write.SLICE, corpus.PASS_TOKENS = 0.0, 64, 64
     insert, counted = write.Writer.insert, 0
 
