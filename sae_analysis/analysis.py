@@ -212,6 +212,23 @@ class Analysis:
         """A row for each latent: `latent_statistics` and `store.schema.FIGURES` say what the columns are."""
         return self.reader.latents()
 
+    @cached_property
+    def sae(self) -> Any:
+        """The autoencoder, read when it is first asked for from where the analysis was built, in inference mode.
+
+        FileNotFoundError if there is none, and ValueError if it has other weights than the analysis is of.
+        """
+        from sae_analysis.active_on import autoencoder_of
+
+        return autoencoder_of(self.reader.url, self.about)
+
+    @cached_property
+    def model(self) -> Any:
+        """The language model, loaded when it is first asked for, as the autoencoder's run loads it."""
+        from sae_training.language_model.load import model_of
+
+        return model_of(self.sae.cfg)
+
     def latent(self, index: int) -> Latent:
         """Return a latent. IndexError if there is none of this number."""
         if not 0 <= index < self.about["d_sae"]:
@@ -258,6 +275,30 @@ class Analysis:
             if n:
                 counts[index] = n
         return self.ranked("n_examples", counts)
+
+    def active_on(self, text: str, model: Any = None, sae: Any = None, positions: Any = "trained") -> pd.DataFrame:
+        """Return which latents are active on a text, token by token: a row for each, the strongest of a token first.
+
+        Columns: `context` and `position` (BOS, where the run has it, is at 0; a text longer than the run's context
+        goes on in the next one), `token`, `latent`, `activation`, `of_max` (over the latent's maximum in the analysis,
+        so above 1 where the text gets more out of it), `density`, `max`, `top_tokens`.
+
+        model, sae: those of the analysis, in place of `Analysis.model` and `Analysis.sae`, and then kept as these.
+        positions: "trained" leaves out the positions that do not count in the run, such as BOS where it excludes
+            special tokens; "all", and others, as for `interventions.splice`.
+
+        An empty text has no rows. Raise ValueError if the text, the model and the autoencoder do not fit.
+        """
+        from sae_analysis import active_on  # not above: TransformerLens takes seconds to import
+
+        if sae is not None and sae is not vars(self).get("sae"):
+            active_on.check_given(sae, self.about)
+            self.sae = sae
+        if model is not None:
+            self.model = model
+        if positions == "trained":
+            positions = active_on.trained_positions(self.model, self.sae)
+        return active_on.as_table(active_on.active_on(text, self.model, self.sae, positions), self.reader, self.latents)
 
     def ranked(self, name: str, values: dict[int, Any]) -> pd.DataFrame:
         """Return the rows of some latents with a column more, its highest values first."""

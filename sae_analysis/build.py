@@ -5,7 +5,6 @@ corpus --contexts with activations--> Gathered, for each autoencoder --> the tab
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
@@ -26,7 +24,7 @@ from sae_analysis.effects import effects_of
 from sae_analysis.gathered import Gathered, Sizes
 from sae_analysis.of_model import of_model
 from sae_analysis.store.write import Writer, add_effect
-from sae_analysis.subjects import Subject, subjects_of
+from sae_analysis.subjects import Subject, hash_of, subjects_of
 from sae_training.activations_store import ActivationsStore
 from sae_training.config.io import CACHE_FIELDS, config_to_dict
 from sae_training.language_model.load import fingerprint
@@ -225,6 +223,7 @@ class Build:
         return {
             "name": subject.name,
             "settings": self.settings[subject.name],
+            "source": subject.source,
             "model": cfg.model_name,
             "text": self.store.text.documents.given.name.strip("'"),
             "hook_point": subject.sites.input.name,
@@ -250,15 +249,6 @@ def add_effects(subject: Subject, store: ActivationsStore, wanted: int | Sequenc
             examples = analysis.latent(latent).examples("top")
             add_effect(analysis.reader, latent, effects_of(store.model, subject.sae, examples, store.padded))
             bar.update(1)
-
-
-def hash_of(sae: torch.nn.Module) -> str:
-    """Return a hash of the weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.store import without_cache
@@ -28,6 +32,13 @@ class Subject:
     sae: SparseAutoencoder
     sites: Sites
     folder: Path
+    path: Path | None
+    """What the autoencoder was read from; None if it was given."""
+
+    @property
+    def source(self) -> str | None:
+        """Where `path` is, seen from `folder`, so that both can be moved together."""
+        return None if self.path is None else os.path.relpath(self.path.resolve(), self.folder.resolve())
 
 
 @dataclass(frozen=True)
@@ -49,10 +60,12 @@ def subjects_of(source: str | Path | Session, dataset: Any, output: str | Path |
         with phase("loading the language model"):
             model = model_of(next(iter(found.values())).cfg)
         are_several = len(found) > 1 or is_run_of_several(path)
+        paths = {name: path / name if are_several else path for name in found}
         folder = Path(output).expanduser() if output is not None else folder_of(path)
     else:
         model, sae, store = source
         are_several, found = False, {with_defaults(sae.cfg).resolved_run_name: sae}
+        paths = {}
         folder = Path(output).expanduser() if output is not None else Path("runs") / next(iter(found))
     sites = {name: find_sites(sae.cfg, model) for name, sae in found.items()}
     cfg = without_cache(next(iter(found.values())).cfg)
@@ -62,7 +75,8 @@ def subjects_of(source: str | Path | Session, dataset: Any, output: str | Path |
     with phase("reading the text"):
         store = ActivationsStore(cfg, model, dataset, sites=merged(sites.values()))
     subjects = [
-        Subject(name, sae.eval(), sites[name], folder / name if are_several else folder) for name, sae in found.items()
+        Subject(name, sae.eval(), sites[name], folder / name if are_several else folder, paths.get(name))
+        for name, sae in found.items()
     ]
     return Subjects(subjects, store, folder, are_several)
 
@@ -89,3 +103,12 @@ def folder_of(path: Path) -> Path:
         if inside in (CHECKPOINTS, SNAPSHOTS, FINAL) and (parent / RUN_CONFIG_FILE).is_file():
             return parent if inside == FINAL else parent / "analysis-of" / path.name
     return Path("runs") / path.name.split(".")[0]
+
+
+def hash_of(sae: SparseAutoencoder) -> str:
+    """Return a hash of the weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -108,3 +108,8 @@ class Reader:
 
 def url_of(path: Path) -> str:
     return f"sqlite:///{path}"
+
+
+def path_of(url: str) -> Path | None:
+    """Return the file of an SQLite database; None for another database."""
+    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None

@@ -128,7 +128,7 @@ def content(path: Path) -> dict[str, list[tuple[Any, ...]]]:
 
 def without_settings(rows: dict[str, list[tuple[Any, ...]]]) -> dict[str, Any]:
     ((*start, about),) = rows["analyses"]
-    kept = {k: v for k, v in json.loads(about).items() if k not in ("settings", "text")}
+    kept = {k: v for k, v in json.loads(about).items() if k not in ("settings", "text", "source")}
     return rows | {"analyses": [(*start, kept)]}
 
 
