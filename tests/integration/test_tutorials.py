@@ -1,27 +1,23 @@
 """Every notebook in tutorials/ runs from top to bottom, in a folder of its own and at a small size.
 
 A cell tagged `parameters` holds a notebook's sizes; the tests set the names in PARAMETERS after it. CHECKS holds what
-must be true of a notebook's variables at its end.
+must be true of a notebook's variables at its end. `tests/notebooks.py` stores a notebook with its outputs.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from notebooks import PAGE, PLOT, ROOT, read, run_notebook
 
-ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
-PARAMETERS = {"TOKENS": 24_576}  # 24 steps of the training notebook
-
-
-def read(path: Path) -> Any:
-    return nbformat.read(path, as_version=4)
+PARAMETERS = {"TOKENS": 24_576, "ANALYSIS_TOKENS": 8_192}  # 24 steps; 64 contexts
+MOST_BYTES = 1_500_000  # of a notebook with its outputs
 
 
 def is_parameters(cell: Any) -> bool:
@@ -37,16 +33,25 @@ def execute(path: Path, folder: Path, wanted: list[str]) -> dict[str, Any]:
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell("\n".join(changes)))
     report = f"import json\nprint(json.dumps({{name: globals()[name] for name in {wanted}}}))"
     notebook.cells.append(nbformat.v4.new_code_cell(report))
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
-    client.execute(env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    run_notebook(notebook, folder, threads=1)
     return json.loads(notebook.cells[-1].outputs[-1].text)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_stored_without_outputs(path: Path) -> None:
+def test_stored_outputs_are_whole_small_and_of_no_machine(path: Path) -> None:
     notebook = read(path)
-    assert [cell.outputs for cell in notebook.cells if cell.cell_type == "code" and cell.outputs] == []
     assert notebook.metadata.kernelspec.name == "python3"
+    assert path.stat().st_size < MOST_BYTES
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    numbers = [cell.execution_count for cell in cells]
+    assert numbers in ([None] * len(cells), list(range(1, len(cells) + 1)))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert bool(outputs) == (numbers[0] is not None)
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [output for output in outputs if PLOT in output.get("data", {})]  # a picture has its place
+    texts = [output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs]
+    assert not [text for text in texts if re.search(r"(?<![\w.])/(tmp|home|root|work|Users)/", text)]
+    assert not [output for output in outputs if "<iframe" in output.get("data", {}).get(PAGE, "")]
 
 
 def run_checks(values: dict[str, Any]) -> None:
@@ -60,7 +65,36 @@ def run_checks(values: dict[str, Any]) -> None:
     assert values["change_where_it_fires"] != 0
 
 
+def evaluating_checks(values: dict[str, Any]) -> None:
+    evaluation = values["evaluation"]
+    by_hand = {
+        "l0": "eval_l0",
+        "explained_variance": "eval_explained_variance",
+        "clean": "ce_loss_without_sae",
+        "spliced": "ce_loss_with_sae",
+        "ablated": "ce_loss_with_ablation",
+        "ce_score": "CE_loss_score",
+    }
+    for name, key in by_hand.items():
+        assert values[name] == pytest.approx(evaluation[f"metrics/{key}"], rel=2e-3), name
+    assert values["clean"] < values["spliced"] < values["ablated"]
+    assert values["n_silent"] >= 0 and len(values["chosen"]) == 5
+
+
+def exploring_checks(values: dict[str, Any]) -> None:
+    assert values["unchanged"] is True
+    assert any(change != 0 for change in values["changes"].values())
+    rises = list(values["differences"].values())
+    assert rises[0] < rises[1]
+    assert values["best"] > 0 and values["strength"] > 0
+
+
 CHECKS = {
+    "evaluating_your_sae": (
+        ["evaluation", "l0", "explained_variance", "clean", "spliced", "ablated", "ce_score", "n_silent", "chosen"],
+        evaluating_checks,
+    ),
+    "exploring_latents": (["unchanged", "changes", "differences", "best", "strength"], exploring_checks),
     "training_and_loading": (
         ["evaluation", "l0", "explained_variance", "chosen", "change_where_it_fires", "change_elsewhere"],
         run_checks,
