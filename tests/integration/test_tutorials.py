@@ -16,7 +16,7 @@ import pytest
 from notebooks import PAGE, PLOT, ROOT, read, run_notebook
 
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
-PARAMETERS = {"TOKENS": 24_576, "ANALYSIS_TOKENS": 8_192}  # 24 steps; 64 contexts
+PARAMETERS = {"TOKENS": 24_576, "ANALYSIS_TOKENS": 8_192, "WORD": "the"}  # 24 steps; 64 contexts
 MOST_BYTES = 1_500_000  # of a notebook with its outputs
 
 
