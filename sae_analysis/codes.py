@@ -57,7 +57,7 @@ def top_k_code(sae: SparseAutoencoder, sae_in: Tensor, encoder: Encoder) -> Code
     chosen = top_k_of_entries(pre, sae.k)
     values, latents = (part.view(-1, sae.k) for part in (chosen.values, chosen.at_entries.latents))
     if n_candidates < sae.d_sae:
-        # The fast product of a latent that is no candidate is at most that of any candidate; the weakest tells the most.
+        # The fast product of a latent that is no candidate is at most that of any candidate: of the weakest, above all.
         weakest = pre.values.view(len(sae_in), -1).argmin(dim=1, keepdim=True)
         its_latent = entries.latents.view(len(sae_in), -1).gather(1, weakest).squeeze(1)
         bias = encoder.bias

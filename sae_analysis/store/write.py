@@ -54,10 +54,8 @@ class Writer:
                     self.insert(connection, schema.tokens, found.token_rows(some))
                     self.insert(connection, schema.examples, example_rows(examples, some))
                 bar.update(len(some))
-        for latent in range(first):
-            examples.of(latent)  # so that the contexts of those that were there already are known
         with self.engine.begin() as connection:
-            self.insert(connection, schema.contexts, context_rows(context_ids, examples.contexts))
+            self.insert(connection, schema.contexts, context_rows(context_ids, np.unique(examples.contexts)))
             self.insert(connection, schema.pieces, [{"token": i, "content": p} for i, p in enumerate(of_model.pieces)])
             row = {"complete": True, "about": json.dumps(self.about | found.about())}
             connection.execute(update(schema.analyses).values(row).where(schema.analyses.c.analysis == self.analysis))
@@ -184,11 +182,11 @@ def weight_figures(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor) -> dict[str, np.
 
 
 def example_rows(examples: Examples, some: range) -> list[dict[str, Any]]:
-    return [{"latent": latent, "content": to_bytes(examples.of(latent))} for latent in some]
+    return [{"latent": latent, "content": to_bytes(of)} for latent, of in zip(some, examples.of(some), strict=True)]
 
 
-def context_rows(context_ids: np.ndarray, used: set[int]) -> list[dict[str, Any]]:
-    return [{"context": number, "content": context_ids[number].astype("<i4").tobytes()} for number in sorted(used)]
+def context_rows(context_ids: np.ndarray, used: np.ndarray) -> list[dict[str, Any]]:
+    return [{"context": number, "content": context_ids[number].astype("<i4").tobytes()} for number in used.tolist()]
 
 
 def pairs(numbers: np.ndarray, values: np.ndarray) -> list[tuple[int, float]]:
