@@ -117,7 +117,8 @@ def nearest_in_rows(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
     found = Nearest(np.full((size, n), -1, dtype=np.int64), np.full((size, n), np.nan))
     for start in range(0, size, step := max(1, CHUNK // max(size, 1))):
         begins = matrix.indptr[start : start + step + 1]
-        data, others = (part[begins[0] : begins[-1]] for part in (matrix.data, matrix.indices))
+        data: np.ndarray = matrix.data[begins[0] : begins[-1]]
+        others: np.ndarray = matrix.indices[begins[0] : begins[-1]]
         rows = np.repeat(np.arange(len(begins) - 1), np.diff(begins))
         dense = np.full((len(begins) - 1, size), -np.inf)
         counts = np.isfinite(data) & (rows + start != others)

@@ -84,7 +84,7 @@ class Findings:
         self.gathered = gathered
         self.shares = gathered.mass.shares()
         self.top_tokens = gathered.mass.top_tokens(N_TOKENS)
-        self.quantiles = gathered.statistics.quantiles()
+        self.quantiles = rounded(gathered.statistics.quantiles())
         matrix = gathered.rows.matrix()
         self.n_rows_together = len(matrix.indptr) - 1
         W_dec = sae.W_dec.detach().float()
@@ -95,8 +95,13 @@ class Findings:
         }
         if of_model.neurons is not None:
             self.near["neurons"] = most_similar(W_dec, N_NEIGHBOURS, of_model.neurons.to(W_dec))
+        self.near = {name: Nearest(near.others, rounded(near.values)) for name, near in self.near.items()}
         table = of_model.unembedding
-        self.lens: Lens | None = None if table is None else logit_lens(W_dec, table.to(W_dec), N_TOKENS)
+        self.lens: Lens | None = None
+        if table is not None:
+            lens = logit_lens(W_dec, table.to(W_dec), N_TOKENS)
+            for_json = ("top_values", "bottom_values", "edges")
+            self.lens = lens._replace(**{name: rounded(getattr(lens, name)) for name in for_json})
         self.figures = gathered.statistics.figures() | weight_figures(sae.W_enc.detach(), W_dec, sae.b_enc.detach())
         if self.lens is not None:
             self.figures |= {"logit_skew": self.lens.skew, "logit_kurtosis": self.lens.kurtosis}
@@ -128,7 +133,7 @@ class Findings:
         counts, edges = shown_histogram(self.gathered.statistics.histogram[latent])
         quantiles = dict(zip(map(str, QUANTILES), plain(self.quantiles[:, latent]), strict=True))
         found: dict[str, Any] = {
-            "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+            "histogram": {"counts": counts.tolist(), "edges": rounded(edges).tolist()},
             "quantiles": quantiles,
             "neighbours": {name: pairs(near.others[latent], near.values[latent]) for name, near in self.near.items()},
         }
@@ -192,6 +197,16 @@ def context_rows(context_ids: np.ndarray, used: np.ndarray) -> list[dict[str, An
 def pairs(numbers: np.ndarray, values: np.ndarray) -> list[tuple[int, float]]:
     """Return (number, value) for those that there are."""
     return [(int(n), float(v)) for n, v in zip(numbers, values, strict=True) if n >= 0 and math.isfinite(v)]
+
+
+def rounded(values: np.ndarray, digits: int = 7) -> np.ndarray:
+    """Return float64 numbers of so few `digits` that JSON is short: as many as a float32 has."""
+    values = np.asarray(values, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = 10.0 ** (digits - 1 - np.floor(np.log10(np.abs(values))))
+        return np.where(
+            (values == 0) | ~np.isfinite(values) | ~np.isfinite(scale), values, np.round(values * scale) / scale
+        )
 
 
 def plain(values: np.ndarray) -> list[Any]:
