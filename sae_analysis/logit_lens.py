@@ -56,12 +56,17 @@ def logit_lens(directions: Tensor, table: Tensor, n: int = 10) -> Lens:
     """Return what each of `directions` (d_sae, d_model) does to the logits, through `table` (d_model, d_vocab)."""
     d_vocab = table.shape[1]
     n = min(n, d_vocab)
-    parts = [
-        lens_of(logits, n)
-        for some in directions.float().split(max(1, CHUNK // d_vocab))
-        for logits in (some @ table).split(max(1, TILE // d_vocab))
-    ]
-    return Lens(*(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))
+    found: list[np.ndarray] = []
+    start = 0
+    for some in directions.float().split(max(1, CHUNK // d_vocab)):
+        for logits in (some @ table).split(max(1, TILE // d_vocab)):
+            parts = [part.cpu().numpy() for part in lens_of(logits, n)]
+            # Filled in place: small results between large products would keep the allocator from reusing memory.
+            found = found or [np.empty((len(directions), *part.shape[1:]), dtype=part.dtype) for part in parts]
+            for whole, part in zip(found, parts, strict=True):
+                whole[start : start + len(part)] = part
+            start += len(logits)
+    return Lens(*found)
 
 
 def lens_of(logits: Tensor, n: int) -> tuple[Tensor, ...]:

@@ -141,14 +141,14 @@ def most_similar(directions: Tensor, n: int, among: Tensor | None = None) -> Nea
     """
     unit = torch.nn.functional.normalize(directions, dim=1)
     table = unit if among is None else torch.nn.functional.normalize(among, dim=1)
-    n = min(n, len(table) - (among is None))
-    values, others = [], []
+    n = max(0, min(n, len(table) - (among is None)))
+    # Filled in place: small results between the large products would keep the allocator from using memory again.
+    found = Nearest(np.empty((len(unit), n), dtype=np.int64), np.empty((len(unit), n)))
     for start in range(0, len(unit), rows := max(1, CHUNK // max(1, len(table)))):
         cosines = unit[start : start + rows] @ table.T
         if among is None:
             own = torch.arange(len(cosines), device=cosines.device)
             cosines[own, own + start] = -torch.inf
-        top, of_top = highest(cosines, n)
-        others.append(top)
-        values.append(of_top)
-    return Nearest(torch.cat(others).cpu().numpy(), torch.cat(values).double().cpu().numpy())
+        others, values = highest(cosines, n)
+        found.others[start : start + rows], found.values[start : start + rows] = others.cpu(), values.cpu()
+    return found
