@@ -90,14 +90,17 @@ class Latent:
         self.analysis, self.index = analysis, int(index)
 
     def __getattr__(self, name: str) -> Any:
-        figures = self.__dict__.get("figures")
-        if figures is None:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            figures = self.__dict__["figures"] = self.analysis.latents.loc[self.index].to_dict()
-        if name in figures:
-            return figures[name]
-        raise AttributeError(f"latent has no figure {name!r}; it has: {', '.join(map(str, figures))}")
+        if name.startswith("__") or name in ("analysis", "index"):  # which are not there yet in a copy
+            raise AttributeError(name)
+        if name in self.figures:
+            return self.figures[name]
+        raise AttributeError(f"latent has no figure {name!r}; it has: {', '.join(self.figures)}")
+
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """Its row of the table, as Python's numbers."""
+        (row,) = self.analysis.latents.loc[[self.index]].to_dict("records")
+        return {str(name): value for name, value in row.items()}
 
     @cached_property
     def details(self) -> dict[str, Any]:

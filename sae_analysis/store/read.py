@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sqlalchemy import Engine, Select, Table, create_engine, event, select
+from sqlalchemy import Double, Engine, Select, Table, create_engine, event, select
 from sqlalchemy.exc import DatabaseError
 
-from sae_analysis.pieces import as_texts
+from sae_analysis.pieces import Texts
 from sae_analysis.store import schema
 from sae_analysis.store.example_blob import Stored, from_bytes
 
@@ -66,7 +66,11 @@ class Reader:
 
     def texts(self, ids: np.ndarray | list[int]) -> list[str]:
         """Return the text of each token of a sequence; "" for padding."""
-        return as_texts([self.pieces[id_] if 0 <= id_ < len(self.pieces) else b"" for id_ in map(int, ids)])
+        return self.decoder.of(np.asarray(ids).tolist())
+
+    @cached_property
+    def decoder(self) -> Texts:
+        return Texts(self.pieces)
 
     def latents(self) -> pd.DataFrame:
         table = schema.latents
@@ -74,6 +78,7 @@ class Reader:
         with self.engine.connect() as connection:
             found = pd.read_sql(query, connection)
         found = found.drop(columns="analysis").rename(columns={"latent": "index"})
+        found = found.astype({name: float for name, kind in schema.FIGURES.items() if kind is Double})  # all NULL too
         return found.set_index("index", drop=False).rename_axis(None)
 
     def details(self, latent: int) -> dict[str, Any]:
