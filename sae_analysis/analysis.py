@@ -280,7 +280,7 @@ class Analysis:
                 f"  {about['n_counted']:,} tokens counted, {about['n_contexts']:,} contexts of {about['context_size']}",
                 f"  {silent:,} latents never fire; a tenth of the others fires on less than {quantiles[0]:.2g} of "
                 f"the tokens, half on less than {quantiles[1]:.2g}, a tenth on more than {quantiles[2]:.2g}",
-                f"  {self.reader.url.removeprefix('sqlite:///')}",
+                f"  {self.reader.name}",
             ]
         )
 

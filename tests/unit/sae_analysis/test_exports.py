@@ -19,6 +19,7 @@ from sae_analysis.analysis import Analysis, Example, open_analysis
 from sae_analysis.export import PER_BATCH, all_examples, export, firing_examples
 from sae_analysis.site.overview import COLUMNS
 from sae_analysis.store import schema
+from sae_analysis.store.read import engine_of
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_figures_that_are_no_numbers_are_exported(form: str, tmp_path: Path) -> 
     analysis = make_analysis(tmp_path, 6)
     odd = {"counts": [1], "edges": [-math.inf, math.nan], "top": [[0, math.inf]], "bottom": [[1, math.nan]]}
     details = analysis.reader.details(2) | {"logits": odd}
-    with analysis.reader.engine.begin() as connection:
+    with engine_of(analysis.reader.url).begin() as connection:
         dead = {"max": None, "mean": None, "skew": None, "count": 0, "density": 0.0}
         connection.execute(update(schema.latents).values(dead))
         content = {"content": zlib.compress(json.dumps(details).encode())}
