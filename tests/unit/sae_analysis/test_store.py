@@ -144,8 +144,7 @@ def test_no_file_is_made_where_there_is_none(tmp_path: Path) -> None:
 
 
 def test_passwords_of_databases_are_not_shown() -> None:
-    psycopg = pytest.importorskip("psycopg")
-    assert psycopg
+    pytest.importorskip("psycopg", reason="no driver of PostgreSQL")
     with pytest.raises(ValueError, match=r"postgresql\+psycopg://me:\*\*\*@127.0.0.1:1/none: .*holds no") as error:
         Reader("postgresql+psycopg://me:secret@127.0.0.1:1/none")
     assert "secret" not in str(error.value)
