@@ -162,12 +162,12 @@ class Latent:
             raise ValueError(f"kind: found {kind!r}, expected one of {', '.join(sorted(kinds))}.")
         reader, stored = self.analysis.reader, self.analysis.reader.examples(self.index)
         ends = np.cumsum(stored.lengths)
+        is_wanted = [name == kind or name.startswith(f"{kind} ") for name in KINDS]
+        places = [i for i, of_kind in enumerate(stored.kinds) if is_wanted[of_kind]]
+        contexts = reader.contexts(stored.contexts[places].tolist())
         found = []
-        for i, of_kind in enumerate(stored.kinds):
-            name = KINDS[of_kind]
-            if name != kind and not (kind == "quantile" and name.startswith("quantile")):
-                continue
-            ids = reader.context(int(stored.contexts[i]))
+        for i in places:
+            ids = contexts[int(stored.contexts[i])]
             activations = np.zeros(len(ids), dtype=np.float32)
             own = slice(ends[i] - stored.lengths[i], ends[i])
             activations[stored.firing_positions[own]] = stored.firing_values[own]
@@ -175,7 +175,7 @@ class Latent:
             found.append(
                 Example(
                     self.index,
-                    name,
+                    KINDS[stored.kinds[i]],
                     int(stored.contexts[i]),
                     position,
                     float(activations[position]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -115,11 +115,15 @@ class Reader:
             raise IndexError(f"{self.name}: has no latent {latent}; there are {self.about['d_sae']:,}.")
         return from_bytes(content)
 
+    def contexts(self, numbers: Iterable[int]) -> dict[int, np.ndarray]:
+        """Return the token ids of contexts that examples are in, by number."""
+        table = schema.contexts
+        wanted = table.c.context.in_(sorted(set(numbers)))
+        query = select(table.c.context, table.c.content).where(table.c.analysis == self.analysis, wanted)
+        return {row.context: np.frombuffer(row.content, dtype="<i4") for row in self.rows(query)}
+
     def context(self, number: int) -> np.ndarray:
-        """Return the token ids of a context that an example is in."""
-        content = self.content(schema.contexts, "context", number)
-        assert content is not None, f"context {number} is in no example"
-        return np.frombuffer(content, dtype="<i4")
+        return self.contexts([int(number)])[number]
 
     def close(self) -> None:
         self.engine.dispose()
