@@ -72,12 +72,13 @@ const site = {};
   site.column = async (name) => {
     if (!columns.has(name)) {
       const buffer = bytes(await site.load(`columns/${name}`));
-      columns.set(name, name === "order" ? new Uint32Array(buffer) : new Float32Array(buffer));
+      const Kind = name !== "order" ? Float32Array : site.value("about").n_latents <= 1 << 16 ? Uint16Array : Uint32Array;
+      columns.set(name, new Kind(buffer));
     }
     return columns.get(name);
   };
 
-  // Which of the files that begin with the numbers `firsts` holds `number`.
+  // Which of the files that begin with `firsts`, numbers or words, holds `number`; -1 if it is before all.
   site.fileOf = (firsts, number) => {
     let low = 0;
     let high = firsts.length;
@@ -89,9 +90,13 @@ const site = {};
     return low - 1;
   };
 
+  let firstLatents = null; // of each file of latents
   site.record = async (latent) => {
-    const about = site.value("about");
-    const records = await site.load(`latents/${site.fileOf(about.latent_files, latent)}`);
+    if (!firstLatents) {
+      let at = 0;
+      firstLatents = site.value("about").latent_files.map((n) => (at += n) - n);
+    }
+    const records = await site.load(`latents/${site.fileOf(firstLatents, latent)}`);
     return records.find((record) => record.latent === latent);
   };
 

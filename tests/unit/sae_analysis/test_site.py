@@ -113,7 +113,7 @@ def test_figures_are_columns_of_all_latents(site: Path, analysis: Analysis) -> N
     for name in COLUMNS:
         found = np.frombuffer(base64.b64decode(data(site, f"columns/{name}")), dtype="<f4")
         np.testing.assert_allclose(found, analysis.latents[name].astype(float), rtol=1e-6)
-    order = np.frombuffer(base64.b64decode(data(site, "columns/order")), dtype="<u4")
+    order = np.frombuffer(base64.b64decode(data(site, "columns/order")), dtype="<u2")
     assert sorted(order) == list(range(len(analysis.latents)))
     assert order[-1] == DEAD
     assert [row[0] for row in data(site, "about")["first"]] == order[:50].tolist()
