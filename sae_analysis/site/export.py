@@ -64,11 +64,12 @@ class Export:
                 bar.update(1)
         self.latent_files.end()
         order = default_order(judged)
+        rows = [rows[latent] for latent in order]
         for start in range(0, n, ROWS_PER_FILE):
             write_data(self.folder, f"rows/{start // ROWS_PER_FILE}", rows[start : start + ROWS_PER_FILE])
         indexes.write(self.folder)
         self.write_columns(order)
-        write_data(self.folder, "about", self.about() | {"first": [rows[latent] for latent in order[:N_FIRST]]})
+        write_data(self.folder, "about", self.about() | {"first": rows[:N_FIRST]})
         (self.folder / "site.js").write_text(script(), encoding="utf-8")
         (self.folder / "style.css").write_text(style(), encoding="utf-8")
         (self.folder / "index.html").write_text(site_page(str(self.reader.about["name"])), encoding="utf-8")
@@ -91,8 +92,9 @@ class Export:
         }
 
     def write_columns(self, order: list[int]) -> None:
+        """Write figures in the default order, so that a list that is filtered needs no other file to be in it."""
         for name in COLUMNS:
-            write_data(self.folder, f"columns/{name}", packed(self.column(name), "<f4"))
+            write_data(self.folder, f"columns/{name}", packed(self.column(name)[order], "<f4"))
         write_data(self.folder, "columns/order", packed(np.array(order), "<u2" if len(order) <= 1 << 16 else "<u4"))
 
     def column(self, name: str) -> np.ndarray:

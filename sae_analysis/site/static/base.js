@@ -68,7 +68,8 @@ const site = {};
 
   const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0)).buffer;
   const columns = new Map();
-  // One figure of all latents, as an array by latent; NaN where there is none. "order": latents, the clearest first.
+  // One figure of all latents, as an array by place in the default order, the clearest first; NaN where there is none.
+  // "order": the latent at each place.
   site.column = async (name) => {
     if (!columns.has(name)) {
       const buffer = bytes(await site.load(`columns/${name}`));
@@ -100,9 +101,10 @@ const site = {};
     return records.find((record) => record.latent === latent);
   };
 
-  site.row = async (latent) => {
+  // The row of the latent at a place.
+  site.row = async (place) => {
     const per = site.value("about").rows_per_file;
-    return (await site.load(`rows/${Math.floor(latent / per)}`))[latent % per];
+    return (await site.load(`rows/${Math.floor(place / per)}`))[place % per];
   };
 
   // The texts of the tokens of a whole context.

@@ -17,6 +17,7 @@ from made_analysis import CONTEXT, DEAD, HOSTILE, PIECES, make_analysis
 from sae_analysis.analysis import Analysis
 from sae_analysis.pieces import as_texts
 from sae_analysis.site import contexts, export_site, search_index
+from sae_analysis.site.export import ROWS_PER_FILE
 from sae_analysis.site.one_page import ONE_LATENT, SCRIPTS, latent_page
 from sae_analysis.site.order import clarity, default_order
 from sae_analysis.site.overview import COLUMNS
@@ -110,12 +111,14 @@ def test_contexts_that_do_not_fit_are_left_out_and_those_of_the_strongest_come_f
 
 
 def test_figures_are_columns_of_all_latents(site: Path, analysis: Analysis) -> None:
-    for name in COLUMNS:
-        found = np.frombuffer(base64.b64decode(data(site, f"columns/{name}")), dtype="<f4")
-        np.testing.assert_allclose(found, analysis.latents[name].astype(float), rtol=1e-6)
     order = np.frombuffer(base64.b64decode(data(site, "columns/order")), dtype="<u2")
     assert sorted(order) == list(range(len(analysis.latents)))
     assert order[-1] == DEAD
+    for name in COLUMNS:
+        found = np.frombuffer(base64.b64decode(data(site, f"columns/{name}")), dtype="<f4")
+        np.testing.assert_allclose(found, analysis.latents[name].astype(float).iloc[order], rtol=1e-6)
+    rows = [row for number in range(len(order) // ROWS_PER_FILE) for row in data(site, f"rows/{number}")]
+    assert [row[0] for row in rows] == order.tolist()
     assert [row[0] for row in data(site, "about")["first"]] == order[:50].tolist()
 
 
