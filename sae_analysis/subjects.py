@@ -58,9 +58,13 @@ def subjects_of(source: str | Path | Session, dataset: Any, output: str | Path |
         folder = Path(output).expanduser() if output is not None else Path("runs") / next(iter(found))
     sites = {name: find_sites(sae.cfg, model) for name, sae in found.items()}
     cfg = without_cache(next(iter(found.values())).cfg)
+    if dataset is not None:  # of which the run's split and column say nothing
+        cfg = dataclasses.replace(
+            cfg, dataset_weights=(), dataset_split="train", dataset_text_column=None, is_dataset_tokenized=None,
+            streaming=None,
+        )  # fmt: skip
     if isinstance(dataset, str | Path):
-        cfg = dataclasses.replace(cfg, dataset_path=str(dataset), dataset_weights=(), is_dataset_tokenized=None)
-        dataset = None
+        cfg, dataset = dataclasses.replace(cfg, dataset_path=str(dataset)), None
     with phase("reading the text"):
         store = ActivationsStore(cfg, model, dataset, sites=merged(sites.values()))
     subjects = [

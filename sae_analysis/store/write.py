@@ -157,8 +157,10 @@ class Findings:
 def add_effect(reader: Reader, latent: int, effects: list[dict[str, Any]]) -> None:
     """Add to a finished analysis what ablating a latent does at its top examples."""
     row = {"analysis": reader.analysis, "latent": latent, "content": packed(effects)}
-    with reader.engine.begin() as connection:
+    engine = engine_of(reader.url)
+    with engine.begin() as connection:
         connection.execute(insert(schema.effects), [row])
+    engine.dispose()
 
 
 def weight_figures(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor) -> dict[str, np.ndarray]:
