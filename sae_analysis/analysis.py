@@ -90,14 +90,17 @@ class Latent:
         self.analysis, self.index = analysis, int(index)
 
     def __getattr__(self, name: str) -> Any:
-        figures = self.__dict__.get("figures")
-        if figures is None:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            figures = self.__dict__["figures"] = self.analysis.latents.loc[self.index].to_dict()
-        if name in figures:
-            return figures[name]
-        raise AttributeError(f"latent has no figure {name!r}; it has: {', '.join(map(str, figures))}")
+        if name.startswith("__") or name in ("analysis", "index"):  # which are not there yet in a copy
+            raise AttributeError(name)
+        if name in self.figures:
+            return self.figures[name]
+        raise AttributeError(f"latent has no figure {name!r}; it has: {', '.join(self.figures)}")
+
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """Its row of the table, as Python's numbers."""
+        (row,) = self.analysis.latents.loc[[self.index]].to_dict("records")
+        return {str(name): value for name, value in row.items()}
 
     @cached_property
     def details(self) -> dict[str, Any]:
@@ -159,12 +162,12 @@ class Latent:
             raise ValueError(f"kind: found {kind!r}, expected one of {', '.join(sorted(kinds))}.")
         reader, stored = self.analysis.reader, self.analysis.reader.examples(self.index)
         ends = np.cumsum(stored.lengths)
+        is_wanted = [name == kind or name.startswith(f"{kind} ") for name in KINDS]
+        places = [i for i, of_kind in enumerate(stored.kinds) if is_wanted[of_kind]]
+        contexts = reader.contexts(stored.contexts[places].tolist())
         found = []
-        for i, of_kind in enumerate(stored.kinds):
-            name = KINDS[of_kind]
-            if name != kind and not (kind == "quantile" and name.startswith("quantile")):
-                continue
-            ids = reader.context(int(stored.contexts[i]))
+        for i in places:
+            ids = contexts[int(stored.contexts[i])]
             activations = np.zeros(len(ids), dtype=np.float32)
             own = slice(ends[i] - stored.lengths[i], ends[i])
             activations[stored.firing_positions[own]] = stored.firing_values[own]
@@ -172,7 +175,7 @@ class Latent:
             found.append(
                 Example(
                     self.index,
-                    name,
+                    KINDS[stored.kinds[i]],
                     int(stored.contexts[i]),
                     position,
                     float(activations[position]),
@@ -318,7 +321,7 @@ class Analysis:
                 f"  {about['n_counted']:,} tokens counted, {about['n_contexts']:,} contexts of {about['context_size']}",
                 f"  {silent:,} latents never fire; a tenth of the others fires on less than {quantiles[0]:.2g} of "
                 f"the tokens, half on less than {quantiles[1]:.2g}, a tenth on more than {quantiles[2]:.2g}",
-                f"  {self.reader.url.removeprefix('sqlite:///')}",
+                f"  {self.reader.name}",
             ]
         )
 

@@ -23,6 +23,7 @@ from sae_analysis.corpus import CachedCorpus, LiveCorpus
 from sae_analysis.effects import effects_of
 from sae_analysis.gathered import Gathered, Sizes
 from sae_analysis.of_model import of_model
+from sae_analysis.store.read import url_of
 from sae_analysis.store.write import Writer, add_effect
 from sae_analysis.subjects import Subject, hash_of, subjects_of
 from sae_training.activations_store import ActivationsStore
@@ -171,7 +172,7 @@ class Build:
         """Write the store of one autoencoder beside its place, go on with what is there, and move it in."""
         partial = subject.folder / ANALYSIS_FOLDER / (STORE_FILE + ".part")
         partial.parent.mkdir(parents=True, exist_ok=True)
-        writer = Writer(f"sqlite:///{partial}", 1, self.about(subject))
+        writer = Writer(url_of(partial), 1, self.about(subject))
         writer.write(self.gathered[subject.name], of_model(self.store.model, subject.sites.target), ids, self.sizes)
         partial.rename(partial.with_name(STORE_FILE))
 

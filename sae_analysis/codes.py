@@ -2,7 +2,7 @@
 
 A product in the encoder's fast precision gives candidates. Their pre-activations are computed again in the weights' own
 precision, and the choice is made among these. `rounding` bounds what the fast product may be off, so that no candidate
-is missing: a row for which this cannot be told takes the dense way.
+is missing: a row for which this cannot be told takes a product in full precision.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from sae_training.kernels.selection import Encoder, above_threshold, top_k_of_rows
-from sae_training.kernels.sparse_code import Code, Entries, offsets_of, pre_activations_at
+from sae_training.kernels.sparse_code import Code, Entries, fixed_size_entries, offsets_of, pre_activations_at
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training.objective import encoder_of, top_k_of_entries
 
+TILE_ELEMENTS = 2**24  # of the fast product: here larger tiles are faster, because little else wants the memory
 SIGMAS = 6  # of a rounding error, of which a product has one for each of its 2 * d_in factors
 
 
@@ -28,8 +29,9 @@ def code_of(sae: SparseAutoencoder, x: Tensor) -> Code:
         return dense_code(sae, x)
     sae_in = sae.sae_input(sae.normalize(x))
     encoder = encoder_of(sae, sae_in, sae.W_enc, sae.b_enc)
+    encoder.tile_rows = max(1, TILE_ELEMENTS // encoder.tile_latents)
     if sae.choice == "topk":
-        return top_k_code(sae, x, sae_in, encoder)
+        return top_k_code(sae, sae_in, encoder)
     match sae.choice:
         case "batchtopk":
             limit = sae.inference_threshold.expand(sae.d_sae)
@@ -37,8 +39,9 @@ def code_of(sae: SparseAutoencoder, x: Tensor) -> Code:
             limit = sae.threshold
         case _:
             limit = torch.zeros_like(sae.b_enc)
-    margin = rounding(encoder, sae.W_enc) * encoder.sae_in.float().pow(4).sum(dim=1).pow(0.25).max()
-    candidates = above_threshold(encoder, limit - margin - relative_error(encoder) * (limit.abs() + encoder.bias.abs()))
+    of_row, of_latent = rounding(encoder, sae.W_enc)
+    off = of_latent * of_row.max() + relative_error(encoder) * (limit.abs() + encoder.bias.abs())
+    candidates = above_threshold(encoder, limit - off)
     if candidates is None:
         return dense_code(sae, x)
     pre = Code(exact(sae, sae_in, candidates), candidates)
@@ -46,22 +49,28 @@ def code_of(sae: SparseAutoencoder, x: Tensor) -> Code:
     return positive(Code(acts * (pre.values > pre.at(limit)), candidates))
 
 
-def top_k_code(sae: SparseAutoencoder, x: Tensor, sae_in: Tensor, encoder: Encoder) -> Code:
+def top_k_code(sae: SparseAutoencoder, sae_in: Tensor, encoder: Encoder) -> Code:
     """The code of rows with the k largest pre-activations each, chosen from the candidates of a fast product."""
-    n_candidates = min(sae.d_sae, sae.k + max(8, sae.k // 2))
+    n_candidates = min(sae.d_sae, 2 * sae.k + 8)
     entries = top_k_of_rows(encoder, n_candidates)
     pre = Code(exact(sae, sae_in, entries), entries)
     chosen = top_k_of_entries(pre, sae.k)
-    acts = positive(chosen.with_values(chosen.values.relu()))
-    if n_candidates == sae.d_sae:
-        return acts
-    # Of a latent that is no candidate, the fast product is at most that of the smallest candidate, and both are off.
-    smallest_of = pre.values.view(len(x), -1).amin(dim=1)
-    kth = chosen.values.view(len(x), -1).amin(dim=1).relu()
-    off = rounding(encoder, sae.W_enc).max() * encoder.sae_in.float().pow(4).sum(dim=1).pow(0.25)
-    off += relative_error(encoder) * (kth + encoder.bias.abs().max())
-    unsure = (kth < smallest_of + 2 * off).nonzero().flatten()
-    return acts if len(unsure) == 0 else with_rows(acts, unsure, dense_code(sae, x[unsure]))
+    values, latents = (part.view(-1, sae.k) for part in (chosen.values, chosen.at_entries.latents))
+    if n_candidates < sae.d_sae:
+        # The fast product of a latent that is no candidate is at most that of any candidate: of the weakest, above all.
+        weakest = pre.values.view(len(sae_in), -1).argmin(dim=1, keepdim=True)
+        its_latent = entries.latents.view(len(sae_in), -1).gather(1, weakest).squeeze(1)
+        bias = encoder.bias
+        fast = torch.linalg.vecdot(encoder.sae_in.float(), encoder.table[its_latent].float()) + bias[its_latent]
+        of_row, of_latent = rounding(encoder, sae.W_enc)
+        off = of_row * of_latent.max() + 2 * relative_error(encoder) * (fast.abs() + bias.abs().max())
+        unsure = (values.amin(dim=1).relu() < fast + off).nonzero().flatten()
+        if len(unsure) > 0:
+            again = Encoder(sae_in[unsure].to(sae.W_enc.dtype), sae.W_enc, sae.b_enc, sae.W_enc.dtype)
+            better = top_k_of_rows(again, sae.k)
+            values[unsure] = exact(sae, sae_in[unsure], better).view(-1, sae.k)
+            latents[unsure] = better.latents.view(-1, sae.k)
+    return positive(Code(values.flatten(), fixed_size_entries(latents, sae.d_sae)))
 
 
 def relative_error(encoder: Encoder) -> float:
@@ -69,13 +78,19 @@ def relative_error(encoder: Encoder) -> float:
     return torch.finfo(encoder.sae_in.dtype).eps / 2
 
 
-def rounding(encoder: Encoder, W_enc: Tensor) -> Tensor:
-    """Return (d_sae,): for a row of which the fourth powers add up to 1, how far off a fast product x . w may be.
+def rounding(encoder: Encoder, W_enc: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (rows,) and (d_sae,), whose products say how far off a fast product x . w may be before it is rounded.
 
     It adds x_i * w_i * (error of x_i + error of w_i), with errors of standard deviation u / sqrt(3) at most. By
-    Cauchy-Schwarz, sum (x_i * w_i)^2 <= sqrt(sum x_i^4) * sqrt(sum w_i^4).
+    Cauchy-Schwarz, sum (x_i * w_i)^2 <= sqrt(sum x_i^4 / s_i) * sqrt(sum w_i^4 * s_i) for any s. The mean square of x_i
+    over the rows makes it nearly the least where some coordinates are much larger than others.
     """
-    return SIGMAS * relative_error(encoder) * (2 / 3) ** 0.5 * W_enc.pow(4).sum(dim=0).pow(0.25)
+    x = encoder.sae_in.float()
+    squares = x.pow(2)
+    s = squares.mean(dim=0).clamp_min(1e-30)
+    of_row = (squares.pow(2) @ s.reciprocal()).pow(0.25)
+    of_latent = (s @ W_enc.float().square().square()).pow(0.25)
+    return of_row, SIGMAS * relative_error(encoder) * (2 / 3) ** 0.5 * of_latent
 
 
 def exact(sae: SparseAutoencoder, sae_in: Tensor, entries: Entries) -> Tensor:
@@ -94,16 +109,3 @@ def positive(code: Code) -> Code:
     entries, keep = code.at_entries, code.values > 0
     offsets = offsets_of(entries.rows[keep], entries.n_rows)
     return Code(code.values[keep], Entries(entries.latents[keep], offsets, entries.d_sae))
-
-
-def with_rows(code: Code, rows: Tensor, others: Code) -> Code:
-    """The code with some `rows` (m,) replaced by those of another, (m, d_sae)."""
-    entries, new = code.at_entries, others.at_entries
-    stays = torch.ones(entries.n_rows, dtype=torch.bool)
-    stays[rows] = False
-    keep = stays[entries.rows]
-    row = torch.cat([entries.rows[keep], rows[new.rows]])
-    order = row.argsort(stable=True)
-    latents = torch.cat([entries.latents[keep], new.latents])[order]
-    values = torch.cat([code.values[keep], others.values])[order]
-    return Code(values, Entries(latents, offsets_of(row[order], entries.n_rows), entries.d_sae))

@@ -107,3 +107,11 @@ def ranges(begins: Ints, lengths: Ints) -> Ints:
 def ranks(keys: Ints) -> Ints:
     """Return the place of each of the ascending `keys` among those that are equal to it."""
     return np.arange(len(keys)) - np.searchsorted(keys, keys)
+
+
+def first_with(keys: np.ndarray, lowest: np.ndarray, groups: Ints) -> Ints:
+    """Return for each group the first place where `keys` is what `lowest` says of the group."""
+    sizes = np.diff(groups)
+    hits = np.flatnonzero(keys == np.repeat(lowest, sizes))
+    group = np.repeat(np.arange(len(sizes)), sizes)[hits]
+    return hits[np.flatnonzero(np.append(True, np.diff(group) != 0))]

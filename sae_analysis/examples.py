@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae_analysis.events import Firings, Floats, Ints, arrays_of, priorities, ranges
+from sae_analysis.events import Firings, Floats, Ints, arrays_of, first_with, priorities, ranges
 
 WINDOW = 128  # tokens before and after an example, in which the latent's other firings are kept
 
@@ -32,23 +32,24 @@ class Kept(NamedTuple):
 class BestOf:
     """The `n` examples of each latent with the smallest keys, first in the text among equals.
 
-    Examples come in the order of the text, as (n_new,) latents (ascending), keys, contexts and positions.
+    Examples are numbered as they come, and what is known of them is kept in that order; a latent has the numbers of
+    its own, best first.
     """
 
     def __init__(self, d_sae: int, n: int, key_type: type[np.generic]) -> None:
         self.n = n
         self.keys = np.full((d_sae, n), largest(key_type), dtype=key_type)
-        self.contexts = np.full((d_sae, n), -1, dtype=np.int64)
-        self.positions = np.zeros((d_sae, n), dtype=np.int32)
-        self.activations = np.zeros((d_sae, n), dtype=np.float32)
-        self.slots = np.zeros((d_sae, n), dtype=np.int64)
-        """Where the firings of an example's window begin in the two arrays below."""
-        self.lengths = np.zeros((d_sae, n), dtype=np.int32)
+        self.numbers = np.full((d_sae, n), -1, dtype=np.int64)
+        self.contexts = np.zeros(0, dtype=np.int64)
+        self.positions = np.zeros(0, dtype=np.int32)
+        self.activations = np.zeros(0, dtype=np.float32)
+        self.lengths = np.zeros(0, dtype=np.int32)
+        """How many firings an example's window has; they follow each other in the two arrays below."""
         self.firing_positions = np.zeros(0, dtype=np.int32)
         self.firing_values = np.zeros(0, dtype=np.float32)
-        self.new: list[tuple[np.ndarray, np.ndarray]] = []
-        """What will be appended to the two arrays."""
-        self.n_firings = 0
+        self.new: list[tuple[np.ndarray, ...]] = []
+        """What will be appended to the last six."""
+        self.n_examples = self.n_firings = self.n_compact = 0
 
     def add(self, firings: Firings, keys: np.ndarray) -> None:
         """Take up the firings with the smallest `keys` (one for each firing), one of a context."""
@@ -62,59 +63,66 @@ class BestOf:
             return
         chosen = first_with(keys, lowest, firings.groups)[good]
         begins, lengths = windows(firings, good, chosen)
-        slots = self.append(firings, begins, lengths)
-        others = (firings.contexts[chosen], firings.positions[chosen], firings.values[chosen], slots, lengths)
-        self.merge(firings.latents[chosen], keys[chosen], *others)
-        if self.n_firings > 2 * self.lengths.sum() + 2**20:
+        places = ranges(begins, lengths)
+        self.new.append(
+            (
+                firings.contexts[chosen],
+                firings.positions[chosen].astype(np.int32),
+                firings.values[chosen],
+                lengths.astype(np.int32),
+                firings.positions[places].astype(np.int32),
+                firings.values[places],
+            )
+        )
+        self.merge(firings.latents[chosen], keys[chosen], self.n_examples + np.arange(len(chosen)))
+        self.n_examples += len(chosen)
+        self.n_firings += len(places)
+        if self.n_firings > 2 * self.n_compact + 2**20:
             self.compact()
 
-    def append(self, firings: Firings, begins: Ints, lengths: Ints) -> Ints:
-        """Keep the firings begins[i] to begins[i] + lengths[i] of each new example, and return where they begin."""
-        places = ranges(begins, lengths)
-        slots = self.n_firings + np.cumsum(lengths) - lengths
-        self.new.append((firings.positions[places].astype(np.int32), firings.values[places]))
-        self.n_firings += len(places)
-        return slots
-
-    def merge(self, latents: Ints, keys: np.ndarray, *others: np.ndarray) -> None:
-        """Put new examples in their places among the kept ones, and drop the worst."""
+    def merge(self, latents: Ints, keys: np.ndarray, numbers: Ints) -> None:
+        """Put new examples of ascending `latents` in their places among the known ones, and drop the worst."""
         rows, begins, counts = np.unique(latents, return_index=True, return_counts=True)
-        column = np.arange(len(latents)) - np.repeat(begins, counts)
-        row = np.repeat(np.arange(len(rows)), counts)
-        kept = (self.keys, self.contexts, self.positions, self.activations, self.slots, self.lengths)
-        order = None
-        for values, new in zip(kept, (keys, *others), strict=True):
-            empty = largest(values.dtype.type) if values is self.keys else 0
-            wide = np.full((len(rows), counts.max()), empty, dtype=values.dtype)
-            wide[row, column] = new
-            together = np.concatenate([values[rows], wide], axis=1)
-            if order is None:  # by the keys, which come first; the known ones are earlier in the text
-                order = np.argsort(together, axis=1, kind="stable")[:, : self.n]
-            values[rows] = np.take_along_axis(together, order, axis=1)
+        row, column = np.repeat(np.arange(len(rows)), counts), np.arange(len(latents)) - np.repeat(begins, counts)
+        wide = np.full((len(rows), counts.max()), largest(self.keys.dtype.type), dtype=self.keys.dtype)
+        wide_numbers = np.full(wide.shape, -1, dtype=np.int64)
+        wide[row, column], wide_numbers[row, column] = keys, numbers
+        together = np.concatenate([self.keys[rows], wide], axis=1)
+        order = np.argsort(together, axis=1, kind="stable")[:, : self.n]  # the known ones are earlier in the text
+        self.keys[rows] = np.take_along_axis(together, order, axis=1)
+        self.numbers[rows] = np.take_along_axis(
+            np.concatenate([self.numbers[rows], wide_numbers], axis=1), order, axis=1
+        )
 
     def compact(self) -> None:
-        """Drop the firings of examples that are no longer kept."""
+        """Drop the examples that no latent has, and number the others by latent, best first."""
         self.join()
-        lengths = np.where(self.contexts >= 0, self.lengths, 0).reshape(-1).astype(np.int64)
-        places = ranges(self.slots.reshape(-1), lengths)
+        there = self.numbers >= 0
+        kept = self.numbers[there]
+        starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+        places = ranges(starts[kept], self.lengths[kept].astype(np.int64))
+        self.contexts, self.positions = self.contexts[kept], self.positions[kept]
+        self.activations, self.lengths = self.activations[kept], self.lengths[kept]
         self.firing_positions, self.firing_values = self.firing_positions[places], self.firing_values[places]
-        self.n_firings = len(places)
-        self.slots = (np.cumsum(lengths) - lengths).reshape(self.slots.shape)
+        self.numbers[there] = np.arange(len(kept))
+        self.n_examples, self.n_firings, self.n_compact = len(kept), len(places), len(places)
 
     def join(self) -> None:
-        parts = [(self.firing_positions, self.firing_values), *self.new]
-        self.firing_positions, self.firing_values = map(np.concatenate, zip(*parts, strict=True))
+        names = ("contexts", "positions", "activations", "lengths", "firing_positions", "firing_values")
+        parts = [tuple(getattr(self, name) for name in names), *self.new]
+        for name, part in zip(names, zip(*parts, strict=True), strict=True):
+            setattr(self, name, np.concatenate(part))
         self.new = []
 
     def kept(self) -> Kept:
         """Return all examples."""
         self.compact()
-        latents, ranks = np.nonzero(self.contexts >= 0)
-        lengths = self.lengths[latents, ranks].astype(np.int64)
-        starts = np.append(0, np.cumsum(lengths))
-        contexts, positions = self.contexts[latents, ranks], self.positions[latents, ranks].astype(np.int64)
-        activations = self.activations[latents, ranks]
-        return Kept(latents, contexts, positions, activations, starts, self.firing_positions, self.firing_values)
+        latents, _ = np.nonzero(self.numbers >= 0)
+        starts = np.append(0, np.cumsum(self.lengths, dtype=np.int64))
+        positions = self.positions.astype(np.int64)
+        return Kept(
+            latents, self.contexts, positions, self.activations, starts, self.firing_positions, self.firing_values
+        )
 
     def arrays(self) -> dict[str, np.ndarray]:
         self.join()
@@ -122,7 +130,7 @@ class BestOf:
 
     def load(self, arrays: dict[str, np.ndarray]) -> None:
         vars(self).update(arrays)
-        self.n_firings = len(self.firing_values)
+        self.n_examples, self.n_firings = len(self.contexts), len(self.firing_values)
 
 
 class Silences:
@@ -152,10 +160,11 @@ class Silences:
                 values[at + 1 :] = values[at:-1].copy()
                 values[at] = value
 
-    def of(self, latent: int, n: int) -> tuple[Ints, Ints]:
-        """Return (contexts, positions) of up to `n` contexts in which the latent does not fire."""
-        found = np.flatnonzero(~self.fires[:, latent] & (self.contexts >= 0))[:n]
-        return self.contexts[found], self.positions[found]
+    def examples(self, n: int) -> tuple[Ints, Ints, Ints]:
+        """Return (latents, contexts, positions) of up to `n` contexts in which each latent does not fire."""
+        is_silent = ~self.fires & (self.contexts >= 0)[:, None]
+        latents, places = np.nonzero((is_silent & (is_silent.cumsum(axis=0) <= n)).T)
+        return latents, self.contexts[places], self.positions[places]
 
     def arrays(self) -> dict[str, np.ndarray]:
         return arrays_of(self)
@@ -167,14 +176,6 @@ class Silences:
 def largest(key_type: type[np.generic]) -> Any:
     """Return what every key is below."""
     return np.inf if issubclass(key_type, np.floating) else np.iinfo(key_type).max  # pyright: ignore
-
-
-def first_with(keys: np.ndarray, lowest: np.ndarray, groups: Ints) -> Ints:
-    """Return for each group the first place where `keys` is the group's lowest."""
-    sizes = np.diff(groups)
-    hits = np.flatnonzero(keys == np.repeat(lowest, sizes))
-    group = np.repeat(np.arange(len(sizes)), sizes)[hits]
-    return hits[np.flatnonzero(np.append(True, np.diff(group) != 0))]
 
 
 def windows(firings: Firings, groups: Ints, chosen: Ints) -> tuple[Ints, Ints]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def document(latent: Latent) -> dict[str, Any]:
     counts, edges = latent.histogram
     return {
         "_id": f"{latent.analysis.about['name']}/{latent.index}",
-        **{name: plain(value) for name, value in latent.analysis.latents.loc[latent.index].to_dict().items()},
+        **latent.figures,
         "top_tokens": latent.top_tokens,
         "quantiles": {str(q): value for q, value in latent.quantiles.items()},
         "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
@@ -118,18 +119,30 @@ def document(latent: Latent) -> dict[str, Any]:
     }
 
 
-def plain(value: Any) -> Any:
-    """Return a JSON number; None for what is none."""
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, float):
-        return None if not math.isfinite(value) else int(value) if value.is_integer() and abs(value) > 2**31 else value
-    return value
+ENDS_OF_LINES = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
+"""At which some readers end a line though JSON does not escape them; and halves of characters, which no UTF-8 has."""
 
 
 def json_line(content: dict[str, Any]) -> str:
-    """Return one line. A lone surrogate, which UTF-8 does not have, is written as its escape."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace").decode() + "\n"
+    """Return one line of strict JSON; a number that is not finite is null."""
+    try:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(finite(content), ensure_ascii=False, allow_nan=False)
+    return ENDS_OF_LINES.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """Return the same value of JSON types, with None for each number that is not finite."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {name: finite(one) for name, one in value.items()}
+        case list() | tuple():
+            return [finite(one) for one in value]
+        case _:
+            return value
 
 
 # ------------------------------------------------------------------------------------------------------ Neuronpedia
@@ -170,8 +183,8 @@ def feature(latent: Latent, model: str, source: str) -> dict[str, Any]:
         "layer": source,
         "index": str(latent.index),
         "hookName": latent.analysis.about["hook_point"],
-        "maxActApprox": plain(latent.max) or 0,
-        "frac_nonzero": plain(latent.density),
+        "maxActApprox": latent.max if math.isfinite(latent.max) else 0,
+        "frac_nonzero": latent.density,
         "freq_hist_data_bar_heights": counts.tolist(),
         "freq_hist_data_bar_values": ((edges[:-1] + edges[1:]) / 2).tolist(),
         "topkCosSimIndices": [i for i, _ in latent.neighbours["similar"]],

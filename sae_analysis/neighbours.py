@@ -9,12 +9,14 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from sae_analysis.events import Ints, arrays_of, priorities, ranges, ranks
+from sae_analysis.events import Ints, arrays_of, priorities, ranges
+from sae_training.kernels.selection import highest
 from sae_training.kernels.sparse_code import Code
 
 MAX_ROWS = 65_536
 MAX_PAIRS = 2**25
 """Pairs of latents on one row, added up over the rows: 0.8 GiB, if every pair is another one."""
+CHUNK = 2**22  # pairs of latents that are compared at once
 
 
 class Nearest(NamedTuple):
@@ -112,16 +114,19 @@ def correlated(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
 def nearest_in_rows(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
     """Return the `n` largest finite entries of each row of a square matrix, without those of the diagonal."""
     size = len(matrix.indptr) - 1
-    row = np.repeat(np.arange(size), np.diff(matrix.indptr))
-    counts = np.isfinite(matrix.data) & (row != matrix.indices)
-    rows, others = row[counts], matrix.indices[counts]
-    values: np.ndarray = matrix.data[counts]
-    order = np.lexsort([others, -values, rows])
-    rank = ranks(rows[order])
-    order, rank = order[rank < n], rank[rank < n]
     found = Nearest(np.full((size, n), -1, dtype=np.int64), np.full((size, n), np.nan))
-    found.others[rows[order], rank] = others[order]
-    found.values[rows[order], rank] = values[order]
+    for start in range(0, size, step := max(1, CHUNK // max(size, 1))):
+        begins = matrix.indptr[start : start + step + 1]
+        data: np.ndarray = matrix.data[begins[0] : begins[-1]]
+        others: np.ndarray = matrix.indices[begins[0] : begins[-1]]
+        rows = np.repeat(np.arange(len(begins) - 1), np.diff(begins))
+        dense = np.full((len(begins) - 1, size), -np.inf)
+        counts = np.isfinite(data) & (rows + start != others)
+        dense[rows[counts], others[counts]] = data[counts]
+        places, values = (part.numpy() for part in highest(torch.from_numpy(dense), min(n, size)))
+        there = np.isfinite(values)
+        found.others[start : start + step, : there.shape[1]] = np.where(there, places, -1)
+        found.values[start : start + step, : there.shape[1]] = np.where(there, values, np.nan)
     return found
 
 
@@ -129,21 +134,21 @@ def nearest_in_rows(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
 
 
 @torch.no_grad()
-def most_similar(directions: Tensor, n: int, among: Tensor | None = None, chunk: int = 2**24) -> Nearest:
+def most_similar(directions: Tensor, n: int, among: Tensor | None = None) -> Nearest:
     """Return which of `among` (m, d) each of `directions` (d_sae, d) has the largest cosine with.
 
     None: which of the other directions. Cosines with a direction of zeros are 0.
     """
     unit = torch.nn.functional.normalize(directions, dim=1)
     table = unit if among is None else torch.nn.functional.normalize(among, dim=1)
-    n = min(n, len(table) - (among is None))
-    values, others = [], []
-    for start in range(0, len(unit), rows := max(1, chunk // max(1, len(table)))):
+    n = max(0, min(n, len(table) - (among is None)))
+    # Filled in place: small results between the large products would keep the allocator from using memory again.
+    found = Nearest(np.empty((len(unit), n), dtype=np.int64), np.empty((len(unit), n)))
+    for start in range(0, len(unit), rows := max(1, CHUNK // max(1, len(table)))):
         cosines = unit[start : start + rows] @ table.T
         if among is None:
             own = torch.arange(len(cosines), device=cosines.device)
             cosines[own, own + start] = -torch.inf
-        top = cosines.topk(max(n, 0), dim=1)
-        values.append(top.values)
-        others.append(top.indices)
-    return Nearest(torch.cat(others).cpu().numpy(), torch.cat(values).double().cpu().numpy())
+        others, values = highest(cosines, n)
+        found.others[start : start + rows], found.values[start : start + rows] = others.cpu(), values.cpu()
+    return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -54,33 +54,50 @@ def byte_of_letter() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+class Texts:
+    """The texts of token ids, whose bytes are `pieces`. Those of tokens that are text by themselves are kept ready.
+
+    shown: what is done with the text of such a token first; a page shortens it.
+    """
+
+    def __init__(self, pieces: Sequence[bytes], shown: Callable[[str], str] = str) -> None:
+        self.pieces = pieces
+        self.alone = [None if (text := decoded(piece)) is None else shown(text) for piece in pieces]
+        """The text of each token by itself; None if it holds a part of a character."""
+
+    def of(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each token of a sequence; "" for padding, which is no id of a token.
+
+        Parts of characters stand together, or have tokens without bytes between them, because a token that is text by
+        itself neither ends nor begins inside a character.
+        """
+        n, alone = len(self.pieces), self.alone
+        found = [alone[id_] if 0 <= id_ < n else "" for id_ in ids]
+        while None in found:
+            start = found.index(None)
+            stop = next((i for i in range(start, len(found)) if found[i]), len(found))
+            found[start:stop] = as_texts([self.pieces[id_] if 0 <= id_ < n else b"" for id_ in ids[start:stop]])
+        return [text for text in found if text is not None]
+
+
+def decoded(piece: bytes) -> str | None:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return None
+
+
 def as_texts(pieces: Sequence[bytes]) -> list[str]:
     """Return the text of each piece of a sequence.
 
-    A character that is split over pieces belongs to the first of them, and the others have "" of it. Bytes that are no
-    UTF-8 become U+FFFD.
+    A character that is split over pieces belongs to the first of them, and the others have "" of it. A byte that
+    belongs to no character becomes U+FFFD.
     """
-    try:
-        return [piece.decode() for piece in pieces]
-    except UnicodeDecodeError:
-        pass
-    texts = [""] * len(pieces)
-    whole = b"".join(pieces)
+    letters: list[list[str]] = [[] for _ in pieces]
     owner = [i for i, piece in enumerate(pieces) for _ in piece]
     at = 0
-    while at < len(whole):
-        length = character_length(whole, at)
-        texts[owner[at]] += whole[at : at + length].decode(errors="replace")
-        at += length
-    return texts
-
-
-def character_length(text: bytes, at: int) -> int:
-    """Return how many bytes the character at `at` has; 1 if it is no whole character."""
-    for length in range(1, 5):
-        try:
-            text[at : at + length].decode()
-        except UnicodeDecodeError:
-            continue
-        return length
-    return 1
+    for letter in b"".join(pieces).decode(errors="surrogateescape"):
+        is_broken = "\ud800" <= letter <= "\udfff"  # which no valid UTF-8 gives
+        letters[owner[at]].append("\ufffd" if is_broken else letter)
+        at += 1 if is_broken else len(letter.encode())
+    return ["".join(some) for some in letters]

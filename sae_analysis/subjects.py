@@ -23,6 +23,8 @@ from sae_training.run.folder import read_run_config
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.utils import Session
 
+ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".pkl", ".gz", ".npz", ".zip")  # of files with weights
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -69,9 +71,13 @@ def subjects_of(source: str | Path | Session, dataset: Any, output: str | Path |
         folder = Path(output).expanduser() if output is not None else Path("runs") / next(iter(found))
     sites = {name: find_sites(sae.cfg, model) for name, sae in found.items()}
     cfg = without_cache(next(iter(found.values())).cfg)
+    if dataset is not None:  # of which the run's split and column say nothing
+        cfg = dataclasses.replace(
+            cfg, dataset_weights=(), dataset_split="train", dataset_text_column=None, is_dataset_tokenized=None,
+            streaming=None,
+        )  # fmt: skip
     if isinstance(dataset, str | Path):
-        cfg = dataclasses.replace(cfg, dataset_path=str(dataset), dataset_weights=(), is_dataset_tokenized=None)
-        dataset = None
+        cfg, dataset = dataclasses.replace(cfg, dataset_path=str(dataset)), None
     with phase("reading the text"):
         store = ActivationsStore(cfg, model, dataset, sites=merged(sites.values()))
     subjects = [
@@ -86,7 +92,15 @@ def autoencoders_in(path: Path) -> dict[str, SparseAutoencoder]:
     if is_run_of_several(path):
         names = list(variants(read_run_config(path)))
         return {name: SparseAutoencoder.load_from_pretrained(path / name) for name in names}
-    return {path.resolve().name.split(".")[0]: SparseAutoencoder.load_from_pretrained(path)}
+    return {name_of(path.resolve()): SparseAutoencoder.load_from_pretrained(path)}
+
+
+def name_of(path: Path) -> str:
+    """Return the name of a folder, or of a file without the endings of its format: a.b-0.01.pkl.gz is a.b-0.01."""
+    name = path.name
+    while path.is_file() and name.endswith(ENDINGS):
+        name = name.rpartition(".")[0]
+    return name
 
 
 def is_run_of_several(path: Path) -> bool:
@@ -102,7 +116,7 @@ def folder_of(path: Path) -> Path:
         inside = path.relative_to(parent).parts[0]
         if inside in (CHECKPOINTS, SNAPSHOTS, FINAL) and (parent / RUN_CONFIG_FILE).is_file():
             return parent if inside == FINAL else parent / "analysis-of" / path.name
-    return Path("runs") / path.name.split(".")[0]
+    return Path("runs") / name_of(path)
 
 
 def hash_of(sae: SparseAutoencoder) -> str:

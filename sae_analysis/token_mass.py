@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sae_analysis.events import Firings, Ints, arrays_of, ranks
+from sae_analysis.events import Firings, Ints, arrays_of, first_with, ranks
 
 BUFFERED = 2**22  # firings that are added to the table at once, because a table is sorted anew each time
 MAX_PAIRS = 2**25  # 0.5 GiB
@@ -25,7 +25,7 @@ class Shares(NamedTuple):
 
 
 class TokenMass:
-    """The table (latent, token before, token) -> sum of activations.
+    """The table (latent, token, token before) -> sum of activations, in this order.
 
     Above MAX_PAIRS entries, those with the smallest shares of their latents are dropped; what is dropped still counts
     in the total, so that shares are never too high, and `n_dropped` says how many they were.
@@ -42,7 +42,7 @@ class TokenMass:
     def add(self, firings: Firings) -> None:
         values = firings.values.astype(np.float64)
         self.total[firings.fired] += np.add.reduceat(values, firings.begins) if len(values) else 0
-        keys = (firings.latents * self.base + firings.ids_before + 1) * self.base + firings.ids
+        keys = (firings.latents * self.base + firings.ids) * self.base + firings.ids_before + 1
         self.waiting.append((keys, values))
         if sum(len(keys) for keys, _ in self.waiting) > BUFFERED:
             self.settle()
@@ -59,32 +59,33 @@ class TokenMass:
             self.n_dropped += len(kept) - np.count_nonzero(kept)
             self.keys, self.mass = self.keys[kept], self.mass[kept]
 
-    def shares(self) -> Shares:
+    def by_token(self) -> tuple[Ints, Ints, np.ndarray]:
+        """Return (latents, tokens, shares), in this order: the parts of each latent's mass."""
         self.settle()
-        latents, tokens = self.keys // self.base**2, self.keys % self.base
-        bigrams = best_of(latents, self.mass, self.d_sae)
-        by_token, mass = added_up(latents * self.base + tokens, self.mass)
-        of_latent = by_token // self.base
-        share = mass / self.total[of_latent]
-        entropy = np.bincount(of_latent, -share * np.log2(share), minlength=self.d_sae)
-        unigrams = best_of(of_latent, mass, self.d_sae)
-        fires = self.total > 0
+        begins = begins_of(self.keys // self.base)
+        latents, tokens = np.divmod(self.keys[begins] // self.base, self.base)
+        return latents, tokens, sums(self.mass, begins) / self.total[latents]
+
+    def shares(self) -> Shares:
+        latents, tokens, share = self.by_token()
+        entropy = np.bincount(latents, -share * np.log2(share), minlength=self.d_sae)
+        unigrams = best_of(latents, share, self.d_sae)
+        bigrams = best_of(self.keys // self.base**2, self.mass, self.d_sae)
         with np.errstate(divide="ignore", invalid="ignore"):
             return Shares(
-                np.where(fires, entropy, np.nan),
-                at(by_token % self.base, unigrams),
-                at(mass, unigrams, np.nan) / self.total,
-                np.stack([at(self.keys // self.base % self.base - 1, bigrams), at(tokens, bigrams)], axis=1),
+                np.where(self.total > 0, entropy, np.nan),
+                at(tokens, unigrams),
+                at(share, unigrams, np.nan),
+                np.stack([at(self.keys % self.base - 1, bigrams), at(self.keys // self.base % self.base, bigrams)], 1),
                 at(self.mass, bigrams, np.nan) / self.total,
             )
 
     def top_tokens(self, n: int) -> tuple[Ints, Ints, np.ndarray]:
         """Return (latents, tokens, shares): for each latent the `n` tokens with the largest shares, largest first."""
-        by_token, mass = added_up(self.keys // self.base**2 * self.base + self.keys % self.base, self.mass)
-        latents, tokens = np.divmod(by_token, self.base)
-        order = np.lexsort([tokens, -mass, latents])
-        order = order[ranks(latents[order]) < n]
-        return latents[order], tokens[order], mass[order] / self.total[latents[order]]
+        latents, tokens, share = self.by_token()
+        order = np.lexsort([-share, latents])
+        order = order[ranks(latents) < n]
+        return latents[order], tokens[order], share[order]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return its state. What waits stays so: sums are the same to the last bit, whenever the state is saved."""
@@ -101,20 +102,28 @@ class TokenMass:
 
 def added_up(keys: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the ascending unique keys, and the sum of the mass of each."""
-    if len(keys) == 0:
-        return keys, mass
-    order = np.argsort(keys, kind="stable")
+    order = np.argsort(keys)  # by vectors, three times as fast as the stable kind
     keys = keys[order]
-    begins = np.flatnonzero(np.append(True, np.diff(keys) != 0))
-    return keys[begins], np.add.reduceat(mass[order], begins)
+    begins = begins_of(keys)
+    return keys[begins], sums(mass[order], begins)
+
+
+def begins_of(keys: np.ndarray) -> Ints:
+    """Return where each run of equal `keys` begins."""
+    return np.flatnonzero(np.append(True, keys[1:] != keys[:-1])) if len(keys) else np.zeros(0, dtype=np.int64)
+
+
+def sums(values: np.ndarray, begins: Ints) -> np.ndarray:
+    """Return the sum of each run of `values`."""
+    return np.add.reduceat(values, begins) if len(begins) else values[:0]
 
 
 def best_of(latents: np.ndarray, mass: np.ndarray, d_sae: int) -> Ints:
-    """Return for each latent the place of its largest mass, the first of equals; -1 if it has none."""
-    order = np.lexsort([np.arange(len(mass)), -mass, latents])
+    """Return for each of the ascending `latents` the place of its largest mass, the first of equals; -1 if none."""
     found = np.full(d_sae, -1, dtype=np.int64)
-    first = np.flatnonzero(np.append(True, np.diff(latents[order]) != 0))[: len(order)]
-    found[latents[order][first]] = order[first]
+    begins = begins_of(latents)
+    if len(begins):
+        found[latents[begins]] = first_with(mass, np.maximum.reduceat(mass, begins), np.append(begins, len(latents)))
     return found
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import select
 
 from sae_analysis.site.records import SLICE, joined
 from sae_analysis.site.scripts import write_data
-from sae_analysis.site.texts import Texts
+from sae_analysis.site.texts import ShownTexts
 from sae_analysis.store import schema
 from sae_analysis.store.example_blob import KINDS, from_bytes
 from sae_analysis.store.read import Reader
@@ -24,7 +24,7 @@ class ContextFiles:
     """The contexts that the site will hold, which are known before they are written."""
 
     def __init__(self, reader: Reader, most_bytes: int = MOST_BYTES) -> None:
-        self.reader, self.texts = reader, Texts(reader)
+        self.reader, self.texts = reader, ShownTexts(reader)
         self.numbers = self.chosen(most_bytes)
         self.are_held = set(self.numbers)
 
@@ -74,5 +74,5 @@ class ContextFiles:
         return firsts
 
 
-def context_text(texts: Texts, number: int) -> str:
+def context_text(texts: ShownTexts, number: int) -> str:
     return joined(texts.of(texts.read_ids(number)))

@@ -22,7 +22,7 @@ from sae_analysis.store.read import Reader
 from sae_training.machine.phases import progress_bar
 
 LATENTS_BYTES = 100_000  # of a file of latents, so that a page and the first of its data stay below 300 KB
-ROWS_PER_FILE = 16  # a page of a sorted list needs 50 of these files
+ROWS_PER_FILE = 4  # a page of a sorted list needs 50 of these files, of a kilobyte each
 N_FIRST = 50  # rows of the list that come with the first page
 
 
@@ -64,11 +64,12 @@ class Export:
                 bar.update(1)
         self.latent_files.end()
         order = default_order(judged)
+        rows = [rows[latent] for latent in order]
         for start in range(0, n, ROWS_PER_FILE):
             write_data(self.folder, f"rows/{start // ROWS_PER_FILE}", rows[start : start + ROWS_PER_FILE])
         indexes.write(self.folder)
         self.write_columns(order)
-        write_data(self.folder, "about", self.about() | {"first": [rows[latent] for latent in order[:N_FIRST]]})
+        write_data(self.folder, "about", self.about() | {"first": rows[:N_FIRST]})
         (self.folder / "site.js").write_text(script(), encoding="utf-8")
         (self.folder / "style.css").write_text(style(), encoding="utf-8")
         (self.folder / "index.html").write_text(site_page(str(self.reader.about["name"])), encoding="utf-8")
@@ -85,15 +86,16 @@ class Export:
             "columns": has,
             "row_figures": ROW_FIGURES,
             "rows_per_file": ROWS_PER_FILE,
-            "latent_files": self.latent_files.firsts,
+            "latent_files": self.latent_files.counts,
             "context_files": self.contexts.write(self.folder),
             "histograms": histograms(figures),
         }
 
     def write_columns(self, order: list[int]) -> None:
+        """Write figures in the default order, so that a list that is filtered needs no other file to be in it."""
         for name in COLUMNS:
-            write_data(self.folder, f"columns/{name}", packed(self.column(name), "<f4"))
-        write_data(self.folder, "columns/order", packed(np.array(order), "<u4"))
+            write_data(self.folder, f"columns/{name}", packed(self.column(name)[order], "<f4"))
+        write_data(self.folder, "columns/order", packed(np.array(order), "<u2" if len(order) <= 1 << 16 else "<u4"))
 
     def column(self, name: str) -> np.ndarray:
         """Return a figure of all latents; NaN where there is none."""
@@ -105,8 +107,8 @@ class LatentFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.firsts: list[int] = []
-        """The latent that each file begins with."""
+        self.counts: list[int] = []
+        """Latents in each file; shorter to write than their numbers."""
         self.content: list[dict[str, Any]] = []
         self.n_bytes = 0
 
@@ -119,8 +121,8 @@ class LatentFiles:
 
     def end(self) -> None:
         if self.content:
-            write_data(self.folder, f"latents/{len(self.firsts)}", self.content)
-            self.firsts.append(self.content[0]["latent"])
+            write_data(self.folder, f"latents/{len(self.counts)}", self.content)
+            self.counts.append(len(self.content))
         self.content, self.n_bytes = [], 0
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from sqlalchemy import Row, Table, select
 
 from sae_analysis.site.scripts import short, shorts
-from sae_analysis.site.texts import Texts, window_of
+from sae_analysis.site.texts import ShownTexts, window_of
 from sae_analysis.store import schema
 from sae_analysis.store.example_blob import KINDS, Stored, from_bytes
 from sae_analysis.store.read import Reader
@@ -26,7 +26,7 @@ class Records:
 
     def __init__(self, reader: Reader, has_context: Callable[[int], bool] = lambda context: False) -> None:
         self.reader, self.has_context = reader, has_context
-        self.texts = Texts(reader)
+        self.texts = ShownTexts(reader)
         self.figures = reader.latents()
         self.columns = [name for name in self.figures.columns if name != "index"]
         self.values = self.figures[self.columns].astype(float).to_numpy()

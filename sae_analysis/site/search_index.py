@@ -1,4 +1,4 @@
-"""An index of words that a page can search without a server: its files are loaded by the first letters of a word."""
+"""An index of words that a page can search without a server: a word leads to the one file that has it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from sae_analysis.site.records import tokens_of_windows
 from sae_analysis.site.scripts import write_data
 
-FILE_BYTES = 120_000
+FILE_BYTES = 40_000
 LONGEST = 40  # letters of a word that count
 N_EXAMPLES = 30  # so that a number of 30 bits says which
 WORDS = re.compile(r"\w+|[^\w\s]")
@@ -28,25 +28,27 @@ class Index:
         self.words.setdefault(word, array("Q")).append(latent << 32 | number)
 
     def write(self, folder: Path, name: str) -> None:
-        """Write the postings in files <name>-<i>, and in <name> which file has the words with which two first letters.
+        """Write the postings in files <name>-<i>, and in <name> the word that each of them begins with.
 
         A file holds [word, "latent.number,..."], numbers to the base 36, latents as the distance from the one before.
         """
-        files: list[list[tuple[str, str]]] = [[]]
-        places: dict[str, list[int]] = {}
-        size = 0
-        for word in sorted(self.words):
+        files: list[list[tuple[str, str]]] = []
+        size = FILE_BYTES
+        for word in sorted(self.words, key=as_scripts_sort):
             postings = text_of(self.words[word])
-            if size + len(postings) > FILE_BYTES and files[-1]:
-                files.append([])
-                size = 0
-            files[-1].append((word, postings))
             size += len(postings) + 4 * len(word) + 6
-            first = places.setdefault(word[:2], [len(files) - 1] * 2)
-            first[1] = len(files) - 1
-        write_data(folder, name, list(places.items()))
+            if size > FILE_BYTES:
+                files.append([])
+                size = len(postings)
+            files[-1].append((word, postings))
+        write_data(folder, name, [content[0][0] for content in files])
         for number, content in enumerate(files):
             write_data(folder, f"{name}-{number}", content)
+
+
+def as_scripts_sort(word: str) -> bytes:
+    """Return a key that sorts words as JavaScript compares them: by units of UTF-16."""
+    return word.encode("utf-16-be", errors="surrogatepass")
 
 
 class SearchIndexes:

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
-from sqlalchemy import Engine, Select, Table, create_engine, event, select
+from sqlalchemy import URL, Connection, Double, Engine, Select, Table, create_engine, event, make_url, select
 from sqlalchemy.exc import DatabaseError
 
-from sae_analysis.pieces import as_texts
+from sae_analysis.pieces import Texts
 from sae_analysis.store import schema
 from sae_analysis.store.example_blob import Stored, from_bytes
 
+SQLITE = "sqlite:///"
 
-def engine_of(url: str) -> Engine:
-    """Return the engine of a database URL. SQLite writes ahead to a log, so that readers never wait for a writer."""
-    engine = create_engine(url)
-    if engine.dialect.name == "sqlite":
 
-        @event.listens_for(engine, "connect")
-        def set_up(connection: Any, _: Any) -> None:
-            connection.execute("PRAGMA synchronous=NORMAL")
+def engine_of(url: str, only_reads: bool = False) -> Engine:
+    """Return the engine of a database URL. `only_reads`: a SQLite file is neither made nor changed."""
+    if not url.startswith(SQLITE):
+        return create_engine(url)
+    path = quote(os.fsencode(url.removeprefix(SQLITE)))  # which may hold a "?"
+    query = {"mode": "rw" if only_reads else "rwc", "uri": "true"}  # not "ro", which cannot undo what a kill has left
+    engine = create_engine(URL.create("sqlite", database=f"file:{path}", query=query))
+
+    @event.listens_for(engine, "connect")
+    def set_up(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA query_only=ON" if only_reads else "PRAGMA synchronous=NORMAL")
 
     return engine
 
@@ -34,24 +43,30 @@ class Reader:
     """Reads the analysis number `analysis` of a database. ValueError if it is unfinished or of another schema."""
 
     def __init__(self, url: str, analysis: int = 1) -> None:
-        self.engine, self.analysis, self.url = engine_of(url), analysis, url
-        try:
-            (row,) = self.rows(select(schema.analyses).where(schema.analyses.c.analysis == analysis)) or [None]
-        except DatabaseError as error:
-            raise ValueError(f"{url}: holds no analysis ({str(error.orig)}); build it anew.") from error
-        if row is None:
-            raise ValueError(f"{url}: holds no analysis number {analysis}.")
-        if row.schema_version != schema.SCHEMA_VERSION:
-            raise ValueError(
-                f"{url}: has schema version {row.schema_version}, but this version of the package reads "
-                f"{schema.SCHEMA_VERSION}; build the analysis anew, or read it with the version that built it."
-            )
+        self.engine, self.analysis, self.url = engine_of(url, only_reads=True), analysis, url
+        self.name = shown(url)
+        table = schema.analyses
+        found = self.rows(select(table.c.schema_version).where(table.c.analysis == analysis))
+        if not found:
+            raise ValueError(f"{self.name}: holds no analysis number {analysis}.")
+        check_version(self.name, found[0].schema_version)
+        (row,) = self.rows(select(table).where(table.c.analysis == analysis))
         if not row.complete:
-            raise ValueError(f"{url}: this analysis is unfinished; the same `build` command goes on with it.")
+            raise ValueError(f"{self.name}: this analysis is unfinished; the same `build` command goes on with it.")
         self.about: dict[str, Any] = json.loads(row.about)
 
+    @contextmanager
+    def connected(self) -> Iterator[Connection]:
+        """Give a connection. ValueError, naming the store, for what the database refuses: it is damaged, or none."""
+        try:
+            with self.engine.connect() as connection:
+                yield connection
+        except DatabaseError as error:
+            advice = "; build it anew (`build --anew`)" if self.engine.dialect.name == "sqlite" else ""
+            raise ValueError(f"{self.name}: holds no analysis that can be read ({error.orig}){advice}.") from error
+
     def rows(self, query: Select[*tuple[Any, ...]]) -> list[Any]:
-        with self.engine.connect() as connection:
+        with self.connected() as connection:
             return list(connection.execute(query))
 
     def content(self, table: Table, key: str, number: int) -> bytes | None:
@@ -66,14 +81,18 @@ class Reader:
 
     def texts(self, ids: np.ndarray | list[int]) -> list[str]:
         """Return the text of each token of a sequence; "" for padding."""
-        return as_texts([self.pieces[id_] if 0 <= id_ < len(self.pieces) else b"" for id_ in map(int, ids)])
+        return self.decoder.of(np.asarray(ids).tolist())
+
+    @cached_property
+    def decoder(self) -> Texts:
+        return Texts(self.pieces)
 
     def latents(self) -> pd.DataFrame:
         table = schema.latents
         query = select(table).where(table.c.analysis == self.analysis).order_by(table.c.latent)
-        with self.engine.connect() as connection:
-            found = pd.read_sql(query, connection)
+        found = pd.DataFrame.from_records(self.rows(query), columns=table.columns.keys())
         found = found.drop(columns="analysis").rename(columns={"latent": "index"})
+        found = found.astype({name: float for name, kind in schema.FIGURES.items() if kind is Double})  # all NULL too
         return found.set_index("index", drop=False).rename_axis(None)
 
     def details(self, latent: int) -> dict[str, Any]:
@@ -93,23 +112,44 @@ class Reader:
     def examples(self, latent: int) -> Stored:
         content = self.content(schema.examples, "latent", latent)
         if content is None:
-            raise IndexError(f"{self.url}: has no latent {latent}; there are {self.about['d_sae']:,}.")
+            raise IndexError(f"{self.name}: has no latent {latent}; there are {self.about['d_sae']:,}.")
         return from_bytes(content)
 
+    def contexts(self, numbers: Iterable[int]) -> dict[int, np.ndarray]:
+        """Return the token ids of contexts that examples are in, by number."""
+        table = schema.contexts
+        wanted = table.c.context.in_(sorted(set(numbers)))
+        query = select(table.c.context, table.c.content).where(table.c.analysis == self.analysis, wanted)
+        return {row.context: np.frombuffer(row.content, dtype="<i4") for row in self.rows(query)}
+
     def context(self, number: int) -> np.ndarray:
-        """Return the token ids of a context that an example is in."""
-        content = self.content(schema.contexts, "context", number)
-        assert content is not None, f"context {number} is in no example"
-        return np.frombuffer(content, dtype="<i4")
+        return self.contexts([int(number)])[number]
 
     def close(self) -> None:
         self.engine.dispose()
 
 
 def url_of(path: Path) -> str:
-    return f"sqlite:///{path}"
+    return f"{SQLITE}{path}"
 
 
 def path_of(url: str) -> Path | None:
     """Return the file of an SQLite database; None for another database."""
-    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
+    return Path(url.removeprefix(SQLITE)) if url.startswith(SQLITE) else None
+
+
+def shown(url: str) -> str:
+    """Return what messages say of a database: the path of a file, a URL without its password."""
+    return url.removeprefix(SQLITE) if url.startswith(SQLITE) else make_url(url).render_as_string(hide_password=True)
+
+
+def check_version(name: str, found: int) -> None:
+    """Raise ValueError, saying what to do, unless this version of the package reads the schema of a store."""
+    if found == schema.SCHEMA_VERSION:
+        return
+    remedy = "read it with the version of the package that built it, or build it anew (`build --anew`)"
+    if found > schema.SCHEMA_VERSION:
+        remedy = "a newer version of the package built it: install that"
+    raise ValueError(
+        f"{name}: has schema version {found}, but this version of the package reads {schema.SCHEMA_VERSION}; {remedy}."
+    )

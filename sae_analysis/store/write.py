@@ -54,10 +54,8 @@ class Writer:
                     self.insert(connection, schema.tokens, found.token_rows(some))
                     self.insert(connection, schema.examples, example_rows(examples, some))
                 bar.update(len(some))
-        for latent in range(first):
-            examples.of(latent)  # so that the contexts of those that were there already are known
         with self.engine.begin() as connection:
-            self.insert(connection, schema.contexts, context_rows(context_ids, examples.contexts))
+            self.insert(connection, schema.contexts, context_rows(context_ids, np.unique(examples.contexts)))
             self.insert(connection, schema.pieces, [{"token": i, "content": p} for i, p in enumerate(of_model.pieces)])
             row = {"complete": True, "about": json.dumps(self.about | found.about())}
             connection.execute(update(schema.analyses).values(row).where(schema.analyses.c.analysis == self.analysis))
@@ -86,7 +84,7 @@ class Findings:
         self.gathered = gathered
         self.shares = gathered.mass.shares()
         self.top_tokens = gathered.mass.top_tokens(N_TOKENS)
-        self.quantiles = gathered.statistics.quantiles()
+        self.quantiles = rounded(gathered.statistics.quantiles())
         matrix = gathered.rows.matrix()
         self.n_rows_together = len(matrix.indptr) - 1
         W_dec = sae.W_dec.detach().float()
@@ -97,8 +95,13 @@ class Findings:
         }
         if of_model.neurons is not None:
             self.near["neurons"] = most_similar(W_dec, N_NEIGHBOURS, of_model.neurons.to(W_dec))
+        self.near = {name: Nearest(near.others, rounded(near.values)) for name, near in self.near.items()}
         table = of_model.unembedding
-        self.lens: Lens | None = None if table is None else logit_lens(W_dec, table.to(W_dec), N_TOKENS)
+        self.lens: Lens | None = None
+        if table is not None:
+            lens = logit_lens(W_dec, table.to(W_dec), N_TOKENS)
+            for_json = ("top_values", "bottom_values", "edges")
+            self.lens = lens._replace(**{name: rounded(getattr(lens, name)) for name in for_json})
         self.figures = gathered.statistics.figures() | weight_figures(sae.W_enc.detach(), W_dec, sae.b_enc.detach())
         if self.lens is not None:
             self.figures |= {"logit_skew": self.lens.skew, "logit_kurtosis": self.lens.kurtosis}
@@ -130,7 +133,7 @@ class Findings:
         counts, edges = shown_histogram(self.gathered.statistics.histogram[latent])
         quantiles = dict(zip(map(str, QUANTILES), plain(self.quantiles[:, latent]), strict=True))
         found: dict[str, Any] = {
-            "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+            "histogram": {"counts": counts.tolist(), "edges": rounded(edges).tolist()},
             "quantiles": quantiles,
             "neighbours": {name: pairs(near.others[latent], near.values[latent]) for name, near in self.near.items()},
         }
@@ -154,8 +157,10 @@ class Findings:
 def add_effect(reader: Reader, latent: int, effects: list[dict[str, Any]]) -> None:
     """Add to a finished analysis what ablating a latent does at its top examples."""
     row = {"analysis": reader.analysis, "latent": latent, "content": packed(effects)}
-    with reader.engine.begin() as connection:
+    engine = engine_of(reader.url)
+    with engine.begin() as connection:
         connection.execute(insert(schema.effects), [row])
+    engine.dispose()
 
 
 def weight_figures(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor) -> dict[str, np.ndarray]:
@@ -184,16 +189,26 @@ def weight_figures(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor) -> dict[str, np.
 
 
 def example_rows(examples: Examples, some: range) -> list[dict[str, Any]]:
-    return [{"latent": latent, "content": to_bytes(examples.of(latent))} for latent in some]
+    return [{"latent": latent, "content": to_bytes(of)} for latent, of in zip(some, examples.of(some), strict=True)]
 
 
-def context_rows(context_ids: np.ndarray, used: set[int]) -> list[dict[str, Any]]:
-    return [{"context": number, "content": context_ids[number].astype("<i4").tobytes()} for number in sorted(used)]
+def context_rows(context_ids: np.ndarray, used: np.ndarray) -> list[dict[str, Any]]:
+    return [{"context": number, "content": context_ids[number].astype("<i4").tobytes()} for number in used.tolist()]
 
 
 def pairs(numbers: np.ndarray, values: np.ndarray) -> list[tuple[int, float]]:
     """Return (number, value) for those that there are."""
     return [(int(n), float(v)) for n, v in zip(numbers, values, strict=True) if n >= 0 and math.isfinite(v)]
+
+
+def rounded(values: np.ndarray, digits: int = 7) -> np.ndarray:
+    """Return float64 numbers of so few `digits` that JSON is short: as many as a float32 has."""
+    values = np.asarray(values, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = 10.0 ** (digits - 1 - np.floor(np.log10(np.abs(values))))
+        return np.where(
+            (values == 0) | ~np.isfinite(values) | ~np.isfinite(scale), values, np.round(values * scale) / scale
+        )
 
 
 def plain(values: np.ndarray) -> list[Any]:

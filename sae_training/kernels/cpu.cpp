@@ -223,8 +223,10 @@ static void row_products(
             for (; i + LANES <= d; i += LANES)
                 for (Index lane = 0; lane < LANES; lane++) sums[lane] += x[i + lane] * w[i + lane];
             for (; i < d; i++) sum += x[i] * w[i];
-            for (Float part : sums) sum += part;
-            out[e] = sum;
+            // By halves: one after the other, the lanes would wait for each other for longer than the products take.
+            for (Index half = LANES / 2; half > 0; half /= 2)
+                for (Index lane = 0; lane < half; lane++) sums[lane] += sums[lane + half];
+            out[e] = sums[0] + sum;
         }
     }
 }

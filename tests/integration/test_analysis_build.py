@@ -27,6 +27,7 @@ from sae_analysis.analysis import Analysis
 from sae_analysis.cli import main
 from sae_analysis.export import export
 from sae_analysis.store import write
+from sae_analysis.subjects import name_of
 from sae_training.cache_activations_runner import cache_activations_runner
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
 from sae_training.lm_runner import run_config
@@ -226,11 +227,20 @@ def test_checkpoints_and_files_get_a_place_of_their_own(
     run: Path, built: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    copy = tmp_path / "mine"
+    copy = tmp_path / "mine-LR-0.01"
     shutil.copytree(run / "final", copy)
     build_analysis(copy, 300)
-    assert (tmp_path / "runs" / "mine" / "analysis" / "analysis.sqlite").is_file()
-    assert open_analysis("runs/mine").about["d_sae"] == built.about["d_sae"]
+    assert (tmp_path / "runs" / "mine-LR-0.01" / "analysis" / "analysis.sqlite").is_file()
+    about = open_analysis("runs/mine-LR-0.01").about
+    assert (about["name"], about["d_sae"]) == ("mine-LR-0.01", built.about["d_sae"])
+
+
+def test_names_are_without_the_ending_of_a_format(tmp_path: Path) -> None:
+    (tmp_path / "blocks.3.hook-0.01").mkdir()
+    for name in ("16384_blocks.2.hook_mlp_out.pkl.gz", "sae-LR-0.01.safetensors", "plain"):
+        (tmp_path / name).touch()
+    names = sorted(name_of(path) for path in tmp_path.iterdir())
+    assert names == ["16384_blocks.2.hook_mlp_out", "blocks.3.hook-0.01", "plain", "sae-LR-0.01"]
 
 
 def test_search_finds_tokens_and_texts(built: Analysis) -> None:

@@ -90,6 +90,28 @@ def test_dragging_over_a_plot_lists_latents(tab: Browser, index: str) -> None:
     assert len(shown_latents(tab)) == n
 
 
+def test_a_point_of_a_plot_is_its_latent(tab: Browser, index: str) -> None:
+    show(tab, index)
+    tab.js("document.querySelector('#figures-title').scrollIntoView()")
+    tab.until("document.querySelector('.scatter')")
+    tab.place(".scatter")
+    found = tab.js(
+        "(() => { const plot = document.querySelector('.scatter'), box = plot.getBoundingClientRect();"
+        "for (let x = box.left + 60; x < box.right; x += 9) for (let y = box.top; y < box.bottom; y += 9) {"
+        "plot.dispatchEvent(new PointerEvent('pointermove', {clientX: x, clientY: y}));"
+        "const hover = plot.querySelector('.hover');"
+        "if (!hover.hidden) return [x, y, hover.textContent]; } })()"
+    )
+    x, y, text = found
+    said = re.fullmatch(r"latent (\d+) · density ([\d.]+) · maximum ([\d.]+)", text)
+    assert said is not None, text
+    latent = int(said[1])
+    assert float(said[2]) == pytest.approx(1e-3 * (1 + latent), rel=1e-2)
+    assert float(said[3]) == pytest.approx(20 - latent / 10, rel=1e-2)
+    tab.drag(x, y, x, y)
+    tab.until(f"location.hash === '#/latent/{latent}'")
+
+
 def test_keys_move_the_rectangle_of_a_plot(tab: Browser, index: str) -> None:
     show(tab, index)
     tab.js("document.querySelector('#figures-title').scrollIntoView()")

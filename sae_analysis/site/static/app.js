@@ -95,15 +95,15 @@
     try {
       [page, next] = await make(path, new URLSearchParams(query));
     } catch (error) {
-      page = site.failure(error);
+      page = el("div", {}, el("h1", { tabindex: "-1" }, "Nothing to show"), site.failure(error));
     }
     if (mine !== turn) return;
     current = next;
     // A field that led here keeps the keys, though the page around it is new.
     const field = main.contains(document.activeElement) ? document.activeElement.id : "";
     main.replaceChildren(page);
-    const title = page.querySelector?.("h1");
-    document.title = `${title?.textContent ?? "Not found"} – ${site.value("about").about.name}`;
+    const title = page.querySelector("h1");
+    document.title = `${title.textContent} – ${site.value("about").about.name}`;
     for (const link of document.querySelectorAll("#top nav a")) {
       const isHere = link.getAttribute("href") === `#${path}`;
       if (isHere) link.setAttribute("aria-current", "page");
@@ -112,7 +112,7 @@
     const again = field && document.getElementById(field);
     if (again) again.focus();
     else if (!isFirst) {
-      title?.focus({ preventScroll: true });
+      title.focus({ preventScroll: true });
       scrollTo(0, 0);
     }
     isFirst = false;

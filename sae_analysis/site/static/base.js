@@ -68,16 +68,18 @@ const site = {};
 
   const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0)).buffer;
   const columns = new Map();
-  // One figure of all latents, as an array by latent; NaN where there is none. "order": latents, the clearest first.
+  // One figure of all latents, as an array by place in the default order, the clearest first; NaN where there is none.
+  // "order": the latent at each place.
   site.column = async (name) => {
     if (!columns.has(name)) {
       const buffer = bytes(await site.load(`columns/${name}`));
-      columns.set(name, name === "order" ? new Uint32Array(buffer) : new Float32Array(buffer));
+      const Kind = name !== "order" ? Float32Array : site.value("about").n_latents <= 1 << 16 ? Uint16Array : Uint32Array;
+      columns.set(name, new Kind(buffer));
     }
     return columns.get(name);
   };
 
-  // Which of the files that begin with the numbers `firsts` holds `number`.
+  // Which of the files that begin with `firsts`, numbers or words, holds `number`; -1 if it is before all.
   site.fileOf = (firsts, number) => {
     let low = 0;
     let high = firsts.length;
@@ -89,15 +91,20 @@ const site = {};
     return low - 1;
   };
 
+  let firstLatents = null; // of each file of latents
   site.record = async (latent) => {
-    const about = site.value("about");
-    const records = await site.load(`latents/${site.fileOf(about.latent_files, latent)}`);
+    if (!firstLatents) {
+      let at = 0;
+      firstLatents = site.value("about").latent_files.map((n) => (at += n) - n);
+    }
+    const records = await site.load(`latents/${site.fileOf(firstLatents, latent)}`);
     return records.find((record) => record.latent === latent);
   };
 
-  site.row = async (latent) => {
+  // The row of the latent at a place.
+  site.row = async (place) => {
     const per = site.value("about").rows_per_file;
-    return (await site.load(`rows/${Math.floor(latent / per)}`))[latent % per];
+    return (await site.load(`rows/${Math.floor(place / per)}`))[place % per];
   };
 
   // The texts of the tokens of a whole context.

@@ -22,7 +22,14 @@
 
   // ------------------------------------------------------------------------------------------- which latents, in order
 
-  // {latents, found (latent -> number, of a search), value (latent -> number sorted by)}; null values: default order.
+  // What a search found, by place in place of latent.
+  const byPlace = async (found) => {
+    const places = new Map();
+    (await site.column("order")).forEach((latent, place) => found.has(latent) && places.set(place, found.get(latent)));
+    return places;
+  };
+
+  // {places (in the default order, of the latents of the list), found (place -> number, of a search)}
   const compute = async (state) => {
     const { n_latents: n, columns } = site.value("about");
     let found = null;
@@ -31,31 +38,31 @@
       const texts = await site.findText(state.text);
       found = found ? new Map([...texts].filter(([latent]) => found.has(latent))) : texts;
     }
-    let latents = found ? [...found.keys()] : Array.from({ length: n }, (_, i) => i);
-    if (state.selection) latents = latents.filter((latent) => site.selection?.has(latent));
+    if (found) found = await byPlace(found);
+    let places = found ? [...found.keys()] : Array.from({ length: n }, (_, i) => i);
+    if (state.selection) places = places.filter((place) => site.selection?.has(place));
     for (const name of columns) {
       if (!state[name]) continue;
       const [low, high] = rangeOf(state[name]);
       const values = await site.column(name);
-      latents = latents.filter((latent) => values[latent] >= low && values[latent] <= high);
+      places = places.filter((place) => values[place] >= low && values[place] <= high);
     }
     if (state.dead !== "all") {
       const density = await site.column("density");
-      latents = latents.filter((latent) => (density[latent] === 0) === (state.dead === "only"));
+      places = places.filter((place) => (density[place] === 0) === (state.dead === "only"));
     }
     const [key, sign] = state.sort.startsWith("-") ? [state.sort.slice(1), -1] : [state.sort, 1];
     if (key && columns.includes(key)) {
       const values = await site.column(key);
-      const rank = (latent) => (Number.isNaN(values[latent]) ? Infinity : sign * values[latent]);
-      latents.sort((a, b) => (rank(a) === rank(b) ? a - b : rank(a) - rank(b)));
+      const rank = (place) => (Number.isNaN(values[place]) ? Infinity : sign * values[place]);
+      places.sort((a, b) => (rank(a) === rank(b) ? a - b : rank(a) - rank(b)));
     } else if (key === "index") {
-      latents.sort((a, b) => sign * (a - b));
-    } else {
-      const places = new Uint32Array(n);
-      (await site.column("order")).forEach((latent, place) => (places[latent] = place));
-      latents.sort((a, b) => (found ? found.get(b) - found.get(a) : 0) || places[a] - places[b]);
+      const order = await site.column("order");
+      places.sort((a, b) => sign * (order[a] - order[b]));
+    } else if (found) {
+      places.sort((a, b) => found.get(b) - found.get(a) || a - b);
     }
-    return { latents, found };
+    return { places, found };
   };
 
   const isDefault = (state) => Object.keys(state).every((name) => !state[name] || state[name] === DEFAULTS[name]);
@@ -75,14 +82,14 @@
       extra === undefined ? null : el("td", { class: "figure", "data-name": extra[0] }, extra[1]));
   };
 
-  // A table of rows. options: head (name, title) -> node, extra (latent -> [name, text]).
+  // A table of rows. options: head (name, title) -> node, extra (number of the row -> [name, text]).
   site.rowTable = (rows, caption, { head = (name, title) => title, extra } = {}) => {
-    const first = rows.length && extra ? extra(rows[0][0])[0] : null;
+    const first = rows.length && extra ? extra(0)[0] : null;
     const figure = (name) => el("th", { scope: "col", class: "figure", title: site.FIGURES[name]?.[1] }, head(name, site.figureName(name)));
     return el("div", { class: "wide" }, el("table", { class: "rows" }, el("caption", { class: "unseen" }, caption),
       el("thead", {}, el("tr", {}, el("th", { scope: "col" }, head("index", "latent")), el("th", { scope: "col" }, "top tokens"),
         el("th", { scope: "col" }, "strongest example"), SHOWN.map(figure), first ? el("th", { scope: "col", class: "figure" }, first) : null)),
-      el("tbody", {}, rows.map((row) => rowOf(row, extra?.(row[0]))))));
+      el("tbody", {}, rows.map((row, i) => rowOf(row, extra?.(i))))));
   };
 
   // ------------------------------------------------------------------------------------------------------- the controls
@@ -158,18 +165,22 @@
     state.page = String(Math.max(1, Math.floor(Number(state.page)) || 1));
     const isFirst = isDefault(state);
     const computed = isFirst ? null : await compute(state);
-    const n = computed ? computed.latents.length : about.n_latents;
-    site.sequence = async () => (computed ?? (await compute(state))).latents;
+    const n = computed ? computed.places.length : about.n_latents;
+    site.sequence = async () => {
+      const order = await site.column("order");
+      return (computed ?? (await compute(state))).places.map((place) => order[place]);
+    };
     const start = (Number(state.page) - 1) * PER_PAGE;
-    const rows = computed ? await Promise.all(computed.latents.slice(start, start + PER_PAGE).map(site.row)) : about.first;
+    const shown = computed?.places.slice(start, start + PER_PAGE);
+    const rows = shown ? await Promise.all(shown.map(site.row)) : about.first;
     const key = state.sort.replace(/^-/, "");
     let extra;
     if (about.columns.includes(key) && !SHOWN.includes(key)) {
       const values = await site.column(key);
-      extra = (latent) => [site.figureName(key), site.figureText(key, values[latent])];
+      extra = (i) => [site.figureName(key), site.figureText(key, values[shown[i]])];
     } else if (computed?.found && !key) {
-      const text = (latent) => (state.text ? site.number(computed.found.get(latent)) : site.percent(computed.found.get(latent)));
-      extra = (latent) => [state.text ? "examples with it" : "share", text(latent)];
+      const text = (found) => (state.text ? site.number(found) : site.percent(found));
+      extra = (i) => [state.text ? "examples with it" : "share", text(computed.found.get(shown[i]))];
     }
     const change = (some) => site.go(site.address({ ...state, page: "", ...some }));
     site.say(heading(state, n));

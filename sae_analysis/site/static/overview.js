@@ -51,15 +51,15 @@
   const selection = () => {
     const place = el("div", { class: "selection" });
     let turn = 0;
-    place.show = async (latents) => {
+    place.show = async (places) => {
       const mine = ++turn;
-      if (!latents) return place.replaceChildren();
-      site.selection = new Set(latents);
-      const title = `${site.number(latents.length)} latents selected`;
+      if (!places) return place.replaceChildren();
+      site.selection = new Set(places);
+      const title = `${site.number(places.length)} latents selected`;
       site.say(title);
-      const rows = await Promise.all(latents.slice(0, N_SELECTED).map(site.row));
+      const rows = await Promise.all(places.slice(0, N_SELECTED).map(site.row));
       if (mine !== turn) return undefined;
-      return place.replaceChildren(el("h3", {}, title, " "), el("p", {}, latents.length ? el("a", { href: site.address({ selection: "1" }) }, "Show them in the list") : ""),
+      return place.replaceChildren(el("h3", {}, title, " "), el("p", {}, places.length ? el("a", { href: site.address({ selection: "1" }) }, "Show them in the list") : ""),
         rows.length ? site.rowTable(rows, title) : "");
     };
     return place;
@@ -93,7 +93,7 @@
 
   const figures = () => later("figures-title", "Figures of all latents", async () => {
     const found = selection();
-    const plot = site.scatter({ x: await axis("density"), y: await axis("max") }, "Scatter plot of two figures of all latents", found.show);
+    const plot = site.scatter({ x: await axis("density"), y: await axis("max"), order: await site.column("order") }, "Scatter plot of two figures of all latents", found.show);
     const set = (side) => async (name) => plot.show({ [side]: await axis(name) });
     return [
       el("div", { class: "controls" }, chooser("Across", "across", "density", set("x")), chooser("Up", "up", "max", set("y"))),
@@ -103,7 +103,7 @@
 
   const directions = () => later("directions-title", "Decoder directions", async () => {
     const found = selection();
-    const axes = { x: await axis("decoder_x"), y: await axis("decoder_y") };
+    const axes = { x: await axis("decoder_x"), y: await axis("decoder_y"), order: await site.column("order") };
     return [
       site.scatter(axes, "Scatter plot of decoder directions", found.show),
       el("p", { class: "note" }, "Along the first two principal directions of all decoder directions: close together here may be far apart in the others."), found,

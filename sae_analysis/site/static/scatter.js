@@ -22,7 +22,8 @@
     return [low - pad, high + pad];
   };
 
-  // axes: {x, y}, each {values (of latents), title, isLog}.  onSelect: told the latents in the rectangle, or null.
+  // axes: {x, y}, each {values (of latents, by place in the default order), title, isLog}, and order (latent by place).
+  // onSelect: told the places in that order of the latents in the rectangle, or null.
   site.scatter = (axes, label, onSelect) => {
     const canvas = el("canvas", { "aria-hidden": "true" });
     const frame = svg("svg", { class: "frame", "aria-hidden": "true" });
@@ -32,7 +33,7 @@
       class: "scatter", tabindex: "0", role: "group",
       "aria-label": `${label}. Drag to select latents, or use the arrow keys to move a rectangle, with Shift to size it, Escape to clear it.`,
     }, canvas, frame, brush, hover);
-    let places = []; // [x, y] in pixels by latent, or null
+    let points = []; // [x, y] in pixels of each latent, or null
     let width = 0;
     let rectangle = null; // [x0, y0, x1, y1]
 
@@ -48,14 +49,14 @@
       const [[x0, x1], [y0, y1]] = [extent(xs), extent(ys)];
       const toX = (value) => LEFT + ((value - x0) / (x1 - x0)) * (width - LEFT - RIGHT);
       const toY = (value) => HEIGHT - BOTTOM - ((value - y0) / (y1 - y0)) * (HEIGHT - TOP - BOTTOM);
-      places = Array.from(xs, (x, i) => (Number.isFinite(x) && Number.isFinite(ys[i]) ? [toX(x), toY(ys[i])] : null));
+      points = Array.from(xs, (x, i) => (Number.isFinite(x) && Number.isFinite(ys[i]) ? [toX(x), toY(ys[i])] : null));
       const pen = canvas.getContext("2d");
       pen.setTransform(ratio, 0, 0, ratio, 0, 0);
       pen.clearRect(0, 0, width, HEIGHT);
       const size = xs.length > 8000 ? 1.6 : xs.length > 2000 ? 2.2 : 3;
       pen.globalAlpha = xs.length > 8000 ? 0.45 : 0.6;
       pen.fillStyle = getComputedStyle(plot).getPropertyValue("color");
-      for (const place of places) if (place) pen.fillRect(place[0] - size / 2, place[1] - size / 2, size, size);
+      for (const point of points) if (point) pen.fillRect(point[0] - size / 2, point[1] - size / 2, size, size);
       drawFrame([x0, x1], [y0, y1], toX, toY);
     };
 
@@ -74,10 +75,10 @@
 
     const nearest = (x, y) => {
       let [best, distance] = [-1, 144];
-      places.forEach((place, latent) => {
-        if (!place) return;
-        const found = (place[0] - x) ** 2 + (place[1] - y) ** 2;
-        if (found < distance) [best, distance] = [latent, found];
+      points.forEach((point, place) => {
+        if (!point) return;
+        const found = (point[0] - x) ** 2 + (point[1] - y) ** 2;
+        if (found < distance) [best, distance] = [place, found];
       });
       return best;
     };
@@ -91,8 +92,8 @@
       Object.assign(brush.style, { left: `${x0}px`, top: `${y0}px`, width: `${x1 - x0}px`, height: `${y1 - y0}px` });
       if (!isDone) return undefined;
       const inside = [];
-      places.forEach((place, latent) => {
-        if (place && place[0] >= x0 && place[0] <= x1 && place[1] >= y0 && place[1] <= y1) inside.push(latent);
+      points.forEach((point, place) => {
+        if (point && point[0] >= x0 && point[0] <= x1 && point[1] >= y0 && point[1] <= y1) inside.push(place);
       });
       return onSelect(inside);
     };
@@ -114,14 +115,14 @@
         select([...start, x, y], false);
         return;
       }
-      const latent = nearest(x, y);
-      hover.hidden = latent < 0;
-      plot.classList.toggle("on-point", latent >= 0);
-      if (latent < 0) return;
-      const value = ({ values }) => site.number(values[latent]);
-      hover.textContent = `latent ${latent} · ${axes.x.title} ${value(axes.x)} · ${axes.y.title} ${value(axes.y)}`;
-      hover.style.top = `${places[latent][1] + 8}px`;
-      hover.style.left = `${Math.max(0, Math.min(places[latent][0] + 8, width - hover.offsetWidth))}px`;
+      const place = nearest(x, y);
+      hover.hidden = place < 0;
+      plot.classList.toggle("on-point", place >= 0);
+      if (place < 0) return;
+      const value = ({ values }) => site.number(values[place]);
+      hover.textContent = `latent ${axes.order[place]} · ${axes.x.title} ${value(axes.x)} · ${axes.y.title} ${value(axes.y)}`;
+      hover.style.top = `${points[place][1] + 8}px`;
+      hover.style.left = `${Math.max(0, Math.min(points[place][0] + 8, width - hover.offsetWidth))}px`;
     });
     plot.addEventListener("pointerup", (event) => {
       if (!start) return;
@@ -132,9 +133,9 @@
         select([x0, y0, x, y], true);
         return;
       }
-      const latent = nearest(x, y);
+      const place = nearest(x, y);
       select(null, true);
-      if (latent >= 0) site.go(`#/latent/${latent}`);
+      if (place >= 0) site.go(`#/latent/${axes.order[place]}`);
     });
     plot.addEventListener("pointercancel", () => {
       start = null;

@@ -1,4 +1,4 @@
-// Search in the index that search_index.py wrote: a word's file is found by its first two letters.
+// Search in the index that search_index.py wrote: a word's file is found by the words that files begin with.
 "use strict";
 
 (() => {
@@ -20,32 +20,19 @@
     return found;
   };
 
-  // [word, Map of latent -> number] of all words that begin with `start`.
-  const beginningWith = async (name, start) => {
-    const places = new Map(await site.load(`search/${name}`));
-    const prefix = letters(start, 2);
-    const files = new Set();
-    for (const [key, [first, last]] of places) {
-      // A single letter stands for all keys that begin with it.
-      if (key !== prefix && !(Array.from(prefix).length === 1 && key.startsWith(prefix))) continue;
-      for (let file = first; file <= last; file++) files.add(file);
-    }
-    const found = [];
-    for (const file of files) {
-      for (const [word, postings] of await site.load(`search/${name}-${file}`)) {
-        if (word.startsWith(start)) found.push([word, postings]);
-      }
-    }
-    return found;
-  };
-
   // latent -> number for a word; if there is none, for all words that begin with it.
   const lookUp = async (name, word, join) => {
-    const found = await beginningWith(name, word);
-    const exact = found.filter(([other]) => other === word);
+    const firsts = await site.load(`search/${name}`);
     const merged = new Map();
-    for (const [, postings] of exact.length ? exact : found) {
+    const add = (postings) => {
       for (const [latent, number] of parsed(postings)) merged.set(latent, join(merged.get(latent) ?? 0, number));
+    };
+    const start = Math.max(0, site.fileOf(firsts, word));
+    for (let file = start; file < firsts.length && (file === start || firsts[file].startsWith(word)); file++) {
+      const content = await site.load(`search/${name}-${file}`);
+      const exact = content.find(([other]) => other === word);
+      if (exact) return parsed(exact[1]);
+      for (const [other, postings] of content) if (other.startsWith(word)) add(postings);
     }
     return merged;
   };

@@ -51,6 +51,16 @@ def test_of_equal_numbers_the_first_are_taken() -> None:
     assert [sorted(row) for row in places.tolist()] == [[0, 1, 2], [0, 1, 700]]
 
 
+@pytest.mark.parametrize("k", (0, 3, 600, 2000))
+def test_highest_come_first_and_of_equals_the_first(way: str, k: int) -> None:
+    x = random(5, 600).mul(3).round()  # many are equal
+    places, values = selection.highest(x, k)
+    assert values.tolist() == [sorted(row, reverse=True)[:k] for row in x.tolist()]
+    assert x.gather(1, places).tolist() == values.tolist()
+    if way == "compiled":  # plain torch may choose other ones of those that are equal to the last
+        assert places.tolist() == [sorted(range(600), key=lambda i: (-row[i], i))[:k] for row in x.tolist()]
+
+
 def test_infinite_and_missing_numbers_have_their_place_in_the_order(way: str) -> None:
     tile = torch.full((1, 600), -5.0)
     missing = torch.tensor(math.inf) - math.inf  # as a processor makes it, with the sign bit

@@ -169,12 +169,13 @@ def test_silences_are_contexts_in_which_a_latent_does_not_fire(corpus: dict[str,
     assert (one.contexts == other.contexts).all() and (one.positions == other.positions).all()
     assert 4 not in one.contexts  # of which no position counts
     assert all(corpus["keep"][c, p] for c, p in zip(one.contexts, one.positions, strict=True))
+    latents, in_contexts, _ = one.examples(4)
     for latent in range(D_SAE):
-        contexts, _ = one.of(latent, 4)
+        contexts = in_contexts[latents == latent]
         assert not corpus["acts"][contexts][..., latent].any()
         silent = [c for c in one.contexts if not corpus["acts"][c, :, latent].any()]
         assert contexts.tolist() == silent[:4]
-    assert len(one.of(5, 4)[0]) == 0
+    assert 5 not in latents
 
 
 @pytest.mark.parametrize("buffered", [1, 50, 10**9])
@@ -267,12 +268,13 @@ def test_sample_of_rows_is_bounded_and_does_not_depend_on_batches(corpus: dict[s
     assert all((matrices[0] == other).all() for other in matrices[1:])
 
 
-def test_similar_directions_are_those_of_the_largest_cosines() -> None:
+def test_similar_directions_are_those_of_the_largest_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_analysis.neighbours.CHUNK", 100)
     directions = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     table = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
     unit = directions.double() / directions.double().norm(dim=1, keepdim=True)
     cosines = unit @ unit.T - 2 * torch.eye(30)
-    found = most_similar(directions, 3, chunk=100)
+    found = most_similar(directions, 3)
     expected = cosines.topk(3, dim=1)
     assert found.others.tolist() == expected.indices.tolist()
     np.testing.assert_allclose(found.values, expected.values, atol=1e-6)
@@ -280,3 +282,4 @@ def test_similar_directions_are_those_of_the_largest_cosines() -> None:
     expected = (unit @ (table.double() / table.double().norm(dim=1, keepdim=True)).T).topk(3, dim=1)
     assert others.others.tolist() == expected.indices.tolist()
     assert most_similar(directions[:2], 5).others.shape == (2, 1)
+    assert most_similar(directions[:1], 5).others.shape == (1, 0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sae_analysis.pieces import as_texts, pieces_of
+from sae_analysis.pieces import Texts, as_texts, pieces_of
 from sae_training.demo_data import DEMO_MODEL
 
 TEXT = "naïve  λόγος\t鲸 🐋 (x) 'tis\n\n  end"
@@ -68,3 +70,28 @@ def test_a_split_character_belongs_to_its_first_piece_and_broken_bytes_are_marke
     assert as_texts([b"a", whale[:2], b"b"]) == ["a", "��", "b"]
     assert as_texts([b"\xff", "é".encode()]) == ["�", "é"]
     assert as_texts([]) == []
+
+
+def test_texts_of_ids_are_those_of_their_bytes() -> None:
+    whale = "🐋".encode()
+    pieces = [
+        b"a",
+        whale[:1],
+        whale[1:3],
+        whale[3:] + b"b",
+        b"",
+        " é".encode(),
+        b"\xff",
+        "\ud800".encode(errors="surrogatepass"),
+    ]
+    texts, draw = Texts(pieces), random.Random(0)
+    for ids in (
+        [0, 1, 2, 3],
+        [1, 4, -1, 2, 3],
+        [1, 2, 4, 0],
+        [4, 1, 4],
+        *(draw.choices(range(-1, 8), k=30) for _ in range(300)),
+    ):
+        expected = as_texts([b"" if id_ < 0 else pieces[id_] for id_ in ids])
+        assert texts.of(ids) == expected
+    assert Texts(pieces, str.upper).of([0, 1, 2, 3]) == ["A", "🐋", "", "b"]

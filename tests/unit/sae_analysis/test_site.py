@@ -16,7 +16,8 @@ from made_analysis import CONTEXT, DEAD, HOSTILE, PIECES, make_analysis
 
 from sae_analysis.analysis import Analysis
 from sae_analysis.pieces import as_texts
-from sae_analysis.site import contexts, export_site
+from sae_analysis.site import contexts, export_site, search_index
+from sae_analysis.site.export import ROWS_PER_FILE
 from sae_analysis.site.one_page import ONE_LATENT, SCRIPTS, latent_page
 from sae_analysis.site.order import clarity, default_order
 from sae_analysis.site.overview import COLUMNS
@@ -110,12 +111,14 @@ def test_contexts_that_do_not_fit_are_left_out_and_those_of_the_strongest_come_f
 
 
 def test_figures_are_columns_of_all_latents(site: Path, analysis: Analysis) -> None:
-    for name in COLUMNS:
-        found = np.frombuffer(base64.b64decode(data(site, f"columns/{name}")), dtype="<f4")
-        np.testing.assert_allclose(found, analysis.latents[name].astype(float), rtol=1e-6)
-    order = np.frombuffer(base64.b64decode(data(site, "columns/order")), dtype="<u4")
+    order = np.frombuffer(base64.b64decode(data(site, "columns/order")), dtype="<u2")
     assert sorted(order) == list(range(len(analysis.latents)))
     assert order[-1] == DEAD
+    for name in COLUMNS:
+        found = np.frombuffer(base64.b64decode(data(site, f"columns/{name}")), dtype="<f4")
+        np.testing.assert_allclose(found, analysis.latents[name].astype(float).iloc[order], rtol=1e-6)
+    rows = [row for number in range(len(order) // ROWS_PER_FILE) for row in data(site, f"rows/{number}")]
+    assert [row[0] for row in rows] == order.tolist()
     assert [row[0] for row in data(site, "about")["first"]] == order[:50].tolist()
 
 
@@ -234,14 +237,25 @@ vm.runInThisContext("globalThis.site = site");
 """
 
 
-@pytest.mark.skipif(NODE is None, reason="no node on this machine")
-def test_search_finds_what_the_analysis_finds(site: Path, analysis: Analysis) -> None:
-    queries = [("findToken", query) for query in ("Ocean", "__proto__", "constructor")]
-    queries += [("findText", query) for query in ("river the", "<b>")]
+def searched(site: Path, queries: list[tuple[str, str]]) -> list[dict[int, float]]:
+    """What search.js finds on a site."""
     assert NODE is not None
     words = [NODE, "-e", NODE_PAGE, str(site), str(STATIC), json.dumps(queries)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    for (kind, query), found in zip(queries, json.loads(done.stdout), strict=True):
+    return [dict(found) for found in json.loads(done.stdout)]
+
+
+@pytest.mark.skipif(NODE is None, reason="no node on this machine")
+@pytest.mark.parametrize("file_bytes", [search_index.FILE_BYTES, 300])
+def test_search_finds_what_the_analysis_finds(
+    analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_bytes: int
+) -> None:
+    monkeypatch.setattr(search_index, "FILE_BYTES", file_bytes)
+    site = export_site(analysis, tmp_path / "site").parent
+    assert (len(list((site / "data" / "search").glob("*.js"))) > 30) == (file_bytes == 300)
+    queries = [("findToken", query) for query in ("Ocean", "__proto__", "constructor")]
+    queries += [("findText", query) for query in ("river the", "<b>")]
+    for (kind, query), found in zip(queries, searched(site, queries), strict=True):
         if kind == "findToken":
             expected = analysis.search(tokens=query)["share"].round(3).to_dict()
         else:
@@ -252,7 +266,28 @@ def test_search_finds_what_the_analysis_finds(site: Path, analysis: Analysis) ->
                 if n:
                     expected[record["latent"]] = n
         assert expected
-        assert dict(found) == expected, query
+        assert found == expected, query
+
+
+@pytest.mark.skipif(NODE is None, reason="no node on this machine")
+@pytest.mark.parametrize("file_bytes", [40, 10_000])
+def test_words_of_any_script_are_found_and_beginnings_of_words_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_bytes: int
+) -> None:
+    """Python and JavaScript sort 𝐀 and ﬁ the other way round."""
+    monkeypatch.setattr(search_index, "FILE_BYTES", file_bytes)
+    words = ["𝐀", "\ufb01", "鲸", "a", "ab", "abc", "abd", "b", "zz", "!", "\ud800"]
+    index = search_index.Index()
+    for latent, word in enumerate(words):
+        index.add(word, latent, 500)
+    index.write(tmp_path, "search/tokens")
+    found = searched(tmp_path, [("findToken", word) for word in [*words[:-1], "abc", "z", "zzz", " "]])
+    assert found[: len(words) - 1] == [{latent: 0.5} for latent in range(len(words) - 1)]
+    assert found[len(words) - 1 :] == [{5: 0.5}, {8: 0.5}, {}, {}]
+    index.words.pop("ab")
+    index.words.pop("a")
+    index.write(tmp_path / "fewer", "search/tokens")
+    assert searched(tmp_path / "fewer", [("findToken", "a"), ("findToken", "ab")]) == [{5: 0.5, 6: 0.5}] * 2
 
 
 @pytest.mark.parametrize(
