@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from sqlalchemy import select
 
+from sae_analysis.search import examples_with_text, shares_of_tokens, window
 from sae_analysis.site.one_page import inline_page, save_page
 from sae_analysis.site.order import clearest
 from sae_analysis.store import schema
@@ -64,8 +65,7 @@ class Example:
 
     def window(self, width: int = 32) -> range:
         """Return the positions of `width` tokens around the example, two thirds of them before it."""
-        start = max(0, min(self.position - 2 * width // 3, len(self.tokens) - width))
-        return range(start, min(start + width, len(self.tokens)))
+        return window(self.position, len(self.tokens), width)
 
     def __str__(self) -> str:
         text = "".join(f"[{self.tokens[i]}]" if i == self.position else self.tokens[i] for i in self.window())
@@ -255,29 +255,8 @@ class Analysis:
         if (tokens is None) == (text is None):
             raise ValueError("search: give tokens or text.")
         if tokens is None:
-            return self.with_text(text or "")
-        return self.with_tokens([tokens] if isinstance(tokens, str) else tokens)
-
-    def with_tokens(self, tokens: list[str]) -> pd.DataFrame:
-        wanted = {token.strip().lower() for token in tokens}
-        ids = [i for i in range(len(self.reader.pieces)) if self.token_text(i).strip().lower() in wanted]
-        table = schema.tokens
-        query = select(table.c.latent, table.c.share).where(
-            table.c.analysis == self.reader.analysis, table.c.token.in_(ids)
-        )
-        shares: dict[int, float] = {}
-        for row in self.reader.rows(query):
-            shares[row.latent] = shares.get(row.latent, 0.0) + row.share
-        return self.ranked("share", shares)
-
-    def with_text(self, text: str) -> pd.DataFrame:
-        wanted, counts = text.lower(), {}
-        for index in np.flatnonzero(self.latents["count"].to_numpy() > 0).tolist():
-            examples = self.latent(index).examples("top")
-            n = sum(wanted in "".join(e.tokens[i] for i in e.window()).lower() for e in examples)
-            if n:
-                counts[index] = n
-        return self.ranked("n_examples", counts)
+            return self.ranked("n_examples", examples_with_text(self.reader, text or ""))
+        return self.ranked("share", shares_of_tokens(self.reader, [tokens] if isinstance(tokens, str) else tokens))
 
     def active_on(self, text: str, model: Any = None, sae: Any = None, positions: Any = "trained") -> pd.DataFrame:
         """Return which latents are active on a text, token by token: a row for each, the strongest of a token first.

@@ -122,6 +122,14 @@ class Reader:
         query = select(table.c.context, table.c.content).where(table.c.analysis == self.analysis, wanted)
         return {row.context: np.frombuffer(row.content, dtype="<i4") for row in self.rows(query)}
 
+    def all_contexts(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Give the number and the token ids of each context that an example is in."""
+        table = schema.contexts
+        query = select(table.c.context, table.c.content).where(table.c.analysis == self.analysis)
+        with self.connected() as connection:
+            for row in connection.execute(query.order_by(table.c.context)):
+                yield row.context, np.frombuffer(row.content, dtype="<i4")
+
     def context(self, number: int) -> np.ndarray:
         return self.contexts([int(number)])[number]
 
