@@ -71,7 +71,7 @@ def with_defaults(cfg: Any) -> LanguageModelSAERunnerConfig:
     filled.d_in = getattr(cfg, "d_in", None)
     d_sae = getattr(cfg, "d_sae", None)
     if filled.d_in and d_sae and not hasattr(cfg, "expansion_factor"):
-        filled.expansion_factor = d_sae // filled.d_in
+        filled.n_latents = d_sae
     return filled
 
 
