@@ -50,9 +50,10 @@ class LMSparseAutoencoderSessionloader:
 
         The saved config names the language model, the text and the device; `model`, `dataset` and `device` stand in for
         them. `hook_point`, `layer` and `given` are those of `SparseAutoencoder.load_from_pretrained`: files of other
-        programs may leave out the model or the text, which is an error here. Without `device`, a saved device that this machine lacks becomes the CPU. The model is processed as in the
-        run (`model_processing`): by default its residual stream is centred, and so are the rows that the autoencoder
-        expects. To use it on the hidden states of transformers, subtract from each row its mean.
+        programs may leave out the model or the text, which is an error here. Without `device`, a saved device that this
+        machine lacks becomes the CPU. The model is processed as in the run (`model_processing`): by default its
+        residual stream is centred, and so are the rows that the autoencoder expects. To use it on the hidden states of
+        transformers, subtract from each row its mean.
         """
         sae = SparseAutoencoder.load_from_pretrained(path, device, hook_point, layer, **given)
         check_known(sae.cfg, model_name=model, dataset_path=dataset)
