@@ -46,9 +46,13 @@ class Found:
     def is_pickle(self) -> bool:
         return not self.is_folder and self.path.name.endswith(PICKLES)
 
-    def pickle(self) -> Any:
-        """What the pickled file at the path holds, in tensors and plain data; tensors stay on the disk if they can."""
-        return self._keep("pickle", "", lambda: pickles.read(self.path))
+    def pickle(self, name: str | None = None) -> Any:
+        """What a pickled file holds, in tensors and plain data: the one at the path, or one of the folder by name.
+
+        Tensors stay on the disk until they are used, where the file's form allows it.
+        """
+        name = self.path.name if name is None else name
+        return self._keep("pickle", name, lambda: pickles.read(self.folder / name))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a .safetensors file of the folder."""
