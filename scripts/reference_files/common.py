@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -39,8 +41,8 @@ def inputs(d_in: int = D_IN) -> Tensor:
     return rows + 0.4
 
 
-def save_expected(folder: Path, x: Tensor, acts: Tensor, out: Tensor, facts: dict[str, object]) -> None:
+def save_expected(folder: Path, x: Tensor, acts: Tensor, out: Tensor, facts: Mapping[str, Any]) -> None:
     """Write expected.safetensors (x, acts, out) and expected.json (`given`, versions, what it is) beside the files."""
     tensors = {"x": x, "acts": acts, "out": out}
     save_file({name: t.detach().float().contiguous() for name, t in tensors.items()}, folder / "expected.safetensors")
-    (folder / "expected.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / "expected.json").write_text(json.dumps(dict(facts), indent=2) + "\n")
