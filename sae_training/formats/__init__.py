@@ -7,6 +7,7 @@ are read when they are asked for. Nothing that a file holds is executed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,15 +18,15 @@ from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_from_dict
-from sae_training.formats import dictionary_learning, mats, native, saelens, sparsify
+from sae_training.formats import dictionary_learning, mats, native, openai, saelens, sparsify
 from sae_training.formats.found import Found
 from sae_training.formats.hook_names import layer_of
-from sae_training.formats.loaded import Facts, Given, Loaded
+from sae_training.formats.loaded import Facts, Given, Loaded, describe
 from sae_training.machine.device import checked, is_there
 
 __all__ = ["Facts", "Given", "Loaded", "config_of", "load", "native", "read", "read_many"]
 
-FAMILIES = (saelens, sparsify, dictionary_learning, mats, native)
+FAMILIES = (saelens, sparsify, openai, dictionary_learning, mats, native)
 """The first that recognises a thing reads it. native is the last: it says what is missing where there is nothing."""
 
 MOST_FOLDERS = 20_000
@@ -46,7 +47,9 @@ def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008
     for family in FAMILIES:
         if family.recognises(found):
             return family.read(found, given)
-    raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .pt, .pkl or .pkl.gz.")
+    if found.is_pickle:
+        raise ValueError(f"{path}: found {describe(found.pickle())}, which no format that is read has; check the file.")
+    raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .pt, .pth, .pkl or .pkl.gz.")
 
 
 def read_many(path: Path, given: Given) -> dict[str, Loaded]:
@@ -54,15 +57,29 @@ def read_many(path: Path, given: Given) -> dict[str, Loaded]:
     if not path.is_dir() or is_one(Found(path)):
         return read(path, given)
     found: dict[str, Loaded] = {}
-    for folder in folders_of(path):
-        if is_one(Found(folder)):
-            below = read(folder, given)
-            name = folder.relative_to(path).as_posix()
+    for folder in (path, *folders_of(path)):
+        if folder != path and is_one(Found(folder)):
+            ones = [(folder.relative_to(path), folder)]
+        else:
+            files = sorted((file for file in folder.iterdir() if is_file_of_one(file)), key=natural_order)
+            ones = [(file.relative_to(path).with_name(file.name.split(".")[0]), file) for file in files]
+        for place, one in ones:
+            below, name = read(one, given), place.as_posix()
             for inner, loaded in below.items():
                 found[name if len(below) == 1 else f"{name}/{inner}"] = loaded
     if not found:
-        raise FileNotFoundError(f"{path}: no folder in it holds an autoencoder; check the path.")
+        raise FileNotFoundError(f"{path}: nothing in it is an autoencoder that is read; check the path.")
     return found
+
+
+def is_file_of_one(file: Path) -> bool:
+    """Whether a file by itself is what a family reads. Files of other kinds, and unreadable ones, are none."""
+    found = Found(file)
+    if file.is_symlink() or not found.is_pickle or not file.is_file():
+        return False
+    with contextlib.suppress(ValueError, OSError):
+        return any(family.recognises(found) for family in FAMILIES)
+    return False
 
 
 def is_one(found: Found) -> bool:
