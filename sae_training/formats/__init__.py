@@ -20,7 +20,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_from_dict
 from sae_training.formats import dictionary_learning, mats, native, openai, saelens, sparsify
 from sae_training.formats.found import Found
-from sae_training.formats.hook_names import layer_of
+from sae_training.formats.hook_names import layer_of, transformer_lens_name
 from sae_training.formats.loaded import Facts, Given, Loaded, describe
 from sae_training.machine.device import checked, is_there
 
@@ -97,14 +97,13 @@ def load(
     The config's device is `device`, or the saved one if it is there.
     """
     loaded = the_one(read(path, given), path, given)
-    cfg = config_of(loaded, path, device)
-    for remark in loaded.remarks:
-        warnings.warn(f"{path}: {remark}", stacklevel=3)
-    return cfg, loaded.weights()
+    return config_of(loaded, path, device), loaded.weights()
 
 
 def config_of(loaded: Loaded, path: Path, device: str | None = None) -> LanguageModelSAERunnerConfig:
-    """The config of what was read, for `device`. ValueError if it is none."""
+    """The config of what was read, for `device`, after its remarks as warnings. ValueError if it is none."""
+    for remark in loaded.remarks:
+        warnings.warn(f"{path}: {remark}", stacklevel=4)
     cfg = config_from_dict(loaded.values, strict=False)
     if cfg.normalize_activations == "expected_average_only_in":
         raise ValueError(
@@ -120,27 +119,26 @@ def config_of(loaded: Loaded, path: Path, device: str | None = None) -> Language
 
 
 def the_one(found: Mapping[str, Loaded], path: Path, given: Given) -> Loaded:
-    """The only one, or the only one at the place that `given` names. ValueError that lists them otherwise."""
-    wanted = [loaded for loaded in found.values() if len(found) == 1 or is_at(loaded.values, given)]
+    """The only one that is at the place that `given` names, if it names one. ValueError that lists them otherwise."""
+    wanted = [loaded for loaded in found.values() if is_at(loaded.values, given)]
     if len(wanted) == 1:
         return wanted[0]
-    names = ", ".join(list(found)[:20]) + (", ..." if len(found) > 20 else "")
+    places = [f"{name} ({loaded.values.get('hook_point')})" for name, loaded in list(found.items())[:20]]
+    shown = ", ".join([*places, "..."][: len(found)])
     raise ValueError(
-        f"{path}: holds {len(found)} autoencoders, of which {len(wanted)} are wanted, expected one: {names}; give "
-        "hook_point=... or layer=..., or call load_many."
+        f"{path}: of the autoencoders there ({shown}) {len(wanted)} are at hook_point {given.hook_point}, layer "
+        f"{given.layer}, expected one; change hook_point or layer, or call load_many."
     )
 
 
 def is_at(values: Mapping[str, Any], given: Given) -> bool:
-    """Whether an autoencoder is at the place that `given` names; at none if it names none."""
+    """Whether an autoencoder is at the place that `given` names; what is not named may be any."""
     hook_point = str(values.get("hook_point", ""))
-    if given.hook_point is None and given.layer is None:
-        return False
     layer = layer_of(hook_point)
-    return given.hook_point in (None, hook_point) and given.layer in (
-        None,
-        values.get("hook_point_layer") if layer is None else layer,
-    )
+    layer = values.get("hook_point_layer") if layer is None else layer
+    hook_points = (hook_point, hook_point.replace("{layer}", str(layer)))
+    is_named = given.hook_point is None or transformer_lens_name(given.hook_point) in hook_points
+    return is_named and given.layer in (None, layer)
 
 
 def folders_of(path: Path) -> Iterator[Path]:
