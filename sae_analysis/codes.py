@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_training.config.types import ONLY_LOADED
 from sae_training.kernels.selection import Encoder, above_threshold, top_k_of_rows
 from sae_training.kernels.sparse_code import Code, Entries, fixed_size_entries, offsets_of, pre_activations_at
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -25,7 +26,7 @@ def code_of(sae: SparseAutoencoder, x: Tensor) -> Code:
 
     The autoencoder must be in evaluation mode.
     """
-    if sae.device.type != "cpu" or len(x) == 0:
+    if sae.device.type != "cpu" or len(x) == 0 or sae.architecture in ONLY_LOADED:
         return dense_code(sae, x)
     sae_in = sae.sae_input(sae.normalize(x))
     encoder = encoder_of(sae, sae_in, sae.W_enc, sae.b_enc)
@@ -94,8 +95,7 @@ def rounding(encoder: Encoder, W_enc: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exact(sae: SparseAutoencoder, sae_in: Tensor, entries: Entries) -> Tensor:
-    b_dec = None if sae.is_transcoder else sae.b_dec
-    return pre_activations_at(entries, sae_in.to(sae.W_enc.dtype), b_dec, sae.W_enc, sae.b_enc)
+    return pre_activations_at(entries, sae_in.to(sae.W_enc.dtype), sae.input_bias, sae.W_enc, sae.b_enc)
 
 
 def dense_code(sae: SparseAutoencoder, x: Tensor) -> Code:

@@ -4,6 +4,7 @@
     Autoencoder    one autoencoder, its loss, its dead latents                    runs and toy runs
     Optimisation   how it is trained                                              runs and toy runs
     Records        logging, folder and machine                                    runs and toy runs
+    Origin         what other programs' files say, and training has no use for    runs
 
 A field stands in a group if all configs of that group honour it. The text under each field is its only documentation;
 the command line prints it as help, so that it takes one line. What the marks in annotations mean is said in `types`.
@@ -289,9 +290,37 @@ class Records:
     """Where to compute: cpu, cuda, cuda:1, mps."""
 
 
+@dataclass(kw_only=True)
+class Origin:
+    """What the files of other programs say of an autoencoder; training takes nothing but the defaults."""
+
+    # Origin of a loaded autoencoder
+
+    file_format: str | None = None
+    """Format of the files that an autoencoder was loaded from; None: it was trained here."""
+
+    file_dtype: str | None = None
+    """Precision of the weights in these files; None: it was trained here."""
+
+    apply_b_dec_to_input: bool = True
+    """Subtract the decoder's bias from an autoencoder's input (never from a transcoder's)."""
+
+    activation_fn: Annotated[Literal["relu", "tanh-relu"], OnlyIn("standard")] = "relu"
+    """Activation of the pre-activations above 0: themselves, or their tanh (standard)."""
+
+    residual_threshold: Annotated[NotNegative[float], OnlyIn("matching_pursuit")] = 1e-2
+    """Norm of the residual below which no more latents are chosen (matching_pursuit)."""
+
+    max_iterations: Annotated[Positive[int] | None, OnlyIn("matching_pursuit")] = None
+    """Most latents that are chosen one after the other; None is d_in (matching_pursuit)."""
+
+    stop_on_duplicate_support: Annotated[bool, OnlyIn("matching_pursuit")] = True
+    """Choose no more latents after one that was chosen before (matching_pursuit)."""
+
+
 OPTION_OF: dict[str, tuple[str, ...]] = {
     name: mark.architectures
-    for name, hint in field_types(Autoencoder).items()
+    for name, hint in (field_types(Autoencoder) | field_types(Origin)).items()
     for mark in marks(hint)
     if isinstance(mark, OnlyIn)
 }

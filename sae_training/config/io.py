@@ -12,7 +12,7 @@ from sae_training.config.cache import CacheActivationsRunnerConfig
 from sae_training.config.checks import fields_marked, plain_values, retired, unknown_names
 from sae_training.config.fields import Source
 from sae_training.config.run import LanguageModelSAERunnerConfig
-from sae_training.config.types import IDENTIFIES_CACHE, WATCHES
+from sae_training.config.types import IDENTIFIES_CACHE, UNKNOWN, WATCHES
 
 FIELD_NAMES = tuple(field.name for field in fields(LanguageModelSAERunnerConfig))
 
@@ -71,8 +71,18 @@ def with_defaults(cfg: Any) -> LanguageModelSAERunnerConfig:
     filled.d_in = getattr(cfg, "d_in", None)
     d_sae = getattr(cfg, "d_sae", None)
     if filled.d_in and d_sae and not hasattr(cfg, "expansion_factor"):
-        filled.expansion_factor = d_sae // filled.d_in
+        filled.n_latents = d_sae
     return filled
+
+
+def check_known(cfg: Any, **stand_ins: object) -> None:
+    """Raise ValueError for a model, place or text that an autoencoder's files do not name, unless one stands in for it.
+
+    `stand_ins` are objects by field (model_name=model); None stands in for nothing.
+    """
+    for name in ("model_name", "hook_point", "target_hook_point", "dataset_path"):
+        if getattr(cfg, name, None) == UNKNOWN and stand_ins.get(name) is None:
+            raise ValueError(f"{name}: the files ({cfg.file_format}) do not say it; give {name}=...")
 
 
 @functools.cache

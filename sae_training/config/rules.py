@@ -12,12 +12,12 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from sae_training.config import jumprelu
+from sae_training.config import jumprelu, training
 from sae_training.config.auto import auto_auxk_coefficient
 from sae_training.config.checks import plain_values, value_problems
 from sae_training.config.fields import OPTION_OF
 from sae_training.config.sweep import MAX_COMBINATIONS, is_several, listed_fields, n_combinations, variants, with_layers
-from sae_training.config.types import FIXED_K, WITH_PENALTY
+from sae_training.config.types import FIXED_K, WITH_K, WITH_PENALTY
 
 Rule = Callable[..., str | None]
 
@@ -59,11 +59,23 @@ def broken_together(
     """Return `found`, the problems of values by themselves, with those of the values of a single config together."""
     if "d_sae" not in values and not {"d_in", "expansion_factor"} & found.keys():
         values["d_sae"] = getattr(cfg, "d_sae", None)
-    found = broken((*OF_SINGLE, *own_rules), values, found)
+    of_training = () if values.get("file_format") else training.RULES
+    found = broken((*OF_SINGLE, *of_training, *own_rules), values, found)
     for name in OPTION_OF:
         if name in values and not {name, "architecture"} & found.keys():
             found |= option_of_another(name, values, type(cfg))
     return found
+
+
+def check_for_training(cfg: Any) -> None:
+    """Raise ValueError, with all problems at once, for a config of what is read from files and not trained."""
+    lines = [line for single in variants(cfg).values() for line in not_trained(plain_values(single))]
+    if lines:
+        raise ValueError("\n".join(dict.fromkeys(lines)))
+
+
+def not_trained(values: Mapping[str, Any]) -> list[str]:
+    return list(broken(training.RULES, values, {}).values())
 
 
 def problems_of_several(cfg: Any, values: Mapping[str, Any]) -> list[str]:
@@ -155,7 +167,15 @@ def lists_that_nothing_uses(k: Any, l1_coefficient: Any, architecture: Any) -> s
     return None
 
 
+def two_widths(n_latents: int | None, expansion_factor: Any) -> str | None:
+    """Refuse several widths together with one that takes their place."""
+    if n_latents is None or not isinstance(expansion_factor, list):
+        return None
+    return f"n_latents: found {n_latents} with expansion_factor {expansion_factor}, expected one of them; leave one out"
+
+
 OF_LISTS: tuple[Rule, ...] = (
+    two_widths,
     layers_without_a_place,
     one_norm_for_several_hooks,
     stride_without_all,
@@ -169,9 +189,9 @@ def k_too_large(
     k: int, architecture: str, d_sae: int | None, d_in: int | None = None, expansion_factor: int | None = None
 ) -> str | None:
     """Refuse more active latents than there are."""
-    if architecture not in FIXED_K or d_sae is None or k <= d_sae:
+    if architecture not in WITH_K or d_sae is None or k <= d_sae:
         return None
-    if expansion_factor is None:
+    if expansion_factor is None or d_in is None or d_sae != d_in * expansion_factor:
         return f"k: found {k}, expected at most d_sae = {d_sae}; lower k or raise d_sae"
     return (
         f"k: found {k}, expected at most d_sae = {d_sae} (d_in {d_in} x expansion_factor {expansion_factor}); "
@@ -211,16 +231,6 @@ def head_of_a_transcoder(hook_point_head_index: int | None, target_hook_point: s
     return (
         f"hook_point_head_index: found {hook_point_head_index} with target_hook_point {target_hook_point!r}, "
         "expected None, which takes all heads; leave it out"
-    )
-
-
-def normalised_target(normalize_activations: str, target_hook_point: str | None) -> str | None:
-    """Refuse to normalise a target row by row."""
-    if target_hook_point is None or normalize_activations in ("none", "expected_average_only_in"):
-        return None
-    return (
-        f"normalize_activations: found {normalize_activations} with target_hook_point {target_hook_point!r}, "
-        "expected expected_average_only_in or none: the size of a target is not known where it is predicted"
     )
 
 
@@ -355,7 +365,6 @@ OF_SINGLE: tuple[Rule, ...] = (
     k_too_large,
     widths_not_nested,
     *jumprelu.RULES,
-    normalised_target,
     not_in_8_bits,
     no_float64_there,
     option_without_target,

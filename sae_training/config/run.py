@@ -11,13 +11,14 @@ from typing import Literal
 
 from sae_training.config import auto
 from sae_training.config.checks import checked_names
-from sae_training.config.fields import Autoencoder, Optimisation, Records, Source
+from sae_training.config.fields import Autoencoder, Optimisation, Origin, Records, Source
 from sae_training.config.rules import check
 from sae_training.config.sweep import is_several, listed_fields, variants
 from sae_training.config.types import (
     FIXED_K,
     LABELS,
     InProportion,
+    Normalization,
     NotNegative,
     OneOrMany,
     OnlyWatches,
@@ -30,7 +31,7 @@ from sae_training.config.types import (
 # The fields of a dataclass begin with those of its last base.
 @checked_names
 @dataclass(kw_only=True)
-class LanguageModelSAERunnerConfig(Records, Optimisation, Autoencoder, Source):
+class LanguageModelSAERunnerConfig(Origin, Records, Optimisation, Autoencoder, Source):
     """Everything that one sparse autoencoder training run needs to know."""
 
     # Widths and places
@@ -47,10 +48,13 @@ class LanguageModelSAERunnerConfig(Records, Optimisation, Autoencoder, Source):
     expansion_factor: OneOrMany[Positive[int]] = 4
     """Latents per input dimension: d_sae = d_in * expansion_factor."""
 
+    n_latents: Positive[int] | None = None
+    """Latents, in place of expansion_factor: d_sae = n_latents; None is d_in * expansion_factor."""
+
     skip_connection: bool = False
     """Add a linear map of the input to a transcoder's output (starts at zero)."""
 
-    normalize_activations: Literal["none", "expected_average_only_in", "layer_norm", "unit_norm"] = "none"
+    normalize_activations: Normalization = "none"
     """Size of activations: by one factor to a mean norm of sqrt(d_in), or each row to that norm by itself."""
 
     from_pretrained_path: str | None = None
@@ -132,6 +136,8 @@ class LanguageModelSAERunnerConfig(Records, Optimisation, Autoencoder, Source):
     @property
     def d_sae(self) -> int | None:
         """Number of latents; None while d_in is not known."""
+        if self.n_latents is not None:
+            return self.n_latents
         return None if self.d_in is None else self.d_in * self.expansion_factor
 
     @property
@@ -222,7 +228,7 @@ class LanguageModelSAERunnerConfig(Records, Optimisation, Autoencoder, Source):
             return self.auxk_k
         if self.d_in is None:
             raise ValueError(auto.needs_d_in("auxk_k", None))
-        return min(auto.auto_auxk_k(self.d_out or self.d_in), self.d_in * self.expansion_factor)
+        return min(auto.auto_auxk_k(self.d_out or self.d_in), self.d_sae or self.d_in * self.expansion_factor)
 
     @property
     def eval_every(self) -> int:

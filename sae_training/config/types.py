@@ -49,7 +49,12 @@ def torch_dtype(name: Any) -> Dtype:
 
 # ----------------------------------------------------------------------------------------------------------- choices
 
-Architecture = Literal["standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"]
+Architecture = Literal[
+    "standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "abstopk", "groupmax", "matching_pursuit"
+]
+
+ONLY_LOADED = ("abstopk", "groupmax", "matching_pursuit")
+"""Architectures of other programs' files, which are read and used, and not trained."""
 
 SchedulerName = Literal[
     "constant",
@@ -60,10 +65,20 @@ SchedulerName = Literal[
     "cosineannealingwarmrestarts",
 ]
 
+Normalization = Literal[
+    "none", "expected_average_only_in", "layer_norm", "unit_norm", "layer_norm_unbiased", "constant_norm_rescale"
+]
+
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 
 FIXED_K = ("topk", "batchtopk", "matryoshka")
 """Architectures whose code is a fixed number of the largest pre-activations."""
+
+WITH_K = (*FIXED_K, "abstopk", "groupmax")
+"""Architectures that have a k."""
+
+UNKNOWN = "unknown"
+"""The name of a model, a place or a text that an autoencoder's files do not give."""
 
 WITH_PENALTY = ("standard", "jumprelu", "gated")
 """Architectures that are sparse by a penalty, times l1_coefficient."""

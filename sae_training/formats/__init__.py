@@ -1,12 +1,16 @@
 """An autoencoder's files, ours and other programs': a module for each family of formats.
 
-A family has two functions: `recognises(path)` says whether a file or folder is one of its kind, by names alone, and
-`read(path)` returns its values of config fields and its tensors, on the CPU. Nothing that a file holds is executed.
+A family has two functions. `recognises(found)` says whether what lies at a path is of its kind, by names, headers and
+configs. `read(found, given)` returns what is there by name, as `Loaded`s: configs in our vocabulary, and weights that
+are read when they are asked for. Nothing that a file holds is executed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +18,93 @@ from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_from_dict
-from sae_training.formats import mats, native
+from sae_training.formats import dictionary_learning, mats, native, openai, saelens, sparsify
+from sae_training.formats.found import Found
+from sae_training.formats.hook_names import layer_of, transformer_lens_name
+from sae_training.formats.loaded import Facts, Given, Loaded, describe
 from sae_training.machine.device import checked, is_there
 
-FAMILIES = (mats, native)
-"""native is the last, because it takes every folder, and says what is missing in one that holds no autoencoder."""
+__all__ = ["Facts", "Given", "Loaded", "config_of", "load", "native", "read", "read_many"]
+
+FAMILIES = (saelens, sparsify, openai, dictionary_learning, mats, native)
+"""The first that recognises a thing reads it. native is the last: it says what is missing where there is nothing."""
+
+MOST_FOLDERS = 20_000
+DEEPEST = 6
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Values of config fields by name, and tensors by name. Raise ValueError or OSError if no family can read it."""
+def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008 - it is frozen
+    """All autoencoders of a file or folder, by name. Raise ValueError or OSError if no family can read it."""
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file or folder; expected a run folder, a checkpoint folder, a .safetensors, or an old "
             ".pt / .pkl.gz."
         )
+    found = Found(path)
+    is_asked = given.hook_point is not None or given.layer is not None
+    if is_asked and found.is_folder and not is_one(found):
+        return read_many(path, given)
     for family in FAMILIES:
-        if family.recognises(path):
-            return family.read(path)
-    raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .pt, .pkl or .pkl.gz.")
+        if family.recognises(found):
+            return family.read(found, given)
+    if found.is_pickle:
+        raise ValueError(f"{path}: found {describe(found.pickle())}, which no format that is read has; check the file.")
+    raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .pt, .pth, .pkl or .pkl.gz.")
 
 
-def load(path: Path, device: str | None = None) -> tuple[LanguageModelSAERunnerConfig, dict[str, Tensor]]:
-    """Config and tensors of what `read` reads. The config's device is `device`, or the saved one if it is there."""
-    values, tensors = read(path)
-    cfg = config_from_dict(values, strict=False)
+def read_many(path: Path, given: Given) -> dict[str, Loaded]:
+    """The autoencoders of a file of several, or of a folder and all folders below it, by their paths from there."""
+    if not path.is_dir() or is_one(Found(path)):
+        return read(path, given)
+    found: dict[str, Loaded] = {}
+    for folder in (path, *folders_of(path)):
+        if folder != path and is_one(Found(folder)):
+            ones = [(folder.relative_to(path), folder)]
+        else:
+            files = sorted((file for file in folder.iterdir() if is_file_of_one(file)), key=natural_order)
+            ones = [(file.relative_to(path).with_name(file.name.split(".")[0]), file) for file in files]
+        for place, one in ones:
+            below, name = read(one, given), place.as_posix()
+            for inner, loaded in below.items():
+                found[name if len(below) == 1 else f"{name}/{inner}"] = loaded
+    if not found:
+        raise FileNotFoundError(f"{path}: nothing in it is an autoencoder that is read; check the path.")
+    return found
+
+
+def is_file_of_one(file: Path) -> bool:
+    """Whether a file by itself is what a family reads. Files of other kinds, and unreadable ones, are none."""
+    found = Found(file)
+    if file.is_symlink() or not found.is_pickle or not file.is_file():
+        return False
+    with contextlib.suppress(ValueError, OSError):
+        return any(family.recognises(found) for family in FAMILIES)
+    return False
+
+
+def is_one(found: Found) -> bool:
+    """Whether a folder itself holds what a family reads. (native takes every folder, to say what is missing.)"""
+    return native.holds_weights(found) or any(f.recognises(found) for f in FAMILIES if f is not native)
+
+
+def load(
+    path: Path,
+    device: str | None = None,
+    given: Given = Given(),  # noqa: B008
+) -> tuple[LanguageModelSAERunnerConfig, dict[str, Tensor]]:
+    """Config and tensors of the autoencoder at `path`; of several, the one that `given` names.
+
+    The config's device is `device`, or the saved one if it is there.
+    """
+    loaded = the_one(read(path, given), path, given)
+    return config_of(loaded, path, device), loaded.weights()
+
+
+def config_of(loaded: Loaded, path: Path, device: str | None = None) -> LanguageModelSAERunnerConfig:
+    """The config of what was read, for `device`, after its remarks as warnings. ValueError if it is none."""
+    for remark in loaded.remarks:
+        warnings.warn(f"{path}: {remark}", stacklevel=4)
+    cfg = config_from_dict(loaded.values, strict=False)
     if cfg.normalize_activations == "expected_average_only_in":
         raise ValueError(
             f"{path}: its config has normalize_activations {cfg.normalize_activations!r}, so its weights expect scaled "
@@ -45,4 +112,48 @@ def load(path: Path, device: str | None = None) -> tuple[LanguageModelSAERunnerC
         )
     if device is None:
         device = cfg.device if is_there(cfg.device) else "cpu"
-    return dataclasses.replace(cfg, device=str(checked(device))), tensors
+    return dataclasses.replace(cfg, device=str(checked(device)))
+
+
+# --------------------------------------------------------------------------------------------------------- one of many
+
+
+def the_one(found: Mapping[str, Loaded], path: Path, given: Given) -> Loaded:
+    """The only one that is at the place that `given` names, if it names one. ValueError that lists them otherwise."""
+    wanted = [loaded for loaded in found.values() if is_at(loaded.values, given)]
+    if len(wanted) == 1:
+        return wanted[0]
+    places = [f"{name} ({loaded.values.get('hook_point')})" for name, loaded in list(found.items())[:20]]
+    shown = ", ".join([*places, "..."][: len(found)])
+    raise ValueError(
+        f"{path}: of the autoencoders there ({shown}) {len(wanted)} are at hook_point {given.hook_point}, layer "
+        f"{given.layer}, expected one; change hook_point or layer, or call load_many."
+    )
+
+
+def is_at(values: Mapping[str, Any], given: Given) -> bool:
+    """Whether an autoencoder is at the place that `given` names; what is not named may be any."""
+    hook_point = str(values.get("hook_point", ""))
+    layer = layer_of(hook_point)
+    layer = values.get("hook_point_layer") if layer is None else layer
+    hook_points = (hook_point, hook_point.replace("{layer}", str(layer)))
+    is_named = given.hook_point is None or transformer_lens_name(given.hook_point) in hook_points
+    return is_named and given.layer in (None, layer)
+
+
+def folders_of(path: Path) -> Iterator[Path]:
+    """The folders below `path`, nearest first, in the order of their names' numbers; links are not followed."""
+    level, seen = [path], 0
+    for _ in range(DEEPEST):
+        below = [child for folder in level for child in folder.iterdir() if child.is_dir() and not child.is_symlink()]
+        level = sorted(below, key=natural_order)
+        seen += len(level)
+        if seen > MOST_FOLDERS:
+            raise ValueError(f"{path}: holds more than {MOST_FOLDERS:,} folders; give one further down.")
+        yield from level
+
+
+def natural_order(path: Path) -> list[tuple[int, str]]:
+    """A key that puts layers.9 before layers.10."""
+    digits = "".join(c if c.isdecimal() else " " for c in str(path)).split()
+    return [(int(number), "") for number in digits] + [(0, str(path))]

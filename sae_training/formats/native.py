@@ -6,14 +6,17 @@ A run folder is read as well: its final/, or else its newest checkpoint. Nothing
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_to_dict
+from sae_training.formats.found import Found
+from sae_training.formats.json_files import parse_object, read_object
+from sae_training.formats.loaded import Given, Loaded
 from sae_training.formats.run_files import CHECKPOINTS, FINAL
 from sae_training.machine.files import read_safetensors, step_number, write_safetensors, write_text
 
@@ -22,32 +25,26 @@ WEIGHTS_FILE = "sae.safetensors"
 SPARSITY_FILE = "log_feature_sparsity.safetensors"
 
 
-def recognises(path: Path) -> bool:
-    return path.is_dir() or path.suffix == ".safetensors"
+def recognises(found: Found) -> bool:
+    return found.is_folder or found.path.suffix == ".safetensors"
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if path.is_dir():
+def holds_weights(found: Found) -> bool:
+    """Whether a folder holds an autoencoder of ours itself, not in a folder below."""
+    return found.is_folder and found.has(CONFIG_FILE, WEIGHTS_FILE)
+
+
+def read(found: Found, given: Given) -> dict[str, Loaded]:
+    path = found.path
+    if found.is_folder:
         folder = weights_folder(path)
-        return read_config(folder / CONFIG_FILE), read_safetensors(folder / WEIGHTS_FILE)
-    beside, values = path.parent / CONFIG_FILE, config_in_metadata(path)
-    if values is None and not beside.is_file():
+        values = read_object(folder / CONFIG_FILE)
+        return {path.name: Loaded(values, partial(read_safetensors, folder / WEIGHTS_FILE))}
+    metadata = found.header(path.name).metadata
+    if "cfg" not in metadata and CONFIG_FILE not in found.names:
         raise ValueError(f"{path}: holds no config, and there is no {CONFIG_FILE} beside it; one of the two is needed.")
-    return read_config(beside) if values is None else values, read_safetensors(path)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def config_in_metadata(path: Path) -> dict[str, Any] | None:
-    """The config that a .safetensors file holds; None if it holds none."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or truncated ({error}); use another copy.") from error
-    return json.loads(metadata["cfg"]) if "cfg" in metadata else None
+    values = parse_object(metadata["cfg"], str(path)) if "cfg" in metadata else found.json(CONFIG_FILE)
+    return {path.stem: Loaded(values, partial(read_safetensors, path))}
 
 
 def weights_folder(path: Path) -> Path:

@@ -13,7 +13,7 @@ from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_to_dict
 from sae_training.config.sweep import is_several
-from sae_training.config.types import FIXED_K
+from sae_training.config.types import FIXED_K, ONLY_LOADED
 from sae_training.language_model.load import LanguageModel, fingerprint
 from sae_training.language_model.sites import Sites
 from sae_training.machine.phases import phase
@@ -193,6 +193,11 @@ def check_fits(
             f"from_pretrained_path: it was trained with normalize_activations {modes[0]}, this config has {modes[1]}; "
             "set normalize_activations to match."
         )
+    for name in ("apply_b_dec_to_input", "activation_fn"):
+        if getattr(saved, name) != getattr(cfg, name):
+            raise ValueError(f"from_pretrained_path: it has {name} {getattr(saved, name)}, which is not trained.")
+    if saved.architecture in ONLY_LOADED:
+        raise ValueError(f"from_pretrained_path: its architecture is {saved.architecture}, which is not trained.")
     for name, sizes in (("W_enc", "(d_in, d_sae)"), ("W_dec", "(d_sae, d_out)")):
         found, expected = tuple(tensors[name].shape), tuple(sae.state_dict()[name].shape)
         if found != expected:

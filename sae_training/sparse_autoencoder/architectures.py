@@ -9,6 +9,14 @@
 | jumprelu     | pre > threshold of the latent   | pre                    | L0; its distance from a target; tanh |
 | gated        | pre > 0 (the gate)              | `gated_activation`     | L1 of ReLU(pre)                      |
 
+Three more are read from files and not trained (`config.types.ONLY_LOADED`):
+
+| architecture     | active                                              | activation                      |
+|------------------|-----------------------------------------------------|---------------------------------|
+| abstopk          | the k of a row with the largest abs(pre)            | pre, which may be below 0       |
+| groupmax         | the largest of each of k groups of neighbours       | ReLU(pre)                       |
+| matching_pursuit | chosen one after the other, see `matching_pursuit`  | the residual's part along W_dec |
+
 `pre` are pre-activations, (rows, d_sae), or (n,) at the entries of a sparse code. All functions take both forms: a
 parameter (d_sae,) is passed as `at(parameter)` (`Code.at`), in a shape that fits. At inference batchtopk uses the
 threshold that training measured, so that a row's code does not depend on the rows beside it.
@@ -136,6 +144,38 @@ def batch_top_k_mask(pre: Tensor, k: int) -> Tensor:
     n = min(k * (pre.numel() // pre.shape[-1]), len(flat))
     indices = flat.topk(n, sorted=False).indices
     return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, indices, True).view_as(pre)
+
+
+def group_max_mask(pre: Tensor, k: int) -> Tensor:
+    """Bool mask of the largest of each of k groups of d_sae / k neighbouring latents."""
+    groups = pre.unflatten(-1, (k, -1))
+    largest = groups.argmax(dim=-1, keepdim=True)
+    return torch.zeros_like(groups, dtype=torch.bool).scatter(-1, largest, True).flatten(-2)
+
+
+def matching_pursuit(rows: Tensor, W_dec: Tensor, cfg: LanguageModelSAERunnerConfig) -> Tensor:
+    """Activations (..., d_sae) of `rows` (..., d_in): the decoder row with the largest product with the residual is
+    subtracted from it, times the product, again and again (Mallat and Zhang 1993; arXiv 2506.03093).
+
+    A row is done after a choice that adds no latent, or once the residual's norm is below `residual_threshold`.
+    """
+    residual = rows.reshape(-1, rows.shape[-1])
+    acts = residual.new_zeros(len(residual), len(W_dec))
+    done = torch.zeros(len(residual), 1, dtype=torch.bool, device=rows.device)
+    for _ in range(cfg.max_iterations or rows.shape[-1]):
+        chosen = (residual @ W_dec.T).relu().argmax(dim=1, keepdim=True)
+        direction = W_dec[chosen.squeeze(1)]
+        value = (residual * direction).sum(dim=1, keepdim=True).relu() * ~done
+        is_new = (acts.gather(1, chosen) == 0) & (value != 0)
+        acts = acts.scatter_add(1, chosen, value)
+        residual = residual - value * direction
+        if cfg.stop_on_duplicate_support:
+            done = done | ~is_new
+        if cfg.residual_threshold > 0:
+            done = done | (residual.norm(dim=1, keepdim=True) < cfg.residual_threshold)
+        if done.all():
+            break
+    return acts.view(*rows.shape[:-1], len(W_dec))
 
 
 def matryoshka_widths(cfg: LanguageModelSAERunnerConfig, d_sae: int) -> tuple[int, ...]:

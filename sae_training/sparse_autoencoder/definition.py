@@ -8,28 +8,29 @@ loss         = mse_loss + penalty + remedy     architectures.py, losses.py, dead
 
 A transcoder (`cfg.target_hook_point`) predicts other activations than it reads, for example the output of an MLP from
 its input. Nothing is subtracted from its input (sae_in = x), and it may have a skip connection, sae_out + x @ W_skip.
-With `normalize_activations` "layer_norm" or "unit_norm", each row of x is normalised first, and sae_out is brought back
-to the row's size. Hook points and losses see the normalised rows.
+With `normalize_activations` by row (normalization.py), each row of x is normalised first, and sae_out is brought back
+to the row's size, though not that of a transcoder. Hook points and losses see the normalised rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from sae_training import formats
-from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import with_defaults
 from sae_training.kernels.sparse_code import Code
 from sae_training.machine.device import checked
 from sae_training.machine.precision import at_least_float32, encoder_dtype
 from sae_training.sparse_autoencoder import architectures
 from sae_training.sparse_autoencoder.architectures import sparsity_penalty
+from sae_training.sparse_autoencoder.checks import check_config, check_weights, check_width, matrices_of
 from sae_training.sparse_autoencoder.dead_latent_losses import n_auxk_rows, remedy_loss
 from sae_training.sparse_autoencoder.hook_points import HookedRootModule, HookPoint
 from sae_training.sparse_autoencoder.losses import (
@@ -40,9 +41,12 @@ from sae_training.sparse_autoencoder.losses import (
     Reconstruction,
     reconstruction_loss,
 )
+from sae_training.sparse_autoencoder.many import Lazily
+from sae_training.sparse_autoencoder.name import name_of
 from sae_training.sparse_autoencoder.normalization import BY_ROW, normalize, restore
 from sae_training.sparse_autoencoder.start_values import centre, centred_encoder, initial_weights
 
+HOOKS_WITH_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")
 CACHED_ROWS = 1024  # of the decoder, that stay in the processor's cache between two passes over them
 
 
@@ -60,7 +64,8 @@ class SparseAutoencoder(HookedRootModule):
     inference_threshold: Tensor
     """batchtopk: the pre-activation above which a latent is active outside training, a scalar."""
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: Any, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Start with the random weights of `cfg.seed`, or take over `weights` by name, as `weights()` gives them."""
         super().__init__()
         self.cfg = cfg
         self.full_cfg = known = with_defaults(cfg)
@@ -81,7 +86,8 @@ class SparseAutoencoder(HookedRootModule):
         self.encoder_dtype = encoder_dtype(known.encoder_matmul_dtype, known.dtype, device)
 
         sizes = (self.d_in, self.d_sae, self.d_out)
-        W_enc, W_dec = initial_weights(*sizes, known.architecture, self.is_transcoder, known.seed)
+        start = (known.architecture, self.is_transcoder, known.seed)
+        W_enc, W_dec = initial_weights(*sizes, *start) if weights is None else matrices_of(weights, *sizes)
         placed = {"dtype": at_least_float32(known.dtype), "device": device}
         self.W_enc = nn.Parameter(W_enc.T.contiguous().to(**placed).T)
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, **placed))
@@ -103,6 +109,9 @@ class SparseAutoencoder(HookedRootModule):
         self.hook_hidden_post = HookPoint()
         self.hook_sae_out = HookPoint()
         self.setup()
+        if weights is not None:
+            check_weights(weights, self.state_dict())
+            self.load_state_dict(dict(weights))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,16 +126,28 @@ class SparseAutoencoder(HookedRootModule):
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations (..., d_sae) of activations (..., d_in)."""
+        x = self.flat(x)
         check_width(x, "d_in", self.d_in)
-        return self.activate(self.pre_activations(self.sae_input(self.normalize(x))), self.k)
+        return self.code(self.sae_input(self.normalize(x)), self.k)[1]
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
         """Reconstruction (..., d_out) of latent activations (..., d_sae).
 
-        A skip connection and normalisation row by row also need the activations `x` (..., d_in) that were encoded.
+        A skip connection and normalisation row by row also need the activations `x` (..., d_in) that were encoded. If
+        these have an axis of heads, so has the reconstruction.
         """
         check_width(feature_acts, "d_sae", self.d_sae)
-        return self.restore(self.hook_sae_out(feature_acts @ self.W_dec + self.baseline(x)), x)
+        flat = None if x is None else self.flat(x)
+        return self.shaped(self.restore(self.hook_sae_out(feature_acts @ self.W_dec + self.baseline(flat)), flat), x)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Activations (..., d_in) of a hook with heads, such as hook_z, from (..., heads, d_head); others as is."""
+        has_heads = self.full_cfg.hook_point.endswith(HOOKS_WITH_HEADS) and isinstance(x, Tensor) and x.ndim > 1
+        return x.flatten(-2) if has_heads and x.shape[-1] != self.d_in == x.shape[-1] * x.shape[-2] else x
+
+    def shaped(self, out: Tensor, x: Tensor | None) -> Tensor:
+        """Reconstructions (..., d_out) with the axis of heads that the activations `x` had, if they had one."""
+        return out if x is None or self.is_transcoder or x.ndim == out.ndim else out.view(x.shape)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Activations (..., d_in) in the units that training sees, in the autoencoder's dtype."""
@@ -134,7 +155,7 @@ class SparseAutoencoder(HookedRootModule):
 
     def restore(self, rows: Tensor, x: Tensor | None) -> Tensor:
         """Reconstructions (..., d_in) in the units of the activations `x` that were encoded."""
-        if self.normalization not in BY_ROW:
+        if self.normalization not in BY_ROW or self.is_transcoder:
             return rows
         if x is None:
             raise ValueError(
@@ -159,7 +180,19 @@ class SparseAutoencoder(HookedRootModule):
         """Input (..., d_in) of the encoder's product, from activations (..., d_in) as `normalize` returns them."""
         check_width(x, "d_in", self.d_in)
         x = x.to(self.dtype)
-        return self.hook_sae_in(x if self.is_transcoder else x - self.b_dec)
+        return self.hook_sae_in(x if self.input_bias is None else x - self.input_bias)
+
+    @property
+    def input_bias(self) -> Tensor | None:
+        """What is subtracted from the input, b_dec (d_in,); None for a transcoder, and where the config says so."""
+        return None if self.is_transcoder or not self.full_cfg.apply_b_dec_to_input else self.b_dec
+
+    def code(self, sae_in: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Pre-activations and latent activations, both (..., d_sae), of the encoder's input (..., d_in)."""
+        pre = self.pre_activations(sae_in)
+        if self.architecture != "matching_pursuit":
+            return pre, self.activate(pre, k)
+        return pre, self.hook_hidden_post(architectures.matching_pursuit(sae_in, self.W_dec, self.full_cfg))
 
     def pre_activations(self, sae_in: Tensor) -> Tensor:
         return self.hook_hidden_pre(sae_in.to(self.W_enc.dtype) @ self.W_enc + self.b_enc)
@@ -170,6 +203,10 @@ class SparseAutoencoder(HookedRootModule):
         match self.choice:
             case "topk":
                 acts = acts * architectures.top_k_mask(pre, k)
+            case "abstopk":
+                acts = acts * architectures.top_k_mask(pre.abs(), k)
+            case "groupmax":
+                acts = acts * architectures.group_max_mask(acts, k)
             case "batchtopk" if self.training:
                 acts = acts * architectures.batch_top_k_mask(acts, k)
             case "batchtopk":
@@ -184,6 +221,10 @@ class SparseAutoencoder(HookedRootModule):
             case "gated":
                 at = pre.at
                 return architectures.gated_activation(pre.values, at(self.b_enc), at(self.r_mag), at(self.b_mag))
+            case "abstopk":
+                return pre.values
+            case "standard" if self.full_cfg.activation_fn == "tanh-relu":
+                return pre.values.relu().tanh()
             case _:
                 return pre.values.relu()
 
@@ -205,13 +246,16 @@ class SparseAutoencoder(HookedRootModule):
         """
         if self.is_transcoder and target is None:
             raise ValueError("target: a transcoder's losses need the activations it predicts; or call reconstruct(x).")
+        if self.is_transcoder and self.normalization in BY_ROW:
+            raise ValueError(f"normalize_activations: {self.normalization} has no losses here; call reconstruct(x).")
+        given, x = x, self.flat(x)
         target = x if target is None else target
         check_width(x, "d_in", self.d_in)
         check_width(target, "d_out", self.d_out)
         rows, target = self.normalize(x).reshape(-1, self.d_in), self.normalize(target).reshape(-1, self.d_out)
         losses = self.losses(rows, target, Coefficients(self.full_cfg.l1_coefficient, self.k), dead_neuron_mask)
         return ForwardOutput(
-            self.restore(losses.sae_out.view(*x.shape[:-1], self.d_out), x),
+            self.shaped(self.restore(losses.sae_out.view(*x.shape[:-1], self.d_out), x), given),
             losses.feature_acts.view(*x.shape[:-1], self.d_sae),
             *losses.scalars(),
         )
@@ -228,8 +272,7 @@ class SparseAutoencoder(HookedRootModule):
 
     def dense_parts(self, sae_in: Tensor, k: int, dead: Tensor | None) -> Reconstruction:
         """All that the losses need of a batch `sae_in` (rows, d_in), from its pre-activations (rows, d_sae)."""
-        pre = self.pre_activations(sae_in)
-        acts = self.activate(pre, k)
+        pre, acts = self.code(sae_in, k)
         multi_out = gate_out = error_hat = None
         if self.full_cfg.multi_topk:
             chosen = architectures.top_k_mask(pre, MULTI_TOPK_FACTOR * k)
@@ -309,16 +352,8 @@ class SparseAutoencoder(HookedRootModule):
     # ------------------------------------------------------------------------------------------------ name and files
 
     def get_name(self) -> str:
-        """sparse_autoencoder_{model}_{hook}_{d_sae}, with _head{h} after the hook for a single head; for a transcoder
-        transcoder_{model}_{hook}_{target hook}_{d_sae}. A local model is named by its folder alone.
-        """
-        cfg = with_defaults(self.cfg)
-        model = Path(cfg.model_name).name if Path(cfg.model_name).is_absolute() else cfg.model_name
-        place = f"{model}_{cfg.resolved_hook_point}"
-        if self.is_transcoder:
-            return f"transcoder_{place}_{cfg.resolved_target_hook_point}_{self.d_sae}"
-        head = "" if cfg.hook_point_head_index is None else f"_head{cfg.hook_point_head_index}"
-        return f"sparse_autoencoder_{place}{head}_{self.d_sae}"
+        """sparse_autoencoder_{model}_{hook}_{d_sae}; see `name.name_of`."""
+        return name_of(with_defaults(self.cfg), self.d_sae)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """All that is saved, by name: the parameters and, for batchtopk, the threshold of inference."""
@@ -329,40 +364,37 @@ class SparseAutoencoder(HookedRootModule):
         formats.native.write(Path(path), dict(self.weights()), self.cfg)
 
     @classmethod
-    def load_from_pretrained(cls, path: str | Path, device: str | None = None) -> SparseAutoencoder:
-        """Load a run folder, a folder or file that `save_model` wrote, or an old .pt / .pkl / .pkl.gz.
+    def load_from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | None = None,
+        hook_point: str | None = None,
+        layer: int | None = None,
+        **given: Unpack[formats.Facts],
+    ) -> SparseAutoencoder:
+        """Load a run folder, a folder or file that `save_model` wrote, or the files of another program (`formats`).
 
-        `device` replaces the saved one. Without it, a saved device that this machine lacks becomes the CPU. Old files
-        are read by an unpickler that builds tensors and plain config data and nothing else. The autoencoder is in
-        inference mode (`eval`), where batchtopk uses its threshold.
+        `device` replaces the saved one. Without it, a saved device that this machine lacks becomes the CPU. Of files
+        that hold several autoencoders, `hook_point` or `layer` chooses one. `given` (k, model_name, norm_factor,
+        dataset_path) is what the files do not say. Nothing that a file holds is executed. The
+        autoencoder is in inference mode (`eval`), where batchtopk uses its threshold.
 
         It expects the rows that it was trained on, which are those of TransformerLens: with `cfg.model_processing`
         "default", and a model with LayerNorm (GPT-2, Pythia), a row of the residual stream is that of transformers'
         `output_hidden_states` minus its mean, `h - h.mean(-1, keepdim=True)`.
         """
-        cfg, tensors = formats.load(Path(path), device)
-        sae = cls(cfg)
-        sae.load_state_dict(tensors)
-        return sae.eval()
+        cfg, tensors = formats.load(Path(path), device, formats.Given(hook_point, layer, **given))
+        return cls(cfg, tensors).eval()
 
+    @classmethod
+    def load_many(
+        cls, path: str | Path, device: str | None = None, **given: Unpack[formats.Facts]
+    ) -> Mapping[str, SparseAutoencoder]:
+        """The autoencoders of a file of several, or of the folders below `path`, by name; each is loaded when asked."""
+        found = formats.read_many(Path(path), formats.Given(**given))
+        return Lazily({name: partial(cls.of, loaded, Path(path), device) for name, loaded in found.items()})
 
-def check_config(cfg: LanguageModelSAERunnerConfig) -> None:
-    """ValueError for a config that no autoencoder can be built from."""
-    is_transcoder = cfg.target_hook_point is not None
-    if not isinstance(cfg.d_in, int):
-        raise ValueError(f"d_in: found {cfg.d_in!r}, expected the width of the activations as an int.")
-    if is_transcoder and cfg.d_out is None:
-        raise ValueError("d_out: found None, expected the width of the activations at target_hook_point as an int.")
-    if cfg.skip_connection and not is_transcoder:
-        raise ValueError("skip_connection: found True without target_hook_point, expected a transcoder.")
-    if cfg.normalize_activations in BY_ROW and is_transcoder:
-        raise ValueError(f"normalize_activations: found {cfg.normalize_activations}, which a transcoder cannot undo.")
-
-
-def check_width(x: Tensor, name: str, width: int) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"activations: found {type(x).__name__}, expected a tensor (..., {width}); give torch.as_tensor(x)."
-        )
-    if x.shape[-1:] != (width,):
-        raise ValueError(f"activations: found shape {tuple(x.shape)}, expected (..., {name}) with {name} = {width}.")
+    @classmethod
+    def of(cls, loaded: formats.Loaded, path: Path, device: str | None) -> SparseAutoencoder:
+        """The autoencoder that was read from `path`, in inference mode."""
+        return cls(formats.config_of(loaded, path, device), loaded.weights()).eval()

@@ -82,10 +82,11 @@ def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
 def encoder_of(sae: SparseAutoencoder, sae_in: Tensor, W_enc: Tensor, b_enc: Tensor) -> Encoder:
     """The encoder's product for `sae_in` (rows, d_in) with these weights, which may be those of only some latents.
 
-    A transcoder's input is not centred. In low precision a large mean, which b_enc balances, would cost the digits that
-    differ from row to row. So the mean row is subtracted from the rows, and its product is added to the bias.
+    An input from which b_dec is not subtracted (a transcoder's) is not centred. In low precision a large mean, which
+    b_enc balances, would cost the digits that differ from row to row. So the mean row is subtracted from the rows, and
+    its product is added to the bias.
     """
-    if sae.is_transcoder:
+    if sae.input_bias is None:
         mean = sae_in.mean(dim=0)
         sae_in, b_enc = sae_in - mean, b_enc + mean @ W_enc
     return Encoder(sae_in, W_enc, b_enc, sae.encoder_dtype)
@@ -118,7 +119,7 @@ def sparse_parts(
     all_pre = pre_activations_at(
         concatenate(encoded),
         encoder_rows[0] if aux is None else torch.cat(encoder_rows),
-        None if sae.is_transcoder else sae.b_dec,
+        sae.input_bias,
         sae.W_enc,
         sae.b_enc,
     )

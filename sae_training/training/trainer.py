@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.rules import check_for_training
 from sae_training.config.types import WITH_PENALTY
 from sae_training.kernels.sparse_code import Code, CodeFigures
 from sae_training.machine.allocator import keep_freed_memory
@@ -40,6 +41,7 @@ class SAETrainer:
     """Trains `sae` on batches. Moments, counters and averages are its state; all else is a function of the step."""
 
     def __init__(self, sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig) -> None:
+        check_for_training(cfg)
         check_dtype(cfg.dtype)
         self.sae = sae
         self.cfg = cfg
@@ -222,6 +224,7 @@ class SAETrainer:
 
 def check_trainable(cfg: LanguageModelSAERunnerConfig) -> None:
     """Raise ValueError or ImportError if no step can be made with the config's dtype or optimizer."""
+    check_for_training(cfg)
     check_dtype(cfg.dtype)
     check_installed(cfg.optimizer)
 

@@ -60,6 +60,14 @@ MATS_DEFAULTS: dict[str, Any] = {
 
 OWN_DEFAULTS: dict[str, Any] = {
     "architecture": "standard",
+    "n_latents": None,
+    "file_format": None,
+    "file_dtype": None,
+    "apply_b_dec_to_input": True,
+    "activation_fn": "relu",
+    "residual_threshold": 1e-2,
+    "max_iterations": None,
+    "stop_on_duplicate_support": True,
     "k": 32,
     "ema_decay": None,
     "k_anneal_steps": 0,

@@ -1,0 +1,64 @@
+"""What lies at a path: names of files, headers and configs, each read when it is asked for, and kept.
+
+Families of formats decide by this alone whether something is of their kind. No weight is read, and nothing is executed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sae_training.formats import json_files, pickles, safetensors_files
+from sae_training.formats.safetensors_files import Header
+
+PICKLES = (".pt", ".pth", ".pkl", ".pkl.gz")
+
+
+class Found:
+    """A file or folder, and what is beside or in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_folder = path.is_dir()
+        self.folder = path if self.is_folder else path.parent
+        self._kept: dict[tuple[str, str], Any] = {}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the files in the folder; of a single file those beside it, itself included."""
+        return self._keep("names", "", lambda: frozenset(p.name for p in self.folder.iterdir() if p.is_file()))
+
+    def has(self, *names: str) -> bool:
+        """Whether all these files are there. Of a single file they must be beside it, and it must be one of them."""
+        return self.names.issuperset(names) and (self.is_folder or self.path.name in names)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object that a JSON file of the folder holds. ValueError if it holds something else."""
+        return self._keep("json", name, lambda: json_files.read_object(self.folder / name))
+
+    def header(self, name: str) -> Header:
+        """Names, precisions and shapes of the tensors of a .safetensors file of the folder, and its metadata."""
+        return self._keep("header", name, lambda: safetensors_files.header(self.folder / name))
+
+    @property
+    def is_pickle(self) -> bool:
+        return not self.is_folder and self.path.name.endswith(PICKLES)
+
+    def pickle(self, name: str | None = None) -> Any:
+        """What a pickled file holds, in tensors and plain data: the one at the path, or one of the folder by name.
+
+        Tensors stay on the disk until they are used, where the file's form allows it.
+        """
+        name = self.path.name if name is None else name
+        return self._keep("pickle", name, lambda: pickles.read(self.folder / name))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a .safetensors file of the folder."""
+        return safetensors_files.tensors(self.folder / name)
+
+    def _keep(self, kind: str, name: str, read: Any) -> Any:
+        if (kind, name) not in self._kept:
+            self._kept[kind, name] = read()
+        return self._kept[kind, name]

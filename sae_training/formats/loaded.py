@@ -1,0 +1,94 @@
+"""An autoencoder as a family of formats read it, and what a caller adds to what its files say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
+
+from torch import Tensor
+
+from sae_training.config.types import UNKNOWN
+
+T = TypeVar("T")
+
+
+class Facts(TypedDict, total=False):
+    """What files may leave out."""
+
+    k: int
+    """Active latents per row."""
+    model_name: str
+    norm_factor: float
+    """Factor that training multiplied activations with."""
+    dataset_path: str
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller says: which of several autoencoders is wanted, and what the files leave out."""
+
+    hook_point: str | None = None
+    layer: int | None = None
+    k: int | None = None
+    model_name: str | None = None
+    norm_factor: float | None = None
+    dataset_path: str | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One autoencoder of a file or folder: its config is known, its weights are read when they are asked for."""
+
+    values: dict[str, Any]
+    """Fields of LanguageModelSAERunnerConfig; `file_format` and `file_dtype` are among them."""
+    weights: Callable[[], dict[str, Tensor]]
+    """Reads the tensors, under the names of `SparseAutoencoder.weights`, in float32 (or float64) on the CPU."""
+    remarks: tuple[str, ...] = ()
+    """Warnings: what is doubtful about these files, or what their own program does otherwise."""
+    convention: str = "activations are those that the files' own program reports"
+    """In which units latent activations are."""
+
+
+def needed(given: T | None, in_file: T | None, key: str, argument: str, where: Path) -> T:
+    """What the caller gave, else what the file says. ValueError that names the key and the argument if neither does."""
+    if given is not None:
+        return given
+    if in_file is None:
+        raise ValueError(f"{where}: {key} is missing, and the weights do not tell it; give {argument}=...")
+    return in_file
+
+
+def place_and_text(
+    given: Given,
+    model_name: str | None = None,
+    hook_point: str | None = None,
+    layer: int | None = None,
+    dataset_path: str | list[str] | None = None,
+) -> dict[str, Any]:
+    """The fields that say where activations come from. What nobody knows is UNKNOWN, never a default."""
+    return {
+        "model_name": given.model_name or model_name or UNKNOWN,
+        "hook_point": hook_point or given.hook_point or UNKNOWN,
+        "hook_point_layer": layer if layer is not None else given.layer or 0,
+        "dataset_path": given.dataset_path or dataset_path or UNKNOWN,
+        "is_dataset_tokenized": None,
+    }
+
+
+def sizes(d_in: int, d_sae: int) -> dict[str, Any]:
+    """The fields that give d_sae latents."""
+    return {"d_in": d_in, "n_latents": d_sae} if d_sae % d_in else {"d_in": d_in, "expansion_factor": d_sae // d_in}
+
+
+def fitting_batch(context_size: int) -> dict[str, Any]:
+    """A batch of training that a config with such contexts accepts, though nothing is trained."""
+    return {"context_size": context_size, "train_batch_size": min(4096, 320 * context_size)}
+
+
+def describe(content: Any) -> str:
+    """What a pickle holds, for messages."""
+    if isinstance(content, dict):
+        return f"a dict with {', '.join(map(repr, list(content)[:8]))}"
+    return f"a {type(content).__name__}"

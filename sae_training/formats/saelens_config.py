@@ -1,0 +1,161 @@
+"""The cfg.json of SAELens 3 to 6, and of mats files that it rewrote, in our vocabulary.
+
+Names changed from version to version, and defaults with them. `in_one_vocabulary` gives all of them the form of 6,
+where what concerns the language model lies under "metadata".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sae_training.formats.hook_names import layer_of, transformer_lens_name
+from sae_training.formats.loaded import Given, fitting_batch, place_and_text
+
+OLD_NAMES = {
+    "hook_point": "hook_name",
+    "hook_point_layer": "hook_layer",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+
+OLD_DEFAULTS: dict[str, Any] = {
+    "apply_b_dec_to_input": True,
+    "activation_fn": "relu",
+    "architecture": "standard",
+    "prepend_bos": True,
+}
+
+TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+
+ARCHITECTURES = {
+    "standard": "standard",
+    "gated": "gated",
+    "topk": "topk",
+    "abstopk": "abstopk",
+    "jumprelu": "jumprelu",
+    "matching_pursuit": "matching_pursuit",
+    "batchtopk": "batchtopk",  # in checkpoints only; what training ends with is saved as jumprelu
+    "matryoshka_batchtopk": "matryoshka",
+    "transcoder": "standard",
+    "skip_transcoder": "standard",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+"""Theirs, and ours."""
+
+NORMALIZATIONS = {
+    "none": "none",
+    "expected_average_only_in": "none",  # a factor, which is folded if it is known
+    "covariance_whitening": "none",  # a matrix, which is folded
+    "constant_norm_rescale": "constant_norm_rescale",
+    "layer_norm": "layer_norm_unbiased",
+}
+
+
+def in_one_vocabulary(cfg: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The config of any version with the names and defaults of 6. ValueError for an architecture that is not read."""
+    new = dict(cfg)
+    if not isinstance(new.get("metadata"), dict):
+        new = OLD_DEFAULTS | {OLD_NAMES.get(name, name): value for name, value in new.items() if value is not None}
+        new["metadata"] = dict(new)
+        kwargs = new.get("activation_fn_kwargs") or {}
+        if new["activation_fn"] == "topk":
+            new["architecture"], new["activation_fn"] = "topk", "relu"
+        if "k" in kwargs:
+            new["k"] = kwargs["k"]
+        new["metadata"]["is_old"] = major_version(new) < 4
+    elif "architecture" not in new:
+        raise ValueError(f"{where}: architecture is missing, expected one of {', '.join(ARCHITECTURES)}.")
+    normalization = new.get("normalize_activations") or "none"
+    new["normalize_activations"] = "expected_average_only_in" if normalization is True else normalization
+    check_known(new, where)
+    return new
+
+
+def check_known(cfg: Mapping[str, Any], where: str) -> None:
+    """ValueError for what this package does not read, with the reason."""
+    architecture, activation = cfg["architecture"], cfg.get("activation_fn", "relu")
+    if architecture == "temporal":
+        raise ValueError(
+            f"{where}: architecture temporal is a model of sequences (attention over positions, and codes of what it "
+            "does not predict), not a dictionary of vectors; load it with SAELens."
+        )
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{where}: architecture: found {architecture!r}, expected one of {', '.join(ARCHITECTURES)}; an "
+            "architecture of one's own is known to its own code alone."
+        )
+    if activation not in ("relu", "tanh-relu") or activation != "relu" and architecture != "standard":
+        raise ValueError(f"{where}: activation_fn: found {activation!r} with {architecture}, expected relu.")
+    if cfg["normalize_activations"] not in NORMALIZATIONS:
+        raise ValueError(
+            f"{where}: normalize_activations: found {cfg['normalize_activations']!r}, expected one of "
+            f"{', '.join(NORMALIZATIONS)}."
+        )
+    if architecture in TRANSCODERS and cfg.get("apply_b_dec_to_input"):
+        raise ValueError(
+            f"{where}: apply_b_dec_to_input: found True, expected False: {architecture} has another output."
+        )
+
+
+def version_of(cfg: Mapping[str, Any]) -> str | None:
+    """The version of SAELens that wrote a config; None if the config does not say."""
+    metadata = cfg.get("metadata") or {}
+    names = ("sae_lens_version", "sae_lens_training_version")
+    return next((str(part[name]) for part in (cfg, metadata) for name in names if part.get(name)), None)
+
+
+def major_version(cfg: Mapping[str, Any]) -> int:
+    """The first number of the version; without one, 4 for configs with a field that came with 4, else 3."""
+    digits = re.match(r"\d+", version_of(cfg) or "")
+    if digits:
+        return int(digits[0])
+    if isinstance(cfg.get("metadata"), dict) and "hook_name" not in cfg:
+        return 6
+    return 4 if "model_from_pretrained_kwargs" in cfg or isinstance(cfg.get("normalize_activations"), str) else 3
+
+
+def config_values(cfg: Mapping[str, Any], given: Given) -> dict[str, Any]:
+    """The fields of our config that do not depend on sizes; `cfg` as `in_one_vocabulary` gives it."""
+    about = cfg["metadata"]
+    hook_point = transformer_lens_name(about.get("hook_name") or "") or None
+    layer = layer_of(hook_point) if hook_point else about.get("hook_layer")
+    values = place_and_text(given, about.get("model_name"), hook_point, layer, about.get("dataset_path"))
+    values |= {
+        "architecture": ARCHITECTURES[cfg["architecture"]],
+        "normalize_activations": NORMALIZATIONS[cfg["normalize_activations"]],
+        "apply_b_dec_to_input": bool(cfg.get("apply_b_dec_to_input", True)),
+        "hook_point_head_index": about.get("hook_head_index"),
+        "model_processing": "default" if is_processed(about) else "none",
+        "prepend_bos": bool(about.get("prepend_bos", True)),
+        "exclude_special_tokens": bool(about.get("exclude_special_tokens", False)),
+        "pack_sequences": not about.get("disable_concat_sequences", False),
+        "seqpos_slice": positions(about.get("seqpos_slice")),
+        "device": str(cfg.get("device") or "cpu"),
+    }
+    if isinstance(about.get("context_size"), int):
+        values |= fitting_batch(max(2, about["context_size"]))
+    if cfg["architecture"] == "standard":
+        values["activation_fn"] = cfg.get("activation_fn", "relu")
+    if cfg["architecture"] == "matching_pursuit":
+        names = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
+        values |= {name: cfg[name] for name in names if name in cfg}
+    if cfg["architecture"] == "matryoshka_batchtopk" and cfg.get("matryoshka_widths"):
+        values["matryoshka_widths"] = tuple(cfg["matryoshka_widths"])
+    return values
+
+
+def is_processed(about: Mapping[str, Any]) -> bool:
+    """Whether the model's weights were folded and centred: by default before version 4, then if the config says so."""
+    kwargs = about.get("model_from_pretrained_kwargs") or {}
+    return bool(kwargs.get("center_writing_weights", about.get("is_old", False)))
+
+
+def positions(seqpos_slice: Any) -> tuple[int | None, ...]:
+    """Their arguments of `slice`, [None] for all positions, as start and stop."""
+    if not seqpos_slice or list(seqpos_slice) == [None]:
+        return ()
+    part = slice(*seqpos_slice)
+    return (part.start, part.stop) if part.step is None else (part.start, part.stop, part.step)
