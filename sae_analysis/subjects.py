@@ -13,7 +13,7 @@ import torch
 
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.store import without_cache
-from sae_training.config.io import with_defaults
+from sae_training.config.io import check_known, with_defaults
 from sae_training.config.sweep import is_several, variants
 from sae_training.formats.run_files import CHECKPOINTS, FINAL, RUN_CONFIG_FILE, SNAPSHOTS
 from sae_training.language_model.load import model_of
@@ -59,6 +59,8 @@ def subjects_of(source: str | Path | Session, dataset: Any, output: str | Path |
         path = Path(source).expanduser()
         with phase("reading the autoencoder"):
             found = autoencoders_in(path)
+        for sae in found.values():
+            check_known(sae.cfg, dataset_path=dataset)
         with phase("loading the language model"):
             model = model_of(next(iter(found.values())).cfg)
         are_several = len(found) > 1 or is_run_of_several(path)
@@ -69,6 +71,7 @@ def subjects_of(source: str | Path | Session, dataset: Any, output: str | Path |
         are_several, found = False, {with_defaults(sae.cfg).resolved_run_name: sae}
         paths = {}
         folder = Path(output).expanduser() if output is not None else Path("runs") / next(iter(found))
+    check_positive(found)
     sites = {name: find_sites(sae.cfg, model) for name, sae in found.items()}
     cfg = without_cache(next(iter(found.values())).cfg)
     if dataset is not None:  # of which the run's split and column say nothing
@@ -101,6 +104,13 @@ def name_of(path: Path) -> str:
     while path.is_file() and name.endswith(ENDINGS):
         name = name.rpartition(".")[0]
     return name
+
+
+def check_positive(found: dict[str, SparseAutoencoder]) -> None:
+    """Raise ValueError for an autoencoder whose activations may be negative: "fires" means above 0 everywhere here."""
+    for name, sae in found.items():
+        if sae.architecture == "abstopk":
+            raise ValueError(f"{name}: activations of abstopk may be negative; an analysis is of those above 0 only.")
 
 
 def is_run_of_several(path: Path) -> bool:

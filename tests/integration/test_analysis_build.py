@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import torch
 from killed import run_job
 from processes import FORKS
@@ -27,7 +28,7 @@ from sae_analysis.analysis import Analysis
 from sae_analysis.cli import main
 from sae_analysis.export import export
 from sae_analysis.store import write
-from sae_analysis.subjects import name_of
+from sae_analysis.subjects import check_positive, name_of
 from sae_training.cache_activations_runner import cache_activations_runner
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
 from sae_training.lm_runner import run_config
@@ -299,6 +300,12 @@ def test_errors_say_what_to_do(run: Path, built: Analysis, tmp_path: Path, capsy
     broken.write_bytes(b"not a database" * 100)
     with pytest.raises(ValueError, match="holds no analysis"):
         open_analysis(broken)
+
+
+def test_activations_that_may_be_negative_are_refused() -> None:
+    sae = reference.loaded(reference.ROOT / "saelens-abstopk")
+    with pytest.raises(ValueError, match="mine: activations of abstopk may be negative"):
+        check_positive({"mine": sae})
 
 
 def test_an_unfinished_or_newer_store_is_refused_by_name(built: Analysis, tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
+from safetensors.torch import load_file
 
 from sae_analysis.codes import code_of
 from sae_training.config import LanguageModelSAERunnerConfig
@@ -68,6 +72,18 @@ def test_entries_are_what_encode_gives(sae: SparseAutoencoder) -> None:
     # Latents at the edge of being active, whose float32 product depends on its order, may differ; there are few.
     assert ((found > 0) != (expected > 0)).sum() <= 2
     assert len(code.values) == (found > 0).sum()
+
+
+@pytest.mark.parametrize("folder", reference.FOLDERS, ids=lambda path: path.name)
+@torch.no_grad()
+def test_entries_of_files_of_other_programs_are_what_encode_gives(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the remarks on doubtful files, which have their own tests
+        sae = reference.loaded(folder).eval()
+    x = load_file(folder / "expected.safetensors")["x"]
+    code = code_of(sae, x.flatten(end_dim=-2)[:, : sae.d_in] if x.shape[-1] == sae.d_in else x.flatten(start_dim=1))
+    expected = sae.encode(x).relu().flatten(end_dim=-2)
+    torch.testing.assert_close(code.at_entries.dense(code.values), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
