@@ -43,3 +43,9 @@ def test_reference_files_are_small_and_say_who_made_them() -> None:
         facts = json.loads((folder / "expected.json").read_text())
         assert {"package", "variant", "by"} <= facts.keys()
         assert sum(path.stat().st_size for path in folder.rglob("*")) < 60_000
+
+
+def test_the_page_of_formats_has_a_row_for_each_of_them() -> None:
+    page = (reference.ROOT.parents[1] / "docs" / "formats.md").read_text()
+    missing = [folder.name for folder in reference.FOLDERS if f"({folder.name})" not in page]
+    assert not missing, "write the table anew: scripts/reference_files/table.py"
