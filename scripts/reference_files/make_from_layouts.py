@@ -1,0 +1,169 @@
+"""Write files in the layouts of programs that no registry has, with values of their formulas in plain torch.
+
+python scripts/reference_files/make_from_layouts.py tests/reference_files
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import D_IN, D_SAE, inputs, random_tensors, save_expected
+from safetensors.torch import save_file
+from torch import Tensor
+
+K = 4
+Tensors = dict[str, Tensor]
+Values = tuple[Tensor, Tensor]  # latent activations and outputs
+
+BIASES = {"b_enc": (D_SAE,), "b_dec": (D_IN,), "threshold": (D_SAE,)}
+MATRICES = {"W_enc": (D_IN, D_SAE), "W_dec": (D_SAE, D_IN)}
+LINEAR = {
+    "encoder.weight": (D_SAE, D_IN),
+    "encoder.bias": (D_SAE,),
+    "decoder.weight": (D_IN, D_SAE),
+    "decoder.bias": (D_IN,),
+}
+
+
+def tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> Tensors:
+    return random_tensors({name: torch.empty(shape) for name, shape in shapes.items()}, seed)
+
+
+def above(pre: Tensor, threshold: Tensor | float) -> Tensor:
+    return pre.relu() * (pre > threshold)
+
+
+def largest(pre: Tensor, k: int) -> Tensor:
+    top = pre.topk(k)
+    return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+
+
+# --------------------------------------------------------------------------------------------------------------- OpenAI
+
+OPENAI = {
+    "pre_bias": (D_IN,),
+    "latent_bias": (D_SAE,),
+    "encoder.weight": (D_SAE, D_IN),
+    "decoder.weight": (D_IN, D_SAE),
+}
+
+
+def openai(file: Path, x: Tensor, seed: int, is_topk: bool, is_tied: bool = False, is_bare: bool = False) -> Values:
+    """`is_bare`: without the strings, as a v1 that leaves "activation" to its default."""
+    state: dict[str, Any] = tensors(OPENAI, seed)
+    if is_tied:
+        del state["decoder.weight"]
+        state["decoder.linear.weight"] = state["encoder.weight"]
+    counts = {"stats_last_nonzero": torch.zeros(D_SAE, dtype=torch.int64)}
+    counts |= {name: torch.zeros(D_SAE) for name in ("latents_activation_frequency", "latents_mean_square")}
+    words: dict[str, Any] = {"activation": "TopK" if is_topk else "ReLU"}
+    if is_topk:
+        words["activation_state_dict"] = {"k": K, "postact_fn": "ReLU"}
+    torch.save(state | counts | ({} if is_bare else words), file)
+    decoder = state["encoder.weight"] if is_tied else state["decoder.weight"].T
+    mean, std = (x.mean(-1, keepdim=True), x.std(-1, keepdim=True)) if is_topk else (torch.zeros(1), torch.ones(1))
+    rows = (x - mean) / (std + 1e-5) if is_topk else x
+    pre = (rows - state["pre_bias"]) @ state["encoder.weight"].T + state["latent_bias"]
+    acts = largest(pre, K) if is_topk else pre.relu()
+    return acts, (acts @ decoder + state["pre_bias"]) * std + mean
+
+
+# ---------------------------------------------------------------------------------------------------------- Gemma Scope
+
+
+def save_npz(file: Path, arrays: Tensors, is_compressed: bool = False) -> None:
+    plain = {name: tensor.numpy() for name, tensor in arrays.items()}
+    with file.open("wb") as to:
+        (np.savez_compressed if is_compressed else np.savez)(to, allow_pickle=False, **plain)
+
+
+def gemma_scope_1(file: Path, x: Tensor, seed: int, is_lower: bool = False, is_compressed: bool = False) -> Values:
+    state = tensors(MATRICES | BIASES, seed)
+    save_npz(file, {n.replace("W_", "w_") if is_lower else n: t for n, t in state.items()}, is_compressed)
+    scale = D_IN**0.5 if "embedding" in file.parts else 1.0
+    acts = above(x / scale @ state["W_enc"] + state["b_enc"], state["threshold"])
+    return acts, (acts @ state["W_dec"] + state["b_dec"]) * scale
+
+
+def gemma_scope_2(file: Path, x: Tensor, seed: int, hooks: tuple[str, str], is_affine: bool = False) -> Values:
+    state = tensors({n.replace("W_", "w_"): s for n, s in (MATRICES | BIASES).items()}, seed)
+    skip = tensors({"affine_skip_connection": (D_IN, D_IN)}, seed + 1) if is_affine else {}
+    save_file(state | skip, file)
+    config = {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt", "affine_connection": is_affine}
+    config |= dict(zip(("hf_hook_point_in", "hf_hook_point_out"), hooks, strict=True))
+    (file.parent / "config.json").write_text(json.dumps(config))
+    acts = above(x @ state["w_enc"] + state["b_enc"], state["threshold"])
+    out = acts @ state["w_dec"] + state["b_dec"]
+    return acts, out + x @ skip["affine_skip_connection"] if is_affine else out
+
+
+# ------------------------------------------------------------------------------------------------------------------ all
+
+Maker = Callable[..., Values]
+FIRST = "gemma-scope-2b-pt-{}/layer_20/width_16k/average_l0_71/params.npz"
+SECOND = "gemma-scope-2-1b-pt/{}/params.safetensors"
+OUT, NORMED = "model.layers.13.output", "model.layers.13.{}_feedforward_layernorm.output"
+
+MADE: dict[str, tuple[str, Maker, dict[str, Any], dict[str, Any]]] = {
+    # name: the file, its maker, the maker's options, what a caller must give
+    "openai-v1": ("resid_delta_mlp/autoencoders/8.pt", openai, {"is_topk": False, "is_bare": True}, {}),
+    "openai-v4": ("mlp_post_act_v4/autoencoders/8.pt", openai, {"is_topk": False}, {}),
+    "openai-v5": ("resid_post_mlp_v5_32k/autoencoders/8.pt", openai, {"is_topk": True}, {}),
+    "openai-v5-tied": ("resid_post_attn_v5_128k/autoencoders/8.pt", openai, {"is_topk": True, "is_tied": True}, {}),
+    "gemma_scope_1-res": (FIRST.format("res"), gemma_scope_1, {}, {}),
+    "gemma_scope_1-att-lower-case": (FIRST.format("att"), gemma_scope_1, {"is_lower": True}, {}),
+    "gemma_scope_1-transcoder": (FIRST.format("transcoders"), gemma_scope_1, {"is_compressed": True}, {}),
+    "gemma_scope_1-embedding": (
+        "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6/params.npz",
+        gemma_scope_1,
+        {},
+        {},
+    ),
+    "gemma_scope_2-resid-post": (
+        SECOND.format("resid_post/layer_13_width_16k_l0_small"),
+        gemma_scope_2,
+        {"hooks": (OUT, OUT)},
+        {},
+    ),
+    "gemma_scope_2-transcoder": (
+        SECOND.format("transcoder_all/layer_13_width_16k_l0_small"),
+        gemma_scope_2,
+        {"hooks": (NORMED.format("pre"), NORMED.format("post"))},
+        {},
+    ),
+    "gemma_scope_2-transcoder-affine": (
+        SECOND.format("transcoder_all/layer_13_width_16k_l0_small_affine"),
+        gemma_scope_2,
+        {"hooks": (NORMED.format("pre"), NORMED.format("post")), "is_affine": True},
+        {},
+    ),
+}
+
+
+@torch.no_grad()
+def write(root: Path, name: str, seed: int) -> None:
+    path, make, options, given = MADE[name]
+    folder, x = root / name, inputs()
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / path).parent.mkdir(parents=True)
+    acts, out = make(folder / path, x, seed, **options)
+    facts = {
+        "package": f"none: written to the layout of {name.split('-')[0]}",
+        "torch": torch.__version__,
+        "path": path,
+        "variant": name.partition("-")[2].replace("-", " "),
+        "by": "the formula in plain torch",
+    }
+    save_expected(folder, x, acts, out, facts | ({"given": given} if given else {}))
+
+
+if __name__ == "__main__":
+    for number, made in enumerate(MADE):
+        write(Path(sys.argv[1]), made, 300 + 10 * number)
