@@ -17,7 +17,17 @@ from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_from_dict
-from sae_training.formats import dictionary_learning, gemma_scope, mats, native, openai, saelens, sparsify
+from sae_training.formats import (
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    mats,
+    native,
+    openai,
+    saelens,
+    single_files,
+    sparsify,
+)
 from sae_training.formats.found import Found
 from sae_training.formats.hook_names import layer_of
 from sae_training.formats.loaded import Facts, Given, Loaded
@@ -25,7 +35,7 @@ from sae_training.machine.device import checked, is_there
 
 __all__ = ["Facts", "Given", "Loaded", "config_of", "load", "native", "read", "read_many"]
 
-FAMILIES = (gemma_scope, saelens, sparsify, dictionary_learning, openai, mats, native)
+FAMILIES = (gemma_scope, circuit_tracer, saelens, sparsify, dictionary_learning, openai, single_files, mats, native)
 """The first that recognises a thing reads it. native is the last: it says what is missing where there is nothing."""
 
 MOST_FOLDERS = 20_000

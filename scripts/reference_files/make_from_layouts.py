@@ -104,6 +104,42 @@ def gemma_scope_2(file: Path, x: Tensor, seed: int, hooks: tuple[str, str], is_a
     return acts, out + x @ skip["affine_skip_connection"] if is_affine else out
 
 
+# --------------------------------------------------------------------------------------------------------- single files
+
+
+def goodfire(file: Path, x: Tensor, seed: int) -> Values:
+    named = {name: name.replace(".", "_linear.") for name in LINEAR}
+    made = {named[n]: t.bfloat16() for n, t in tensors(LINEAR, seed).items()}
+    torch.save(made, file)
+    state = {name: tensor.float() for name, tensor in made.items()}
+    acts = (x @ state["encoder_linear.weight"].T + state["encoder_linear.bias"]).relu()
+    return acts, acts @ state["decoder_linear.weight"].T + state["decoder_linear.bias"]
+
+
+def qresearch(file: Path, x: Tensor, seed: int) -> Values:
+    state = tensors(LINEAR, seed)
+    torch.save(state, file)
+    acts = (x @ state["encoder.weight"].T + state["encoder.bias"]).relu()
+    return acts, acts @ state["decoder.weight"].T + state["decoder.bias"]
+
+
+def qwen_scope(file: Path, x: Tensor, seed: int, d_sae: int = D_SAE) -> Values:
+    shapes = {"W_enc": (d_sae, D_IN), "W_dec": (D_IN, d_sae), "b_enc": (d_sae,), "b_dec": (D_IN,)}
+    state = tensors(shapes, seed)
+    torch.save(state, file)
+    acts = largest(x @ state["W_enc"].T + state["b_enc"], K)
+    return acts, acts @ state["W_dec"].T + state["b_dec"]
+
+
+def attention_sae(file: Path, x: Tensor, seed: int) -> Values:
+    state = tensors({name: shape for name, shape in (MATRICES | BIASES).items() if name != "threshold"}, seed)
+    torch.save(state, file)
+    config = {"act_name": "blocks.5.attn.hook_z", "act_size": D_IN, "dict_size": D_SAE, "l1_coeff": 1.0}
+    file.with_name(f"{file.stem}_cfg.json").write_text(json.dumps(config))
+    acts = ((x - state["b_dec"]) @ state["W_enc"] + state["b_enc"]).relu()
+    return acts, acts @ state["W_dec"] + state["b_dec"]
+
+
 # ------------------------------------------------------------------------------------------------------------------ all
 
 Maker = Callable[..., Values]
@@ -144,6 +180,11 @@ MADE: dict[str, tuple[str, Maker, dict[str, Any], dict[str, Any]]] = {
         {"hooks": (NORMED.format("pre"), NORMED.format("post")), "is_affine": True},
         {},
     ),
+    "goodfire-relu-bfloat16": ("Llama-3.1-8B-Instruct-SAE-l19.pth", goodfire, {}, {}),
+    "qresearch-relu": ("DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt", qresearch, {}, {}),
+    "qwen_scope-topk": (f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}/layer7.sae.pt", qwen_scope, {}, {}),
+    "qwen_scope-square": ("layer7.sae.pt", qwen_scope, {"d_sae": D_IN}, {"k": K}),
+    "attention_saes-hook-z": ("gpt2-small_L5_Hcat_z.pt", attention_sae, {}, {}),
 }
 
 
