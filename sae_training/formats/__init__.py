@@ -20,6 +20,7 @@ from sae_training.config.io import config_from_dict
 from sae_training.formats import (
     circuit_tracer,
     dictionary_learning,
+    e2e_sae,
     gemma_scope,
     mats,
     native,
@@ -35,7 +36,18 @@ from sae_training.machine.device import checked, is_there
 
 __all__ = ["Facts", "Given", "Loaded", "config_of", "load", "native", "read", "read_many"]
 
-FAMILIES = (gemma_scope, circuit_tracer, saelens, sparsify, dictionary_learning, openai, single_files, mats, native)
+FAMILIES = (
+    gemma_scope,
+    circuit_tracer,
+    saelens,
+    sparsify,
+    dictionary_learning,
+    openai,
+    e2e_sae,
+    single_files,
+    mats,
+    native,
+)
 """The first that recognises a thing reads it. native is the last: it says what is missing where there is nothing."""
 
 MOST_FOLDERS = 20_000
