@@ -25,6 +25,7 @@ from sae_training.formats import (
     mats,
     native,
     openai,
+    refused,
     saelens,
     single_files,
     sparsify,
@@ -45,6 +46,7 @@ FAMILIES = (
     openai,
     e2e_sae,
     single_files,
+    refused,
     mats,
     native,
 )
