@@ -1,4 +1,4 @@
-"""Files that are recognised and not read, with the reason: no dictionaries of vectors at one place, or of unknown rules.
+"""Files that are recognised and not read, with the reason: no dictionaries of one place, or rules unknown.
 
 Codebooks, cross-layer transcoders and Gemma Scope's crosscoders are refused by the families that they belong to.
 """
