@@ -18,7 +18,19 @@ from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_from_dict
-from sae_training.formats import dictionary_learning, mats, native, openai, saelens, sparsify
+from sae_training.formats import (
+    circuit_tracer,
+    dictionary_learning,
+    e2e_sae,
+    gemma_scope,
+    mats,
+    native,
+    openai,
+    refused,
+    saelens,
+    single_files,
+    sparsify,
+)
 from sae_training.formats.found import Found
 from sae_training.formats.hook_names import layer_of, transformer_lens_name
 from sae_training.formats.loaded import Facts, Given, Loaded, describe
@@ -26,7 +38,19 @@ from sae_training.machine.device import checked, is_there
 
 __all__ = ["Facts", "Given", "Loaded", "config_of", "load", "native", "read", "read_many"]
 
-FAMILIES = (saelens, sparsify, openai, dictionary_learning, mats, native)
+FAMILIES = (
+    gemma_scope,
+    circuit_tracer,
+    saelens,
+    sparsify,
+    dictionary_learning,
+    openai,
+    e2e_sae,
+    single_files,
+    refused,
+    mats,
+    native,
+)
 """The first that recognises a thing reads it. native is the last: it says what is missing where there is nothing."""
 
 MOST_FOLDERS = 20_000

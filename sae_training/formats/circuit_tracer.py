@@ -1,0 +1,122 @@
+"""Per-layer transcoders of circuit-tracer: a folder with layer_<i>.safetensors for each layer, and config.yaml.
+
+Nothing is subtracted from the input. W_enc and W_dec are both (d_sae, d_in): a latent is a row. In files of June 2025
+W_dec is (d_in, d_sae); the length of b_enc tells them apart, unless the two sizes are equal.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from sae_training.formats import folding
+from sae_training.formats.found import Found
+from sae_training.formats.json_files import MOST_BYTES
+from sae_training.formats.loaded import Given, Loaded, place_and_text, sizes
+from sae_training.machine.precision import at_least_float32
+
+CONFIG = "config.yaml"
+LAYER = re.compile(r"layer_(\d+)\.safetensors")
+OF_SEVERAL_LAYERS = re.compile(r"W_(?:enc|dec)_\d+\.safetensors")
+NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+THRESHOLD, SKIP = "activation_function.threshold", "W_skip"
+
+
+def recognises(found: Found) -> bool:
+    files = files_of(found)
+    if not files:
+        return False
+    return bool(OF_SEVERAL_LAYERS.fullmatch(files[0])) or {*NAMES} <= found.header(files[0]).shapes.keys()
+
+
+def files_of(found: Found) -> list[str]:
+    names = found.names if found.is_folder else {found.path.name}
+    layers = [name for name in names if LAYER.fullmatch(name)] or [n for n in names if OF_SEVERAL_LAYERS.fullmatch(n)]
+    return sorted(layers, key=lambda name: int(re.sub(r"\D", "", name)))
+
+
+def read(found: Found, given: Given) -> dict[str, Loaded]:
+    """The transcoders by `layer_<i>`. ValueError for cross-layer transcoders, and for tensors that do not fit."""
+    files = files_of(found)
+    if OF_SEVERAL_LAYERS.fullmatch(files[0]):
+        raise ValueError(
+            f"{found.folder}: a cross-layer transcoder, whose latents write to all later layers; only dictionaries of "
+            "one place are read."
+        )
+    config = config_of(found)
+    return {file.removesuffix(".safetensors"): read_layer(found, file, config, given) for file in files}
+
+
+def read_layer(found: Found, file: str, config: dict[str, Any], given: Given) -> Loaded:
+    header, path = found.header(file), found.folder / file
+    shapes = header.shapes
+    unknown = shapes.keys() - {*NAMES, THRESHOLD, SKIP}
+    if unknown:
+        raise ValueError(f"{path}: {', '.join(sorted(unknown))}: not a tensor of a transcoder that is read.")
+    missing = [name for name in NAMES if name not in shapes]
+    if missing:
+        raise ValueError(f"{path}: {', '.join(missing)} missing; use another copy.")
+    d_sae, d_in = shapes["W_enc"]
+    d_out = shapes["b_dec"][0]
+    if shapes["b_enc"] != (d_sae,) or shapes["W_dec"] not in ((d_sae, d_out), (d_out, d_sae)):
+        raise ValueError(f"{path}: W_enc {shapes['W_enc']}, b_enc {shapes['b_enc']}, W_dec {shapes['W_dec']} differ.")
+    is_old = shapes["W_dec"] != (d_sae, d_out)
+    found_layer = LAYER.fullmatch(file)
+    layer = int(found_layer[1]) if found_layer else 0
+    dtype = header.dtypes["W_dec"]
+    values = (
+        sizes(d_in, d_sae)
+        | place_and_text(given, config.get("model_name"), hook(config, "feature_input_hook", layer), layer)
+        | {
+            "architecture": "jumprelu" if THRESHOLD in shapes else "standard",
+            "target_hook_point": hook(config, "feature_output_hook", layer) or "unknown",
+            "d_out": d_out,
+            "skip_connection": SKIP in shapes,
+            "model_processing": "none",
+            "file_format": "circuit_tracer",
+            "file_dtype": dtype,
+            "dtype": "float64" if dtype == "float64" else "float32",
+        }
+    )
+    remark = "W_dec is square: read with latents as rows, as since July 2025; files of before had them as columns"
+    return Loaded(values, partial(weights, found, file, is_old), (remark,) if d_sae == d_out else ())
+
+
+def hook(config: dict[str, Any], key: str, layer: int) -> str | None:
+    name = config.get(key)
+    return f"blocks.{layer}.{name}" if isinstance(name, str) else None
+
+
+def config_of(found: Found) -> dict[str, Any]:
+    """What config.yaml says, in plain values; {} without one. ValueError for one that is not plain."""
+    if CONFIG not in found.names:
+        return {}
+    path = found.folder / CONFIG
+    if path.stat().st_size > MOST_BYTES // 16:
+        raise ValueError(f"{path}: found {path.stat().st_size:,} bytes, expected a short config; check the file.")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if re.search(r"(?m)(?:^|[\s\[{,:-])[&*][\w-]", text):
+        raise ValueError(f"{path}: holds an anchor or alias (& or *), which can grow without end; write it out.")
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: no plain YAML ({error}); correct the file.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: found a {type(values).__name__}, expected names and values.")
+    return values
+
+
+def weights(found: Found, file: str, is_old: bool) -> dict[str, Tensor]:
+    made = {name: tensor.to(at_least_float32(tensor.dtype)) for name, tensor in found.tensors(file).items()}
+    made["W_enc"] = made["W_enc"].T
+    if is_old:
+        made["W_dec"] = made["W_dec"].T.contiguous()
+    if THRESHOLD in made:
+        made["log_threshold"] = folding.log_thresholds(made.pop(THRESHOLD))
+    if SKIP in made:
+        made[SKIP] = made[SKIP].T.contiguous()
+    return made

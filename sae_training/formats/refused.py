@@ -1,0 +1,58 @@
+"""Files that are recognised and not read, with the reason: no dictionaries of one place, or rules unknown.
+
+Codebooks, cross-layer transcoders and Gemma Scope's crosscoders are refused by the families that they belong to.
+"""
+
+from __future__ import annotations
+
+from sae_training.formats.found import Found
+from sae_training.formats.loaded import Given, Loaded
+
+OPENMOSS = ("config.json", "sae_weights.safetensors")
+TEMPORAL = ("conf.yaml", "latest_ckpt.safetensors")
+CROSSCODER = ("config.json", "model.safetensors")
+
+SEVERAL_PLACES = "reads or writes several places at once; only dictionaries of one place are read"
+KINDS_OF_OPENMOSS = {
+    "crosscoder": SEVERAL_PLACES,
+    "clt": SEVERAL_PLACES,
+    "lorsa": "is sparse attention over positions, not a dictionary of vectors",
+    "molt": "adds up transforms of low rank, not a dictionary of vectors",
+}
+
+
+def recognises(found: Found) -> bool:
+    return reason(found) is not None
+
+
+def read(found: Found, given: Given) -> dict[str, Loaded]:
+    """ValueError with the reason."""
+    raise ValueError(f"{found.path}: {reason(found)}.")
+
+
+def reason(found: Found) -> str | None:
+    """What the files are and why they are not read; None for files of other kinds."""
+    if found.is_pickle:
+        return reason_of_pickle(found)
+    if found.has(*OPENMOSS):
+        kind = found.json(OPENMOSS[0]).get("sae_type")
+        return f"a {kind} of llamascopium, which {KINDS_OF_OPENMOSS[kind]}" if kind in KINDS_OF_OPENMOSS else None
+    if found.has(*TEMPORAL):
+        return "a temporal autoencoder, which is a model of sequences (attention over positions); load it with SAELens"
+    if found.has(*CROSSCODER) and len(found.header(CROSSCODER[1]).shapes.get("encoder.weight", ())) == 3:
+        return f"a crosscoder of dictionary_learning's forks, which {SEVERAL_PLACES}"
+    return None
+
+
+def reason_of_pickle(found: Found) -> str | None:
+    state = found.pickle()
+    if not isinstance(state, dict):
+        return None
+    if {"encoder_linear.weight", "decoder.weight", "decoder_bias"} <= state.keys():
+        return (
+            "Goodfire's top-k for gpt-oss, of which no source states whether decoder_bias is subtracted from the input "
+            "and which way decoder.weight lies"
+        )
+    if "W_enc" in state and getattr(state["W_enc"], "ndim", 2) == 3:
+        return f"a crosscoder between models (W_enc has three axes), which {SEVERAL_PLACES}"
+    return None

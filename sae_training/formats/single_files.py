@@ -1,0 +1,123 @@
+"""Releases of one .pt file for each place, whose tensors' names tell the program: Goodfire, Qwen Scope, attention SAEs.
+
+| release                         | tensors                                           | activations                 |
+|---------------------------------|---------------------------------------------------|-----------------------------|
+| Goodfire (ReLU)                 | encoder_linear.*, decoder_linear.*                | ReLU, nothing subtracted    |
+| Qwen Scope, layer<i>.sae.pt     | W_enc (n, d), W_dec (d, n): both the other way    | the k largest, as above     |
+| attention SAEs (Kissane et al.) | W_enc, W_dec, with <same name>_cfg.json beside it | ReLU of the centred input   |
+
+qresearch's files have the tensors of dictionary_learning's AutoEncoderNew, which reads them. Qwen's k is in the name of
+the repository alone, SAE-Res-Qwen3-8B-Base-W64K-L0_50, and a caller gives it if the path has lost that name.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sae_training.formats.found import Found
+from sae_training.formats.loaded import Given, Loaded, needed, place_and_text, sizes
+from sae_training.machine.precision import at_least_float32
+
+GOODFIRE = {
+    "encoder_linear.weight": "W_enc",
+    "encoder_linear.bias": "b_enc",
+    "decoder_linear.weight": "W_dec",
+    "decoder_linear.bias": "b_dec",
+}
+MATRICES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+
+GOODFIRE_NAME = re.compile(r"(?:.*--)?(Llama-3\.\d-\d+B-Instruct)-SAE-l(\d+)")
+QWEN_NAME = re.compile(r"(?:.*--)?SAE-Res-(Qwen[\w.-]+?)-W\d+K-L0_(\d+)")
+QWEN_FILE = re.compile(r"layer(\d+)\.sae\.pt")
+
+
+def recognises(found: Found) -> bool:
+    return kind_of(found) is not None
+
+
+def kind_of(found: Found) -> str | None:
+    """Which of the releases a file is of; None: of none of them."""
+    if not found.is_pickle or not isinstance(state := found.pickle(), dict):
+        return None
+    if state.keys() == GOODFIRE.keys():
+        return "goodfire"
+    if state.keys() != MATRICES.keys():
+        return None
+    if QWEN_FILE.fullmatch(found.path.name):
+        return "qwen_scope"
+    return "attention_saes" if sidecar(found) in found.names else None
+
+
+def sidecar(found: Found) -> str:
+    return f"{found.path.stem}_cfg.json"
+
+
+def read(found: Found, given: Given) -> dict[str, Loaded]:
+    """The autoencoder of the file. ValueError for shapes that do not fit, and for a k that nobody says."""
+    state, path, kind = found.pickle(), found.path, kind_of(found)
+    is_linear = kind != "attention_saes"  # as torch.nn.Linear has it: outputs first
+    W_enc = state["encoder_linear.weight" if kind == "goodfire" else "W_enc"]
+    d_in, d_sae = reversed(W_enc.shape) if is_linear else W_enc.shape
+    biases = state["encoder_linear.bias" if kind == "goodfire" else "b_enc"]
+    if len(biases) != d_sae:
+        raise ValueError(f"{path}: b_enc has {len(biases)} values, expected {d_sae}, as W_enc is {tuple(W_enc.shape)}.")
+    dtype = str(W_enc.dtype).removeprefix("torch.")
+    values = sizes(d_in, d_sae) | {
+        "architecture": "topk" if kind == "qwen_scope" else "standard",
+        "apply_b_dec_to_input": not is_linear,
+        "model_processing": "none",
+        "file_format": kind,
+        "file_dtype": dtype,
+        "dtype": "float64" if dtype == "float64" else "float32",
+    }
+    match kind:
+        case "goodfire":
+            values |= place_of_goodfire(path, given)
+        case "qwen_scope":
+            values |= place_of_qwen(path, given)
+        case _:
+            values |= place_of_attention(found, given)
+    names = GOODFIRE if kind == "goodfire" else MATRICES
+    return {path.name.split(".")[0]: Loaded(values, partial(weights, state, names, is_linear))}
+
+
+def named(path: Path, pattern: re.Pattern[str]) -> re.Match[str] | None:
+    """The nearest folder's name of a kind above a file."""
+    return next((found for part in reversed(path.absolute().parts) if (found := pattern.fullmatch(part))), None)
+
+
+def place_of_goodfire(path: Path, given: Given) -> dict[str, Any]:
+    repository = named(path, GOODFIRE_NAME) or GOODFIRE_NAME.fullmatch(path.stem)
+    if repository is None:
+        return place_and_text(given)
+    layer = int(repository[2])
+    return place_and_text(given, f"meta-llama/{repository[1]}", f"blocks.{layer}.hook_resid_post", layer)
+
+
+def place_of_qwen(path: Path, given: Given) -> dict[str, Any]:
+    repository, file = named(path, QWEN_NAME), QWEN_FILE.fullmatch(path.name)
+    layer = int(file[1]) if file else None
+    k = needed(given.k, int(repository[2]) if repository else None, "k (L0_<k> in the repository's name)", "k", path)
+    model = f"Qwen/{repository[1]}" if repository else None
+    return {"k": k} | place_and_text(given, model, f"blocks.{layer}.hook_resid_post", layer)
+
+
+def place_of_attention(found: Found, given: Given) -> dict[str, Any]:
+    """The hook that the config beside the file names, which has all heads side by side."""
+    hook_point = found.json(sidecar(found)).get("act_name")
+    layer = re.search(r"blocks\.(\d+)\.", str(hook_point))
+    return place_and_text(given, "gpt2-small", hook_point, int(layer[1]) if layer else None)
+
+
+def weights(state: dict[str, Tensor], names: dict[str, str], is_linear: bool) -> dict[str, Tensor]:
+    ours: dict[str, Tensor] = {}
+    for theirs, name in names.items():
+        tensor = state[theirs].detach().to(at_least_float32(state[theirs].dtype), copy=True)
+        ours[name] = tensor.T if is_linear and tensor.ndim == 2 else tensor
+    ours["W_dec"] = ours["W_dec"].contiguous()
+    return ours

@@ -1,0 +1,42 @@
+"""Releases of one file for each place: told apart by tensors and names, which give the place and k."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import reference
+
+from sae_training.sparse_autoencoder import SparseAutoencoder
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "hook_point", "is_centred"),
+    [
+        ("goodfire-relu-bfloat16", "meta-llama/Llama-3.1-8B-Instruct", "blocks.19.hook_resid_post", False),
+        ("qwen_scope-topk", "Qwen/Qwen3-1.7B-Base", "blocks.7.hook_resid_post", False),
+        ("attention_saes-hook-z", "gpt2-small", "blocks.5.attn.hook_z", True),
+        ("qresearch-relu", "unknown", "unknown", False),
+    ],
+)
+def test_names_give_model_and_place(name: str, model: str, hook_point: str, is_centred: bool) -> None:
+    cfg = reference.loaded(reference.ROOT / name).cfg
+    assert (cfg.model_name, cfg.hook_point, cfg.apply_b_dec_to_input) == (model, hook_point, is_centred)
+    assert cfg.file_dtype == ("bfloat16" if "bfloat16" in name else "float32")
+
+
+def test_k_of_qwen_scope_is_in_the_repository_s_name_or_is_given(tmp_path: Path) -> None:
+    folder = reference.ROOT / "qwen_scope-topk"
+    shutil.copy(folder / reference.facts_of(folder)["path"], tmp_path)
+    path = tmp_path / "layer7.sae.pt"
+    with pytest.raises(ValueError, match=r"k \(L0_<k> in the repository's name\) is missing.*give k="):
+        SparseAutoencoder.load_from_pretrained(path)
+    cfg = SparseAutoencoder.load_from_pretrained(path, k=3).cfg
+    assert (cfg.k, cfg.model_name, cfg.hook_point) == (3, "unknown", "blocks.7.hook_resid_post")
+
+
+def test_an_attention_sae_needs_its_config_to_be_known(tmp_path: Path) -> None:
+    shutil.copy(reference.ROOT / "attention_saes-hook-z" / "gpt2-small_L5_Hcat_z.pt", tmp_path)
+    with pytest.raises(ValueError, match="expected a dict with 'cfg' and 'state_dict'"):
+        SparseAutoencoder.load_from_pretrained(tmp_path / "gpt2-small_L5_Hcat_z.pt")
