@@ -25,7 +25,7 @@ def test_all_places_of_a_file_are_read_by_their_hooks() -> None:
 
 
 def test_without_a_place_the_caller_is_told_which_there_are() -> None:
-    with pytest.raises(ValueError, match="holds 2 autoencoders.*give hook_point="):
+    with pytest.raises(ValueError, match="2 are at hook_point None.*expected one; change hook_point or layer"):
         SparseAutoencoder.load_from_pretrained(FOLDER / "samples_400000.pt")
 
 

@@ -38,5 +38,5 @@ def test_k_of_qwen_scope_is_in_the_repository_s_name_or_is_given(tmp_path: Path)
 
 def test_an_attention_sae_needs_its_config_to_be_known(tmp_path: Path) -> None:
     shutil.copy(reference.ROOT / "attention_saes-hook-z" / "gpt2-small_L5_Hcat_z.pt", tmp_path)
-    with pytest.raises(ValueError, match="expected a dict with 'cfg' and 'state_dict'"):
+    with pytest.raises(ValueError, match="found a dict with 'W_enc'.*which no format that is read has"):
         SparseAutoencoder.load_from_pretrained(tmp_path / "gpt2-small_L5_Hcat_z.pt")
