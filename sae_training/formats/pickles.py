@@ -72,3 +72,14 @@ class TensorUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(
             f"the file asks for {module}.{name}, which no autoencoder needs; it was not loaded."
         )
+
+
+def tensors_by_name(content: Any, prefix: str = "", depth: int = 3) -> dict[str, torch.Tensor]:
+    """The tensors in dicts of dicts, by their keys with dots between them."""
+    found: dict[str, torch.Tensor] = {}
+    for key, part in content.items() if isinstance(content, dict) and depth else ():
+        if isinstance(part, torch.Tensor):
+            found[f"{prefix}{key}"] = part
+        elif isinstance(key, str):
+            found |= tensors_by_name(part, f"{prefix}{key}.", depth - 1)
+    return found

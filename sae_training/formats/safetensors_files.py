@@ -87,21 +87,14 @@ def slices(path: Path, head: Header, name: str) -> Iterator[tuple[int, Tensor]]:
     for axis in shape[1:]:
         width *= axis
     rows = max(1, SLICE_BYTES // max(1, width))
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:
         file.seek(head.starts[name])
         for first in range(0, shape[0] if width else 0, rows):
             n_rows = min(rows, shape[0] - first)
-            part = torch.empty(n_rows, *shape[1:], dtype=dtype)
-            read_into(file, memoryview(part.view(torch.uint8).numpy()).cast("B"), path)
-            yield first, part
-
-
-def read_into(file: object, room: memoryview, path: Path) -> None:
-    while len(room):
-        n_bytes = file.readinto(room)  # type: ignore[attr-defined]
-        if not n_bytes:
-            raise ValueError(f"{path}: truncated while it was read; use another copy.")
-        room = room[n_bytes:]
+            room = bytearray(n_rows * width)
+            if file.readinto(room) != len(room):
+                raise ValueError(f"{path}: truncated while it was read; use another copy.")
+            yield first, torch.frombuffer(room, dtype=dtype).view(n_rows, *shape[1:])
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
