@@ -18,6 +18,7 @@ from torch import Tensor
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_from_dict
 from sae_training.formats import dictionary_learning, mats, native, saelens, sparsify
+from sae_training.formats.doubts import blamed_on, check_finite, swapped_axes
 from sae_training.formats.found import Found
 from sae_training.formats.hook_names import layer_of
 from sae_training.formats.loaded import Facts, Given, Loaded
@@ -39,13 +40,16 @@ def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008
             f"{path}: no such file or folder; expected a run folder, a checkpoint folder, a .safetensors, or an old "
             ".pt / .pkl.gz."
         )
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: neither a file nor a folder, but a device or a pipe; give a file.")
     found = Found(path)
     is_asked = given.hook_point is not None or given.layer is not None
     if is_asked and found.is_folder and not is_one(found):
         return read_many(path, given)
-    for family in FAMILIES:
-        if family.recognises(found):
-            return family.read(found, given)
+    with blamed_on(path):
+        for family in FAMILIES:
+            if family.recognises(found):
+                return family.read(found, given)
     raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .pt, .pkl or .pkl.gz.")
 
 
@@ -83,12 +87,24 @@ def load(
     cfg = config_of(loaded, path, device)
     for remark in loaded.remarks:
         warnings.warn(f"{path}: {remark}", stacklevel=3)
-    return cfg, loaded.weights()
+    return cfg, weights_of(loaded, path)
+
+
+def weights_of(loaded: Loaded, path: Path) -> dict[str, Tensor]:
+    """The tensors of what was read. ValueError if they cannot be read, or are no finite numbers."""
+    with blamed_on(path):
+        tensors = loaded.weights()
+        check_finite(tensors)
+        remark = None if loaded.values.get("target_hook_point") else swapped_axes(tensors)
+    if remark:
+        warnings.warn(f"{path}: {remark}", stacklevel=4)
+    return tensors
 
 
 def config_of(loaded: Loaded, path: Path, device: str | None = None) -> LanguageModelSAERunnerConfig:
     """The config of what was read, for `device`. ValueError if it is none."""
-    cfg = config_from_dict(loaded.values, strict=False)
+    with blamed_on(path):
+        cfg = config_from_dict(loaded.values, strict=False)
     if cfg.normalize_activations == "expected_average_only_in":
         raise ValueError(
             f"{path}: its config has normalize_activations {cfg.normalize_activations!r}, so its weights expect scaled "

@@ -14,6 +14,7 @@ from typing import Any
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import UNKNOWN, WITH_K
 from sae_training.formats import FAMILIES, config_of, folders_of, is_one, mats, native
+from sae_training.formats.doubts import blamed_on
 from sae_training.formats.found import Found
 from sae_training.formats.loaded import Given, Loaded
 from sae_training.formats.pickles import tensors_by_name
@@ -119,13 +120,17 @@ def is_damaged(found: Found) -> bool:
 
 def inspect_one(found: Found, full: bool) -> dict[str, dict[str, Any]]:
     """What a file or folder holds, by name. ValueError or OSError if its headers cannot be read."""
-    family = next((family for family in FAMILIES if family.recognises(found)), None)
+    if not found.is_folder and not found.path.is_file():
+        raise ValueError(f"{found.path}: neither a file nor a folder, but a device or a pipe; give a file.")
+    with blamed_on(found.path):
+        family = next((family for family in FAMILIES if family.recognises(found)), None)
     if family is None:
         raise ValueError(f"{found.path}: unknown kind of file; expected .safetensors, .pt, .pkl or .pkl.gz.")
     common = {"family": family.__name__.rpartition(".")[2], "path": str(found.path)}
     tensors = tensors_of(found)
     try:
-        loaded = family.read(found, Given())
+        with blamed_on(found.path):
+            loaded = family.read(found, Given())
     except (ValueError, OSError) as error:
         if not any(tensors.values()):
             raise

@@ -384,7 +384,8 @@ class SparseAutoencoder(HookedRootModule):
         `output_hidden_states` minus its mean, `h - h.mean(-1, keepdim=True)`.
         """
         cfg, tensors = formats.load(Path(path), device, formats.Given(hook_point, layer, **given))
-        return cls(cfg, tensors).eval()
+        with formats.blamed_on(Path(path)):
+            return cls(cfg, tensors).eval()
 
     @classmethod
     def load_many(
@@ -397,4 +398,6 @@ class SparseAutoencoder(HookedRootModule):
     @classmethod
     def of(cls, loaded: formats.Loaded, path: Path, device: str | None) -> SparseAutoencoder:
         """The autoencoder that was read from `path`, in inference mode."""
-        return cls(formats.config_of(loaded, path, device), loaded.weights()).eval()
+        cfg = formats.config_of(loaded, path, device)
+        with formats.blamed_on(path):
+            return cls(cfg, formats.weights_of(loaded, path)).eval()
