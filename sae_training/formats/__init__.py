@@ -24,7 +24,7 @@ from sae_training.formats.hook_names import layer_of
 from sae_training.formats.loaded import Facts, Given, Loaded
 from sae_training.machine.device import checked, is_there
 
-__all__ = ["Facts", "Given", "Loaded", "config_of", "load", "native", "read", "read_many"]
+__all__ = ["Facts", "Given", "Loaded", "blamed_on", "config_of", "load", "native", "read", "read_many", "weights_of"]
 
 FAMILIES = (saelens, sparsify, dictionary_learning, mats, native)
 """The first that recognises a thing reads it. native is the last: it says what is missing where there is nothing."""

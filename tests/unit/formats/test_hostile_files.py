@@ -111,7 +111,7 @@ def test_programs_of_other_kinds_are_refused(program: bytes, name: str, tmp_path
 
 def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path) -> None:
     path = tmp_path / "sae.pkl.gz"
-    n_bytes = 2**30
+    n_bytes = 2**28
     with gzip.open(path, "wb", compresslevel=1) as file:
         file.write(b"\x80\x04\x8e" + n_bytes.to_bytes(8, "little"))
         for _ in range(16):
@@ -127,7 +127,7 @@ def zip_of(path: Path, content: bytes, packed: int = zipfile.ZIP_STORED, name: s
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
-    zip_of(tmp_path / "sae.pt", bytes(300 * 2**20), zipfile.ZIP_DEFLATED)
+    zip_of(tmp_path / "sae.pt", bytes(70 * 2**20), zipfile.ZIP_DEFLATED)
     refused(tmp_path / "sae.pt", "is packed, which torch never does")
 
 
@@ -191,8 +191,12 @@ def test_damaged_headers_are_named(content: bytes, tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     (folder / SAELENS_WEIGHTS).write_bytes(content)
     refused(folder)
-    with pytest.raises(ValueError, match="sae_weights"):
-        inspect(folder)
+    try:
+        (one,) = inspect(folder)["autoencoders"].values()
+    except ValueError as error:
+        assert SAELENS_WEIGHTS in str(error)
+    else:
+        assert SAELENS_WEIGHTS in one["problem"]
 
 
 @pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec"])
@@ -229,7 +233,7 @@ def test_swapped_axes_of_square_matrices_are_warned_of(tmp_path: Path, recwarn: 
     save_file(fitting, folder / SAELENS_WEIGHTS)
     SparseAutoencoder.load_from_pretrained(folder)
     assert not [w for w in recwarn if "transposed" in str(w.message)]
-    save_file(fitting | {"W_enc": found["W_dec"].contiguous()}, folder / SAELENS_WEIGHTS)
+    save_file(fitting | {"W_enc": found["W_dec"].clone()}, folder / SAELENS_WEIGHTS)
     with pytest.warns(UserWarning, match="if one of the two is transposed"):
         SparseAutoencoder.load_from_pretrained(folder)
 
@@ -268,7 +272,7 @@ ODD_VALUES = [None, True, -1, 0, 10**30, 1.5, "x", [], [1], {}, {"a": []}]
 
 @pytest.mark.parametrize("name", ["saelens-topk", "saelens-v4", "sparsify-topk", "sparsify-legacy"])
 def test_values_of_other_types_load_or_are_refused(name: str, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, name)
+    folder = next(path.parent for path in folder_of(tmp_path, name).rglob("cfg.json"))
     cfg = json.loads((folder / "cfg.json").read_text())
     for key in cfg:
         for value in ODD_VALUES:
