@@ -7,6 +7,7 @@ are read when they are asked for. Nothing that a file holds is executed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,16 +18,16 @@ from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_from_dict
-from sae_training.formats import dictionary_learning, mats, native, saelens, sparsify
+from sae_training.formats import dictionary_learning, mats, native, openai, saelens, sparsify
 from sae_training.formats.doubts import blamed_on, check_finite, swapped_axes
 from sae_training.formats.found import Found
-from sae_training.formats.hook_names import layer_of
-from sae_training.formats.loaded import Facts, Given, Loaded
+from sae_training.formats.hook_names import layer_of, transformer_lens_name
+from sae_training.formats.loaded import Facts, Given, Loaded, describe
 from sae_training.machine.device import checked, is_there
 
 __all__ = ["Facts", "Given", "Loaded", "blamed_on", "config_of", "load", "native", "read", "read_many", "weights_of"]
 
-FAMILIES = (saelens, sparsify, dictionary_learning, mats, native)
+FAMILIES = (saelens, sparsify, openai, dictionary_learning, mats, native)
 """The first that recognises a thing reads it. native is the last: it says what is missing where there is nothing."""
 
 MOST_FOLDERS = 20_000
@@ -50,7 +51,9 @@ def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008
         for family in FAMILIES:
             if family.recognises(found):
                 return family.read(found, given)
-    raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .pt, .pkl or .pkl.gz.")
+    if found.is_pickle:
+        raise ValueError(f"{path}: found {describe(found.pickle())}, which no format that is read has; check the file.")
+    raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .pt, .pth, .pkl or .pkl.gz.")
 
 
 def read_many(path: Path, given: Given) -> dict[str, Loaded]:
@@ -58,15 +61,29 @@ def read_many(path: Path, given: Given) -> dict[str, Loaded]:
     if not path.is_dir() or is_one(Found(path)):
         return read(path, given)
     found: dict[str, Loaded] = {}
-    for folder in folders_of(path):
-        if is_one(Found(folder)):
-            below = read(folder, given)
-            name = folder.relative_to(path).as_posix()
+    for folder in (path, *folders_of(path)):
+        if folder != path and is_one(Found(folder)):
+            ones = [(folder.relative_to(path), folder)]
+        else:
+            files = sorted((file for file in folder.iterdir() if is_file_of_one(file)), key=natural_order)
+            ones = [(file.relative_to(path).with_name(file.name.split(".")[0]), file) for file in files]
+        for place, one in ones:
+            below, name = read(one, given), place.as_posix()
             for inner, loaded in below.items():
                 found[name if len(below) == 1 else f"{name}/{inner}"] = loaded
     if not found:
-        raise FileNotFoundError(f"{path}: no folder in it holds an autoencoder; check the path.")
+        raise FileNotFoundError(f"{path}: nothing in it is an autoencoder that is read; check the path.")
     return found
+
+
+def is_file_of_one(file: Path) -> bool:
+    """Whether a file by itself is what a family reads. Files of other kinds, and unreadable ones, are none."""
+    found = Found(file)
+    if file.is_symlink() or not found.is_pickle or not file.is_file():
+        return False
+    with contextlib.suppress(ValueError, OSError):
+        return any(family.recognises(found) for family in FAMILIES)
+    return False
 
 
 def is_one(found: Found) -> bool:
@@ -84,10 +101,7 @@ def load(
     The config's device is `device`, or the saved one if it is there.
     """
     loaded = the_one(read(path, given), path, given)
-    cfg = config_of(loaded, path, device)
-    for remark in loaded.remarks:
-        warnings.warn(f"{path}: {remark}", stacklevel=3)
-    return cfg, weights_of(loaded, path)
+    return config_of(loaded, path, device), weights_of(loaded, path)
 
 
 def weights_of(loaded: Loaded, path: Path) -> dict[str, Tensor]:
@@ -102,7 +116,9 @@ def weights_of(loaded: Loaded, path: Path) -> dict[str, Tensor]:
 
 
 def config_of(loaded: Loaded, path: Path, device: str | None = None) -> LanguageModelSAERunnerConfig:
-    """The config of what was read, for `device`. ValueError if it is none."""
+    """The config of what was read, for `device`, after its remarks as warnings. ValueError if it is none."""
+    for remark in loaded.remarks:
+        warnings.warn(f"{path}: {remark}", stacklevel=4)
     with blamed_on(path):
         cfg = config_from_dict(loaded.values, strict=False)
     if cfg.normalize_activations == "expected_average_only_in":
@@ -119,27 +135,26 @@ def config_of(loaded: Loaded, path: Path, device: str | None = None) -> Language
 
 
 def the_one(found: Mapping[str, Loaded], path: Path, given: Given) -> Loaded:
-    """The only one, or the only one at the place that `given` names. ValueError that lists them otherwise."""
-    wanted = [loaded for loaded in found.values() if len(found) == 1 or is_at(loaded.values, given)]
+    """The only one that is at the place that `given` names, if it names one. ValueError that lists them otherwise."""
+    wanted = [loaded for loaded in found.values() if is_at(loaded.values, given)]
     if len(wanted) == 1:
         return wanted[0]
-    names = ", ".join(list(found)[:20]) + (", ..." if len(found) > 20 else "")
+    places = [f"{name} ({loaded.values.get('hook_point')})" for name, loaded in list(found.items())[:20]]
+    shown = ", ".join([*places, "..."][: len(found)])
     raise ValueError(
-        f"{path}: holds {len(found)} autoencoders, of which {len(wanted)} are wanted, expected one: {names}; give "
-        "hook_point=... or layer=..., or call load_many."
+        f"{path}: of the autoencoders there ({shown}) {len(wanted)} are at hook_point {given.hook_point}, layer "
+        f"{given.layer}, expected one; change hook_point or layer, or call load_many."
     )
 
 
 def is_at(values: Mapping[str, Any], given: Given) -> bool:
-    """Whether an autoencoder is at the place that `given` names; at none if it names none."""
+    """Whether an autoencoder is at the place that `given` names; what is not named may be any."""
     hook_point = str(values.get("hook_point", ""))
-    if given.hook_point is None and given.layer is None:
-        return False
     layer = layer_of(hook_point)
-    return given.hook_point in (None, hook_point) and given.layer in (
-        None,
-        values.get("hook_point_layer") if layer is None else layer,
-    )
+    layer = values.get("hook_point_layer") if layer is None else layer
+    hook_points = (hook_point, hook_point.replace("{layer}", str(layer)))
+    is_named = given.hook_point is None or transformer_lens_name(given.hook_point) in hook_points
+    return is_named and given.layer in (None, layer)
 
 
 def folders_of(path: Path) -> Iterator[Path]:

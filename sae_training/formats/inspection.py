@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def described(loaded: Loaded, found: Found) -> dict[str, Any]:
     told: dict[str, Any] = {"problem": None}
     values = dict(loaded.values)
     try:
-        cfg = config_of(loaded, found.path)
+        with warnings.catch_warnings(action="ignore"):  # its remarks are listed
+            cfg = config_of(loaded, found.path)
         values = {name: getattr(cfg, name) for name in SAYS_WHAT_IT_IS if says(cfg, name)}
     except ValueError as error:
         told["problem"] = str(error)

@@ -9,20 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from sae_training.formats.found import Found
-from sae_training.formats.loaded import Given, Loaded, describe, sizes
+from sae_training.formats.loaded import Given, Loaded, sizes
 
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def recognises(found: Found) -> bool:
-    return found.is_pickle
+    if not found.is_pickle:
+        return False
+    content = found.pickle()
+    return isinstance(content, dict) and {"cfg", "state_dict"} <= content.keys()
 
 
 def read(found: Found, given: Given) -> dict[str, Loaded]:
-    """The four parameters, and config values. Raise ValueError for anything that is not such a file."""
+    """The four parameters, and config values. ValueError if a parameter is missing."""
     content, path = found.pickle(), found.path
-    if not isinstance(content, dict) or not {"cfg", "state_dict"} <= content.keys():
-        raise ValueError(f"{path}: expected a dict with 'cfg' and 'state_dict', found {describe(content)}.")
     state = content["state_dict"]
     missing = [name for name in PARAMETERS if name not in state]
     if missing:

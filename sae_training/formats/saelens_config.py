@@ -112,7 +112,7 @@ def major_version(cfg: Mapping[str, Any]) -> int:
     digits = re.match(r"\d+", version_of(cfg) or "")
     if digits:
         return int(digits[0])
-    if "architecture" in (cfg.get("metadata") or {}) and "hook_name" not in cfg:
+    if isinstance(cfg.get("metadata"), dict) and "hook_name" not in cfg:
         return 6
     return 4 if "model_from_pretrained_kwargs" in cfg or isinstance(cfg.get("normalize_activations"), str) else 3
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DECODERS = ("W_dec", "w_dec", "decoder.weight", "decoder_linear.weight", "W_D", "D")
+TIED = "decoder.linear.weight"  # the encoder's matrix under the name of the decoder
+
+DECODERS = ("W_dec", "w_dec", "decoder.weight", "decoder_linear.weight", "W_D", "D", TIED)
 """How programs name the matrix of the latents' directions."""
 
 DEAD_BELOW = 1e-6
@@ -53,7 +55,7 @@ def latent_axis(name: str, shape: tuple[int, ...], latents: int | None) -> int |
     if not is_decoder or len(shape) < 2 or latents not in shape:
         return None
     fitting = [axis for axis, size in enumerate(shape) if size == latents]
-    return fitting[-1] if name.endswith(".weight") else fitting[0]
+    return fitting[-1] if name.endswith(".weight") and not name.endswith(TIED) else fitting[0]
 
 
 def norms_by(part: Tensor, axis: int) -> Tensor:

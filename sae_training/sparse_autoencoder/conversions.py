@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.fields import OPTION_OF
-from sae_training.config.types import FIXED_K
+from sae_training.config.types import FIXED_K, ONLY_LOADED
 from sae_training.sparse_autoencoder.definition import SparseAutoencoder
 from sae_training.sparse_autoencoder.normalization import BY_ROW
 
@@ -26,13 +26,14 @@ def fold_decoder_norms(sae: SparseAutoencoder) -> SparseAutoencoder:
     """
     norms = sae.W_dec.norm(dim=1)
     norms = torch.where(norms > 0, norms, 1.0)
-    if sae.architecture in FIXED_K and not torch.allclose(norms, torch.ones_like(norms), atol=1e-3):
+    stays = sae.architecture in (*FIXED_K, *ONLY_LOADED) or sae.full_cfg.activation_fn != "relu"
+    if stays and not torch.allclose(norms, torch.ones_like(norms), atol=1e-3):
         raise ValueError(
             f"fold_decoder_norms: architecture {sae.architecture} chooses latents by the size of their activations, "
-            "which folding would change; convert it with to_jumprelu first."
+            "or bends it, which folding would change; of a fixed k, convert it with to_jumprelu first."
         )
     folded = copy.deepcopy(sae)
-    if sae.architecture in FIXED_K:
+    if stays:
         return folded
     folded.W_dec.div_(norms.unsqueeze(1))
     if sae.architecture == "gated":
@@ -59,6 +60,8 @@ def fold_input_scale(sae: SparseAutoencoder, scale: float, target_scale: float |
             raise ValueError(
                 f"{name}: found {factor}, expected a number above 0, the factor that training multiplied with."
             )
+    if sae.architecture == "matching_pursuit" or sae.full_cfg.activation_fn != "relu":
+        raise ValueError(f"fold_input_scale: {sae.architecture} {sae.full_cfg.activation_fn} does not scale with x.")
     if sae.normalization in BY_ROW and scale != 1:
         raise ValueError(
             f"scale: found {scale} with normalize_activations {sae.normalization}, expected 1: it gives the same codes "

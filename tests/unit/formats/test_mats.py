@@ -99,3 +99,9 @@ def test_old_file_cannot_run_code(save: Callable, name: str, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=name):
         SparseAutoencoder.load_from_pretrained(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_pickle_of_something_else_is_described(tmp_path: Path) -> None:
+    torch.save({"weights": 1, "other": 2}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="found a dict with 'weights', 'other', which no format"):
+        SparseAutoencoder.load_from_pretrained(tmp_path / "x.pt")

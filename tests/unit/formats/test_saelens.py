@@ -155,6 +155,19 @@ def test_rows_of_heads_and_flat_rows_are_the_same() -> None:
     assert torch.equal(sae(x.flatten(-2)).sae_out.view_as(x), sae(x).sae_out)
 
 
+@pytest.mark.parametrize("name", ["abstopk", "v3-tanh-relu"])
+def test_norms_that_decide_are_not_folded(name: str) -> None:
+    with pytest.raises(ValueError, match="fold_decoder_norms: architecture"):
+        fold_decoder_norms(load(reference.ROOT / f"saelens-{name}"))
+
+
+def test_a_place_that_the_only_one_is_not_at_is_an_error() -> None:
+    folder = reference.ROOT / "saelens-gated"
+    assert load(folder, layer=3).architecture == "gated"
+    with pytest.raises(ValueError, match="0 are at hook_point None, layer 4, expected one"):
+        load(folder, layer=4)
+
+
 def test_folding_the_norms_of_a_loaded_jumprelu_keeps_its_outputs() -> None:
     sae = load(reference.ROOT / "saelens-jumprelu")
     x = torch.randn(20, sae.d_in)
@@ -184,5 +197,5 @@ def test_the_one_at_a_layer_is_chosen_from_a_folder_of_folders(tmp_path: Path) -
     assert sae.cfg.hook_point == "blocks.11.hook_resid_pre"
     chosen = SparseAutoencoder.load_from_pretrained(tmp_path, hook_point="blocks.2.hook_resid_pre")
     assert chosen.cfg.hook_point_layer == 2
-    with pytest.raises(ValueError, match="of which 0 are wanted"):
+    with pytest.raises(ValueError, match="0 are at hook_point None, layer 5, expected one"):
         SparseAutoencoder.load_from_pretrained(tmp_path, layer=5)

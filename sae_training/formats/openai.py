@@ -1,0 +1,88 @@
+"""Files of OpenAI's sparse_autoencoder, versions 1 to 5 for GPT-2 small: a .pt for each layer, strings among tensors.
+
+Versions 1 and 4 are ReLU on raw activations. Version 5 is TopK on rows that are normalised first, (x - mean) / (std +
+1e-5) with the deviation of a sample, and brought back by mean and std. The path names the place and the layer.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sae_training.formats.found import Found
+from sae_training.formats.loaded import Given, Loaded, needed, place_and_text, sizes
+from sae_training.machine.precision import at_least_float32
+
+TENSORS = ("pre_bias", "latent_bias", "encoder.weight")
+DECODERS = ("decoder.weight", "decoder.linear.weight")
+"""(d_in, d_sae), and of tied weights the encoder's own, (d_sae, d_in)."""
+
+PLACES = {
+    "mlp_post_act": "mlp.hook_post",
+    "resid_delta_attn": "hook_attn_out",
+    "resid_post_attn": "hook_resid_mid",
+    "resid_delta_mlp": "hook_mlp_out",
+    "resid_post_mlp": "hook_resid_post",
+}
+
+
+def recognises(found: Found) -> bool:
+    if not found.is_pickle:
+        return False
+    content = found.pickle()
+    return isinstance(content, dict) and {*TENSORS} <= content.keys()
+
+
+def read(found: Found, given: Given) -> dict[str, Loaded]:
+    content, path = found.pickle(), found.path
+    decoder = next((name for name in DECODERS if name in content), None)
+    if decoder is None:
+        raise ValueError(f"{path}: decoder.weight is missing; use a complete copy.")
+    d_sae, d_in = content["encoder.weight"].shape
+    values = sizes(d_in, d_sae) | place(path, given) | activation(content, path, given)
+    dtype = str(content["encoder.weight"].dtype).removeprefix("torch.")
+    values |= {"model_processing": "none", "file_format": "openai", "file_dtype": dtype, "dtype": "float32"}
+    about = "activations are in the units of normalised rows" if values["architecture"] == "topk" else Loaded.convention
+    return {path.name.split(".")[0]: Loaded(values, partial(weights, content, decoder), convention=about)}
+
+
+def activation(content: dict[str, Any], path: Path, given: Given) -> dict[str, Any]:
+    name, state = content.get("activation", "ReLU"), content.get("activation_state_dict") or {}
+    if name == "ReLU":
+        return {"architecture": "standard"}
+    if name != "TopK" or state.get("postact_fn", "ReLU") != "ReLU":
+        raise ValueError(
+            f"{path}: activation: found {name} with postact_fn {state.get('postact_fn')}, expected ReLU, or TopK with "
+            "postact_fn ReLU: the k largest would keep values below 0, which nothing here does."
+        )
+    k = needed(given.k, state.get("k"), "activation_state_dict.k", "k", path)
+    return {"architecture": "topk", "k": k, "normalize_activations": "layer_norm_unbiased"}
+
+
+def place(path: Path, given: Given) -> dict[str, Any]:
+    """From {location}_v5_32k/autoencoders/{layer}.pt; the model, gpt2-small, from the location too."""
+    parts = path.resolve().parts
+    location = next((re.sub(r"_v\d+(_\d+k)?$", "", part) for part in reversed(parts[:-1]) if known(part)), None)
+    layer = int(path.stem) if location and path.stem.isdecimal() else None
+    hook_point = f"blocks.{layer}.{PLACES[location]}" if location and layer is not None else None
+    return place_and_text(given, "gpt2-small" if location else None, hook_point, layer)
+
+
+def known(part: str) -> bool:
+    return re.sub(r"_v\d+(_\d+k)?$", "", part) in PLACES
+
+
+def weights(content: dict[str, Any], decoder: str) -> dict[str, Tensor]:
+    names = {"pre_bias": "b_dec", "latent_bias": "b_enc", "encoder.weight": "W_enc", decoder: "W_dec"}
+    ours = {}
+    for theirs, name in names.items():
+        tensor = content[theirs].detach()
+        ours[name] = tensor.to(at_least_float32(tensor.dtype), copy=True)
+    ours["W_enc"] = ours["W_enc"].T
+    if decoder == "decoder.weight":
+        ours["W_dec"] = ours["W_dec"].T.contiguous()
+    return ours

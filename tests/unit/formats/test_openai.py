@@ -1,0 +1,55 @@
+"""OpenAI's files: the place is in the path, and what is not ReLU after all is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+
+from sae_training.sparse_autoencoder import SparseAutoencoder
+
+
+@pytest.mark.parametrize(
+    ("name", "hook_point", "architecture"),
+    [
+        ("v1-relu", "blocks.8.mlp.hook_post", "standard"),
+        ("v4-relu-tied", "blocks.8.hook_mlp_out", "standard"),
+        ("v5-topk", "blocks.8.hook_resid_post", "topk"),
+        ("v5-topk-tied", "blocks.8.hook_resid_mid", "topk"),
+    ],
+)
+def test_the_path_names_the_place(name: str, hook_point: str, architecture: str) -> None:
+    cfg = reference.loaded(reference.ROOT / f"openai-{name}").cfg
+    assert (cfg.hook_point, cfg.architecture, cfg.model_name) == (hook_point, architecture, "gpt2-small")
+    assert (cfg.model_processing, cfg.file_format) == ("none", "openai")
+
+
+def test_a_file_out_of_its_folder_names_no_place(tmp_path: Path) -> None:
+    folder = reference.ROOT / "openai-v5-topk"
+    shutil.copy(folder / reference.facts_of(folder)["path"], tmp_path / "8.pt")
+    cfg = SparseAutoencoder.load_from_pretrained(tmp_path / "8.pt").cfg
+    assert (cfg.hook_point, cfg.model_name) == ("unknown", "unknown")
+
+
+def test_a_top_k_that_keeps_values_below_0_is_refused(tmp_path: Path) -> None:
+    folder = reference.ROOT / "openai-v5-topk"
+    content = torch.load(folder / reference.facts_of(folder)["path"], weights_only=True)
+    content["activation_state_dict"]["postact_fn"] = "Identity"
+    torch.save(content, tmp_path / "8.pt")
+    with pytest.raises(ValueError, match="found TopK with postact_fn Identity"):
+        SparseAutoencoder.load_from_pretrained(tmp_path / "8.pt")
+
+
+def test_a_folder_of_layers_is_read_file_by_file(tmp_path: Path) -> None:
+    folder = reference.ROOT / "openai-v5-topk"
+    place = tmp_path / "resid_post_mlp_v5_32k" / "autoencoders"
+    place.mkdir(parents=True)
+    for layer in (2, 11):
+        shutil.copy(folder / reference.facts_of(folder)["path"], place / f"{layer}.pt")
+    torch.save({"step": 3}, place / "optimizer.pt")
+    many = SparseAutoencoder.load_many(tmp_path)
+    assert list(many) == [f"resid_post_mlp_v5_32k/autoencoders/{layer}" for layer in (2, 11)]
+    assert SparseAutoencoder.load_from_pretrained(tmp_path, layer=11).cfg.hook_point == "blocks.11.hook_resid_post"
