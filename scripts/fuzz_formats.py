@@ -190,7 +190,7 @@ def main() -> int:
             @seed(args.seed + number)
             @settings(
                 max_examples=200, deadline=None, database=None, phases=(Phase.generate, Phase.shrink),
-                suppress_health_check=list(HealthCheck),
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
             )  # fmt: skip
             @given(st.sampled_from(sources()), CHANGES, st.sampled_from(["folder", ".pt", ".pkl", ".pkl.gz"]))
             def run(source: tuple[Path, str], changes: list[tuple[str, Any, Any]], form: str) -> None:

@@ -168,15 +168,16 @@ class TensorUnpickler(pickle._Unpickler):  # type: ignore[name-defined] # pyrigh
 
     def load_build(self) -> None:
         """Set attributes of stand-ins, and of nothing that other readers share."""
-        owner, state = self.stack[-2], self.stack[-1]
+        stack: list[Any] = cast(Any, self).stack
+        owner, state = stack[-2], stack[-1]
         if not isinstance(owner, (StandIn, types.SimpleNamespace, collections.OrderedDict)) or not isinstance(
             state, dict
         ):
             raise pickle.UnpicklingError(f"the file sets attributes of a {type(owner).__name__}; it was not loaded.")
-        self.stack.pop()
+        stack.pop()
         vars(owner).update(state)
 
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BUILD[0]] = load_build  # pyright: ignore
 
 
 def tensors_by_name(content: Any, prefix: str = "", depth: int = 3) -> dict[str, torch.Tensor]:
