@@ -1,4 +1,4 @@
-"""The command line: `sae-training train | resume | eval | report | cache | pretokenize | toy`.
+"""The command line: `sae-training train | resume | eval | report | cache | pretokenize | toy | inspect`.
 
 tyro turns the config's fields into flags, `config.values` reads their values. Parsing is apart from doing: `parse` and
 `parse_train` give values, `main` acts on them. The modules that do the work are imported only inside the verb that
@@ -179,7 +179,25 @@ class Toy(SAEToyModelRunnerConfig, Common):
         """Check nothing, as in Train."""
 
 
-Verb = Train | Resume | Eval | Report | Cache | Pretokenize | Toy
+@dataclass(kw_only=True)
+class Inspect(Common):
+    """Say what an autoencoder's files are, of this program or another, by names, headers and configs alone.
+
+    Format, config in our words, tensors, the units of activations, and a warning for each known trap. Of a folder of
+    many, all. No weight is read without --full, no language model is loaded, and nothing in a file is executed.
+    """
+
+    path: Annotated[Path, Positional, arg(metavar="PATH")]
+    """File or folder."""
+
+    full: bool = False
+    """Read the weights too, a slice at a time: norms of the decoder's rows, dead rows, zeros, NaN."""
+
+    json: bool = False
+    """Print one JSON object."""
+
+
+Verb = Train | Resume | Eval | Report | Cache | Pretokenize | Toy | Inspect
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -235,6 +253,11 @@ def carry_out(verb: Verb) -> None:
             names = field_types(SAEToyModelRunnerConfig)
             result = toy_model_sae_runner(SAEToyModelRunnerConfig(**{name: getattr(verb, name) for name in names}))
             sys.stdout.write(table(result.scores) + f"{result.folder}\n")
+        case Inspect():
+            with phase("starting"):
+                from sae_training.formats import inspection
+            told = inspection.inspect(verb.path, verb.full)
+            sys.stdout.write(inspection.in_json(told) if verb.json else inspection.in_words(told))
         case _:
             assert_never(verb)
 

@@ -31,12 +31,13 @@ from sae_training.formats import (
     single_files,
     sparsify,
 )
+from sae_training.formats.doubts import blamed_on, check_finite, swapped_axes
 from sae_training.formats.found import Found
 from sae_training.formats.hook_names import layer_of, transformer_lens_name
 from sae_training.formats.loaded import Facts, Given, Loaded, describe
 from sae_training.machine.device import checked, is_there
 
-__all__ = ["Facts", "Given", "Loaded", "config_of", "load", "native", "read", "read_many"]
+__all__ = ["Facts", "Given", "Loaded", "blamed_on", "config_of", "load", "native", "read", "read_many", "weights_of"]
 
 FAMILIES = (
     gemma_scope,
@@ -64,13 +65,16 @@ def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008
             f"{path}: no such file or folder; expected a run folder, a checkpoint folder, a .safetensors, or an old "
             ".pt / .pkl.gz."
         )
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: neither a file nor a folder, but a device or a pipe; give a file.")
     found = Found(path)
     is_asked = given.hook_point is not None or given.layer is not None
     if is_asked and found.is_folder and not is_one(found):
         return read_many(path, given)
-    for family in FAMILIES:
-        if family.recognises(found):
-            return family.read(found, given)
+    with blamed_on(path):
+        for family in FAMILIES:
+            if family.recognises(found):
+                return family.read(found, given)
     if found.is_pickle:
         raise ValueError(f"{path}: found {describe(found.pickle())}, which no format that is read has; check the file.")
     raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .pt, .pth, .pkl or .pkl.gz.")
@@ -121,14 +125,26 @@ def load(
     The config's device is `device`, or the saved one if it is there.
     """
     loaded = the_one(read(path, given), path, given)
-    return config_of(loaded, path, device), loaded.weights()
+    return config_of(loaded, path, device), weights_of(loaded, path)
+
+
+def weights_of(loaded: Loaded, path: Path) -> dict[str, Tensor]:
+    """The tensors of what was read. ValueError if they cannot be read, or are no finite numbers."""
+    with blamed_on(path):
+        tensors = loaded.weights()
+        check_finite(tensors)
+        remark = None if loaded.values.get("target_hook_point") else swapped_axes(tensors)
+    if remark:
+        warnings.warn(f"{path}: {remark}", stacklevel=4)
+    return tensors
 
 
 def config_of(loaded: Loaded, path: Path, device: str | None = None) -> LanguageModelSAERunnerConfig:
     """The config of what was read, for `device`, after its remarks as warnings. ValueError if it is none."""
     for remark in loaded.remarks:
         warnings.warn(f"{path}: {remark}", stacklevel=4)
-    cfg = config_from_dict(loaded.values, strict=False)
+    with blamed_on(path):
+        cfg = config_from_dict(loaded.values, strict=False)
     if cfg.normalize_activations == "expected_average_only_in":
         raise ValueError(
             f"{path}: its config has normalize_activations {cfg.normalize_activations!r}, so its weights expect scaled "

@@ -5,12 +5,13 @@ Families of formats decide by this alone whether something is of their kind. No 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from sae_training.formats import json_files, pickles, safetensors_files
+from sae_training.formats import json_files, npz_files, pickles, safetensors_files
 from sae_training.formats.safetensors_files import Header
 
 PICKLES = (".pt", ".pth", ".pkl", ".pkl.gz")
@@ -57,6 +58,21 @@ class Found:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a .safetensors file of the folder."""
         return safetensors_files.tensors(self.folder / name)
+
+    def slices(self, file: str, name: str) -> Iterator[tuple[int, Tensor]]:
+        """The rows of a tensor of a file of the folder, a few megabytes at a time, each with the index of its first."""
+        if file.endswith(".safetensors"):
+            yield from safetensors_files.slices(self.folder / file, self.header(file), name)
+            return
+        if file.endswith(".npz"):
+            tensor = npz_files.tensors(self.folder / file, name)[name]
+        else:
+            tensor = pickles.tensors_by_name(self.pickle(file))[name].detach()
+        tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
+        width = max(1, tensor[:1].numel() * tensor.element_size())
+        rows = max(1, safetensors_files.SLICE_BYTES // width)
+        for first in range(0, len(tensor), rows):
+            yield first, tensor[first : first + rows]
 
     def _keep(self, kind: str, name: str, read: Any) -> Any:
         if (kind, name) not in self._kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,21 @@ def read_object(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     if size > MOST_BYTES:
         raise ValueError(f"{path}: found {size:,} bytes, expected a config of at most {MOST_BYTES:,}; check the file.")
-    try:
-        return parse_object(path.read_bytes(), str(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not text in UTF-8 ({error}); use another copy.") from error
+    return parse_object(path.read_bytes(), str(path))
 
 
 def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
     """The object that a text of JSON describes; `where` begins the message of the ValueError."""
     try:
-        value = json.loads(text, object_pairs_hook=without_repeats, parse_constant=not_a_number)
+        value = json.loads(
+            text, object_pairs_hook=without_repeats, parse_constant=not_a_number, parse_float=finite_number
+        )
     except RecursionError:
         raise ValueError(f"{where}: nested too deeply for a config; check the file.") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: no readable JSON ({error}); use another copy.") from error
     except AmbiguousJson as error:
         raise ValueError(f"{where}: {error}; correct the file.") from error
+    except ValueError as error:  # also text that is not UTF-8, and whole numbers of thousands of digits
+        raise ValueError(f"{where}: no readable JSON ({error}); use another copy.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: found a {type(value).__name__}, expected an object of names and values.")
     return value
@@ -49,3 +49,8 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def not_a_number(text: str) -> float:
     raise AmbiguousJson(f"found {text}, expected a finite number")
+
+
+def finite_number(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else not_a_number(text)  # 1e999

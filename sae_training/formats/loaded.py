@@ -90,5 +90,6 @@ def fitting_batch(context_size: int) -> dict[str, Any]:
 def describe(content: Any) -> str:
     """What a pickle holds, for messages."""
     if isinstance(content, dict):
-        return f"a dict with {', '.join(map(repr, list(content)[:8]))}"
+        names = [repr(key[:40]) if isinstance(key, str) else f"a {type(key).__name__}" for key in list(content)[:8]]
+        return f"a dict with {', '.join(names)}"
     return f"a {type(content).__name__}"

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_to_dict
+from sae_training.formats import safetensors_files
 from sae_training.formats.found import Found
 from sae_training.formats.json_files import parse_object, read_object
 from sae_training.formats.loaded import Given, Loaded
 from sae_training.formats.run_files import CHECKPOINTS, FINAL
-from sae_training.machine.files import read_safetensors, step_number, write_safetensors, write_text
+from sae_training.machine.files import step_number, write_safetensors, write_text
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
@@ -39,12 +40,12 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     if found.is_folder:
         folder = weights_folder(path)
         values = read_object(folder / CONFIG_FILE)
-        return {path.name: Loaded(values, partial(read_safetensors, folder / WEIGHTS_FILE))}
+        return {path.name: Loaded(values, partial(safetensors_files.tensors, folder / WEIGHTS_FILE))}
     metadata = found.header(path.name).metadata
     if "cfg" not in metadata and CONFIG_FILE not in found.names:
         raise ValueError(f"{path}: holds no config, and there is no {CONFIG_FILE} beside it; one of the two is needed.")
     values = parse_object(metadata["cfg"], str(path)) if "cfg" in metadata else found.json(CONFIG_FILE)
-    return {path.stem: Loaded(values, partial(read_safetensors, path))}
+    return {path.stem: Loaded(values, partial(safetensors_files.tensors, path))}
 
 
 def weights_folder(path: Path) -> Path:

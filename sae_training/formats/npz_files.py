@@ -44,12 +44,14 @@ def header(path: Path) -> Header:
     return Header(shapes, dtypes, {})
 
 
-def tensors(path: Path) -> dict[str, Tensor]:
-    """All arrays of floating point numbers, on the CPU."""
+def tensors(path: Path, only: str | None = None) -> dict[str, Tensor]:
+    """All arrays, or `only` the one of a name, on the CPU."""
     header(path)  # which refuses what must not be read
     made = {}
     with opened(path) as archive:
         for member in archive.infolist():
+            if only is not None and member.filename != f"{only}.npy":
+                continue
             with archive.open(member) as file:
                 array = np.lib.format.read_array(file, allow_pickle=False)
                 file.read(1)  # the end, where the checksum is compared

@@ -1,14 +1,36 @@
-"""Safetensors files: their headers, which say what they hold, and their tensors."""
+"""Safetensors files: their headers, which say what they hold, and their tensors, read in slices of a few megabytes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sae_training.machine.files import read_safetensors
+from sae_training.formats.json_files import parse_object
+from sae_training.machine.precision import at_least_float32
+
+SLICE_BYTES = 16 * 2**20  # in memory at once beside the result
+MOST_HEADER_BYTES = 16 * 2**20  # the largest seen has 100 KB
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+LATENTS_LAST = ("W_enc", "w_enc")
+"""Names of matrices (d_in, d_sae) that our memory holds latent by latent."""
 
 
 @dataclass(frozen=True)
@@ -19,26 +41,81 @@ class Header:
     dtypes: dict[str, str]
     """By name: float32, bfloat16, ..."""
     metadata: dict[str, str]
-
-
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    starts: dict[str, int] = field(default_factory=dict)
+    """Where in the file each tensor begins, in bytes."""
 
 
 def header(path: Path) -> Header:
     """Read no tensor. ValueError for a damaged or truncated file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            dtypes = {name: DTYPES.get(str(part.get_dtype()), str(part.get_dtype())) for name, part in slices.items()}
-            return Header(shapes, dtypes, file.metadata() or {})
-    except SafetensorError as error:
-        raise damaged(path, error) from error
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        n_bytes = int.from_bytes(file.read(8), "little")
+        if not 0 < n_bytes <= min(MOST_HEADER_BYTES, size - 8):
+            raise ValueError(
+                f"{path}: damaged or truncated, or no safetensors file (found a header of {n_bytes:,} bytes in a file "
+                f"of {size:,}, expected at most {MOST_HEADER_BYTES:,}); use another copy."
+            )
+        try:
+            with safe_open(path, framework="pt"):  # checks sizes and offsets against the length of the file
+                pass
+        except SafetensorError as error:
+            raise damaged(path, error) from error
+        parts = parse_object(file.read(n_bytes), f"{path}, header")
+    metadata = parts.pop("__metadata__", None) or {}
+    return Header(
+        {name: tuple(part["shape"]) for name, part in parts.items()},
+        {name: dtype_name(part["dtype"]) for name, part in parts.items()},
+        metadata,
+        {name: 8 + n_bytes + part["data_offsets"][0] for name, part in parts.items()},
+    )
+
+
+def dtype_name(name: str) -> str:
+    return str(DTYPES[name]).removeprefix("torch.") if name in DTYPES else name
+
+
+def slices(path: Path, head: Header, name: str) -> Iterator[tuple[int, Tensor]]:
+    """A tensor's rows in order, a few megabytes at a time, each with the index of its first; a scalar is one row.
+
+    They are read, not mapped, so that no part of the file stays in the process.
+    """
+    shape = head.shapes[name] or (1,)
+    dtype = getattr(torch, head.dtypes[name], None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{path}: {name} is of type {head.dtypes[name]}, expected float32 or another that torch has.")
+    width = dtype.itemsize
+    for axis in shape[1:]:
+        width *= axis
+    rows = max(1, SLICE_BYTES // max(1, width))
+    with path.open("rb") as file:
+        file.seek(head.starts[name])
+        for first in range(0, shape[0] if width else 0, rows):
+            n_rows = min(rows, shape[0] - first)
+            room = bytearray(n_rows * width)
+            if file.readinto(room) != len(room):
+                raise ValueError(f"{path}: truncated while it was read; use another copy.")
+            yield first, torch.frombuffer(room, dtype=dtype).view(n_rows, *shape[1:])
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors, on the CPU."""
-    return read_safetensors(path)
+    """All tensors on the CPU, floats in float32 at least, with W_enc's columns side by side, as it is in our memory.
+
+    Converting and transposing happen slice by slice, so that memory holds the result and one slice.
+    """
+    head = header(path)
+    return {name: tensor(path, head, name) for name in head.shapes}
+
+
+def tensor(path: Path, head: Header, name: str) -> Tensor:
+    shape, dtype = head.shapes[name], getattr(torch, head.dtypes[name], torch.float32)
+    target = at_least_float32(dtype) if dtype.is_floating_point else dtype
+    if name in LATENTS_LAST and len(shape) == 2:
+        whole = torch.empty(shape[1], shape[0], dtype=target).T
+    else:
+        whole = torch.empty(shape or (1,), dtype=target)
+    for first, part in slices(path, head, name):
+        whole[first : first + len(part)] = part
+    return whole if shape else whole.reshape(())
 
 
 def damaged(path: Path, error: SafetensorError) -> ValueError:

@@ -376,15 +376,14 @@ class SparseAutoencoder(HookedRootModule):
 
         `device` replaces the saved one. Without it, a saved device that this machine lacks becomes the CPU. Of files
         that hold several autoencoders, `hook_point` or `layer` chooses one. `given` (k, model_name, norm_factor,
-        dataset_path) is what the files do not say. Nothing that a file holds is executed. The
-        autoencoder is in inference mode (`eval`), where batchtopk uses its threshold.
+        dataset_path) is what the files do not say. Nothing in a file is executed. The mode is that of `eval`.
 
         It expects the rows that it was trained on, which are those of TransformerLens: with `cfg.model_processing`
         "default", and a model with LayerNorm (GPT-2, Pythia), a row of the residual stream is that of transformers'
         `output_hidden_states` minus its mean, `h - h.mean(-1, keepdim=True)`.
         """
-        cfg, tensors = formats.load(Path(path), device, formats.Given(hook_point, layer, **given))
-        return cls(cfg, tensors).eval()
+        with formats.blamed_on(Path(path)):
+            return cls(*formats.load(Path(path), device, formats.Given(hook_point, layer, **given))).eval()
 
     @classmethod
     def load_many(
@@ -397,4 +396,5 @@ class SparseAutoencoder(HookedRootModule):
     @classmethod
     def of(cls, loaded: formats.Loaded, path: Path, device: str | None) -> SparseAutoencoder:
         """The autoencoder that was read from `path`, in inference mode."""
-        return cls(formats.config_of(loaded, path, device), loaded.weights()).eval()
+        with formats.blamed_on(path):
+            return cls(formats.config_of(loaded, path, device), formats.weights_of(loaded, path)).eval()

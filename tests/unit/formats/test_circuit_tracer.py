@@ -33,7 +33,9 @@ def test_a_folder_holds_the_transcoders_of_all_layers(tmp_path: Path) -> None:
 
 
 def test_without_a_layer_the_caller_is_told_which_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"layer_2 .*layer_10 .*\) 2 are at .*expected one; change hook_point or layer"):
+    with pytest.raises(
+        ValueError, match=r"layer_2 .*layer_10 .*\) 2 are at .*expected one; change hook_point or layer"
+    ):
         SparseAutoencoder.load_from_pretrained(folder_with(tmp_path, 10, 2))
 
 

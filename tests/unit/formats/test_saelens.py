@@ -181,8 +181,10 @@ def test_what_is_read_and_not_trained_is_refused_by_name(name: str) -> None:
         SAETrainer(sae, sae.cfg)
 
 
-def test_a_folder_of_folders_is_read_one_by_one_or_by_place() -> None:
-    many = SparseAutoencoder.load_many(reference.ROOT)
+def test_a_folder_of_folders_is_read_one_by_one_or_by_place(tmp_path: Path) -> None:
+    for name in ("saelens-gated", "sparsify-topk", "openai-v1-relu"):
+        shutil.copytree(reference.ROOT / name, tmp_path / name)
+    many = SparseAutoencoder.load_many(tmp_path)
     assert "saelens-gated" in many
     assert many["saelens-gated"].architecture == "gated"
     with pytest.raises(KeyError, match="nothing"):

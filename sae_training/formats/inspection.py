@@ -1,0 +1,303 @@
+"""What autoencoders lie at a path, told from names, headers and configs: no weight is read, and no model is loaded.
+
+`inspect` gives plain data for JSON, `in_words` the same for people. What the files' weights hold: `weight_figures`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.types import UNKNOWN, WITH_K
+from sae_training.formats import FAMILIES, config_of, folders_of, is_one, mats, native, npz_files
+from sae_training.formats.doubts import blamed_on
+from sae_training.formats.found import Found
+from sae_training.formats.loaded import Given, Loaded
+from sae_training.formats.pickles import tensors_by_name
+from sae_training.formats.traps import traps
+from sae_training.formats.weight_figures import figures
+
+PLACES = ("model_name", "hook_point", "target_hook_point", "dataset_path")
+
+FILES_OF_ONE = (".safetensors", ".npz", ".pt", ".pth", ".pkl", ".pkl.gz")
+MOST_FILES = 20_000
+
+SAYS_WHAT_IT_IS = (
+    "architecture", "d_in", "d_sae", "d_out", "k", "normalize_activations", "apply_b_dec_to_input", "activation_fn",
+    "model_name", "model_processing", "hook_point", "hook_point_layer", "hook_point_head_index", "target_hook_point",
+    "skip_connection", "matryoshka_widths", "dataset_path", "context_size", "prepend_bos", "exclude_special_tokens",
+    "seqpos_slice", "file_format", "file_dtype", "residual_threshold", "max_iterations", "stop_on_duplicate_support",
+)  # fmt: skip
+"""The config fields that say what an autoencoder is; the others are of its training."""
+
+
+ONLY_IN: dict[str, tuple[str, ...]] = {
+    "k": WITH_K,
+    "activation_fn": ("standard",),
+    "residual_threshold": ("matching_pursuit",),
+    "max_iterations": ("matching_pursuit",),
+    "stop_on_duplicate_support": ("matching_pursuit",),
+}
+
+
+def inspect(path: Path, full: bool = False) -> dict[str, Any]:
+    """{"path", "autoencoders": {name: what it is}, "not_read": {name: why}} of a file, a folder, or all below a folder.
+
+    ValueError or OSError, with what to do, if nothing there is known. An autoencoder that is recognised and refused
+    has the reason under "problem". `full` reads the weights too, a few megabytes at a time.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; check the path.")
+    found: dict[str, Any] = {}
+    not_read: dict[str, str] = {}
+    for place in places(path):
+        name = "." if place == path else place.relative_to(path).as_posix()
+        try:
+            ones = inspect_one(Found(place), full)
+        except (ValueError, OSError) as error:
+            if place == path:
+                raise
+            not_read[name] = str(error)
+            continue
+        for inner, one in ones.items():
+            found[name if len(ones) == 1 else f"{name}/{inner}"] = one
+    return {"path": str(path), "autoencoders": found, "not_read": not_read}
+
+
+def places(path: Path) -> Iterator[Path]:
+    """What is to be inspected: the path itself, the weights of a run, or all files and folders below."""
+    here = Found(path)
+    if not here.is_folder or is_one(here):
+        yield path
+        return
+    problem: FileNotFoundError | None = None
+    try:
+        yield native.weights_folder(path)
+        return
+    except FileNotFoundError as error:
+        problem = error
+    n_files = n_found = 0
+    for folder in (path, *folders_of(path)):
+        inside = Found(folder)
+        if folder != path and is_one(inside):
+            n_found += 1
+            yield folder
+            continue
+        files = sorted(name for name in inside.names if name.endswith(FILES_OF_ONE))
+        n_files += len(files)
+        if n_files > MOST_FILES:
+            raise ValueError(f"{path}: holds more than {MOST_FILES:,} files of weights; give a folder further down.")
+        for name in files:
+            if is_of_one(Found(folder / name)):
+                n_found += 1
+                yield folder / name
+    if not n_found:
+        raise problem
+
+
+def is_of_one(found: Found) -> bool:
+    """Whether a file among others is to be listed: an autoencoder, or one that cannot be opened."""
+    try:
+        family = next((family for family in FAMILIES if family.recognises(found)), None)
+        if family in (None, native, mats):  # which take every file of their endings
+            return family is not None and bool(family.read(found, Given()))
+        return True
+    except (ValueError, OSError):
+        return is_damaged(found)
+
+
+def is_damaged(found: Found) -> bool:
+    try:
+        tensors_of(found)
+    except (ValueError, OSError):
+        return True
+    return False
+
+
+def inspect_one(found: Found, full: bool) -> dict[str, dict[str, Any]]:
+    """What a file or folder holds, by name. ValueError or OSError if its headers cannot be read."""
+    if not found.is_folder and not found.path.is_file():
+        raise ValueError(f"{found.path}: neither a file nor a folder, but a device or a pipe; give a file.")
+    with blamed_on(found.path):
+        family = next((family for family in FAMILIES if family.recognises(found)), None)
+    if family is None:
+        raise ValueError(f"{found.path}: unknown kind of file; expected .safetensors, .npz, .pt, .pkl or .pkl.gz.")
+    common = {"family": family.__name__.rpartition(".")[2], "path": str(found.path)}
+    tensors = tensors_of(found)
+    try:
+        with blamed_on(found.path):
+            loaded = family.read(found, Given())
+    except (ValueError, OSError) as error:
+        if not any(tensors.values()):
+            raise
+        told = {**common, "tensors": tensors, "problem": str(error)}
+        return {found.path.name: with_figures(told, found, {}, full)}
+    return {
+        name: with_figures({**common, "tensors": tensors, **described(one, found)}, found, one.values, full)
+        for name, one in loaded.items()
+    }
+
+
+def described(loaded: Loaded, found: Found) -> dict[str, Any]:
+    told: dict[str, Any] = {"problem": None}
+    values = dict(loaded.values)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # its remarks are listed
+            cfg = config_of(loaded, found.path)
+        values = {name: getattr(cfg, name) for name in SAYS_WHAT_IT_IS if says(cfg, name)}
+    except ValueError as error:
+        told["problem"] = str(error)
+    told["format"] = values.get("file_format") or "sae_training"
+    told["config"] = {name: plain(value) for name, value in values.items() if value is not None}
+    told["convention"] = loaded.convention
+    told["missing"] = [name for name in PLACES if values.get(name) == UNKNOWN]
+    told["warnings"] = [*loaded.remarks, *traps(found, loaded)]
+    return told
+
+
+def says(cfg: LanguageModelSAERunnerConfig, name: str) -> bool:
+    """Whether a field says something about an autoencoder of this architecture."""
+    only_in = ONLY_IN.get(name)
+    is_transcoder = cfg.target_hook_point is not None
+    if name in ("skip_connection", "d_out"):
+        return is_transcoder
+    if name == "apply_b_dec_to_input":
+        return not is_transcoder
+    return (only_in is None or cfg.architecture in only_in) and getattr(cfg, name) != ()
+
+
+def plain(value: Any) -> Any:
+    """A value in JSON's types."""
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value).removeprefix("torch.")
+
+
+def tensors_of(found: Found) -> dict[str, dict[str, dict[str, Any]]]:
+    """Shapes and dtypes of all tensors, by file and name."""
+    return {
+        file: {name: {"shape": list(shape), "dtype": dtype} for name, (shape, dtype) in parts.items()}
+        for file, parts in files_with_tensors(found)
+    }
+
+
+def files_with_tensors(found: Found) -> Iterator[tuple[str, dict[str, tuple[tuple[int, ...], str]]]]:
+    folder = weights_of(found)
+    names = sorted(folder.names) if folder.is_folder else [folder.path.name]
+    for name in names:
+        if name.endswith((".safetensors", ".npz")):
+            head = folder.header(name) if name.endswith(".safetensors") else npz_files.header(folder.folder / name)
+            yield name, {key: (head.shapes[key], head.dtypes[key]) for key in head.shapes}
+        elif name == "ae.pt" or folder.is_pickle:
+            state = tensors_by_name(folder.pickle(name))
+            yield name, {key: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in state.items()}
+
+
+def weights_of(found: Found) -> Found:
+    """The folder in which the weights lie: of a run one below it."""
+    return Found(native.weights_folder(found.path)) if found.is_folder and not is_one(found) else found
+
+
+def with_figures(told: dict[str, Any], found: Found, values: Mapping[str, Any], full: bool) -> dict[str, Any]:
+    if full:
+        folder = weights_of(found)
+        told["figures"] = {
+            file: {
+                name: figures(folder.slices(file, name), tuple(part["shape"]), n_latents(values, parts), name)
+                for name, part in parts.items()
+            }
+            for file, parts in told["tensors"].items()
+        }
+        told["warnings"] = [*told.get("warnings", []), *warnings_of(told["figures"])]
+    return told
+
+
+def n_latents(values: Mapping[str, Any], parts: Mapping[str, Any]) -> int | None:
+    """How many latents there are, by the config or by the length of the encoder's bias."""
+    if values.get("d_in"):
+        return values.get("n_latents") or values["d_in"] * values.get("expansion_factor", 1)
+    bias = next((part["shape"] for name, part in parts.items() if name.endswith(("b_enc", "encoder.bias"))), [])
+    return bias[-1] if bias else None
+
+
+def warnings_of(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
+    for file, parts in figures.items():
+        for name, told in parts.items():
+            if n_bad := told["nan"] + told["infinite"]:
+                yield f"{file}: {name} has {n_bad:,} of {told['values']:,} values that are NaN or infinite"
+            if told.get("decoder_norms", {}).get("dead"):
+                yield f"{file}: {told['decoder_norms']['dead']:,} decoder rows of {name} are zero or next to it"
+
+
+# ------------------------------------------------------------------------------------------------------------ in words
+
+
+def in_words(told: Mapping[str, Any]) -> str:
+    """The same for people: all of one, and a line for each of several."""
+    ones, not_read = told["autoencoders"], told["not_read"]
+    if len(ones) == 1 and not not_read:
+        lines = [told["path"], *(f"  {line}" for line in lines_of(next(iter(ones.values()))))]
+    else:
+        lines = [f"{told['path']}: {len(ones)} autoencoders; give the path of one for all that is known of it"]
+        lines += [f"  {name:<40} {in_a_line(one)}" for name, one in ones.items()]
+    lines += [f"not read: {name}: {why}" for name, why in not_read.items()]
+    return "\n".join(lines) + "\n"
+
+
+def in_a_line(one: Mapping[str, Any]) -> str:
+    cfg = one.get("config", {})
+    words = [one.get("format", one["family"])]
+    if cfg:
+        words += [cfg["architecture"], f"{cfg['d_in']} -> {cfg['d_sae']}", cfg["hook_point"]]
+    words += [f"{len(one['warnings'])} warnings"] if one.get("warnings") else []
+    words += [f"problem: {one['problem']}"] if one["problem"] else []
+    return ", ".join(words)
+
+
+def in_json(told: Mapping[str, Any]) -> str:
+    """One object in strict JSON: what is no finite number there is null."""
+    return json.dumps(strict(told), indent=2, allow_nan=False) + "\n"
+
+
+def strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): strict(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def lines_of(one: Mapping[str, Any]) -> Iterator[str]:
+    yield f"format       {one.get('format', one['family'])} (read by {one['family']})"
+    if one["problem"]:
+        yield f"problem      {one['problem']}"
+    if "convention" in one:
+        yield f"convention   {one['convention']}"
+    if one.get("missing"):
+        yield f"not said     {', '.join(one['missing'])}; give them when you load the model with it"
+    for name, value in one.get("config", {}).items():
+        yield f"  {name:<22} {value}"
+    for file, parts in one["tensors"].items():
+        yield file
+        for name, part in parts.items():
+            yield f"  {name:<22} {part['dtype']:<9} {' x '.join(map(str, part['shape'])) or 'scalar'}"
+    for file, parts in one.get("figures", {}).items():
+        yield f"{file}, weights"
+        for name, told in parts.items():
+            yield f"  {name:<22} {figures_in_words(told)}"
+    for text in one.get("warnings", []):
+        yield f"warning: {text}"
+
+
+def figures_in_words(told: Mapping[str, Any]) -> str:
+    words = f"{told['zeros']:.1%} zeros, {told['nan']:,} NaN, {told['infinite']:,} infinite"
+    if told["least"] is not None:
+        words += f", from {told['least']:.4g} to {told['largest']:.4g}"
+    if norms := told.get("decoder_norms"):
+        words += f"; norms of decoder rows {norms['least']:.4g} to {norms['largest']:.4g}, {norms['dead']:,} dead"
+    return words

@@ -1,0 +1,77 @@
+"""Memory and time of loading a large file: peak of the process over what it held before, relative to the weights.
+
+    python scripts/benchmarks/bench_loading.py --gigabytes 4
+
+Makes a sparse file of zeros (no room on the disk) in the layouts of SAELens and of this package, loads it in a process
+of its own, and prints one JSON object a layout. `inspect` is timed on it too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+D_IN = 4096
+
+CHILD = """
+import json, resource, sys, time
+from pathlib import Path
+from sae_training.formats.inspection import inspect
+from sae_training.sparse_autoencoder import SparseAutoencoder
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+path = Path(sys.argv[1])
+start, held = time.perf_counter(), peak()
+inspect(path)
+inspected, of_headers = time.perf_counter() - start, peak() - held
+start = time.perf_counter()
+sae = SparseAutoencoder.load_from_pretrained(path)
+n_bytes = sum(p.nbytes for p in sae.parameters())
+print(json.dumps({"weights_bytes": n_bytes, "peak_over_weights": (peak() - held) / n_bytes,
+    "load_seconds": time.perf_counter() - start, "inspect_seconds": inspected, "inspect_peak_bytes": of_headers}))
+"""
+
+
+def saelens(d_sae: int) -> tuple[dict[str, object], str]:
+    about = {"model_name": "gpt2", "hook_name": "blocks.3.hook_resid_pre", "sae_lens_version": "6.54.12"}
+    values = {"architecture": "standard", "normalize_activations": "none", "apply_b_dec_to_input": True}
+    return {"d_in": D_IN, "d_sae": d_sae, "dtype": "float32", "metadata": about, **values}, "sae_weights.safetensors"
+
+
+def native(d_sae: int) -> tuple[dict[str, object], str]:
+    return {"d_in": D_IN, "expansion_factor": d_sae // D_IN, "architecture": "standard"}, "sae.safetensors"
+
+
+def write(folder: Path, cfg: dict[str, object], name: str, d_sae: int) -> None:
+    shapes = {"W_enc": [D_IN, d_sae], "W_dec": [d_sae, D_IN], "b_enc": [d_sae], "b_dec": [D_IN]}
+    head, start = {}, 0
+    for tensor, shape in shapes.items():
+        end = start + 4 * math.prod(shape)
+        head[tensor], start = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}, end
+    text = json.dumps(head).encode()
+    with (folder / name).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + start)
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=4)
+    args = parser.parse_args()
+    d_sae = max(1, round(args.gigabytes * 1e9 / (8 * D_IN) / D_IN)) * D_IN
+    for layout in (saelens, native):
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder), *layout(d_sae), d_sae)
+            done = subprocess.run([sys.executable, "-c", CHILD, folder], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        print(json.dumps({"layout": layout.__name__, "d_in": D_IN, "d_sae": d_sae, **json.loads(done.stdout)}))
+
+
+if __name__ == "__main__":
+    main()
