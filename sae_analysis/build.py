@@ -67,7 +67,12 @@ def build_analysis(
     """
     if n_tokens < 1:
         raise ValueError(f"n_tokens: found {n_tokens}, expected 1 or more.")
+    if isinstance(effects, int) and effects < 0:
+        raise ValueError(f"effects: found {effects}, expected a number of latents, 0 or more.")
     found = subjects_of(source, dataset, output)
+    d_sae = min(subject.sae.d_sae for subject in found.subjects)
+    if not isinstance(effects, int) and (missing := [i for i in effects if not 0 <= i < d_sae]):
+        raise ValueError(f"effects: found latents {missing}, expected 0 to {d_sae - 1}.")
     if cached is not None and dataset is not None:
         raise ValueError("cached: the text of a cache is its own; leave out dataset.")
     build = Build(found.store, found.subjects, found.folder, n_tokens, sizes or Sizes(), seed, cached)
@@ -196,7 +201,7 @@ class Build:
         if self.state_file.is_file():
             with safe_open(self.state_file, framework="pt") as file:
                 metadata = file.metadata()
-            check_same(self.folder, json.loads(metadata["settings"]), self.settings)
+            check_same(self.folder, "an unfinished build", json.loads(metadata["settings"]), self.settings)
             self.corpus.go_on(json.loads(metadata["corpus"]))
             tensors = read_safetensors(self.state_file)
             for name, gathered in self.gathered.items():
@@ -215,9 +220,13 @@ class Build:
                 (subject.folder / ANALYSIS_FOLDER / file).unlink(missing_ok=True)
 
     def is_written(self, subject: Subject) -> bool:
-        """Return whether the subject's analysis is there, with the same settings."""
-        path = subject.folder / ANALYSIS_FOLDER / STORE_FILE
-        return path.is_file() and open_analysis(path).about["settings"] == self.settings[subject.name]
+        """Return whether the subject's analysis is there. ValueError if it is, with other settings."""
+        path, name = subject.folder / ANALYSIS_FOLDER / STORE_FILE, subject.name
+        if path.is_file():
+            check_same(
+                path, "a finished analysis", {name: open_analysis(path).about["settings"]}, {name: self.settings[name]}
+            )
+        return path.is_file()
 
     def about(self, subject: Subject) -> dict[str, Any]:
         cfg = subject.sae.full_cfg
@@ -252,8 +261,8 @@ def add_effects(subject: Subject, store: ActivationsStore, wanted: int | Sequenc
             bar.update(1)
 
 
-def check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise ValueError, saying where they differ, unless a saved build has the settings of this one."""
+def check_same(where: Path, what: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ValueError, saying where they differ, unless `what` is saved there has the settings of this build."""
     if found == wanted:
         return
     if found.keys() != wanted.keys():
@@ -264,6 +273,6 @@ def check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> N
         }
         lines = [f"  {key}: {old!r} -> {new!r}" for key, (old, new) in pairs.items() if old != new]
     raise ValueError(
-        f"{folder} holds an unfinished build with other settings:\n" + "\n".join(lines) + "\nGive the old ones to "
-        "continue it, or anew (--anew) to delete it and begin again."
+        f"{where} holds {what} with other settings:\n" + "\n".join(lines) + "\nGive the old ones to "
+        "keep it, anew (--anew) to delete it and begin again, or another output."
     )

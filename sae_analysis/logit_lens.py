@@ -45,8 +45,10 @@ def unembedding(model: Any) -> Tensor:
     weight = getattr(norm, "w", None)
     if weight is None:
         weight = getattr(norm, "weight", None)
+    # A bridge has Hugging Face's weights, and Gemma's norms multiply by 1 + weight. HookedTransformer has the sum.
+    offset = 1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0
     W_U = model.W_U.detach().float()
-    table = W_U if weight is None else weight.detach().float().unsqueeze(1) * W_U
+    table = W_U if weight is None else (weight.detach().float() + offset).unsqueeze(1) * W_U
     is_centred = str(model.cfg.normalization_type or "").startswith("LN")
     return table - table.mean(dim=0) if is_centred else table
 

@@ -119,6 +119,17 @@ def test_a_second_build_with_the_same_settings_is_the_first(run: Path, built: An
     assert sorted(p.name for p in (run / "analysis").iterdir()) == ["analysis.sqlite"]
 
 
+def test_a_finished_analysis_is_not_replaced_by_one_with_other_settings(run: Path, built: Analysis) -> None:
+    with pytest.raises(
+        ValueError, match=r"holds a finished analysis with other settings:\n  n_contexts: 188 -> 13\n.*anew"
+    ):
+        build_analysis(run, 200)
+    assert open_analysis(run).about["n_contexts"] == 188
+    for effects, message in ((-5, "found -5"), ([3, 10**6], r"found latents \[1000000\]")):
+        with pytest.raises(ValueError, match=message):
+            build_analysis(run, N_TOKENS, effects=effects)
+
+
 def content(path: Path) -> dict[str, list[tuple[Any, ...]]]:
     """All rows of all tables."""
     connection = sqlite3.connect(path)

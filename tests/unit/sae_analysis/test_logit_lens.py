@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from small import VOCAB
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from sae_analysis.logit_lens import logit_lens, unembedding
 from sae_analysis.of_model import of_model
@@ -79,3 +88,21 @@ def test_what_a_place_writes_to_the_stream(demo_model: Any, hook: str, has_logit
         assert found.unembedding.shape == (site.d_in, demo_model.cfg.d_vocab)
     if found.neurons is not None:
         assert found.neurons.shape[1] == site.d_in
+
+
+@pytest.mark.parametrize("model_processing", ["none", "default"])
+def test_a_norm_that_multiplies_by_one_more_than_its_weight(model_processing: str, tmp_path: Path) -> None:
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = GemmaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, eos_token_id=0, bos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    gemma = GemmaForCausalLM(config)
+    with torch.no_grad():
+        gemma.model.norm.weight.uniform_(-0.5, 1)
+    gemma.save_pretrained(tmp_path)
+    expected = ((1 + gemma.model.norm.weight).unsqueeze(1) * gemma.lm_head.weight.T).detach()
+    found = unembedding(load_language_model(str(tmp_path), "cpu", "float32", model_processing))
+    centred = [table - table.mean(dim=1, keepdim=True) for table in (found, expected)]
+    torch.testing.assert_close(*centred, rtol=1e-4, atol=1e-5)
