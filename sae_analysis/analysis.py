@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -126,8 +127,9 @@ class Latent:
 
     @property
     def logit_histogram(self) -> tuple[np.ndarray, np.ndarray]:
-        """(counts, edges) of the logits over the vocabulary."""
-        found = self.details["logits"]
+        """(counts, edges) of the logits over the vocabulary; both empty where there are none."""
+        if (found := self.details.get("logits")) is None:
+            return np.zeros(0, dtype=np.int64), np.zeros(0)
         return np.array(found["counts"]), np.linspace(found["edges"][0], found["edges"][1], len(found["counts"]) + 1)
 
     @property
@@ -233,7 +235,8 @@ class Analysis:
         return model_of(self.sae.cfg)
 
     def latent(self, index: int) -> Latent:
-        """Return a latent. IndexError if there is none of this number."""
+        """Return a latent. IndexError if there is none of this number, TypeError for what is no whole number."""
+        index = operator.index(index)
         if not 0 <= index < self.about["d_sae"]:
             raise IndexError(f"latent: found {index}, expected 0 to {self.about['d_sae'] - 1}.")
         return Latent(self, index)
@@ -254,9 +257,12 @@ class Analysis:
         """
         if (tokens is None) == (text is None):
             raise ValueError("search: give tokens or text.")
+        words = [text] if tokens is None else tokens if isinstance(tokens, list) else [tokens]
+        if not words or not all(isinstance(word, str) and word for word in words):
+            raise ValueError(f"search: found {tokens if text is None else text!r}, expected words that are not empty.")
         if tokens is None:
             return self.ranked("n_examples", examples_with_text(self.reader, text or ""))
-        return self.ranked("share", shares_of_tokens(self.reader, [tokens] if isinstance(tokens, str) else tokens))
+        return self.ranked("share", shares_of_tokens(self.reader, [str(word) for word in words]))
 
     def active_on(self, text: str, model: Any = None, sae: Any = None, positions: Any = "trained") -> pd.DataFrame:
         """Return which latents are active on a text, token by token: a row for each, the strongest of a token first.

@@ -266,6 +266,11 @@ def test_search_finds_tokens_and_texts(built: Analysis) -> None:
     assert len(built.search(text="no such text anywhere")) == 0 == len(built.search(tokens="nosuchtoken"))
     with pytest.raises(ValueError, match="give tokens or text"):
         built.search()
+    for words in ({"text": ""}, {"tokens": ""}, {"tokens": []}, {"tokens": 5}, {"text": 5}):
+        with pytest.raises(ValueError, match="expected words that are not empty"):
+            built.search(**words)
+    with pytest.raises(TypeError):
+        built.latent(3.7)  # pyright: ignore
 
 
 def test_exports_hold_every_latent_and_example(built: Analysis, tmp_path: Path) -> None:
