@@ -147,23 +147,28 @@ class Silences:
         """`keep` (contexts, positions): the positions that count, of which one stands for the context."""
         numbers = np.arange(len(keep)) + firings.first
         keys = priorities(self.seed, numbers)
-        for i in np.flatnonzero(keep.any(axis=1) & (keys < self.keys[-1])):
-            if keys[i] >= self.keys[-1]:
+        for i in np.flatnonzero(keep.any(axis=1) & (keys < self.keys.max())):
+            worst = int(self.keys.argmax())
+            if keys[i] >= self.keys[worst]:
                 continue
             counted = np.flatnonzero(keep[i])
             here = firings.latents[firings.contexts == numbers[i]]
             fires = np.zeros(self.fires.shape[1], dtype=bool)
             fires[here] = True
-            at = int(np.searchsorted(self.keys, keys[i]))
-            new = (keys[i], numbers[i], counted[int(keys[i] % np.uint64(len(counted)))], fires)
-            for values, value in zip((self.keys, self.contexts, self.positions, self.fires), new, strict=True):
-                values[at + 1 :] = values[at:-1].copy()
-                values[at] = value
+            self.keys[worst], self.contexts[worst], self.fires[worst] = keys[i], numbers[i], fires
+            self.positions[worst] = counted[int(keys[i] % np.uint64(len(counted)))]
 
     def examples(self, n: int) -> tuple[Ints, Ints, Ints]:
-        """Return (latents, contexts, positions) of up to `n` contexts in which each latent does not fire."""
-        is_silent = ~self.fires & (self.contexts >= 0)[:, None]
-        latents, places = np.nonzero((is_silent & (is_silent.cumsum(axis=0) <= n)).T)
+        """Return (latents, contexts, positions) of up to `n` contexts in which each latent does not fire.
+
+        Each latent begins at another of the contexts, so that not all show the same ones.
+        """
+        d_sae = self.fires.shape[1]
+        first = (priorities(self.seed, np.arange(d_sae)) % np.uint64(self.n)).astype(np.int32)
+        order = np.argsort(self.keys)[(np.arange(self.n, dtype=np.int32)[:, None] + first) % self.n]
+        is_silent = np.take_along_axis(~self.fires & (self.contexts >= 0)[:, None], order, axis=0)
+        latents, ranks = np.nonzero((is_silent & (is_silent.cumsum(axis=0, dtype=np.int32) <= n)).T)
+        places = order[ranks, latents]
         return latents, self.contexts[places], self.positions[places]
 
     def arrays(self) -> dict[str, np.ndarray]:

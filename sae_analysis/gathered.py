@@ -20,7 +20,7 @@ from sae_training.activations_store.position_rule import PositionRule
 from sae_training.language_model.sites import Sites
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
-N_SILENCES = 64  # contexts, of which each latent's few are taken
+N_SILENCES = 512  # contexts, of which each latent's few are taken
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@
 
   const panelOf = (name, examples, record) => {
     const content = [el("p", { class: "note" }, WHAT[name])];
-    if (!examples.length) content.push(el("p", {}, name === "silent" ? "It fires in each of the contexts that were drawn for this (64 for all latents together)." : "None: it never fires."));
+    if (!examples.length) content.push(el("p", {}, name === "silent" ? "It fires in each of the contexts that were drawn for this (512 for all latents together)." : "None: it never fires."));
     let number = 0;
     for (const kind of new Set(examples.map((example) => example.kind))) {
       const some = examples.filter((example) => example.kind === kind);
