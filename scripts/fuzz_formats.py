@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from sae_training.formats.inspection import in_json, in_words, inspect
+from sae_training.machine.interrupt import without_traceback
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 SEEDS = Path(__file__).resolve().parents[1] / "tests" / "reference_files"
@@ -217,4 +218,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with without_traceback():
+        sys.exit(main())

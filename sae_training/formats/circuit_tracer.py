@@ -10,7 +10,6 @@ import re
 from functools import partial
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from sae_training.formats import folding
@@ -93,6 +92,8 @@ def hook(config: dict[str, Any], key: str, layer: int) -> str | None:
 
 def config_of(found: Found) -> dict[str, Any]:
     """What config.yaml says, in plain values; {} without one. ValueError for one that is not plain."""
+    import yaml  # here, because an autoencoder needs nothing but torch and safetensors
+
     if CONFIG not in found.names:
         return {}
     path = found.folder / CONFIG

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from sae_training.machine.interrupt import without_traceback
+
 D_IN = 4096
 
 CHILD = """
@@ -74,4 +76,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with without_traceback():
+        main()

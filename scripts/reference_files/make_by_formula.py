@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ def write_openai(root: Path, name: str, location: str, is_topk: bool, is_tied: b
 
 
 if __name__ == "__main__":
-    files = Path(sys.argv[1])
-    write_openai(files, "v1-relu", "mlp_post_act", is_topk=False, is_tied=False, seed=300)
-    write_openai(files, "v4-relu-tied", "resid_delta_mlp_v4", is_topk=False, is_tied=True, seed=301)
-    write_openai(files, "v5-topk", "resid_post_mlp_v5_32k", is_topk=True, is_tied=False, seed=302)
-    write_openai(files, "v5-topk-tied", "resid_post_attn_v5_128k", is_topk=True, is_tied=True, seed=303)
+    with suppress(KeyboardInterrupt):
+        files = Path(sys.argv[1])
+        write_openai(files, "v1-relu", "mlp_post_act", is_topk=False, is_tied=False, seed=300)
+        write_openai(files, "v4-relu-tied", "resid_delta_mlp_v4", is_topk=False, is_tied=True, seed=301)
+        write_openai(files, "v5-topk", "resid_post_mlp_v5_32k", is_topk=True, is_tied=False, seed=302)
+        write_openai(files, "v5-topk-tied", "resid_post_attn_v5_128k", is_topk=True, is_tied=True, seed=303)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -57,5 +58,6 @@ def write(root: Path, name: str, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    for number, variant in enumerate(VARIANTS):
-        write(Path(sys.argv[1]), variant, 500 + number)
+    with suppress(KeyboardInterrupt):
+        for number, variant in enumerate(VARIANTS):
+            write(Path(sys.argv[1]), variant, 500 + number)

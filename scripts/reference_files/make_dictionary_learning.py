@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -93,5 +94,6 @@ def write(root: Path, name: str, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    for number, variant in enumerate(MADE):
-        write(Path(sys.argv[1]), variant, 200 + number)
+    with suppress(KeyboardInterrupt):
+        for number, variant in enumerate(MADE):
+            write(Path(sys.argv[1]), variant, 200 + number)

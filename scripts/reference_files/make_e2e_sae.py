@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,4 +53,5 @@ def write(root: Path, package: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), Path(sys.argv[2]))
+    with suppress(KeyboardInterrupt):
+        write(Path(sys.argv[1]), Path(sys.argv[2]))

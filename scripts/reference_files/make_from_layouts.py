@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,5 +175,6 @@ def write(root: Path, name: str, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    for number, made in enumerate(MADE):
-        write(Path(sys.argv[1]), made, 300 + 10 * number)
+    with suppress(KeyboardInterrupt):
+        for number, made in enumerate(MADE):
+            write(Path(sys.argv[1]), made, 300 + 10 * number)

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,5 +72,6 @@ def write(root: Path, name: str, place: str, options: dict[str, Any], seed: int)
 
 
 if __name__ == "__main__":
-    for number, (variant, (hookpoint, changes)) in enumerate(VARIANTS.items()):
-        write(Path(sys.argv[1]), variant, hookpoint, changes, 100 + number)
+    with suppress(KeyboardInterrupt):
+        for number, (variant, (hookpoint, changes)) in enumerate(VARIANTS.items()):
+            write(Path(sys.argv[1]), variant, hookpoint, changes, 100 + number)

@@ -6,6 +6,7 @@ PYTHONPATH=.:tests python scripts/reference_files/table.py
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 
 import reference  # pyright: ignore[reportMissingImports] - tests/reference.py
 
@@ -23,4 +24,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with suppress(KeyboardInterrupt):
+        main()
