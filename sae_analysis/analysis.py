@@ -223,14 +223,14 @@ class Analysis:
 
         FileNotFoundError if there is none, and ValueError if it has other weights than the analysis is of.
         """
-        from sae_analysis.active_on import autoencoder_of
+        from sae_analysis.active_on import autoencoder_of  # not above: TransformerLens takes seconds to import
 
         return autoencoder_of(self.reader.url, self.about)
 
     @cached_property
     def model(self) -> Any:
         """The language model, loaded when it is first asked for, as the autoencoder's run loads it."""
-        from sae_training.language_model.load import model_of
+        from sae_training.language_model.load import model_of  # not above, for the same reason
 
         return model_of(self.sae.cfg)
 

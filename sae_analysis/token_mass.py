@@ -48,7 +48,9 @@ class TokenMass:
             self.settle()
 
     def settle(self) -> None:
-        """Put what waits into the table."""
+        """Put what waits into the table; nothing to do if nothing does, because sorting the table takes seconds."""
+        if not any(len(keys) for keys, _ in self.waiting):
+            return
         waiting = [(self.keys, self.mass), *self.waiting]
         self.waiting = []
         self.keys, self.mass = added_up(*map(np.concatenate, zip(*waiting, strict=True)))
