@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_training.formats import folding
 from sae_training.formats.found import Found
 from sae_training.formats.json_files import MOST_BYTES
-from sae_training.formats.loaded import Given, Loaded, place_and_text, sizes
+from sae_training.formats.loaded import Given, Loaded, place_and_text, precisions, sizes
 from sae_training.machine.precision import at_least_float32
 
 CONFIG = "config.yaml"
@@ -77,8 +77,7 @@ def read_layer(found: Found, file: str, config: dict[str, Any], given: Given) ->
             "skip_connection": SKIP in shapes,
             "model_processing": "none",
             "file_format": "circuit_tracer",
-            "file_dtype": dtype,
-            "dtype": "float64" if dtype == "float64" else "float32",
+            **precisions(dtype),
         }
     )
     remark = "W_dec is square: read with latents as rows, as since July 2025; files of before had them as columns"

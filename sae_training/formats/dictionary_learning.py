@@ -28,8 +28,8 @@ from torch import Tensor
 from sae_training.formats import folding
 from sae_training.formats.found import Found
 from sae_training.formats.json_files import read_object
-from sae_training.formats.loaded import Given, Loaded, fitting_batch, needed, place_and_text, sizes
-from sae_training.machine.precision import at_least_float32
+from sae_training.formats.loaded import Given, Loaded, fitting_batch, needed, place_and_text, precisions, sizes
+from sae_training.formats.pickles import copied
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 
@@ -90,8 +90,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
             "apply_b_dec_to_input": name not in NOT_CENTRED,
             "model_processing": "none",
             "file_format": f"dictionary_learning {name}",
-            "file_dtype": dtype,
-            "dtype": "float64" if dtype == "float64" else "float32",
+            **precisions(dtype),
         }
     )
     if architecture in ("topk", "batchtopk", "matryoshka"):
@@ -143,8 +142,7 @@ def class_of(state: dict[str, Tensor], trainer: dict[str, Any], file: Path) -> s
 def weights(state: dict[str, Tensor], names: dict[str, str], norm_factor: float | None) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
     for theirs, name in names.items():
-        tensor = state[theirs].detach()
-        tensor = tensor.to(at_least_float32(tensor.dtype), copy=True)
+        tensor = copied(state[theirs])
         ours[name] = tensor.T if theirs.endswith(".weight") else tensor
     ours["W_dec"] = ours["W_dec"].contiguous()
     if norm_factor is not None:

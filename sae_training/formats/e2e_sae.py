@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sae_training.formats.found import Found
 from sae_training.formats.hook_names import layer_of
-from sae_training.formats.loaded import Given, Loaded, place_and_text, sizes
-from sae_training.machine.precision import at_least_float32
+from sae_training.formats.loaded import Given, Loaded, place_and_text, precisions, sizes
+from sae_training.formats.pickles import copied
 
 NAMES = {"encoder.0.weight": "W_enc", "encoder.0.bias": "b_enc", "decoder.weight": "W_dec", "decoder.bias": "b_dec"}
 OF_A_PLACE = re.compile(rf"(?:saes\.)?([^.]+)\.({'|'.join(map(re.escape, NAMES))}|codebook)")
@@ -64,8 +64,7 @@ def read_place(state: dict[str, Tensor], hook_point: str, given: Given) -> Loade
         "apply_b_dec_to_input": False,
         "model_processing": "none",
         "file_format": "e2e_sae",
-        "file_dtype": dtype,
-        "dtype": "float64" if dtype == "float64" else "float32",
+        **precisions(dtype),
     }
     place = place_and_text(given, None, hook_point, layer_of(hook_point))
     return Loaded(sizes(d_in, d_sae) | place | values, partial(weights, state))
@@ -74,7 +73,7 @@ def read_place(state: dict[str, Tensor], hook_point: str, given: Given) -> Loade
 def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
     for theirs, name in NAMES.items():
-        tensor = state[theirs].detach().to(at_least_float32(state[theirs].dtype), copy=True)
+        tensor = copied(state[theirs])
         ours[name] = tensor.T if tensor.ndim == 2 else tensor
     ours["W_dec"] = torch.nn.functional.normalize(ours["W_dec"], dim=1).contiguous()
     return ours

@@ -40,8 +40,8 @@ class Found:
         return self._keep("json", name, lambda: json_files.read_object(self.folder / name))
 
     def header(self, name: str) -> Header:
-        """Names, precisions and shapes of the tensors of a .safetensors file of the folder, and its metadata."""
-        return self._keep("header", name, lambda: safetensors_files.header(self.folder / name))
+        """Names, precisions and shapes of the tensors of a .safetensors or .npz file of the folder."""
+        return self._keep("header", name, lambda: reader_of(name).header(self.folder / name))
 
     @property
     def is_pickle(self) -> bool:
@@ -56,8 +56,8 @@ class Found:
         return self._keep("pickle", name, lambda: pickles.read(self.folder / name))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a .safetensors file of the folder."""
-        return safetensors_files.tensors(self.folder / name)
+        """The tensors of a .safetensors or .npz file of the folder."""
+        return reader_of(name).tensors(self.folder / name)
 
     def slices(self, file: str, name: str) -> Iterator[tuple[int, Tensor]]:
         """The rows of a tensor of a file of the folder, a few megabytes at a time, each with the index of its first."""
@@ -78,3 +78,8 @@ class Found:
         if (kind, name) not in self._kept:
             self._kept[kind, name] = read()
         return self._kept[kind, name]
+
+
+def reader_of(name: str) -> Any:
+    """The module that reads a file of named tensors."""
+    return npz_files if name.endswith(".npz") else safetensors_files

@@ -23,10 +23,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_training.formats import folding, npz_files
+from sae_training.formats import folding
 from sae_training.formats.found import Found
-from sae_training.formats.loaded import Given, Loaded, place_and_text, sizes
-from sae_training.formats.safetensors_files import Header
+from sae_training.formats.loaded import Given, Loaded, place_and_text, precisions, sizes
 from sae_training.machine.precision import at_least_float32
 
 NPZ, WEIGHTS, CONFIG = "params.npz", "params.safetensors", "config.json"
@@ -59,7 +58,7 @@ def recognises(found: Found) -> bool:
     file = file_of(found)
     if file is None or not (found.folder / file).is_file():
         return False
-    names = header_of(found, file).shapes.keys()
+    names = found.header(file).shapes.keys()
     lower = {name.lower() for name in names}
     return {"w_enc", "threshold"} <= lower and (file.endswith(".npz") or "w_enc" in names)
 
@@ -71,14 +70,10 @@ def file_of(found: Found) -> str | None:
     return found.path.name if found.path.suffix in (".npz", ".safetensors") else None
 
 
-def header_of(found: Found, file: str) -> Header:
-    return npz_files.header(found.folder / file) if file.endswith(".npz") else found.header(file)
-
-
 def read(found: Found, given: Given) -> dict[str, Loaded]:
     """The autoencoder or transcoder of the folder or file. ValueError for what is missing, and for crosscoders."""
     file = file_of(found) or WEIGHTS
-    path, header = found.folder / file, header_of(found, file)
+    path, header = found.folder / file, found.header(file)
     theirs = {ours(name): name for name in header.shapes}
     missing = [name for name in NAMES if name not in theirs]
     unknown = theirs.keys() - {*NAMES, SKIP}
@@ -97,8 +92,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         "apply_b_dec_to_input": False,
         "model_processing": "none",
         "file_format": f"gemma_scope {2 if is_second else 1}",
-        "file_dtype": dtype,
-        "dtype": "float64" if dtype == "float64" else "float32",
+        **precisions(dtype),
     }
     config = found.json(CONFIG) if is_second and CONFIG in found.names else {}
     values |= place_of_second(path, config, given) if is_second else place_of_first(path, given)
@@ -186,8 +180,7 @@ def model_of_second(config: dict[str, Any], parts: tuple[str, ...]) -> str | Non
 
 
 def weights(found: Found, file: str, is_embedding: bool) -> dict[str, Tensor]:
-    path = found.folder / file
-    theirs = npz_files.tensors(path) if file.endswith(".npz") else found.tensors(file)
+    theirs = found.tensors(file)
     made = {ours(name): tensor.to(at_least_float32(tensor.dtype)) for name, tensor in theirs.items()}
     made["log_threshold"] = folding.log_thresholds(made.pop("threshold"))
     made["W_enc"] = folding.latent_by_latent(made["W_enc"])

@@ -14,9 +14,9 @@ from typing import Any
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import UNKNOWN, WITH_K
-from sae_training.formats import FAMILIES, config_of, folders_of, is_one, mats, native, npz_files
+from sae_training.formats import FAMILIES, config_of, folders_of, is_one, mats, native
 from sae_training.formats.doubts import blamed_on
-from sae_training.formats.found import Found
+from sae_training.formats.found import PICKLES, Found
 from sae_training.formats.loaded import Given, Loaded
 from sae_training.formats.pickles import tensors_by_name
 from sae_training.formats.traps import traps
@@ -24,7 +24,7 @@ from sae_training.formats.weight_figures import figures
 
 PLACES = ("model_name", "hook_point", "target_hook_point", "dataset_path")
 
-FILES_OF_ONE = (".safetensors", ".npz", ".pt", ".pth", ".pkl", ".pkl.gz")
+FILES_OF_ONE = (".safetensors", ".npz", *PICKLES)
 MOST_FILES = 20_000
 
 SAYS_WHAT_IT_IS = (
@@ -191,7 +191,7 @@ def files_with_tensors(found: Found) -> Iterator[tuple[str, dict[str, tuple[tupl
     names = sorted(folder.names) if folder.is_folder else [folder.path.name]
     for name in names:
         if name.endswith((".safetensors", ".npz")):
-            head = folder.header(name) if name.endswith(".safetensors") else npz_files.header(folder.folder / name)
+            head = folder.header(name)
             yield name, {key: (head.shapes[key], head.dtypes[key]) for key in head.shapes}
         elif name == "ae.pt" or folder.is_pickle:
             state = tensors_by_name(folder.pickle(name))

@@ -82,6 +82,11 @@ def sizes(d_in: int, d_sae: int) -> dict[str, Any]:
     return {"d_in": d_in, "n_latents": d_sae} if d_sae % d_in else {"d_in": d_in, "expansion_factor": d_sae // d_in}
 
 
+def precisions(file_dtype: str) -> dict[str, Any]:
+    """The fields that say what precision a file's weights have, and what they are computed in."""
+    return {"file_dtype": file_dtype, "dtype": "float64" if file_dtype == "float64" else "float32"}
+
+
 def fitting_batch(context_size: int) -> dict[str, Any]:
     """A batch of training that a config with such contexts accepts, though nothing is trained."""
     return {"context_size": context_size, "train_batch_size": min(4096, 320 * context_size)}

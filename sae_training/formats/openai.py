@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae_training.formats.found import Found
 from sae_training.formats.loaded import Given, Loaded, needed, place_and_text, sizes
-from sae_training.machine.precision import at_least_float32
+from sae_training.formats.pickles import copied
 
 TENSORS = ("pre_bias", "latent_bias", "encoder.weight")
 DECODERS = ("decoder.weight", "decoder.linear.weight")
@@ -78,10 +78,7 @@ def known(part: str) -> bool:
 
 def weights(content: dict[str, Any], decoder: str) -> dict[str, Tensor]:
     names = {"pre_bias": "b_dec", "latent_bias": "b_enc", "encoder.weight": "W_enc", decoder: "W_dec"}
-    ours = {}
-    for theirs, name in names.items():
-        tensor = content[theirs].detach()
-        ours[name] = tensor.to(at_least_float32(tensor.dtype), copy=True)
+    ours = {name: copied(content[theirs]) for theirs, name in names.items()}
     ours["W_enc"] = ours["W_enc"].T
     if decoder == "decoder.weight":
         ours["W_dec"] = ours["W_dec"].T.contiguous()

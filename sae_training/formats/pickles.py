@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch import _utils
+from torch import Tensor, _utils
+
+from sae_training.machine.precision import at_least_float32
 
 STAND_INS = ("sae_training.", "sae_lens.")
 """Modules whose classes are configs, of which the attributes are wanted and nothing else."""
@@ -189,3 +191,8 @@ def tensors_by_name(content: Any, prefix: str = "", depth: int = 3) -> dict[str,
         elif isinstance(key, str):
             found |= tensors_by_name(part, f"{prefix}{key}.", depth - 1)
     return found
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own, in float32 at least, because what is read may be a map of the file."""
+    return tensor.detach().to(at_least_float32(tensor.dtype), copy=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sae_training.formats import folding
 from sae_training.formats.found import Found
-from sae_training.formats.loaded import Given, Loaded, needed, sizes
+from sae_training.formats.loaded import Given, Loaded, needed, precisions, sizes
 from sae_training.formats.saelens_config import (
     TRANSCODERS,
     config_values,
@@ -67,8 +67,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     d_in = header.shapes["W_enc"][0] if "W_enc" in header.shapes else d_out
     values = config_values(cfg, given) | sizes(d_in, d_sae)
     values["file_format"] = f"saelens {version_of(cfg) or major_version(cfg)}"
-    values["file_dtype"] = header.dtypes["W_dec"]
-    values["dtype"] = "float64" if values["file_dtype"] == "float64" else "float32"
+    values |= precisions(header.dtypes["W_dec"])
     if cfg["architecture"] in WITH_NORMS:
         values["k"] = max(1, round(needed(given.k, cfg.get("k"), "k", "k", where)))
     if cfg["architecture"] in TRANSCODERS:

@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from sae_training.formats.found import Found
-from sae_training.formats.loaded import Given, Loaded, needed, place_and_text, sizes
-from sae_training.machine.precision import at_least_float32
+from sae_training.formats.loaded import Given, Loaded, needed, place_and_text, precisions, sizes
+from sae_training.formats.pickles import copied
 
 GOODFIRE = {
     "encoder_linear.weight": "W_enc",
@@ -72,8 +72,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         "apply_b_dec_to_input": not is_linear,
         "model_processing": "none",
         "file_format": kind,
-        "file_dtype": dtype,
-        "dtype": "float64" if dtype == "float64" else "float32",
+        **precisions(dtype),
     }
     match kind:
         case "goodfire":
@@ -117,7 +116,7 @@ def place_of_attention(found: Found, given: Given) -> dict[str, Any]:
 def weights(state: dict[str, Tensor], names: dict[str, str], is_linear: bool) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
     for theirs, name in names.items():
-        tensor = state[theirs].detach().to(at_least_float32(state[theirs].dtype), copy=True)
+        tensor = copied(state[theirs])
         ours[name] = tensor.T if is_linear and tensor.ndim == 2 else tensor
     ours["W_dec"] = ours["W_dec"].contiguous()
     return ours

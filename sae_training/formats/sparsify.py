@@ -17,7 +17,7 @@ from torch import Tensor
 from sae_training.formats.found import Found
 from sae_training.formats.hook_names import layer_of, transformer_lens_name
 from sae_training.formats.json_files import read_object
-from sae_training.formats.loaded import Given, Loaded, fitting_batch, needed, place_and_text, sizes
+from sae_training.formats.loaded import Given, Loaded, fitting_batch, needed, place_and_text, precisions, sizes
 from sae_training.machine.precision import at_least_float32
 
 CONFIG, WEIGHTS, RUN_CONFIG = "cfg.json", "sae.safetensors", "config.json"
@@ -53,8 +53,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
             "k": needed(given.k, cfg.get("k"), "k", "k", where),
             "model_processing": "none",
             "file_format": "sparsify",
-            "file_dtype": header.dtypes["W_dec"],
-            "dtype": "float64" if header.dtypes["W_dec"] == "float64" else "float32",
+            **precisions(header.dtypes["W_dec"]),
         }
     )
     if values.get("target_hook_point"):
