@@ -5,7 +5,6 @@ A byte-level tokenizer may split a character over tokens, so ids are kept as byt
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -43,7 +42,7 @@ def has_byte_level_decoder(tokenizer: Any) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a slow tokenizer of the GPT-2 kind
         return hasattr(tokenizer, "byte_decoder")
-    return '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
+    return "ByteLevel(" in repr(backend.decoder)  # its JSON would be that of the whole tokenizer: 0.4 s
 
 
 @cache

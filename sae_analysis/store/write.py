@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -45,14 +47,17 @@ class Writer:
         found = Findings(gathered, of_model)
         examples = Examples(gathered, sizes)
         d_sae = gathered.sae.d_sae
-        with progress_bar("writing the analysis", d_sae, "latents", initial=first) as bar:
-            for start in range(first, d_sae, SLICE):
-                some = range(start, min(start + SLICE, d_sae))
+        slices = [range(start, min(start + SLICE, d_sae)) for start in range(first, d_sae, SLICE)]
+        bar = progress_bar("writing the analysis", d_sae, "latents", initial=first)
+        with bar, ThreadPoolExecutor(1) as beside:
+            # The next slice is compressed while the database takes this one. Two in hand, because they are large.
+            waiting = deque(beside.submit(rows_of, found, examples, some) for some in slices[:2])
+            for number, some in enumerate(slices):
+                rows = waiting.popleft().result()
+                waiting.extend(beside.submit(rows_of, found, examples, later) for later in slices[number + 2 :][:1])
                 with self.engine.begin() as connection:
-                    self.insert(connection, schema.latents, found.latent_rows(some))
-                    self.insert(connection, schema.details, found.detail_rows(some))
-                    self.insert(connection, schema.tokens, found.token_rows(some))
-                    self.insert(connection, schema.examples, example_rows(examples, some))
+                    for table, of_table in rows:
+                        self.insert(connection, table, of_table)
                 bar.update(len(some))
         with self.engine.begin() as connection:
             self.insert(connection, schema.contexts, context_rows(context_ids, np.unique(examples.contexts)))
@@ -74,6 +79,16 @@ class Writer:
     def insert(self, connection: Connection, table: Table, rows: Sequence[dict[str, Any]]) -> None:
         if rows:
             connection.execute(insert(table), [{"analysis": self.analysis, **row} for row in rows])
+
+
+def rows_of(found: Findings, examples: Examples, some: range) -> list[tuple[Table, list[dict[str, Any]]]]:
+    """Return the rows of some latents, table by table."""
+    return [
+        (schema.latents, found.latent_rows(some)),
+        (schema.details, found.detail_rows(some)),
+        (schema.tokens, found.token_rows(some)),
+        (schema.examples, example_rows(examples, some)),
+    ]
 
 
 class Findings:
