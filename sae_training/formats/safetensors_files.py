@@ -29,7 +29,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-LATENTS_LAST = ("W_enc", "w_enc")
+LATENTS_LAST = ("W_enc", "w_enc", "W_E")
 """Names of matrices (d_in, d_sae) that our memory holds latent by latent."""
 
 
