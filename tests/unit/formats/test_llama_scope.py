@@ -12,6 +12,7 @@ import reference
 import torch
 from safetensors.torch import load_file, save_file
 
+from sae_analysis.codes import code_of
 from sae_training.formats.inspection import in_words, inspect
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
@@ -94,6 +95,9 @@ def test_normtopk_chooses_by_norms_and_reports_activations_without_them() -> Non
     acts = sae.encode(x)
     assert torch.equal(acts, torch.zeros_like(pre).scatter(1, by_norms, pre.gather(1, by_norms).relu()))
     assert not torch.equal(by_norms.sort().values, by_pre.sort().values)
+    code = code_of(sae, x)
+    assert torch.equal(code.values, acts[acts > 0])
+    torch.testing.assert_close(sae(x).sae_out, sae.reconstruct(x))
 
 
 # ------------------------------------------------------------------------------------------------------------- scaling
@@ -177,6 +181,31 @@ def test_shards_are_named_and_refused(tmp_path: Path) -> None:
     (folder / "sae_weights.dcp").mkdir()
     with pytest.raises(ValueError, match="a checkpoint in shards"):
         SparseAutoencoder.load_from_pretrained(folder)
+
+
+KEYS = {
+    "sae_type", "hook_point_in", "hook_point_out", "use_decoder_bias", "use_glu_encoder", "act_fn", "norm_activation",
+    "jump_relu_threshold", "apply_decoder_bias_to_pre_encoder", "dataset_average_activation_norm", "top_k",
+    "sparsity_include_decoder_norm",
+}  # fmt: skip
+ODD_VALUES = [None, -1, 10**30, 1.5, "x", [1], {"in": "x", "out": []}, {"in": 0, "out": -1}]
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [(OF_2024, "hyperparams.json"), ("2025-jumprelu", "config.json"), ("topk", "config.json")]
+)
+def test_values_of_other_types_load_or_are_refused(
+    name: str, config: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    folder = copy_of(name, tmp_path / "sae", config)
+    cfg = json.loads((folder / config).read_text())
+    for key in cfg.keys() & KEYS:
+        for value in ODD_VALUES:
+            (folder / config).write_text(json.dumps(cfg | {key: value}))
+            try:
+                SparseAutoencoder.load_from_pretrained(folder)
+            except (ValueError, OSError) as error:
+                assert str(folder) in str(error)
 
 
 # ------------------------------------------------------------------------------------------------------------- inspect
