@@ -1,6 +1,7 @@
 """Files that are recognised and not read, with the reason: no dictionaries of one place, or rules unknown.
 
-Codebooks, cross-layer transcoders and Gemma Scope's crosscoders are refused by the families that they belong to.
+Codebooks, cross-layer transcoders and Gemma Scope's crosscoders are refused by the families that they belong to, and
+pickled objects of other programs' classes by `pickles`.
 """
 
 from __future__ import annotations
