@@ -31,7 +31,7 @@ def reason(found: Found) -> str | None:
     if found.is_pickle:
         return reason_of_pickle(found)
     if found.has(*OPENMOSS):
-        kind = found.json(OPENMOSS[0]).get("sae_type")
+        kind = str(found.json(OPENMOSS[0]).get("sae_type"))
         return f"a {kind} of llamascopium, which {KINDS_OF_OPENMOSS[kind]}" if kind in KINDS_OF_OPENMOSS else None
     if found.has(*TEMPORAL):
         return "a temporal autoencoder, which is a model of sequences (attention over positions); load it with SAELens"

@@ -118,15 +118,15 @@ def of_dictionary_learning(found: Found, loaded: Loaded) -> Iterator[str]:
 def of_several_places(found: Found, loaded: Loaded) -> Iterator[str]:
     file_format = str(loaded.values["file_format"])
     if file_format == "gemma_scope 2 clt":
-        yield "w_dec has all places; circuit-tracer takes each layer's own and later ones, and drops the rest"
-        yield "circuit-tracer's loader of these files leaves the last layer out"
+        yield "circuit-tracer's own loader of these files counts one layer too few, and fails"
     if file_format == "circuit_tracer clt":
         yield "slot j of W_dec_i is for layer i + j; Gemma Scope's files have a slot for every layer"
         yield "circuit-tracer loads bfloat16 unless it is told otherwise, and leaves position 0 out of its graphs"
     if file_format == "llamascopium clt":
-        yield "W_D.i is of the target layer i, with a row for each source up to it"
+        yield "W_D.i is of the target layer i, with a row for each source up to it; circuit-tracer's W_dec_i is of source i"
     if file_format == "llamascopium crosscoder":
         yield "each place has activations of its own: its decoder norms decide there which latents are active"
+        yield "fold_activation_scale there changes the function of a crosscoder; here the scales are folded exactly"
     if file_format.startswith("llamascopium") and found.json("config.json").get("norm_activation") == "inference":
         yield "dataset_average_activation_norm is not used: norm_activation is inference, and its values may be chance"
     if file_format.startswith("crosscoder_learning BatchTopK"):

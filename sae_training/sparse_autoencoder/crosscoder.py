@@ -168,13 +168,15 @@ class Crosscoder(nn.Module):
     def chosen(self, scores: Tensor) -> Tensor:
         """Bool mask of the k largest scores (..., sets, d_sae): of each row, or k * rows of all rows."""
         assert self.cfg.k is not None
-        groups = scores.reshape(-1, 1, self.n_sets * self.d_sae) if self.cfg.across_sets else scores.flatten(0, -3)
-        groups = groups.reshape(len(groups), -1, groups.shape[-1])  # (rows, 1 or sets, latents that compete)
+        n_groups = 1 if self.cfg.across_sets else self.n_sets
+        rows = scores.reshape(
+            -1, n_groups, self.n_sets // n_groups * self.d_sae
+        )  # (rows, groups, latents that compete)
         if not self.cfg.by_batch:
-            return top_k_mask(groups, self.cfg.k).reshape(scores.shape)
-        together = groups.transpose(0, 1).flatten(1)  # (1 or sets, rows * latents)
-        mask = top_k_mask(together, self.cfg.k * len(groups))
-        return mask.view(groups.shape[1], len(groups), -1).transpose(0, 1).reshape(scores.shape)
+            return top_k_mask(rows, self.cfg.k).reshape(scores.shape)
+        together = rows.transpose(0, 1).flatten(1)  # (groups, rows * latents that compete)
+        mask = top_k_mask(together, self.cfg.k * len(rows)).view(n_groups, len(rows), -1)
+        return mask.transpose(0, 1).reshape(scores.shape)
 
     def decode(self, acts: Tensor, x: Tensor | Mapping[str, Tensor] | None = None) -> Tensor:
         """Outputs (..., places, d_out) in the order of `cfg.writes`, of latent activations as `encode` returns them.

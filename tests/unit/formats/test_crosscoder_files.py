@@ -248,6 +248,50 @@ def test_a_training_folder_of_the_fork_is_told_by_its_config(tmp_path: Path) -> 
     assert torch.equal(crosscoder.encode(x), other.encode(x))
 
 
+ODD_VALUES = [None, True, -1, 0, 10**30, 1e308, "x", [], [1], ["x"], {}, {"a": []}]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("llamascopium-clt-topk", "config.json"),
+        ("llamascopium-crosscoder-jumprelu", "config.json"),
+        ("dictionary_learning_fork-batchtopk", "config.json"),
+        ("kissane-crosscoder", "cfg.json"),
+    ],
+)
+def test_values_of_other_types_load_or_are_refused(name: str, file: str, tmp_path: Path) -> None:
+    path = copy_of(name, tmp_path)
+    config = json.loads((path / file).read_text())
+    others = {"encoder_layers": 1, "code_normalization_alpha_cc": 1, "trainer": 1, "lm_name": 1, "model_name": 1}
+    for key in config | others:
+        for value in ODD_VALUES:
+            (path / file).write_text(json.dumps(config | {key: value}))
+            for look in (load, inspect):
+                try:
+                    look(path)
+                except (ValueError, OSError) as error:
+                    assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("name", ["gemma_scope_2-clt-affine", "circuit_tracer-clt-relu", "kissane-crosscoder"])
+def test_a_truncated_file_is_named(name: str, tmp_path: Path) -> None:
+    path = copy_of(name, tmp_path)
+    file = next(file for pattern in ("*_1.safetensors", "*.pt") for file in sorted(path.glob(pattern)))
+    whole = file.read_bytes()
+    for length in range(0, len(whole) - 1, 500):
+        file.write_bytes(whole[:length])
+        with pytest.raises((ValueError, OSError), match=str(path)):
+            load(path)
+
+
+def test_more_places_than_any_model_has_are_refused(tmp_path: Path) -> None:
+    for i in range(1001):
+        save_file({"w_dec": torch.zeros(1, 1001, 1)} if i == 0 else {}, tmp_path / f"params_layer_{i}.safetensors")
+    with pytest.raises(ValueError, match="found 1,001 places"):
+        load(tmp_path)
+
+
 def sparse_file(path: Path, shapes: dict[str, list[int]]) -> None:
     """A safetensors file of zeros that take no room on the disk."""
     head, start = {}, 0

@@ -123,6 +123,7 @@ def test_the_k_largest_are_those_of_rows_or_batches_of_sets_or_all(by_batch: boo
     for group in groups:
         wanted[group] = relu[group] * largest(scores[group], 2 * N_ROWS if by_batch else 2)
     torch.testing.assert_close(made.encode(rows()), wanted)
+    assert made.encode(rows()[0]).shape == (N, D_SAE)
 
 
 def test_more_than_there_are_may_be_asked_for() -> None:
