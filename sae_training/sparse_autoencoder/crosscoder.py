@@ -169,12 +169,11 @@ class Crosscoder(nn.Module):
         """Bool mask of the k largest scores (..., sets, d_sae): of each row, or k * rows of all rows."""
         assert self.cfg.k is not None
         n_groups = 1 if self.cfg.across_sets else self.n_sets
-        rows = scores.reshape(
-            -1, n_groups, self.n_sets // n_groups * self.d_sae
-        )  # (rows, groups, latents that compete)
+        n_competing = self.n_sets // n_groups * self.d_sae
+        rows = scores.reshape(-1, n_groups, n_competing)
         if not self.cfg.by_batch:
             return top_k_mask(rows, self.cfg.k).reshape(scores.shape)
-        together = rows.transpose(0, 1).flatten(1)  # (groups, rows * latents that compete)
+        together = rows.transpose(0, 1).flatten(1)  # (groups, rows * n_competing)
         mask = top_k_mask(together, self.cfg.k * len(rows)).view(n_groups, len(rows), -1)
         return mask.transpose(0, 1).reshape(scores.shape)
 
