@@ -123,7 +123,7 @@ def of_several_places(found: Found, loaded: Loaded) -> Iterator[str]:
         yield "slot j of W_dec_i is for layer i + j; Gemma Scope's files have a slot for every layer"
         yield "circuit-tracer loads bfloat16 unless it is told otherwise, and leaves position 0 out of its graphs"
     if file_format == "llamascopium clt":
-        yield "W_D.i is of the target layer i, with a row for each source up to it; W_dec_i of circuit-tracer is of a source"
+        yield "W_D.i is of the target layer i, with a row for each source up to it; circuit-tracer counts sources"
     if file_format == "llamascopium crosscoder":
         yield "each place has activations of its own: its decoder norms decide there which latents are active"
         yield "fold_activation_scale there changes the function of a crosscoder; here the scales are folded exactly"
