@@ -14,7 +14,7 @@ from typing import Any
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import UNKNOWN, WITH_K
-from sae_training.formats import FAMILIES, config_of, folders_of, is_one, mats, native
+from sae_training.formats import FAMILIES, config_of, folders_of, is_one, llama_scope, mats, native
 from sae_training.formats.doubts import blamed_on
 from sae_training.formats.found import PICKLES, Found
 from sae_training.formats.loaded import Given, Loaded
@@ -207,11 +207,14 @@ def tensors_of(found: Found) -> dict[str, dict[str, dict[str, Any]]]:
 def files_with_tensors(found: Found) -> Iterator[tuple[str, dict[str, tuple[tuple[int, ...], str]]]]:
     folder = weights_of(found)
     names = sorted(folder.names) if folder.is_folder else [folder.path.name]
+    of_openmoss = llama_scope.weights_file(found) if llama_scope.recognises(found) else None
+    if of_openmoss not in (None, llama_scope.IN_SHARDS, *names):
+        names.append(of_openmoss)  # checkpoints/final.safetensors
     for name in names:
         if name.endswith((".safetensors", ".npz")):
             head = folder.header(name)
             yield name, {key: (head.shapes[key], head.dtypes[key]) for key in head.shapes}
-        elif name in PICKLES_OF_FOLDERS or folder.is_pickle:
+        elif name in (*PICKLES_OF_FOLDERS, of_openmoss) or folder.is_pickle:
             state = tensors_by_name(folder.pickle(name))
             yield name, {key: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in state.items()}
 

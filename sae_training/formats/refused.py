@@ -1,6 +1,6 @@
 """Files that are recognised and not read, with the reason: no dictionaries of vectors, or rules unknown.
 
-Codebooks are refused by the family that they belong to.
+Codebooks are refused by the family that they belong to, and pickled objects of other programs' classes by `pickles`.
 """
 
 from __future__ import annotations

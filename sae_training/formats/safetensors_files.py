@@ -30,8 +30,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-LATENTS_LAST = ("W_enc", "w_enc")
-"""Names of matrices (d_in, d_sae) that our memory holds latent by latent."""
+LATENTS_LAST = ("W_enc", "w_enc", "W_E", "decoder.weight")
+"""Names of matrices (d_in, d_sae) or (d_out, d_sae) that our memory holds latent by latent."""
 
 
 @dataclass(frozen=True)

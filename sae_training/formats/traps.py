@@ -138,8 +138,33 @@ def of_mats(found: Found, loaded: Loaded) -> Iterator[str]:
     yield "a pickle: read without executing anything in it; save it again with save_model"
 
 
+def of_llama_scope(found: Found, loaded: Loaded) -> Iterator[str]:
+    values = loaded.values
+    if values["file_format"] == "llama_scope 2024":
+        yield (
+            "activations are in other units than SAELens' and Neuronpedia's, which leave the norms of decoder rows out "
+            "and so apply the threshold to other numbers, unless the rows have norm 1 (inspect with --full)"
+        )
+    elif values["architecture"] == "jumprelu":
+        yield "thresholds are for pre-activations times the norms of decoder rows, which SAELens' loader leaves out"
+
+
+def of_llamascopium(found: Found, loaded: Loaded) -> Iterator[str]:
+    folder = found if found.is_folder else Found(found.folder)
+    config = folder.json("config.json") if "config.json" in folder.names else {}
+    if config.get("norm_activation") == "inference" and loaded.values["architecture"] == "jumprelu":
+        yield (
+            "norm_activation is inference: llamascopium folded a norm into the weights and not into the thresholds, so "
+            "that other latents are active than in training; an unfolded copy is better"
+        )
+    if loaded.values["architecture"] == "normtopk":
+        yield "the k largest are chosen by pre-activations times the norms of decoder rows"
+
+
 OF_FAMILIES = {
     "saelens": of_saelens,
+    "llama_scope": of_llama_scope,
+    "llamascopium": of_llamascopium,
     "sparsify": of_sparsify,
     "dictionary_learning": of_dictionary_learning,
     "mats": of_mats,
