@@ -39,6 +39,8 @@ CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 KINDS = ("crosscoder", "clt")
 NORM, THRESHOLD = "dataset_average_activation_norm.", "activation_function.log_jumprelu_threshold"
 
+LEAST_NORM = 1e-8
+
 CHOICES: dict[str, tuple[str, bool, bool]] = {
     # act_fn: the activation here, whether it is by the batch, whether it is across sets
     "relu": ("relu", False, False),
@@ -147,9 +149,11 @@ def weights(found: Found, values: dict[str, Any], is_clt: bool, by_norm: bool, i
         made["weight_of_choice"] = norms
     if is_scaled:
         average = {name: float(state[f"{NORM}{name}"]) for name in {*values["reads"], *values["writes"]}}
-        bad = [name for name, norm in average.items() if not 0 < norm < math.inf]
-        if bad:
-            raise ValueError(f"{NORM}{bad[0]}: no positive number, though it scales the activations; use another copy.")
+        if bad := [name for name, norm in average.items() if not LEAST_NORM < norm < 1 / LEAST_NORM]:
+            raise ValueError(
+                f"{NORM}{bad[0]}: found {average[bad[0]]}, expected the average norm of activations, which scales them; "
+                "the program writes any number where it knows none; use a complete copy."
+            )
         s_in, s_out = (
             [math.sqrt(values["d_in"]) / average[name] for name in values[key]] for key in ("reads", "writes")
         )

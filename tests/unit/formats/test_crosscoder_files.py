@@ -165,9 +165,10 @@ def test_an_average_norm_that_is_missing_or_no_number_is_named(tmp_path: Path) -
     path = copy_of("llamascopium-clt-relu", tmp_path)
     state = load_file(path / "sae_weights.safetensors")
     name = "dataset_average_activation_norm.blocks.3.hook_mlp_out"
-    save_file(state | {name: torch.tensor(0.0)}, path / "sae_weights.safetensors")
-    with pytest.raises(ValueError, match=f"{name}: no positive number"):
-        load(path)
+    for chance in (0.0, -3.0, 1e-23, torch.nan, torch.inf):
+        save_file(state | {name: torch.tensor(chance)}, path / "sae_weights.safetensors")
+        with pytest.raises(ValueError, match=f"{name}: found .*, expected the average norm"):
+            load(path)
     save_file({key: value for key, value in state.items() if key != name}, path / "sae_weights.safetensors")
     with pytest.raises(ValueError, match=f"{name} is missing"):
         load(path)
