@@ -43,8 +43,8 @@ from sae_training.formats.loaded import Facts, Given, Loaded, describe
 from sae_training.machine.device import checked, is_there
 
 __all__ = [
-    "Facts", "Given", "Loaded", "blamed_on", "config_of", "load", "load_crosscoder", "native", "read", "read_many",
-    "weights_of",
+    "Facts", "Given", "Loaded", "blamed_on", "config_of", "load", "native", "read", "read_many", "the_crosscoder",
+    "warn_of", "weights_of",
 ]  # fmt: skip
 
 FAMILIES = (
@@ -143,8 +143,8 @@ def load(
     return config_of(loaded, path, device), weights_of(loaded, path)
 
 
-def load_crosscoder(path: Path, given: Given) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Fields of the config, and tensors, of the crosscoder at `path`. ValueError if another thing lies there."""
+def the_crosscoder(path: Path, given: Given) -> Loaded:
+    """The crosscoder at `path`. ValueError if another thing lies there."""
     found = read(path, given)
     if len(found) != 1 or not (loaded := next(iter(found.values()))).is_crosscoder:
         shown = ", ".join([*list(found)[:8], "..."][: len(found)])
@@ -152,11 +152,11 @@ def load_crosscoder(path: Path, given: Given) -> tuple[dict[str, Any], dict[str,
             f"{path}: no crosscoder, but autoencoders of one place ({shown}); load them with "
             "SparseAutoencoder.load_from_pretrained or load_many."
         )
-    warn_of(loaded, path)
-    return loaded.values, weights_of(loaded, path)
+    return loaded
 
 
 def warn_of(loaded: Loaded, path: Path) -> None:
+    """Its remarks as warnings."""
     for remark in loaded.remarks:
         warnings.warn(f"{path}: {remark}", stacklevel=5)
 
@@ -178,7 +178,7 @@ def config_of(loaded: Loaded, path: Path, device: str | None = None) -> Language
         kind = str(loaded.values["architecture"]).replace("_", "-", 1).replace("_", " ")
         raise ValueError(
             f"{path}: a {kind}, whose latents read or write several places; load it with "
-            "Crosscoder.load_from_pretrained of sae_training.sparse_autoencoder.crosscoder. It is not trained here."
+            "Crosscoder.load_from_pretrained of sae_training.sparse_autoencoder. It is not trained here."
         )
     warn_of(loaded, path)
     with blamed_on(path):

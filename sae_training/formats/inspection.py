@@ -174,7 +174,7 @@ def described_crosscoder(loaded: Loaded, found: Found) -> dict[str, Any]:
         "convention": loaded.convention,
         "missing": [name for name in PLACES if values.get(name) == UNKNOWN],
         "warnings": [*loaded.remarks, *traps(found, loaded)],
-        "load": "Crosscoder.load_from_pretrained of sae_training.sparse_autoencoder.crosscoder",
+        "load": "Crosscoder.load_from_pretrained of sae_training.sparse_autoencoder",
     }
 
 

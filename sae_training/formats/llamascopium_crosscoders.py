@@ -151,7 +151,7 @@ def weights(found: Found, values: dict[str, Any], is_clt: bool, by_norm: bool, i
         average = {name: float(state[f"{NORM}{name}"]) for name in {*values["reads"], *values["writes"]}}
         if bad := [name for name, norm in average.items() if not LEAST_NORM < norm < 1 / LEAST_NORM]:
             raise ValueError(
-                f"{NORM}{bad[0]}: found {average[bad[0]]}, expected the average norm of activations, which scales them; "
+                f"{NORM}{bad[0]}: found {average[bad[0]]}, expected the average norm of activations to scale by; "
                 "the program writes any number where it knows none; use a complete copy."
             )
         s_in, s_out = (

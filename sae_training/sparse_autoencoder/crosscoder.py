@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, Unpack
 
@@ -32,6 +33,7 @@ from sae_training.formats.several_places import scale_places
 from sae_training.machine.device import checked
 from sae_training.sparse_autoencoder.architectures import top_k_mask
 from sae_training.sparse_autoencoder.checks import check_weights, check_width
+from sae_training.sparse_autoencoder.many import Lazily
 from sae_training.sparse_autoencoder.normalization import BY_ROW, normalize, restore
 
 Rows = TypeVar("Rows", Tensor, Mapping[str, Tensor])
@@ -253,15 +255,36 @@ class Crosscoder(nn.Module):
         each place with, where the files do not hold them; they become part of the weights. `given`: as in
         `SparseAutoencoder.load_from_pretrained`. ValueError for files of other kinds, and for what is missing.
         """
-        path = Path(path)
+        with formats.blamed_on(Path(path)):
+            return cls.of(formats.the_crosscoder(Path(path), formats.Given(**given)), Path(path), device, norm_factors)
+
+    @classmethod
+    def load_many(
+        cls, path: str | Path, device: str | None = None, **given: Unpack[formats.Facts]
+    ) -> Mapping[str, Crosscoder]:
+        """The crosscoders of the folders below `path`, by name; each is loaded when it is asked for."""
+        found = formats.read_many(Path(path), formats.Given(**given))
+        crosscoders = {name: loaded for name, loaded in found.items() if loaded.is_crosscoder}
+        return Lazily({name: partial(cls.of, loaded, Path(path), device) for name, loaded in crosscoders.items()})
+
+    @classmethod
+    def of(
+        cls,
+        loaded: formats.Loaded,
+        path: Path,
+        device: str | None = None,
+        norm_factors: Sequence[float] | None = None,
+    ) -> Crosscoder:
+        """The crosscoder that was read from `path`."""
         with formats.blamed_on(path):
-            values, tensors = formats.load_crosscoder(path, formats.Given(**given))
-            latents = tuple(Latents(*map(tuple, part)) for part in values["latents"])
-            cfg = CrosscoderConfig(**{**values, "latents": latents})
+            formats.warn_of(loaded, path)
+            tensors = formats.weights_of(loaded, path)
+            latents = tuple(Latents(*map(tuple, part)) for part in loaded.values["latents"])
+            cfg = CrosscoderConfig(**{**loaded.values, "latents": latents})
             if norm_factors is not None:
                 if len(norm_factors) != len(cfg.reads) or len(cfg.reads) != len(cfg.writes):
                     raise ValueError(f"norm_factors: found {len(norm_factors)}, expected one for each of {cfg.reads}.")
-                scale_places(tensors, values, norm_factors, norm_factors)
+                scale_places(tensors, loaded.values, norm_factors, norm_factors)
             return cls(cfg, tensors).to(checked(device or "cpu")).eval()
 
 

@@ -85,6 +85,17 @@ def test_an_autoencoder_is_no_crosscoder() -> None:
         load(reference.ROOT / "saelens-standard")
 
 
+def test_the_crosscoders_below_a_folder_are_loaded_by_name(tmp_path: Path) -> None:
+    for number in (10, 9):
+        shutil.copytree(path_of("gemma_scope_2-clt"), tmp_path / f"clt/width_{number}")
+    shutil.copytree(reference.ROOT / "saelens-standard", tmp_path / "sae")
+    many = Crosscoder.load_many(tmp_path)
+    assert list(many) == ["clt/width_9", "clt/width_10"]
+    assert many["clt/width_10"].cfg.architecture == "cross_layer_transcoder"
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "reads", "writes", "model"),
     [
