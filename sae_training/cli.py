@@ -22,6 +22,7 @@ from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERu
 from sae_training.config.checks import field_types, fields_marked, plain_value, value_problems
 from sae_training.config.files import read_config_values
 from sae_training.config.io import FIELD_NAMES, config_from_dict
+from sae_training.config.left_out import LeftOut
 from sae_training.config.toy import SAEToyModelRunnerConfig
 from sae_training.config.types import OneOrMany
 from sae_training.config.values import (
@@ -113,11 +114,14 @@ class Resume(Common):
 
 
 @dataclass(kw_only=True)
-class Eval(Common):
-    """Measure a trained autoencoder on held-out text."""
+class Eval(LeftOut, Common):
+    """Measure a trained autoencoder on held-out text.
 
-    run: RunFolder
-    """Run folder."""
+    Of a run of this program, or of the files of another: flags say what these leave out.
+    """
+
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
+    """Run folder, checkpoint, or file or folder of weights."""
 
 
 @dataclass(kw_only=True)
@@ -228,7 +232,8 @@ def carry_out(verb: Verb) -> None:
         case Eval():
             with phase("starting"):
                 from sae_training.run.evals import evaluate_run
-            sys.stdout.write(evaluation_in_words(evaluate_run(verb.run), verb.run))
+            figures = evaluate_run(verb.run, **verb.said())
+            sys.stdout.write(evaluation_in_words(figures, verb))
         case Report():
             with phase("starting"):
                 from sae_training.report.run_page import report_run
@@ -354,12 +359,12 @@ def table(values: Mapping[str, object]) -> str:
     return "".join(f"{name:<{width}}  {text}\n" for name, text in shown.items())
 
 
-def evaluation_in_words(figures: Mapping[str, float], run: Path) -> str:
-    """Return the table of an evaluation of `run`, and what its figures are over."""
+def evaluation_in_words(figures: Mapping[str, float], verb: Eval) -> str:
+    """Return the table of an evaluation, and what its figures are over."""
     from sae_training.report.in_words import BASE, notes
     from sae_training.run.remarks import record_of
 
-    record = record_of(figures, run)
+    record = record_of(figures, verb.run, **verb.said())
     shown = {name: value for name, value in record.items() if not name.startswith(BASE) and name != "remarks"}
     return table(shown) + "".join(f"{note}\n" for note in notes(record))
 
