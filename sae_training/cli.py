@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, assert_never
+from typing import Annotated, Any, Literal, TypeVar, assert_never
 
 import tyro
-from tyro.conf import FlagConversionOff, Positional, arg, subcommand
+from tyro.conf import FlagConversionOff, Positional, Suppress, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
 from sae_training.config.checks import field_types, fields_marked, plain_value, value_problems
+from sae_training.config.fields import Origin
 from sae_training.config.files import read_config_values
 from sae_training.config.io import FIELD_NAMES, config_from_dict
 from sae_training.config.left_out import LeftOut
@@ -56,6 +57,8 @@ RECIPE: dict[str, Any] = {
 # 0.65 with scaled batches, 0.56 without. Autoencoders of SmolLM2: 0.923 both, but 176 dead latents in place of 30.
 TRANSCODER_RECIPE = RECIPE | {"normalize_activations": "expected_average_only_in"}
 
+T = TypeVar("T")
+
 RunFolder = Annotated[Path, Positional, arg(metavar="RUN")]
 
 
@@ -89,6 +92,17 @@ class ConfigFile:
     """File of config fields (.yaml or .json). Its values are the defaults; flags win over them."""
 
 
+def hiding(group: type[Any]) -> Callable[[type[T]], type[T]]:
+    """Make a dataclass of flags whose help leaves out the fields of a group; config files may still hold them."""
+
+    def hide(cls: type[T]) -> type[T]:
+        cls.__annotations__ |= {name: Annotated[hint, Suppress] for name, hint in field_types(group).items()}
+        return dataclass(kw_only=True)(cls)
+
+    return hide
+
+
+@hiding(Origin)  # which training takes no other values of than the defaults
 @dataclass(kw_only=True)
 class Train(LanguageModelSAERunnerConfig, ModelAndText, Common, ConfigFile):
     """Train a sparse autoencoder on the activations of a language model.
