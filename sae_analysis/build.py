@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from safetensors import safe_open
@@ -29,6 +29,7 @@ from sae_analysis.store.write import Writer, add_effect
 from sae_analysis.subjects import Subject, hash_of, subjects_of
 from sae_training.activations_store import ActivationsStore
 from sae_training.config.io import CACHE_FIELDS, config_to_dict
+from sae_training.formats import Facts, Given
 from sae_training.language_model.load import fingerprint
 from sae_training.machine.files import disk_named, read_safetensors, write_safetensors
 from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInterrupted, stop_point
@@ -51,6 +52,9 @@ def build_analysis(
     effects: int | Sequence[int] = 0,
     seed: int = 0,
     anew: bool = False,
+    hook_point: str | None = None,
+    layer: int | None = None,
+    **given: Unpack[Facts],
 ) -> Analysis | dict[str, Analysis]:
     """Analyse the latents of an autoencoder on `n_tokens` of text, and return the analysis.
 
@@ -63,6 +67,8 @@ def build_analysis(
     effects: for how many latents to measure what ablating them does at their top examples (`effects.py`): those that
         the site lists first, or these. An analysis that is there gets those it lacks.
 
+    hook_point, layer, given: those of `SparseAutoencoder.load_from_pretrained`, for what files leave out.
+
     A build that was stopped goes on where it was last saved, at most a minute before, and the result is the same.
     `anew` starts it again. A finished analysis with the same settings is returned as it is.
     """
@@ -70,7 +76,7 @@ def build_analysis(
         raise ValueError(f"n_tokens: found {n_tokens}, expected 1 or more.")
     if isinstance(effects, int) and effects < 0:
         raise ValueError(f"effects: found {effects}, expected a number of latents, 0 or more.")
-    found = subjects_of(source, dataset, output)
+    found = subjects_of(source, dataset, output, Given(hook_point, layer, **given))
     d_sae = min(subject.sae.d_sae for subject in found.subjects)
     if not isinstance(effects, int) and (missing := [i for i in effects if not 0 <= i < d_sae]):
         raise ValueError(f"effects: found latents {missing}, expected 0 to {d_sae - 1}.")

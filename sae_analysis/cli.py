@@ -13,6 +13,7 @@ from tyro.conf import FlagConversionOff, Positional, arg, subcommand
 
 from sae_training.cli import registry
 from sae_training.config.checks import field_types
+from sae_training.config.left_out import LeftOut
 from sae_training.config.values import in_one_word
 from sae_training.machine.console import exit_code
 from sae_training.machine.phases import counted_phases, phase, say
@@ -29,14 +30,15 @@ class Common:
 
 
 @dataclass(kw_only=True)
-class Build(Common):
+class Build(LeftOut, Common):
     """Analyse the latents of an autoencoder, in one pass over a text.
 
-    The result is analysis/analysis.sqlite in the run's folder. The same command goes on with an unfinished build.
+    The result is analysis/analysis.sqlite in the run's folder, or in runs/NAME for the files of another program; flags
+    say what these leave out. The same command goes on with an unfinished build.
     """
 
     run: Run
-    """Run folder (of several autoencoders: all of them), checkpoint, or file of weights."""
+    """Run folder (of several autoencoders: all of them), checkpoint, or file or folder of weights."""
 
     tokens: int = 1_000_000
     """Tokens of the text, 2_000_000 or 2e6."""
@@ -114,7 +116,7 @@ def carry_out(verb: Verb) -> None:
                 from sae_analysis.build import build_analysis
             built = build_analysis(
                 verb.run, verb.tokens, dataset=verb.dataset, output=verb.output, cached=verb.cached,
-                effects=verb.effects, seed=verb.seed, anew=verb.anew,
+                effects=verb.effects, seed=verb.seed, anew=verb.anew, **verb.said(),
             )  # fmt: skip
             for analysis in built.values() if isinstance(built, dict) else [built]:
                 sys.stdout.write(f"{analysis.summary()}\n")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sae_training.formats.run_files import CHECKPOINTS, FINAL, RUN_CONFIG_FILE, SNAPSHOTS
+from sae_training.formats.run_files import CHECKPOINTS, FINAL, SNAPSHOTS
+from sae_training.run.folder import is_run_folder
 
 ANALYSIS_FOLDER = "analysis"
 STORE_FILE = "analysis.sqlite"
@@ -17,7 +18,7 @@ def name_of(path: Path) -> str:
     A file loses the endings of its format: a.b-0.01.pkl.gz is a.b-0.01.
     """
     path = path.resolve()
-    if path.name == FINAL and is_run(path.parent):
+    if path.name == FINAL and is_run_folder(path.parent):
         return path.parent.name
     name = path.name
     while path.is_file() and name.endswith(ENDINGS):
@@ -28,17 +29,13 @@ def name_of(path: Path) -> str:
 def folder_of(path: Path) -> Path:
     """Return the folder of the run that a path is, or lies in; for any other file `runs/<its name>`."""
     path = path.resolve()
-    if is_run(path):
+    if is_run_folder(path):
         return path
     for parent in path.parents[:2]:  # final/, checkpoints/step_1/, snapshots/step_1/
         inside = path.relative_to(parent).parts[0]
-        if inside in (CHECKPOINTS, SNAPSHOTS, FINAL) and is_run(parent):
+        if inside in (CHECKPOINTS, SNAPSHOTS, FINAL) and is_run_folder(parent):
             return parent if inside == FINAL else parent / "analysis-of" / path.name
     return Path("runs") / name_of(path)
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / RUN_CONFIG_FILE).is_file()
 
 
 def store_of(path: Path) -> Path | None:

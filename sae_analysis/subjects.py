@@ -5,21 +5,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sae_analysis.places import folder_of, is_run, name_of
+from sae_analysis.places import folder_of, name_of
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.store import without_cache
 from sae_training.config.io import check_known, with_defaults
 from sae_training.config.sweep import is_several, variants
+from sae_training.formats import Given
+from sae_training.formats.loaded import OF_ANOTHER_TEXT
 from sae_training.language_model.load import model_of
 from sae_training.language_model.sites import Sites, find_sites, merged
 from sae_training.machine.phases import phase
-from sae_training.run.folder import read_run_config
+from sae_training.run.folder import is_run_folder, read_run_config
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.utils import Session
 
@@ -51,12 +54,18 @@ class Subjects:
     are_several: bool
 
 
-def subjects_of(source: str | Path | Session, dataset: Any, output: str | Path | None) -> Subjects:
+def subjects_of(
+    source: str | Path | Session,
+    dataset: Any,
+    output: str | Path | None,
+    given: Given = Given(),  # noqa: B008 - it is frozen
+) -> Subjects:
     """Load what `source` names. ValueError or FileNotFoundError, as the session loader raises them."""
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         with phase("reading the autoencoder"):
-            found = autoencoders_in(path)
+            found = autoencoders_in(path, given)
+        check_positive(found)
         for sae in found.values():
             check_known(sae.cfg, dataset_path=dataset)
         with phase("loading the language model"):
@@ -65,18 +74,17 @@ def subjects_of(source: str | Path | Session, dataset: Any, output: str | Path |
         paths = {name: path / name if are_several else path for name in found}
         folder = Path(output).expanduser() if output is not None else folder_of(path)
     else:
+        if given != Given():
+            raise ValueError("a session has a model, a place and a text; give other ones to the session loader.")
         model, sae, store = source
         are_several, found = False, {with_defaults(sae.cfg).resolved_run_name: sae}
         paths = {}
         folder = Path(output).expanduser() if output is not None else Path("runs") / next(iter(found))
-    check_positive(found)
+        check_positive(found)
     sites = {name: find_sites(sae.cfg, model) for name, sae in found.items()}
     cfg = without_cache(next(iter(found.values())).cfg)
     if dataset is not None:  # of which the run's split and column say nothing
-        cfg = dataclasses.replace(
-            cfg, dataset_weights=(), dataset_split="train", dataset_text_column=None, is_dataset_tokenized=None,
-            streaming=None,
-        )  # fmt: skip
+        cfg = dataclasses.replace(cfg, **OF_ANOTHER_TEXT)
     if isinstance(dataset, str | Path):
         cfg, dataset = dataclasses.replace(cfg, dataset_path=str(dataset)), None
     with phase("reading the text"):
@@ -88,23 +96,26 @@ def subjects_of(source: str | Path | Session, dataset: Any, output: str | Path |
     return Subjects(subjects, store, folder, are_several)
 
 
-def autoencoders_in(path: Path) -> dict[str, SparseAutoencoder]:
+def autoencoders_in(path: Path, given: Given) -> dict[str, SparseAutoencoder]:
     """Return the autoencoders of a run folder, or the one of anything else that can be loaded, by name."""
+    load = partial(SparseAutoencoder.load_from_pretrained, **asdict(given))
     if is_run_of_several(path):
-        names = list(variants(read_run_config(path)))
-        return {name: SparseAutoencoder.load_from_pretrained(path / name) for name in names}
-    return {name_of(path): SparseAutoencoder.load_from_pretrained(path)}
+        return {name: load(path / name) for name in variants(read_run_config(path))}
+    return {name_of(path): load(path)}
 
 
 def check_positive(found: dict[str, SparseAutoencoder]) -> None:
     """Raise ValueError for an autoencoder whose activations may be negative: "fires" means above 0 everywhere here."""
     for name, sae in found.items():
         if sae.architecture == "abstopk":
-            raise ValueError(f"{name}: activations of abstopk may be negative; an analysis is of those above 0 only.")
+            raise ValueError(
+                f"{name}: architecture: found abstopk, whose activations may be below 0, and an analysis counts a "
+                "latent as active above 0 only; nothing was analysed. `sae-training eval` takes this autoencoder."
+            )
 
 
 def is_run_of_several(path: Path) -> bool:
-    return is_run(path) and is_several(read_run_config(path))
+    return is_run_folder(path) and is_several(read_run_config(path))
 
 
 def hash_of(sae: SparseAutoencoder) -> str:

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, assert_never
+from typing import Annotated, Any, Literal, TypeVar, assert_never
 
 import tyro
-from tyro.conf import FlagConversionOff, Positional, arg, subcommand
+from tyro.conf import FlagConversionOff, Positional, Suppress, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
 from sae_training.config.checks import field_types, fields_marked, plain_value, value_problems
+from sae_training.config.fields import Origin
 from sae_training.config.files import read_config_values
 from sae_training.config.io import FIELD_NAMES, config_from_dict
+from sae_training.config.left_out import LeftOut
 from sae_training.config.toy import SAEToyModelRunnerConfig
 from sae_training.config.types import OneOrMany
 from sae_training.config.values import (
@@ -54,6 +56,8 @@ RECIPE: dict[str, Any] = {
 # A transcoder's input and target have sizes of their own. Demo model, MLP of layer 2, 300k tokens: explained variance
 # 0.65 with scaled batches, 0.56 without. Autoencoders of SmolLM2: 0.923 both, but 176 dead latents in place of 30.
 TRANSCODER_RECIPE = RECIPE | {"normalize_activations": "expected_average_only_in"}
+
+T = TypeVar("T")
 
 RunFolder = Annotated[Path, Positional, arg(metavar="RUN")]
 
@@ -88,6 +92,17 @@ class ConfigFile:
     """File of config fields (.yaml or .json). Its values are the defaults; flags win over them."""
 
 
+def hiding(group: type[Any]) -> Callable[[type[T]], type[T]]:
+    """Make a dataclass of flags whose help leaves out the fields of a group; config files may still hold them."""
+
+    def hide(cls: type[T]) -> type[T]:
+        cls.__annotations__ |= {name: Annotated[hint, Suppress] for name, hint in field_types(group).items()}
+        return dataclass(kw_only=True)(cls)
+
+    return hide
+
+
+@hiding(Origin)  # which training takes no other values of than the defaults
 @dataclass(kw_only=True)
 class Train(LanguageModelSAERunnerConfig, ModelAndText, Common, ConfigFile):
     """Train a sparse autoencoder on the activations of a language model.
@@ -113,11 +128,14 @@ class Resume(Common):
 
 
 @dataclass(kw_only=True)
-class Eval(Common):
-    """Measure a trained autoencoder on held-out text."""
+class Eval(LeftOut, Common):
+    """Measure a trained autoencoder on held-out text.
 
-    run: RunFolder
-    """Run folder."""
+    Of a run of this program, or of the files of another: flags say what these leave out.
+    """
+
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
+    """Run folder, checkpoint, or file or folder of weights."""
 
 
 @dataclass(kw_only=True)
@@ -228,7 +246,8 @@ def carry_out(verb: Verb) -> None:
         case Eval():
             with phase("starting"):
                 from sae_training.run.evals import evaluate_run
-            sys.stdout.write(evaluation_in_words(evaluate_run(verb.run), verb.run))
+            figures = evaluate_run(verb.run, **verb.said())
+            sys.stdout.write(evaluation_in_words(figures, verb))
         case Report():
             with phase("starting"):
                 from sae_training.report.run_page import report_run
@@ -354,12 +373,12 @@ def table(values: Mapping[str, object]) -> str:
     return "".join(f"{name:<{width}}  {text}\n" for name, text in shown.items())
 
 
-def evaluation_in_words(figures: Mapping[str, float], run: Path) -> str:
-    """Return the table of an evaluation of `run`, and what its figures are over."""
+def evaluation_in_words(figures: Mapping[str, float], verb: Eval) -> str:
+    """Return the table of an evaluation, and what its figures are over."""
     from sae_training.report.in_words import BASE, notes
     from sae_training.run.remarks import record_of
 
-    record = record_of(figures, run)
+    record = record_of(figures, verb.run, **verb.said())
     shown = {name: value for name, value in record.items() if not name.startswith(BASE) and name != "remarks"}
     return table(shown) + "".join(f"{note}\n" for note in notes(record))
 

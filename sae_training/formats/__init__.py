@@ -39,12 +39,12 @@ from sae_training.formats import (
 from sae_training.formats.doubts import blamed_on, check_finite, swapped_axes
 from sae_training.formats.found import Found
 from sae_training.formats.hook_names import layer_of, transformer_lens_name
-from sae_training.formats.loaded import Facts, Given, Loaded, describe
+from sae_training.formats.loaded import Facts, Given, Loaded, completed, describe
 from sae_training.machine.device import checked, is_there
 
 __all__ = [
-    "Facts", "Given", "Loaded", "blamed_on", "config_of", "load", "native", "read", "read_many", "the_crosscoder",
-    "warn_of", "weights_of",
+    "Facts", "Given", "Loaded", "blamed_on", "config_at", "config_of", "load", "native", "read", "read_many",
+    "the_crosscoder", "warn_of", "weights_of",
 ]  # fmt: skip
 
 FAMILIES = (
@@ -87,7 +87,7 @@ def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008
     with blamed_on(path):
         for family in FAMILIES:
             if family.recognises(found):
-                return family.read(found, given)
+                return {name: completed(one, given, path) for name, one in family.read(found, given).items()}
     if found.is_pickle:
         raise ValueError(f"{path}: found {describe(found.pickle())}, which no format that is read has; check the file.")
     raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .pt, .pth, .pkl or .pkl.gz.")
@@ -159,6 +159,11 @@ def warn_of(loaded: Loaded, path: Path) -> None:
     """Its remarks as warnings."""
     for remark in loaded.remarks:
         warnings.warn(f"{path}: {remark}", stacklevel=5)
+
+
+def config_at(path: Path, given: Given) -> LanguageModelSAERunnerConfig:
+    """The config that `load` gives, of which no weight is read."""
+    return config_of(the_one(read(path, given), path, given), path)
 
 
 def weights_of(loaded: Loaded, path: Path) -> dict[str, Tensor]:

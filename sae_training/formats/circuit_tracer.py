@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sae_training.formats import folding
 from sae_training.formats.found import Found
-from sae_training.formats.json_files import MOST_BYTES
 from sae_training.formats.loaded import Given, Loaded, place_and_text, precisions, sizes
+from sae_training.formats.releases import facts_of
 from sae_training.machine.precision import at_least_float32
 
 CONFIG = "config.yaml"
@@ -36,7 +36,7 @@ def files_of(found: Found) -> list[str]:
 
 def read(found: Found, given: Given) -> dict[str, Loaded]:
     """The transcoders by `layer_<i>`. ValueError for tensors that do not fit."""
-    config = config_of(found)
+    config = found.yaml(CONFIG) if CONFIG in found.names else {}
     return {file.removesuffix(".safetensors"): read_layer(found, file, config, given) for file in files_of(found)}
 
 
@@ -57,12 +57,16 @@ def read_layer(found: Found, file: str, config: dict[str, Any], given: Given) ->
     found_layer = LAYER.fullmatch(file)
     layer = int(found_layer[1]) if found_layer else 0
     dtype = header.dtypes["W_dec"]
+    known = facts_of(path, "circuit_tracer")
+    model = config.get("model_name") or known.get("model_name")
+    hook_point = hook(config, "feature_input_hook", layer) or known.get("hook_point")
+    target = hook(config, "feature_output_hook", layer) or known.get("target_hook_point")
     values = (
         sizes(d_in, d_sae)
-        | place_and_text(given, config.get("model_name"), hook(config, "feature_input_hook", layer), layer)
+        | place_and_text(given, model, hook_point, layer)
         | {
             "architecture": "jumprelu" if THRESHOLD in shapes else "standard",
-            "target_hook_point": hook(config, "feature_output_hook", layer) or "unknown",
+            "target_hook_point": target or "unknown",
             "d_out": d_out,
             "skip_connection": SKIP in shapes,
             "model_processing": "none",
@@ -77,27 +81,6 @@ def read_layer(found: Found, file: str, config: dict[str, Any], given: Given) ->
 def hook(config: dict[str, Any], key: str, layer: int) -> str | None:
     name = config.get(key)
     return f"blocks.{layer}.{name}" if isinstance(name, str) else None
-
-
-def config_of(found: Found) -> dict[str, Any]:
-    """What config.yaml says, in plain values; {} without one. ValueError for one that is not plain."""
-    import yaml  # here, because an autoencoder needs nothing but torch and safetensors
-
-    if CONFIG not in found.names:
-        return {}
-    path = found.folder / CONFIG
-    if path.stat().st_size > MOST_BYTES // 16:
-        raise ValueError(f"{path}: found {path.stat().st_size:,} bytes, expected a short config; check the file.")
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if re.search(r"(?m)(?:^|[\s\[{,:-])[&*][\w-]", text):
-        raise ValueError(f"{path}: holds an anchor or alias (& or *), which can grow without end; write it out.")
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: no plain YAML ({error}); correct the file.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: found a {type(values).__name__}, expected names and values.")
-    return values
 
 
 def weights(found: Found, file: str, is_old: bool) -> dict[str, Tensor]:

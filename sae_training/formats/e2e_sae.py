@@ -17,6 +17,7 @@ from sae_training.formats.hook_names import layer_of
 from sae_training.formats.loaded import Given, Loaded, place_and_text, precisions, sizes
 from sae_training.formats.pickles import copied
 
+CONFIG = "final_config.yaml"
 NAMES = {"encoder.0.weight": "W_enc", "encoder.0.bias": "b_enc", "decoder.weight": "W_dec", "decoder.bias": "b_dec"}
 OF_A_PLACE = re.compile(rf"(?:saes\.)?([^.]+)\.({'|'.join(map(re.escape, NAMES))}|codebook)")
 SAMPLES = re.compile(r"samples_(\d+)\.pt")
@@ -43,6 +44,9 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     for name, tensor in found.pickle(file).items():
         if matched := OF_A_PLACE.fullmatch(name):
             places.setdefault(matched[1], {})[matched[2]] = tensor
+    config = found.yaml(CONFIG) if CONFIG in found.names else {}
+    name = config.get("tlens_model_name")
+    model = name if isinstance(name, str) else None
     made = {}
     for place, state in places.items():
         where = f"{found.folder / file}: {place}"
@@ -52,11 +56,11 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         if missing:
             raise ValueError(f"{where}: {', '.join(missing)} missing; use another copy.")
         hook_point = place.replace("-", ".")
-        made[hook_point] = read_place(state, hook_point, given)
+        made[hook_point] = read_place(state, hook_point, given, model)
     return made
 
 
-def read_place(state: dict[str, Tensor], hook_point: str, given: Given) -> Loaded:
+def read_place(state: dict[str, Tensor], hook_point: str, given: Given, model: str | None) -> Loaded:
     d_sae, d_in = state["encoder.0.weight"].shape
     dtype = str(state["decoder.weight"].dtype).removeprefix("torch.")
     values = {
@@ -66,7 +70,7 @@ def read_place(state: dict[str, Tensor], hook_point: str, given: Given) -> Loade
         "file_format": "e2e_sae",
         **precisions(dtype),
     }
-    place = place_and_text(given, None, hook_point, layer_of(hook_point))
+    place = place_and_text(given, model, hook_point, layer_of(hook_point))
     return Loaded(sizes(d_in, d_sae) | place | values, partial(weights, state))
 
 

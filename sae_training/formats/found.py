@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_training.formats import json_files, npz_files, pickles, safetensors_files
+from sae_training.formats import json_files, npz_files, pickles, safetensors_files, yaml_files
 from sae_training.formats.safetensors_files import Header
 
 PICKLES = (".pt", ".pth", ".pkl", ".pkl.gz")
@@ -38,6 +38,10 @@ class Found:
     def json(self, name: str) -> dict[str, Any]:
         """The object that a JSON file of the folder holds. ValueError if it holds something else."""
         return self._keep("json", name, lambda: json_files.read_object(self.folder / name))
+
+    def yaml(self, name: str) -> dict[str, Any]:
+        """What a YAML file of the folder says by name. ValueError if it is not plain."""
+        return self._keep("yaml", name, lambda: yaml_files.read_object(self.folder / name))
 
     def header(self, name: str) -> Header:
         """Names, precisions and shapes of the tensors of a .safetensors or .npz file of the folder."""

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_training.formats import folding
+from sae_training.formats import folding, releases
 from sae_training.formats.found import Found
 from sae_training.formats.loaded import Given, Loaded, place_and_text, precisions, sizes
 from sae_training.machine.precision import at_least_float32
@@ -31,10 +31,6 @@ from sae_training.machine.precision import at_least_float32
 NPZ, WEIGHTS, CONFIG = "params.npz", "params.safetensors", "config.json"
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 SKIP = "affine_skip_connection"  # (d_in, d_out), not transposed
-
-HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z", "transcoders": "ln2.hook_normalized"}
-REPOSITORY = re.compile(rf"(?:.*--)?gemma-scope-(\d+b)-(pt|it)-({'|'.join(HOOKS)})")
-"""Its name, also as the cache of the hub has it: models--google--gemma-scope-2b-pt-res."""
 
 PARTS = {
     "resid_post": "hook_resid_post",
@@ -127,17 +123,14 @@ def remarks(path: Path, values: dict[str, Any]) -> tuple[str, ...]:
 
 
 def place_of_first(path: Path, given: Given) -> dict[str, Any]:
-    """Place by the repository's name in the path, and the folders below it."""
+    """Place by the repository's name in the path, and the folders below it (`releases.json`)."""
     parts = path.absolute().parts
-    named = next((found for part in reversed(parts) if (found := REPOSITORY.fullmatch(part))), None)
-    model = f"gemma-2-{named[1]}{'-it' if named[2] == 'it' else ''}" if named else None
-    if "embedding" in parts:
-        return place_and_text(given, model, "hook_embed", 0)
-    layer = layer_in(parts)
-    if named is None or layer is None:
-        return place_and_text(given, model, None, layer)
-    target = {"target_hook_point": f"blocks.{layer}.hook_mlp_out"} if named[3] == "transcoders" else {}
-    return place_and_text(given, model, f"blocks.{layer}.{HOOKS[named[3]]}", layer) | target
+    facts = releases.facts_of(path, "gemma_scope 1")
+    target = given.target_hook_point or facts.get("target_hook_point")  # nothing else tells a transcoder
+    hook_point = "hook_embed" if "embedding" in parts else facts.get("hook_point")
+    layer = 0 if "embedding" in parts else layer_in(parts)
+    place = place_and_text(given, facts.get("model_name"), hook_point, layer)
+    return place | ({"target_hook_point": target} if target else {})
 
 
 def place_of_second(path: Path, config: dict[str, Any], given: Given) -> dict[str, Any]:

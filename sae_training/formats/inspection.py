@@ -17,7 +17,7 @@ from sae_training.config.types import UNKNOWN, WITH_K
 from sae_training.formats import FAMILIES, config_of, folders_of, is_one, llama_scope, mats, native
 from sae_training.formats.doubts import blamed_on
 from sae_training.formats.found import PICKLES, Found
-from sae_training.formats.loaded import Given, Loaded
+from sae_training.formats.loaded import Given, Loaded, completed
 from sae_training.formats.pickles import tensors_by_name
 from sae_training.formats.traps import traps
 from sae_training.formats.weight_figures import figures
@@ -132,7 +132,8 @@ def inspect_one(found: Found, full: bool) -> dict[str, dict[str, Any]]:
     tensors = tensors_of(found)
     try:
         with blamed_on(found.path):
-            loaded = family.read(found, Given())
+            read = family.read(found, Given())
+            loaded = {name: completed(one, Given(), found.path) for name, one in read.items()}
     except (ValueError, OSError) as error:
         if not any(tensors.values()):
             raise

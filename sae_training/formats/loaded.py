@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, TypedDict, TypeVar
 from torch import Tensor
 
 from sae_training.config.types import UNKNOWN
+from sae_training.formats.hook_names import layer_of, transformer_lens_name
+from sae_training.formats.releases import OVERRIDES, facts_of
 
 T = TypeVar("T")
 
@@ -20,9 +23,13 @@ class Facts(TypedDict, total=False):
     k: int
     """Active latents per row."""
     model_name: str
+    target_hook_point: str
+    """What a transcoder predicts."""
     norm_factor: float
     """Factor that training multiplied activations with."""
     dataset_path: str
+    context_size: int
+    """Tokens per context of text, in place of what the files say."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,20 @@ class Given:
     layer: int | None = None
     k: int | None = None
     model_name: str | None = None
+    target_hook_point: str | None = None
     norm_factor: float | None = None
     dataset_path: str | None = None
+    context_size: int | None = None
+
+
+OF_ANOTHER_TEXT: dict[str, Any] = {
+    "dataset_weights": (),
+    "dataset_split": "train",
+    "dataset_text_column": None,
+    "is_dataset_tokenized": None,
+    "streaming": None,
+}
+"""The fields that say how a text is read, for one of which nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +91,33 @@ def place_and_text(
     """The fields that say where activations come from. What nobody knows is UNKNOWN, never a default."""
     return {
         "model_name": given.model_name or model_name or UNKNOWN,
-        "hook_point": hook_point or given.hook_point or UNKNOWN,
+        "hook_point": hook_point or transformer_lens_name(given.hook_point or UNKNOWN),
         "hook_point_layer": layer if layer is not None else given.layer or 0,
         "dataset_path": given.dataset_path or dataset_path or UNKNOWN,
         "is_dataset_tokenized": None,
     }
+
+
+def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
+    """What was read at `path`, with what the caller says of model, text and places, and what is known of a release."""
+    values = dict(loaded.values)
+    facts = facts_of(path, str(values.get("file_format")))
+    values |= {name: facts[name] for name in OVERRIDES if name in facts}
+    for name in ("model_name", "hook_point", "target_hook_point", "dataset_path"):
+        if name in facts and values.get(name) == UNKNOWN:
+            values[name] = facts[name]
+            if name == "hook_point" and (layer := layer_of(facts[name])) is not None:
+                values["hook_point_layer"] = layer
+    if given.model_name is not None:
+        values["model_name"] = given.model_name
+    if given.dataset_path is not None:
+        values |= {**OF_ANOTHER_TEXT, "dataset_path": given.dataset_path}
+    if given.context_size is not None:
+        values |= fitting_batch(given.context_size)
+    for name, place in (("hook_point", given.hook_point), ("target_hook_point", given.target_hook_point)):
+        if place is not None and values.get(name) == UNKNOWN:
+            values[name] = transformer_lens_name(place)
+    return dataclasses.replace(loaded, values=values)
 
 
 def sizes(d_in: int, d_sae: int) -> dict[str, Any]:

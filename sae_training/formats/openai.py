@@ -66,12 +66,12 @@ def activation(content: dict[str, Any], path: Path, given: Given) -> dict[str, A
 
 
 def place(path: Path, given: Given) -> dict[str, Any]:
-    """From {location}_v5_32k/autoencoders/{layer}.pt; the model, gpt2-small, from the location too."""
+    """From {location}_v5_32k/autoencoders/{layer}.pt."""
     parts = path.resolve().parts
     location = next((re.sub(r"_v\d+(_\d+k)?$", "", part) for part in reversed(parts[:-1]) if known(part)), None)
     layer = int(path.stem) if location and path.stem.isdecimal() else None
     hook_point = f"blocks.{layer}.{PLACES[location]}" if location and layer is not None else None
-    return place_and_text(given, "gpt2-small" if location else None, hook_point, layer)
+    return place_and_text(given, None, hook_point, layer)
 
 
 def known(part: str) -> bool:

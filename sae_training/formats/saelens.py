@@ -23,6 +23,7 @@ from torch import Tensor
 from sae_training.formats import folding
 from sae_training.formats.found import Found
 from sae_training.formats.loaded import Given, Loaded, needed, precisions, sizes
+from sae_training.formats.releases import facts_of
 from sae_training.formats.saelens_config import (
     TRANSCODERS,
     config_values,
@@ -101,9 +102,12 @@ def norm_factor(found: Found, cfg: dict[str, Any], given: Given) -> float | None
     in_file = found.json(SCALER).get("scaling_factor") if SCALER in found.names else None
     if cfg["architecture"] == "matching_pursuit" and (in_file or given.norm_factor) is not None:
         raise ValueError(f"{found.folder}: a factor of activations cannot be folded into matching_pursuit's decoder.")
+    is_scaled = cfg["normalize_activations"] == "expected_average_only_in"
+    if given.norm_factor is None and in_file is None and is_scaled:
+        return facts_of(found.folder, "saelens").get("norm_factor")
     if given.norm_factor is None or in_file is not None:
         return in_file
-    if cfg["normalize_activations"] != "expected_average_only_in":
+    if not is_scaled:
         raise ValueError(
             f"norm_factor: found {given.norm_factor} with normalize_activations {cfg['normalize_activations']!r} in "
             f"{found.folder / CONFIG}, which needs none; leave it out."

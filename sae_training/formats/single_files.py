@@ -22,6 +22,7 @@ from torch import Tensor
 from sae_training.formats.found import Found
 from sae_training.formats.loaded import Given, Loaded, needed, place_and_text, precisions, sizes
 from sae_training.formats.pickles import copied
+from sae_training.formats.releases import facts_of
 
 GOODFIRE = {
     "encoder_linear.weight": "W_enc",
@@ -31,8 +32,6 @@ GOODFIRE = {
 }
 MATRICES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 
-GOODFIRE_NAME = re.compile(r"(?:.*--)?(Llama-3\.\d-\d+B-Instruct)-SAE-l(\d+)")
-QWEN_NAME = re.compile(r"(?:.*--)?SAE-Res-(Qwen[\w.-]+?)-W\d+K-L0_(\d+)")
 QWEN_FILE = re.compile(r"layer(\d+)\.sae\.pt")
 
 
@@ -76,7 +75,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     }
     match kind:
         case "goodfire":
-            values |= place_of_goodfire(path, given)
+            values |= place_and_text(given)  # and what is known of the release
         case "qwen_scope":
             values |= place_of_qwen(path, given)
         case _:
@@ -85,32 +84,19 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     return {path.name.split(".")[0]: Loaded(values, partial(weights, state, names, is_linear))}
 
 
-def named(path: Path, pattern: re.Pattern[str]) -> re.Match[str] | None:
-    """The nearest folder's name of a kind above a file."""
-    return next((found for part in reversed(path.absolute().parts) if (found := pattern.fullmatch(part))), None)
-
-
-def place_of_goodfire(path: Path, given: Given) -> dict[str, Any]:
-    repository = named(path, GOODFIRE_NAME) or GOODFIRE_NAME.fullmatch(path.stem)
-    if repository is None:
-        return place_and_text(given)
-    layer = int(repository[2])
-    return place_and_text(given, f"meta-llama/{repository[1]}", f"blocks.{layer}.hook_resid_post", layer)
-
-
 def place_of_qwen(path: Path, given: Given) -> dict[str, Any]:
-    repository, file = named(path, QWEN_NAME), QWEN_FILE.fullmatch(path.name)
+    file = QWEN_FILE.fullmatch(path.name)
     layer = int(file[1]) if file else None
-    k = needed(given.k, int(repository[2]) if repository else None, "k (L0_<k> in the repository's name)", "k", path)
-    model = f"Qwen/{repository[1]}" if repository else None
-    return {"k": k} | place_and_text(given, model, f"blocks.{layer}.hook_resid_post", layer)
+    in_name = facts_of(path, "qwen_scope").get("k")
+    k = needed(given.k, in_name, "k (L0_<k> in the repository's name)", "k", path)
+    return {"k": k} | place_and_text(given, None, f"blocks.{layer}.hook_resid_post", layer)
 
 
 def place_of_attention(found: Found, given: Given) -> dict[str, Any]:
     """The hook that the config beside the file names, which has all heads side by side."""
     hook_point = found.json(sidecar(found)).get("act_name")
     layer = re.search(r"blocks\.(\d+)\.", str(hook_point))
-    return place_and_text(given, "gpt2-small", hook_point, int(layer[1]) if layer else None)
+    return place_and_text(given, None, hook_point, int(layer[1]) if layer else None)
 
 
 def weights(state: dict[str, Tensor], names: dict[str, str], is_linear: bool) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch import Tensor
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.finiteness import check_finite, explain_live
 from sae_training.activations_store.store import without_cache
+from sae_training.config.io import check_known
+from sae_training.formats import Facts
 from sae_training.language_model.blocks_below import BlocksBelow, n_blocks_below
 from sae_training.language_model.harvest import at_site, put_back
 from sae_training.language_model.hooks import NamedLook, hooked, inputs_of
@@ -28,7 +31,6 @@ from sae_training.language_model.sites import HookSite, Sites
 from sae_training.machine.interrupt import stop_point
 from sae_training.machine.phases import Bar, phase, progress_bar
 from sae_training.report.in_words import SCORE, why_no_score
-from sae_training.run.folder import read_run_config
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 MAX_LOGITS = 2**26  # in a pass, or values of a dense code: 256 MB of float32; bounds the prompts of the pass
@@ -278,7 +280,7 @@ class RowMoments:
     def add(self, feature_acts: Tensor, sae_out: Tensor, target: Tensor) -> None:
         """Add codes (n, d_sae), their reconstructions (n, d_out), and what these should be."""
         norms, out_norms = target.norm(dim=-1), sae_out.norm(dim=-1)
-        active = feature_acts > 0
+        active = feature_acts != 0  # not above 0: those of abstopk may be below
         self.n_rows += len(target)
         exact, exact_error = target.cpu().double(), (sae_out - target).cpu().double()  # because mps has no float64
         self.sum += exact.sum(dim=0)
@@ -354,14 +356,19 @@ class Evaluated:
 
 
 @torch.no_grad()
-def evaluate_run(path: str | Path) -> dict[str, float]:
-    """Evaluate the autoencoder in the run folder `path` on its held-out text, as the run itself did at its end."""
-    path = Path(path)
-    cfg = read_run_config(path)
+def evaluate_run(
+    path: str | Path, hook_point: str | None = None, layer: int | None = None, **given: Unpack[Facts]
+) -> dict[str, float]:
+    """Evaluate the autoencoder in the run folder `path` on its held-out text, as the run itself did at its end.
+
+    `path` may also be a checkpoint, or what else `SparseAutoencoder.load_from_pretrained` takes, whose arguments the
+    others are. ValueError if the language model, the place or the text is known from neither.
+    """
     with phase("reading the autoencoder"):
-        sae = SparseAutoencoder.load_from_pretrained(path)
+        sae = SparseAutoencoder.load_from_pretrained(path, None, hook_point, layer, **given)
+    check_known(sae.cfg)
     with phase("loading the language model"):
-        model = model_of(cfg, device=str(sae.device))
+        model = model_of(sae.cfg)
     with phase("reading the text"):
         store = ActivationsStore(without_cache(sae.cfg), model)
         tokens = store.held_out_tokens()

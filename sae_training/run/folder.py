@@ -181,6 +181,21 @@ def write_config(folder: Path, cfg: Any) -> None:
     write_text(folder / RUN_CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
+def is_run_folder(path: Path) -> bool:
+    """Whether the folder is that of a run: its config.json is what `write_config` writes. Others' files have that name.
+
+    A run whose config.json is damaged counts as one, so that `read_run_config` says what is wrong with it.
+    """
+    file = path / RUN_CONFIG_FILE
+    if not file.is_file():
+        return False
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return (path / STATUS_FILE).is_file()
+    return isinstance(values, dict) and {"config", "versions"} <= values.keys()
+
+
 def read_run_config(folder: Path) -> LanguageModelSAERunnerConfig:
     path = folder / RUN_CONFIG_FILE
     if not path.is_file():

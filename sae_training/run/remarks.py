@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.auto import auto_lr
 from sae_training.config.types import WITH_PENALTY
+from sae_training.formats import Given, config_at
 from sae_training.report.in_words import BASE, to_record, which_rows
-from sae_training.run.folder import read_run_config
+from sae_training.run.folder import is_run_folder, read_run_config
 from sae_training.training.schedules import lr_at
 
 MEAN_SHARE = 0.5  # of the squared norm of rows; above it, most of the error is the mean if b_dec is not there
@@ -59,12 +61,29 @@ def what_is_wrong(
     return found
 
 
-def record_of(figures: Mapping[str, float], run: Path) -> dict[str, Any]:
-    """Return the figures of a finished run's evaluation with what is over them and what is wrong, as in its final/."""
+def record_of(figures: Mapping[str, float], path: Path, **given: Any) -> dict[str, Any]:
+    """Return the figures of an evaluation with what is over them and what is wrong: of a run as in its final/.
+
+    `path` and `given` are what `evaluate_run` took.
+    """
     if f"{BASE}rows" not in figures:
         return to_record(figures, {})
-    cfg = read_run_config(run)
+    if not is_run_folder(path):
+        with warnings.catch_warnings(action="ignore"):  # which were given when it was loaded
+            return to_record(figures, vars(config_at(path, Given(**given))), what_is_wrong_with_files(figures))
+    cfg = read_run_config(path)
     return to_record(figures, vars(cfg), list(what_is_wrong(cfg, cfg.total_training_steps, figures).values()))
+
+
+def what_is_wrong_with_files(figures: Mapping[str, float]) -> list[str]:
+    """Return sentences on an autoencoder that was not trained in a run here, and does badly on this model and text."""
+    if figures["metrics/eval_explained_variance"] < 0:
+        return [
+            f"explained variance is {figures['metrics/eval_explained_variance']:,.4g} on held-out rows, worse than "
+            "predicting their mean, which is 0: an autoencoder of another model, place, processing or size of "
+            "activations does that; compare model_name, hook_point, model_processing and norm_factor with its training"
+        ]
+    return ["L0 is 0: no latent fires on any held-out row"] if figures["metrics/eval_l0"] == 0 else []
 
 
 def against_silence(cfg: LanguageModelSAERunnerConfig) -> str:

@@ -14,12 +14,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from sae_analysis import cli as analysis_cli
 from sae_training import cli
 from sae_training.cli import main, parse, parse_train, table
 from sae_training.config import LanguageModelSAERunnerConfig as Config
 from sae_training.config.checks import field_types, plain_value, plain_values
+from sae_training.config.fields import Origin
 from sae_training.config.io import FIELD_NAMES, config_to_dict
+from sae_training.config.left_out import LeftOut
 from sae_training.config.values import read_value, without_retired_flags, written
+from sae_training.formats import Facts, Given
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -288,14 +292,46 @@ def test_help_of_every_verb_needs_no_torch() -> None:
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def test_help_of_train_shows_every_field_with_its_text() -> None:
+def test_help_of_train_shows_every_field_with_its_text_but_those_of_loaded_autoencoders() -> None:
     done = run_python("-m", "sae_training", "train", "--help")
     assert done.returncode == 0
     for name in FIELD_NAMES:
-        assert f"--{name.replace('_', '-')}" in done.stdout
+        assert (f"--{name.replace('_', '-')} " in done.stdout) is (name not in field_types(Origin)), name
     assert "Optimizer steps" not in done.stdout  # properties are no flags
     assert "Latents per input dimension: d_sae = d_in * expansion_factor." in done.stdout
     assert "Show the traceback of an error." in done.stdout
+
+
+def test_a_config_file_may_hold_fields_that_are_no_flags(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("file_format: saelens 6\nfile_dtype: bfloat16\nactivation_fn: relu\nmax_iterations: null\n")
+    cfg = parse_train(["--config", str(file), "--k", "16"])
+    assert (cfg.file_format, cfg.file_dtype, cfg.k) == ("saelens 6", "bfloat16", 16)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], {}),
+        (["--k", "4", "--norm-factor=0.5"], {"k": 4, "norm_factor": 0.5}),
+        (
+            ["--model-name", "m", "--hook-point", "h", "--target-hook-point", "t", "--layer", "0"],
+            {"model_name": "m", "hook_point": "h", "target_hook_point": "t", "layer": 0},
+        ),
+        (["--dataset-path", "demo", "--context-size", "64"], {"dataset_path": "demo", "context_size": 64}),
+    ],
+)
+def test_eval_and_build_take_what_files_leave_out(words: list[str], said: dict[str, Any]) -> None:
+    verb = parse(["eval", "a.pt", *words])
+    built = analysis_cli.parse(["build", "a.pt", *words])
+    assert isinstance(verb, cli.Eval)
+    assert isinstance(built, analysis_cli.Build)
+    assert verb.said() == built.said() == said
+
+
+def test_every_fact_that_files_leave_out_has_a_flag() -> None:
+    assert field_types(LeftOut).keys() == field_types(Given).keys()
+    assert Facts.__annotations__.keys() | {"hook_point", "layer"} == field_types(Given).keys()
 
 
 def test_every_field_has_one_line_of_help() -> None:

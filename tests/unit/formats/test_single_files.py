@@ -17,7 +17,7 @@ from sae_training.sparse_autoencoder import SparseAutoencoder
         ("goodfire-relu-bfloat16", "meta-llama/Llama-3.1-8B-Instruct", "blocks.19.hook_resid_post", False),
         ("qwen_scope-topk", "Qwen/Qwen3-1.7B-Base", "blocks.7.hook_resid_post", False),
         ("attention_saes-hook-z", "gpt2-small", "blocks.5.attn.hook_z", True),
-        ("qresearch-relu", "unknown", "unknown", False),
+        ("qresearch-relu", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "blocks.19.hook_resid_post", False),
     ],
 )
 def test_names_give_model_and_place(name: str, model: str, hook_point: str, is_centred: bool) -> None:

@@ -1,0 +1,41 @@
+"""What the files of other programs may leave out, as flags of the command line: `formats.loaded.Given` in flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sae_training.config.checks import field_types
+
+
+@dataclass(kw_only=True)
+class LeftOut:
+    """Which of several autoencoders is meant, and what files may leave out."""
+
+    model_name: str | None = None
+    """Language model, in place of the one that the files name."""
+
+    hook_point: str | None = None
+    """Place that is read, if the files do not name it; of several autoencoders the one of this place."""
+
+    layer: int | None = None
+    """Of several autoencoders the one of this layer."""
+
+    target_hook_point: str | None = None
+    """Place that a transcoder predicts, if the files do not name it."""
+
+    dataset_path: str | None = None
+    """Text, in place of the one that the files name."""
+
+    context_size: int | None = None
+    """Tokens per context, in place of what the files say."""
+
+    k: int | None = None
+    """Active latents per token, if the files do not say it."""
+
+    norm_factor: float | None = None
+    """Factor that training multiplied activations with, if the files do not say it."""
+
+    def said(self) -> dict[str, Any]:
+        """Return what is given, by the names of the arguments of `SparseAutoencoder.load_from_pretrained`."""
+        return {name: value for name in field_types(LeftOut) if (value := getattr(self, name)) is not None}

@@ -1,0 +1,144 @@
+"""A file of every family goes through `eval` and `build`, on the places that it names in a real model.
+
+The model is a Llama with random weights as narrow as the reference files are, and with as many blocks as they name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from safetensors.torch import load_file, save_file
+from small import VOCAB
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from sae_analysis import cli as analysis_cli
+from sae_analysis.analysis import open_analysis
+from sae_training import cli
+from sae_training.demo_data import DEMO_MODEL
+from sae_training.formats import Given, config_at
+
+D_IN, N_BLOCKS, CONTEXT_SIZE = 8, 4, 8  # the files' own width; one block more than the last of most files
+
+GIVEN: dict[str, list[str]] = {
+    "e2e_sae-many-places": ["--hook-point", "blocks.3.hook_resid_pre"],
+    "qwen_scope-square": ["--k", "4"],
+    "qresearch-relu": ["--hook-point", "model.layers.3"],
+    "goodfire-relu-bfloat16": ["--hook-point", "blocks.3.hook_resid_post"],
+    "gemma_scope_1-att-lower-case": [],
+    "gemma_scope_1-transcoder": [],
+    "gemma_scope_2-transcoder-affine": [],
+    "attention_saes-hook-z": [],
+    "openai-v5-topk-tied": [],
+    "circuit_tracer-skip": [],
+    "dictionary_learning-backup-gated": [],
+    "sparsify-groupmax": [],
+    "sparsify-skip-transcoder": [],
+    "saelens-matching-pursuit": [],
+    "saelens-standard-hook-z": [],
+    "saelens-jumprelu-skip-transcoder": [],
+    "saelens-v3-tanh-relu": [],
+}
+"""What the files leave out beside the text, as flags."""
+
+NEGATIVE = ("saelens-abstopk", "sparsify-legacy-signed")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("models") / "narrow"
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": D_IN, "intermediate_size": D_IN, "num_hidden_layers": N_BLOCKS}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = AutoConfig.for_model("llama", **sizes, vocab_size=VOCAB, initializer_range=0.5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(path)
+    return str(path)
+
+
+LATER_BLOCK = re.compile(r"(layer_?|blocks[.-]|layers\.|-l)(?:5|6|7|8|13|19|20)(?!\d)")
+
+
+def at_block_3(path: Path) -> Path:
+    """The file or folder with 3 in place of a later block, in its name and, if it names places, in what it holds."""
+    if path.suffix == ".json":
+        path.write_text(LATER_BLOCK.sub(r"\g<1>3", path.read_text()))
+    if path.name.startswith("samples_"):
+        torch.save({LATER_BLOCK.sub(r"\g<1>3", name): part for name, part in torch.load(path).items()}, path)
+    name = "3.pt" if path.name == "8.pt" else LATER_BLOCK.sub(r"\g<1>3", path.name)
+    return path.rename(path.with_name(name))
+
+
+def copy_of(name: str, to: Path) -> Path:
+    """A copy of a reference file, as users have it; of transcoders to a narrower place, as wide as the model's."""
+    folder = to / name
+    shutil.copytree(reference.ROOT / name, folder)
+    for extra in ("expected.json", "expected.safetensors"):
+        (folder / extra).unlink()
+    config = folder / "cfg.json"
+    if config.is_file() and json.loads(config.read_text()).get("d_out", D_IN) != D_IN:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"d_out": D_IN}))
+        tensors = load_file(folder / "sae_weights.safetensors")
+        n_more = D_IN - len(tensors["b_dec"])
+        for tensor, padding in {"W_dec": (0, n_more), "b_dec": (0, n_more), "W_skip": (0, 0, 0, n_more)}.items():
+            if tensor in tensors:
+                tensors[tensor] = torch.nn.functional.pad(tensors[tensor], padding)
+        save_file(tensors, folder / "sae_weights.safetensors")
+    path = folder / reference.facts_of(reference.ROOT / name).get("path", "")
+    for part in sorted(folder.rglob("*"), key=lambda found: -len(found.parts)):
+        moved = at_block_3(part)
+        path = moved / path.relative_to(part) if path.is_relative_to(part) else path
+    return path
+
+
+def flags(model: str, name: str) -> list[str]:
+    return ["--model-name", model, "--dataset-path", "demo", "--context-size", str(CONTEXT_SIZE), *GIVEN.get(name, [])]
+
+
+def evaluated(path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    code = cli.main(["eval", str(path), *words])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return dict(line.split(maxsplit=1) for line in said.out.splitlines() if line.startswith("metrics/"))
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_dictionary_of_every_family_goes_through_eval_and_build(
+    name: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warnings.simplefilter("ignore")  # of doubtful files, which have their own tests
+    monkeypatch.chdir(tmp_path)
+    path = copy_of(name, tmp_path / "files")
+    figures = evaluated(path, flags(model, name), capsys)
+    assert math.isfinite(float(figures["metrics/ce_loss_with_sae"]))
+    assert 0 < float(figures["metrics/eval_l0"]) <= 40
+
+    out = tmp_path / "out"
+    words = ["build", str(path), *flags(model, name), "--tokens", "256", "--output", str(out)]
+    code = analysis_cli.main(words)
+    assert code == 0, capsys.readouterr().err
+    about = open_analysis(out).about
+    assert (about["model"], about["d_in"]) == (model, D_IN)
+    cfg = config_at(path, Given(hook_point=about["hook_point"], k=4))
+    assert cfg.model_processing == ("default" if "v3" in name else "none")
+
+
+@pytest.mark.parametrize("name", NEGATIVE)
+def test_activations_below_0_are_evaluated_and_not_analysed(
+    name: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy_of(name, tmp_path)
+    figures = evaluated(path, flags(model, name), capsys)
+    assert float(figures["metrics/eval_l0"]) == 4  # k, whatever the signs
+    assert analysis_cli.main(["build", str(path), *flags(model, name), "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "found abstopk" in error
+    assert "sae-training eval" in error
