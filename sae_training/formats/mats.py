@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_training.formats.found import Found
 from sae_training.formats.loaded import Given, Loaded, sizes
+from sae_training.formats.pickles import copied
 
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
@@ -38,7 +39,9 @@ def name_of(path: Path) -> str:
 
 
 def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: state[name].detach().clone() for name in PARAMETERS}
+    ours = {name: copied(state[name], transposed=name == "W_enc") for name in PARAMETERS}
+    ours["W_enc"] = ours["W_enc"].T  # latent by latent, as it is in our memory
+    return ours
 
 
 def config_values(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
