@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_training.formats import folding
+from sae_training.formats import folding, yaml_files
 from sae_training.formats.found import Found
-from sae_training.formats.json_files import MOST_BYTES
 from sae_training.formats.loaded import Given, Loaded, place_and_text, precisions, sizes
 from sae_training.machine.precision import at_least_float32
 
@@ -91,23 +90,7 @@ def hook(config: dict[str, Any], key: str, layer: int) -> str | None:
 
 def config_of(found: Found) -> dict[str, Any]:
     """What config.yaml says, in plain values; {} without one. ValueError for one that is not plain."""
-    import yaml  # here, because an autoencoder needs nothing but torch and safetensors
-
-    if CONFIG not in found.names:
-        return {}
-    path = found.folder / CONFIG
-    if path.stat().st_size > MOST_BYTES // 16:
-        raise ValueError(f"{path}: found {path.stat().st_size:,} bytes, expected a short config; check the file.")
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if re.search(r"(?m)(?:^|[\s\[{,:-])[&*][\w-]", text):
-        raise ValueError(f"{path}: holds an anchor or alias (& or *), which can grow without end; write it out.")
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: no plain YAML ({error}); correct the file.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: found a {type(values).__name__}, expected names and values.")
-    return values
+    return yaml_files.read_object(found.folder / CONFIG) if CONFIG in found.names else {}
 
 
 def weights(found: Found, file: str, is_old: bool) -> dict[str, Tensor]:

@@ -49,6 +49,8 @@ class Loaded:
     """Warnings: what is doubtful about these files, or what their own program does otherwise."""
     convention: str = "activations are those that the files' own program reports"
     """In which units latent activations are."""
+    problem: str | None = None
+    """Why this one of many cannot be read as things are. The others can."""
 
 
 def needed(given: T | None, in_file: T | None, key: str, argument: str, where: Path) -> T:

@@ -33,7 +33,7 @@ __all__ = ["StandIn", "copied", "read", "slices", "tensors_by_name"]
 MOST_UNPACKED = 16
 """Bytes from one packed byte, beyond SPARE_BYTES. Weights give 1.1; a bomb of zeros gives 1000."""
 SPARE_BYTES = 64 * 2**20
-MOST_WRITTEN_OUT = 64 * 2**20  # bytes of all values but tensors, each as often as it would be printed
+MOST_WRITTEN_OUT = 16 * 2**20  # bytes of all values but tensors, each as often as it would be printed
 SLICE_BYTES = 16 * 2**20
 
 
@@ -60,7 +60,9 @@ def read_by_beginning(path: Path) -> Any:
             return read_legacy(file, *mapped(path))
         if begins.startswith(b"\x1f\x8b"):
             with gzip.open(path) as unpacked:
-                return one_of(cast(IO[bytes], unpacked), SPARE_BYTES + MOST_UNPACKED * size)
+                content = one_of(cast(IO[bytes], unpacked), SPARE_BYTES + MOST_UNPACKED * size)
+                unpacked.read(1)  # the end, where the checksum is compared
+                return content
         return one_of(file, size)
 
 
@@ -96,10 +98,13 @@ def check(content: Any) -> None:
             refuse("values that hold each other many times over")
 
 
-def tensors_by_name(content: Any, prefix: str = "", depth: int = 3) -> dict[str, torch.Tensor]:
-    """The tensors in dicts of dicts, by their keys with dots between them."""
+def tensors_by_name(content: Any, prefix: str = "", depth: int = 5) -> dict[str, torch.Tensor]:
+    """The tensors in dicts of dicts, lists and stand-ins, by their keys with dots between them."""
     found: dict[str, torch.Tensor] = {}
-    for key, part in content.items() if isinstance(content, dict) and depth else ():
+    if isinstance(content, list):
+        content = {str(at): part for at, part in enumerate(content)}
+    parts = vars(content) if isinstance(content, StandIn) else content
+    for key, part in parts.items() if isinstance(parts, dict) and depth else ():
         if isinstance(part, torch.Tensor):
             found[f"{prefix}{key}"] = part
         elif isinstance(key, str):
@@ -123,7 +128,7 @@ def slices(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def copied(tensor: Tensor, transposed: bool = False) -> Tensor:
-    """The tensor, or its transpose, in memory of its own, in float32 at least: what is read may be a map of the file."""
+    """The tensor, or its transpose, in memory of its own and in float32 at least: a file may be mapped."""
     if tensor.dim() == 0:
         return tensor.detach().to(at_least_float32(tensor.dtype), copy=True)
     shape = tuple(reversed(tensor.shape)) if transposed else tensor.shape

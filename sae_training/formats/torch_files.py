@@ -50,7 +50,7 @@ class LimitedReader:
 
 
 class SmallReads(io.FileIO):
-    """A file that is not read in large pieces: a zip's directory can be as large as the file, and its entries larger."""
+    """A file that is not read in large pieces: a zip's directory can be as large as the file, and take more memory."""
 
     def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
         data = super().read(MOST_AT_ONCE + 1 if size is None or size < 0 else min(size, MOST_AT_ONCE + 1)) or b""
@@ -190,5 +190,3 @@ def storage_in_bytes(content: bytes) -> Storage:
         refuse("a storage in no form of torch's")
     made = read_legacy(io.BytesIO(content), torch.frombuffer(bytearray(content), dtype=torch.uint8))
     return made if isinstance(made, Storage) else refuse("bytes that are no storage")
-
-

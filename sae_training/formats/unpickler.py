@@ -97,7 +97,7 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined] # pyright: ign
         super().__init__(file)
         self.persistent, self.from_bytes, self.is_dry = persistent, from_bytes, is_dry
         self.copies_left = n_bytes + SPARE_COPIED
-        self.dispatch = Steps(CODES)
+        vars(self)["dispatch"] = Steps(CODES)
         self.known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): self.ordered,
             ("builtins", "set"): self.a_set,
@@ -114,7 +114,7 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined] # pyright: ign
         try:
             return super().load()
         finally:
-            self.memo.clear()  # which may hold the bytes of all storages, in a circle of references
+            cast(Any, self).memo.clear()  # which may hold the bytes of all storages, in a circle of references
             self.known.clear()
 
     def persistent_load(self, pid: Any) -> Any:
