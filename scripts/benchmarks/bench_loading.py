@@ -41,14 +41,16 @@ print(json.dumps({"weights_bytes": n_bytes, "peak_over_weights": (peak() - held)
 """
 
 
-def saelens(d_sae: int) -> tuple[dict[str, object], str]:
+def saelens(folder: Path, d_sae: int) -> Path:
     about = {"model_name": "gpt2", "hook_name": "blocks.3.hook_resid_pre", "sae_lens_version": "6.54.12"}
     values = {"architecture": "standard", "normalize_activations": "none", "apply_b_dec_to_input": True}
-    return {"d_in": D_IN, "d_sae": d_sae, "dtype": "float32", "metadata": about, **values}, "sae_weights.safetensors"
+    cfg = {"d_in": D_IN, "d_sae": d_sae, "dtype": "float32", "metadata": about, **values}
+    return write(folder, cfg, "sae_weights.safetensors", d_sae)
 
 
-def native(d_sae: int) -> tuple[dict[str, object], str]:
-    return {"d_in": D_IN, "expansion_factor": d_sae // D_IN, "architecture": "standard"}, "sae.safetensors"
+def native(folder: Path, d_sae: int) -> Path:
+    cfg = {"d_in": D_IN, "expansion_factor": d_sae // D_IN, "architecture": "standard"}
+    return write(folder, cfg, "sae.safetensors", d_sae)
 
 
 def openai(folder: Path, d_sae: int) -> Path:
@@ -70,7 +72,7 @@ def write_pt(folder: Path, content: dict[str, Any]) -> Path:
     return folder / "8.pt"
 
 
-def write(folder: Path, cfg: dict[str, object], name: str, d_sae: int) -> None:
+def write(folder: Path, cfg: dict[str, object], name: str, d_sae: int) -> Path:
     shapes = {"W_enc": [D_IN, d_sae], "W_dec": [d_sae, D_IN], "b_enc": [d_sae], "b_dec": [D_IN]}
     head, start = {}, 0
     for tensor, shape in shapes.items():
@@ -81,6 +83,7 @@ def write(folder: Path, cfg: dict[str, object], name: str, d_sae: int) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + start)
     (folder / "cfg.json").write_text(json.dumps(cfg))
+    return folder
 
 
 def main() -> None:
@@ -90,11 +93,7 @@ def main() -> None:
     d_sae = max(1, round(args.gigabytes * 1e9 / (8 * D_IN) / D_IN)) * D_IN
     for layout in (saelens, native, openai, mats):
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder)
-            if layout in (saelens, native):
-                write(path, *layout(d_sae), d_sae)
-            else:
-                path = layout(path, d_sae)
+            path = layout(Path(folder), d_sae)
             done = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)

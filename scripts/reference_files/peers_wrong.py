@@ -1,10 +1,10 @@
 # pyright: reportMissingImports=false
 """Print the table of docs/formats.md of files that other programs read wrongly or not at all, and this one does not.
 
-python -m venv V && V/bin/pip install sae-lens==6.54.12, and others for eai-sparsify==1.3.3 and dictionary-learning==0.1.0
+python -m venv V && V/bin/pip install sae-lens==6.54.12
 PYTHONPATH=.:tests V/bin/python scripts/reference_files/peers_wrong.py tests/reference_files
 
-Run in the environment of each; whatever is installed there gives its rows. Expected values are those of the program
+Run it in an environment of each peer (eai-sparsify==1.3.3 and dictionary-learning==0.1.0 too), whose rows it gives. Expected values are those of the program
 that wrote the file, or of its formula (expected.safetensors). The peers' own loaders read the same files; only their
 downloads are replaced by the folder here. A row is printed as it comes out, also if the peer is right.
 """
