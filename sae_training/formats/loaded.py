@@ -70,6 +70,8 @@ class Loaded:
     """In which units latent activations are."""
     is_crosscoder: bool = False
     """It reads or writes several places: `values` are fields of CrosscoderConfig, and the tensors a Crosscoder's."""
+    problem: str | None = None
+    """Why this one of many cannot be read as things are. The others can."""
 
 
 def needed(given: T | None, in_file: T | None, key: str, argument: str, where: Path) -> T:
