@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sae_training.machine.device import count
 from sae_training.machine.interrupt import HEEDED
 
 T = TypeVar("T")
@@ -49,14 +50,41 @@ def joined(cfg: Any) -> Iterator[None]:
             f"parallel: found {cfg.parallel!r} with {os.environ['WORLD_SIZE']} processes, which this version does not "
             "train; expected 'layers', which shares out the autoencoders of a config that has several."
         )
-    dist.init_process_group("nccl" if torch.device(cfg.device).type == "cuda" else "gloo", timeout=TIMEOUT)
+    on_gpu = torch.device(cfg.device).type == "cuda"
+    if on_gpu:
+        use_own_gpu()
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     CONTROL.append(dist.new_group(backend="gloo", timeout=TIMEOUT))
     try:
         with contextlib.nullcontext() if is_first() else quiet():
             yield
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            raise ConnectionError(
+                f"rank {rank()}: another process of the job has ended, whose own message says why. The same command "
+                "goes on from the last checkpoint."
+            ) from error
+        raise
     finally:
         CONTROL.pop()
         dist.destroy_process_group()
+
+
+def use_own_gpu() -> None:
+    """Let "cuda" mean the GPU that torchrun's local rank numbers."""
+    number, there = int(os.environ.get("LOCAL_RANK", "0")), count("cuda")
+    if number >= there:
+        raise ValueError(
+            f"device: found process {number + 1} on a machine with {there} GPUs, expected one for each; start fewer "
+            "processes (--nproc_per_node), or set device to cpu."
+        )
+    torch.cuda.set_device(number)
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Return whether an error of torch.distributed says that another rank is gone, which gloo and NCCL put in words."""
+    words = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
+    return any(word in str(error).lower() for word in words)
 
 
 @contextlib.contextmanager

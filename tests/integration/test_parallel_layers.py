@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import Command
 from small import N_LAYERS, SMALL_RUN
 
 from sae_training import cli
@@ -48,6 +50,14 @@ def torchrun(n: int, *words: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def ranks(n: int, folder: Path, *words: str) -> list[Command]:
+    """Processes as torchrun starts them, without the seconds that each of them imports the package for."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    job = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+    return [Command(folder, *words, environment=job | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(n)]
+
+
 def files_of(run: Path) -> dict[str, bytes]:
     """What a run leaves that does not tell the time, nor its own place."""
     names = ("metrics.jsonl", "sae.safetensors", "evaluation.json", "log_feature_sparsity.safetensors")
@@ -74,48 +84,47 @@ def test_two_processes_leave_what_one_leaves(alone: dict[str, bytes], tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "n_after"), [(signal.SIGKILL, 3), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(
+    ("number", "codes", "words", "n_after"),
+    [
+        (signal.SIGKILL, [1, -9], "error: rank 0: another process of the job has ended", 3),
+        (signal.SIGTERM, [143, 143], "Stopped by SIGTERM after step", 1),
+    ],
+)
 def test_a_stopped_job_goes_on_with_any_number_of_processes(
-    number: signal.Signals, n_after: int, alone: dict[str, bytes], tmp_path: Path
+    number: signal.Signals, codes: list[int], words: str, n_after: int, alone: dict[str, bytes], tmp_path: Path
 ) -> None:
-    process = torchrun(2, *arguments(tmp_path))
+    job = ranks(2, tmp_path, *arguments(tmp_path))
     run = tmp_path / "run"
     while not (run / "checkpoints" / "step_3" / "manifest.json").is_file():
-        assert process.poll() is None, process.communicate()
+        assert job[0].poll() is None, job[0].communicate()
         time.sleep(0.05)
-    last = max(children(process.pid))
-    os.kill(last, number)  # one rank alone
-    process.communicate(timeout=60)
-    assert process.returncode != 0 and not (run / "final").exists()
-    if n_after == 1:
-        assert cli.main(arguments(tmp_path)) == 0
-    else:
-        again = torchrun(n_after, "resume", str(run))
-        _, err = again.communicate()
-        assert again.returncode == 0, err
+    job[1].send_signal(number)
+    said = [process.communicate(timeout=60)[1] for process in job]
+    assert [process.returncode for process in job] == codes, said
+    assert words in said[0] and "Traceback" not in said[0]
+    assert not (run / "final").exists()
+    for process in ranks(n_after, tmp_path, "resume", str(run)):
+        _, err = process.communicate()
+        assert process.returncode == 0, err
     assert files_of(run) == alone
 
 
-def children(pid: int) -> list[int]:
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in listed.split()]
-
-
-@pytest.mark.slow
-def test_more_processes_than_autoencoders_are_refused(tmp_path: Path) -> None:
-    process = torchrun(2, *arguments(tmp_path, hook_point_layer=[0], expansion_factor=1))
-    _, err = process.communicate()
-    assert process.returncode != 0
-    assert "error: parallel: found 2 ranks for 1 autoencoders, expected as many at most" in err
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"hook_point_layer": [0], "expansion_factor": 1},
+            "error: parallel: found 2 ranks for 1 autoencoders, expected as many at most",
+        ),
+        ({"parallel": "data"}, "error: parallel: found 'data' with 2 processes, which this version does not train"),
+    ],
+)
+def test_what_cannot_be_dealt_out_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    for process in ranks(2, tmp_path, *arguments(tmp_path, **changes)):
+        _, err = process.communicate()
+        assert process.returncode == 1 and words in err
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_processes_that_would_all_train_the_same_are_refused(tmp_path: Path) -> None:
-    process = torchrun(2, *arguments(tmp_path, parallel="data"))
-    _, err = process.communicate()
-    assert process.returncode != 0
-    assert "error: parallel: found 'data' with 2 processes, which this version does not train" in err
 
 
 def test_autoencoders_are_dealt_out_by_their_cost() -> None:
