@@ -56,9 +56,9 @@ def language_model_sae_runner(
     """Train the autoencoder that `cfg` describes, or continue its unfinished run, and return it.
 
     A config with lists describes several autoencoders, which are trained together from one pass over the language model
-    and come back by name. `model` (a HookedTransformer or TransformerBridge) and `dataset` (a `datasets` object) stand
-    in for those that the config names. The run's folder is `runs/<run name>`; `run.folder.choose_run_folder` says when
-    a run is continued.
+    and come back by name; of several processes under torchrun, each returns those that it has trained. `model` (a
+    HookedTransformer or TransformerBridge) and `dataset` (a `datasets` object) stand in for those that the config
+    names. The run's folder is `runs/<run name>`; `run.folder.choose_run_folder` says when a run is continued.
     """
     run = run_config(cfg, model, dataset)
     return run.saes if is_several(run.cfg) else run.sae
