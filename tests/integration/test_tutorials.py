@@ -89,12 +89,22 @@ def exploring_checks(values: dict[str, Any]) -> None:
     assert values["best"] > 0 and values["strength"] > 0
 
 
+def loading_checks(values: dict[str, Any]) -> None:
+    """Four files are the function of the original; the others are as good as a threshold allows after 24 steps."""
+    same = [found["largest difference"] < 1e-3 for found in values["table"].values()]
+    assert (len(same), sum(same)) == (10, 4)
+    assert all(0 < found["active latents"] < 300 for found in values["table"].values())
+    assert "give k=" in values["message"]
+    assert values["losses"]["sparsify"] == pytest.approx(values["losses"]["the original"], rel=1e-3, abs=1e-4)
+
+
 CHECKS = {
     "evaluating_your_sae": (
         ["evaluation", "l0", "explained_variance", "clean", "spliced", "ablated", "ce_score", "n_silent", "chosen"],
         evaluating_checks,
     ),
     "exploring_latents": (["unchanged", "changes", "differences", "best", "strength"], exploring_checks),
+    "loading_other_peoples_saes": (["table", "message", "losses"], loading_checks),
     "training_and_loading": (
         ["evaluation", "l0", "explained_variance", "chosen", "change_where_it_fires", "change_elsewhere"],
         run_checks,

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from small import D_IN
 
+from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.utils import LMSparseAutoencoderSessionloader
 
 load = LMSparseAutoencoderSessionloader.load_session_from_pretrained
@@ -51,3 +53,30 @@ def test_what_the_files_do_not_name_is_asked_for(missing: str, tmp_path: Path) -
         load(folder)
     _, sae, _ = load(folder, **{missing: "demo"})
     assert getattr(sae.cfg, missing) == "demo"
+
+
+def test_what_nobody_knew_is_given_to_a_file_that_was_saved_again(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="whether this is an autoencoder or a transcoder"):
+        sae = SparseAutoencoder.load_from_pretrained(gemma_scope_file(tmp_path))
+    sae.save_model(tmp_path / "again")
+    with pytest.raises(ValueError, match="model_name: .*give model_name="):
+        load(tmp_path / "again")
+    given = {"model_name": "demo", "dataset_path": "demo", "context_size": 16}
+    _, again, store = load(tmp_path / "again", hook_point="model.layers.1", **given)
+    assert again.cfg.hook_point == "blocks.1.hook_resid_post"
+    assert store.get_batch_tokens().shape[1] == 16
+
+
+def test_a_target_that_is_given_makes_a_transcoder_of_a_file_that_may_be_one(tmp_path: Path) -> None:
+    file, places = gemma_scope_file(tmp_path), {"hook_point": "blocks.1.mlp.hook_in"}
+    target = "blocks.1.hook_mlp_out"
+    sae = SparseAutoencoder.load_from_pretrained(file, target_hook_point=target, **places)
+    assert (sae.is_transcoder, sae.cfg.target_hook_point) == (True, target)
+    assert not SparseAutoencoder.load_from_pretrained(file, **places).is_transcoder
+
+
+def gemma_scope_file(folder: Path) -> Path:
+    """A file of Gemma Scope 1 out of its folders, which says of no place that it is read at."""
+    shapes = {"W_enc": (D_IN, D_IN), "b_enc": (D_IN,), "W_dec": (D_IN, D_IN), "b_dec": (D_IN,), "threshold": (D_IN,)}
+    np.savez(folder / "params.npz", **{name: np.ones(shape, dtype=np.float32) for name, shape in shapes.items()})
+    return folder / "params.npz"

@@ -21,6 +21,7 @@ def test_all_places_of_a_file_are_read_by_their_hooks() -> None:
     sae = SparseAutoencoder.load_from_pretrained(FOLDER, layer=2)
     assert torch.equal(sae.W_enc, many[PLACES[0]].W_enc)
     assert (sae.cfg.hook_point, sae.cfg.hook_point_layer) == (PLACES[0], 2)
+    assert sae.cfg.model_name == "gpt2-small"  # of final_config.yaml
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(sae.d_sae))
 
 
