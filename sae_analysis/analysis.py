@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from sqlalchemy import select
 
+from sae_analysis.places import ANALYSIS_FOLDER, STORE_FILE, store_of
 from sae_analysis.search import examples_with_text, shares_of_tokens, window
 from sae_analysis.site.one_page import inline_page, save_page
 from sae_analysis.site.order import clearest
@@ -19,25 +20,23 @@ from sae_analysis.store import schema
 from sae_analysis.store.example_blob import KINDS
 from sae_analysis.store.read import Reader, url_of
 
-ANALYSIS_FOLDER = "analysis"
-STORE_FILE = "analysis.sqlite"
-
 
 def open_analysis(path: str | Path) -> Analysis:
-    """Open the analysis of a run folder, of a folder that `build` wrote to, a store file, or a database URL."""
+    """Open the analysis of a run folder, a checkpoint or a file of an autoencoder, of a folder that `build` wrote to, a
+    store file, or a database URL.
+    """
     if "://" in str(path):
         return Analysis(Reader(str(path)))
-    given = path = Path(path).expanduser()
-    if path.is_dir():
-        path = next((p for p in (path / ANALYSIS_FOLDER / STORE_FILE, path / STORE_FILE) if p.is_file()), path)
-    if not path.is_file():
+    given = Path(path).expanduser()
+    store = store_of(given)
+    if store is None:
         inside = sorted(p.parent.parent for p in given.glob(f"*/{ANALYSIS_FOLDER}/{STORE_FILE}"))
         if inside:
             raise FileNotFoundError(
                 f"{given}: holds the analyses of {len(inside)} autoencoders; open one of {', '.join(map(str, inside))}."
             )
         raise FileNotFoundError(f"{given}: holds no analysis; build it with `sae-analysis build {given}`.")
-    return Analysis(Reader(url_of(path)))
+    return Analysis(Reader(url_of(store)))
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ import numpy as np
 from safetensors import safe_open
 from tqdm import tqdm
 
-from sae_analysis.analysis import ANALYSIS_FOLDER, STORE_FILE, Analysis, open_analysis
+from sae_analysis.analysis import Analysis, open_analysis
 from sae_analysis.corpus import CachedCorpus, LiveCorpus
 from sae_analysis.effects import effects_of
 from sae_analysis.gathered import Gathered, Sizes
 from sae_analysis.of_model import of_model
+from sae_analysis.places import ANALYSIS_FOLDER, STORE_FILE
 from sae_analysis.store.read import url_of
 from sae_analysis.store.write import Writer, add_effect
 from sae_analysis.subjects import Subject, hash_of, subjects_of
@@ -91,17 +92,15 @@ def build_analysis(
             build.forget()
         try:
             build.run()
+            found.store.text.say_skipped()
+            for subject in found.subjects:
+                add_effects(subject, found.store, effects)
         except StopAsked:
-            build.save()
             assert stop.signal is not None
             raise TrainingInterrupted(
-                f"Stopped by {stop.signal.name} after {build.corpus.done:,} of {build.corpus.n_contexts:,} contexts, "
-                "saved. The same command continues it.",
+                f"Stopped by {stop.signal.name}; what was done is saved. The same command continues it.",
                 exit_code=128 + stop.signal,
             ) from None
-    found.store.text.say_skipped()
-    for subject in found.subjects:
-        add_effects(subject, found.store, effects)
     opened = {subject.name: open_analysis(subject.folder) for subject in found.subjects}
     return opened if found.are_several else opened[found.subjects[0].name]
 
@@ -154,7 +153,11 @@ class Build:
         with phase("reading the text"):
             self.go_on()
         with phase("analysis", has_bar=True):
-            self.make_pass()
+            try:
+                self.make_pass()
+            except StopAsked:  # between two batches
+                self.save()
+                raise
         self.save()
         ids = np.fromfile(self.ids_file, dtype="<i4").reshape(-1, self.context_size)
         for subject in self.subjects:

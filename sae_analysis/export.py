@@ -111,7 +111,7 @@ def document(latent: Latent) -> dict[str, Any]:
         "_id": f"{latent.analysis.about['name']}/{latent.index}",
         **latent.figures,
         "top_tokens": latent.top_tokens,
-        "quantiles": {str(q): value for q, value in latent.quantiles.items()},
+        "quantiles": {f"p{100 * q:g}": value for q, value in latent.quantiles.items()},  # names without dots
         "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
         "logits": latent.logits,
         "neighbours": latent.neighbours,

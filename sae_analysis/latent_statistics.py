@@ -20,8 +20,13 @@ class LatentStatistics:
         self.n_counted = np.zeros((), dtype=np.int64)
         """Positions that count, whether a latent fires there or not."""
         self.count = np.zeros(d_sae, dtype=np.int64)
+        self.origin = np.zeros(d_sae)
+        """The first activation."""
         self.power_sums = np.zeros((4, d_sae))
-        """Sums of activations, of their squares, cubes and fourth powers."""
+        """Sums of activations less `origin`, of their squares, cubes and fourth powers.
+
+        Without the origin, moments of activations that are nearly the same would be differences of large numbers.
+        """
         self.max = np.zeros(d_sae, dtype=np.float32)
         self.first = np.full(d_sae, -1, dtype=np.int64)
         """Where in the corpus it fires first and last: context * context_size + position; -1 if nowhere."""
@@ -34,12 +39,15 @@ class LatentStatistics:
         fired, begins = firings.fired, firings.begins
         if len(fired) == 0:
             return
-        self.count[fired] += np.diff(firings.starts)[fired]
+        counts = np.diff(firings.starts)[fired]
         values = firings.values.astype(np.float64)
-        powers = values.copy()
+        self.origin[fired] = np.where(self.count[fired] == 0, values[begins], self.origin[fired])
+        self.count[fired] += counts
+        differences = values - np.repeat(self.origin[fired], counts)
+        powers = differences.copy()
         for sums in self.power_sums:
             sums[fired] += np.add.reduceat(powers, begins)
-            powers *= values
+            powers *= differences
         self.max[fired] = np.maximum(self.max[fired], np.maximum.reduceat(firings.values, begins))
         places = firings.contexts * self.context_size + firings.positions
         self.first[fired] = np.where(self.first[fired] < 0, places[begins], self.first[fired])
@@ -57,16 +65,14 @@ class LatentStatistics:
         with np.errstate(divide="ignore", invalid="ignore"):
             m1, m2, m3, m4 = self.power_sums / self.count
             variance = np.maximum(m2 - m1**2, 0)
-            # What is left by rounding, where all activations are the same, is no variance.
-            variance = np.where(variance < 1e-12 * m2, 0, variance)
             third = m3 - 3 * m1 * m2 + 2 * m1**3
             fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
             return {
                 "count": self.count,
                 "density": self.count / self.n_counted,
                 "max": np.where(self.count > 0, self.max, np.nan),
-                "mean": m1,
-                "mean_all": self.power_sums[0] / self.n_counted,
+                "mean": self.origin + m1,
+                "mean_all": (self.power_sums[0] + self.count * self.origin) / self.n_counted,
                 "variance": variance,
                 "skew": np.where(variance > 0, third / variance**1.5, np.nan),
                 "kurtosis": np.where(variance > 0, fourth / variance**2, np.nan),

@@ -12,21 +12,19 @@ from typing import Any
 
 import torch
 
+from sae_analysis.places import folder_of, name_of
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.store import without_cache
 from sae_training.config.io import check_known, with_defaults
 from sae_training.config.sweep import is_several, variants
 from sae_training.formats import Given
 from sae_training.formats.loaded import OF_ANOTHER_TEXT
-from sae_training.formats.run_files import CHECKPOINTS, FINAL, SNAPSHOTS
 from sae_training.language_model.load import model_of
 from sae_training.language_model.sites import Sites, find_sites, merged
 from sae_training.machine.phases import phase
 from sae_training.run.folder import is_run_folder, read_run_config
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.utils import Session
-
-ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".pkl", ".gz", ".npz", ".zip")  # of files with weights
 
 
 @dataclass(frozen=True)
@@ -103,15 +101,7 @@ def autoencoders_in(path: Path, given: Given) -> dict[str, SparseAutoencoder]:
     load = partial(SparseAutoencoder.load_from_pretrained, **asdict(given))
     if is_run_of_several(path):
         return {name: load(path / name) for name in variants(read_run_config(path))}
-    return {name_of(path.resolve()): load(path)}
-
-
-def name_of(path: Path) -> str:
-    """Return the name of a folder, or of a file without the endings of its format: a.b-0.01.pkl.gz is a.b-0.01."""
-    name = path.name
-    while path.is_file() and name.endswith(ENDINGS):
-        name = name.rpartition(".")[0]
-    return name
+    return {name_of(path): load(path)}
 
 
 def check_positive(found: dict[str, SparseAutoencoder]) -> None:
@@ -126,18 +116,6 @@ def check_positive(found: dict[str, SparseAutoencoder]) -> None:
 
 def is_run_of_several(path: Path) -> bool:
     return is_run_folder(path) and is_several(read_run_config(path))
-
-
-def folder_of(path: Path) -> Path:
-    """Return the folder of the run that a path is, or lies in; for any other file `runs/<its name>`."""
-    path = path.resolve()
-    if is_run_folder(path):
-        return path
-    for parent in path.parents[:2]:  # final/, checkpoints/step_1/, snapshots/step_1/
-        inside = path.relative_to(parent).parts[0]
-        if inside in (CHECKPOINTS, SNAPSHOTS, FINAL) and is_run_folder(parent):
-            return parent if inside == FINAL else parent / "analysis-of" / path.name
-    return Path("runs") / name_of(path)
 
 
 def hash_of(sae: SparseAutoencoder) -> str:

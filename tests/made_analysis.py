@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Table, insert
 
-from sae_analysis.analysis import ANALYSIS_FOLDER, STORE_FILE, Analysis, open_analysis
+from sae_analysis.analysis import Analysis, open_analysis
+from sae_analysis.places import ANALYSIS_FOLDER, STORE_FILE
 from sae_analysis.store import schema
 from sae_analysis.store.example_blob import KINDS, Stored, to_bytes
 from sae_analysis.store.read import engine_of, url_of
@@ -51,7 +52,8 @@ def make_analysis(folder: Path, n_latents: int = 40) -> Analysis:
     about = {
         "name": "run <i>of</i> tests", "model": "<u>model</u>", "text": "'text'", "hook_point": "blocks.1.hook",
         "target_hook_point": "blocks.1.hook", "architecture": "topk", "d_in": 8, "d_sae": n_latents,
-        "context_size": CONTEXT, "n_contexts": N_CONTEXTS, "n_counted": CONTEXT * N_CONTEXTS, "settings": {},
+        "context_size": CONTEXT, "n_contexts": N_CONTEXTS, "n_counted": CONTEXT * N_CONTEXTS, "n_rows_together": 100,
+        "settings": {},
     }  # fmt: skip
     engine = engine_of(url_of(path))
     schema.metadata.create_all(engine)

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from sae_training.sparse_autoencoder import SparseAutoencoder
+from sae_training.sparse_autoencoder.crosscoder import Crosscoder
 
 ROOT = Path(__file__).parent / "reference_files"
 FOLDERS = sorted(path.parent for path in ROOT.rglob("expected.json"))
+CROSSCODERS = sorted(path.parent for path in (ROOT.parent / "reference_crosscoders").rglob("expected.json"))
 
 
 class Difference(NamedTuple):
@@ -27,9 +29,10 @@ def facts_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "expected.json").read_text())
 
 
-def loaded(folder: Path) -> SparseAutoencoder:
+def loaded(folder: Path) -> SparseAutoencoder | Crosscoder:
     facts = facts_of(folder)
-    return SparseAutoencoder.load_from_pretrained(folder / facts.get("path", ""), **facts.get("given", {}))
+    kind = Crosscoder if folder in CROSSCODERS else SparseAutoencoder
+    return kind.load_from_pretrained(folder / facts.get("path", ""), **facts.get("given", {}))
 
 
 @torch.no_grad()

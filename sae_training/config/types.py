@@ -50,10 +50,19 @@ def torch_dtype(name: Any) -> Dtype:
 # ----------------------------------------------------------------------------------------------------------- choices
 
 Architecture = Literal[
-    "standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "abstopk", "groupmax", "matching_pursuit"
+    "standard",
+    "topk",
+    "batchtopk",
+    "jumprelu",
+    "gated",
+    "matryoshka",
+    "abstopk",
+    "normtopk",
+    "groupmax",
+    "matching_pursuit",
 ]
 
-ONLY_LOADED = ("abstopk", "groupmax", "matching_pursuit")
+ONLY_LOADED = ("abstopk", "normtopk", "groupmax", "matching_pursuit")
 """Architectures of other programs' files, which are read and used, and not trained."""
 
 SchedulerName = Literal[
@@ -74,7 +83,7 @@ PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 FIXED_K = ("topk", "batchtopk", "matryoshka")
 """Architectures whose code is a fixed number of the largest pre-activations."""
 
-WITH_K = (*FIXED_K, "abstopk", "groupmax")
+WITH_K = (*FIXED_K, "abstopk", "normtopk", "groupmax")
 """Architectures that have a k."""
 
 UNKNOWN = "unknown"

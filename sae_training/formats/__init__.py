@@ -20,10 +20,15 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_from_dict
 from sae_training.formats import (
     circuit_tracer,
+    circuit_tracer_clt,
     dictionary_learning,
     e2e_sae,
+    gemma_crosscoders,
     gemma_scope,
+    llama_scope,
+    llamascopium_crosscoders,
     mats,
+    model_diffing,
     native,
     openai,
     refused,
@@ -38,20 +43,15 @@ from sae_training.formats.loaded import Facts, Given, Loaded, completed, describ
 from sae_training.machine.device import checked, is_there
 
 __all__ = [
-    "Facts",
-    "Given",
-    "Loaded",
-    "blamed_on",
-    "config_at",
-    "config_of",
-    "load",
-    "native",
-    "read",
-    "read_many",
-    "weights_of",
-]
+    "Facts", "Given", "Loaded", "blamed_on", "config_at", "config_of", "load", "native", "read", "read_many",
+    "the_crosscoder", "warn_of", "weights_of",
+]  # fmt: skip
 
 FAMILIES = (
+    gemma_crosscoders,
+    circuit_tracer_clt,
+    llamascopium_crosscoders,
+    model_diffing,
     gemma_scope,
     circuit_tracer,
     saelens,
@@ -59,6 +59,7 @@ FAMILIES = (
     dictionary_learning,
     openai,
     e2e_sae,
+    llama_scope,
     single_files,
     refused,
     mats,
@@ -136,13 +137,33 @@ def load(
 
     The config's device is `device`, or the saved one if it is there.
     """
-    loaded = the_one(read(path, given), path, given)
+    found = read(path, given)
+    (one, *others) = found.values() if found else (None,)
+    loaded = one if one is not None and not others and one.is_crosscoder else the_one(found, path, given)
     return config_of(loaded, path, device), weights_of(loaded, path)
 
 
 def config_at(path: Path, given: Given) -> LanguageModelSAERunnerConfig:
     """The config that `load` gives, of which no weight is read."""
     return config_of(the_one(read(path, given), path, given), path)
+
+
+def the_crosscoder(path: Path, given: Given) -> Loaded:
+    """The crosscoder at `path`. ValueError if another thing lies there."""
+    found = read(path, given)
+    if len(found) != 1 or not (loaded := next(iter(found.values()))).is_crosscoder:
+        shown = ", ".join([*list(found)[:8], "..."][: len(found)])
+        raise ValueError(
+            f"{path}: no crosscoder, but autoencoders of one place ({shown}); load them with "
+            "SparseAutoencoder.load_from_pretrained or load_many."
+        )
+    return loaded
+
+
+def warn_of(loaded: Loaded, path: Path) -> None:
+    """Its remarks as warnings."""
+    for remark in loaded.remarks:
+        warnings.warn(f"{path}: {remark}", stacklevel=5)
 
 
 def weights_of(loaded: Loaded, path: Path) -> dict[str, Tensor]:
@@ -158,8 +179,13 @@ def weights_of(loaded: Loaded, path: Path) -> dict[str, Tensor]:
 
 def config_of(loaded: Loaded, path: Path, device: str | None = None) -> LanguageModelSAERunnerConfig:
     """The config of what was read, for `device`, after its remarks as warnings. ValueError if it is none."""
-    for remark in loaded.remarks:
-        warnings.warn(f"{path}: {remark}", stacklevel=4)
+    if loaded.is_crosscoder:
+        kind = str(loaded.values["architecture"]).replace("_", "-", 1).replace("_", " ")
+        raise ValueError(
+            f"{path}: a {kind}, whose latents read or write several places; load it with "
+            "Crosscoder.load_from_pretrained of sae_training.sparse_autoencoder. It is not trained here."
+        )
+    warn_of(loaded, path)
     with blamed_on(path):
         cfg = config_from_dict(loaded.values, strict=False)
     if cfg.normalize_activations == "expected_average_only_in":

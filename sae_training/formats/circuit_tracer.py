@@ -20,34 +20,24 @@ from sae_training.machine.precision import at_least_float32
 
 CONFIG = "config.yaml"
 LAYER = re.compile(r"layer_(\d+)\.safetensors")
-OF_SEVERAL_LAYERS = re.compile(r"W_(?:enc|dec)_\d+\.safetensors")
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 THRESHOLD, SKIP = "activation_function.threshold", "W_skip"
 
 
 def recognises(found: Found) -> bool:
     files = files_of(found)
-    if not files:
-        return False
-    return bool(OF_SEVERAL_LAYERS.fullmatch(files[0])) or {*NAMES} <= found.header(files[0]).shapes.keys()
+    return bool(files) and {*NAMES} <= found.header(files[0]).shapes.keys()
 
 
 def files_of(found: Found) -> list[str]:
     names = found.names if found.is_folder else {found.path.name}
-    layers = [name for name in names if LAYER.fullmatch(name)] or [n for n in names if OF_SEVERAL_LAYERS.fullmatch(n)]
-    return sorted(layers, key=lambda name: int(re.sub(r"\D", "", name)))
+    return sorted(filter(LAYER.fullmatch, names), key=lambda name: int(re.sub(r"\D", "", name)))
 
 
 def read(found: Found, given: Given) -> dict[str, Loaded]:
-    """The transcoders by `layer_<i>`. ValueError for cross-layer transcoders, and for tensors that do not fit."""
-    files = files_of(found)
-    if OF_SEVERAL_LAYERS.fullmatch(files[0]):
-        raise ValueError(
-            f"{found.folder}: a cross-layer transcoder, whose latents write to all later layers; only dictionaries of "
-            "one place are read."
-        )
-    config = found.yaml(CONFIG) if CONFIG in found.names else {}
-    return {file.removesuffix(".safetensors"): read_layer(found, file, config, given) for file in files}
+    """The transcoders by `layer_<i>`. ValueError for tensors that do not fit."""
+    config = config_of(found)
+    return {file.removesuffix(".safetensors"): read_layer(found, file, config, given) for file in files_of(found)}
 
 
 def read_layer(found: Found, file: str, config: dict[str, Any], given: Given) -> Loaded:
@@ -91,6 +81,11 @@ def read_layer(found: Found, file: str, config: dict[str, Any], given: Given) ->
 def hook(config: dict[str, Any], key: str, layer: int) -> str | None:
     name = config.get(key)
     return f"blocks.{layer}.{name}" if isinstance(name, str) else None
+
+
+def config_of(found: Found) -> dict[str, Any]:
+    """What config.yaml says, in plain values; {} without one. ValueError for one that is not plain."""
+    return found.yaml(CONFIG) if CONFIG in found.names else {}
 
 
 def weights(found: Found, file: str, is_old: bool) -> dict[str, Tensor]:

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-MAY_BE_INFINITE = ("log_threshold", "inference_threshold")
+MAY_BE_INFINITE = ("log_threshold", "inference_threshold", "threshold")
 """-inf lets every pre-activation above 0 through, inf none."""
+
+PART = 2**22  # values that are looked at in one go
 
 CLEARLY = 0.2  # cosine; that of trained latents is 0.3 to 0.9, of random ones 0
 
@@ -45,10 +47,12 @@ def is_finite(name: str, tensor: Tensor) -> bool:
     if not tensor.numel():
         return True
     in_order = tensor.T if tensor.dim() == 2 and not tensor.is_contiguous() else tensor
-    least, largest = torch.aminmax(in_order)  # NaN, if there is one; needs no memory of the tensor's size
-    if name in MAY_BE_INFINITE:
-        return not bool(least.isnan())
-    return bool(least.isfinite() and largest.isfinite())
+    parts = (in_order,) if in_order.is_contiguous() else in_order.split(max(1, PART // in_order[:1].numel()))
+    for part in parts:  # of what is not in order a copy is made
+        least, largest = torch.aminmax(part)  # NaN, if there is one; needs no memory of the tensor's size
+        if least.isnan() or (name not in MAY_BE_INFINITE and not (least.isfinite() and largest.isfinite())):
+            return False
+    return True
 
 
 @torch.no_grad()

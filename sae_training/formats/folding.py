@@ -36,11 +36,26 @@ def fold_decoder_norms(tensors: Tensors) -> None:
 
 
 @torch.no_grad()
-def fold_norm_factor(tensors: Tensors, factor: float) -> None:
-    """For a program that gives `factor` * x to these weights, and divides their output by it."""
+def fold_norm_factor(tensors: Tensors, factor: float, factor_of_output: float | None = None) -> None:
+    """For a program that gives `factor` * x to these weights, and divides their output by it (or by the other)."""
+    factor_of_output = factor if factor_of_output is None else factor_of_output
     tensors["W_enc"].mul_(factor)
+    tensors["W_dec"].div_(factor_of_output)
+    tensors["b_dec"].div_(factor_of_output)
+
+
+@torch.no_grad()
+def fold_subtraction(tensors: Tensors) -> None:
+    """For a program that subtracts b_dec from the input of a transcoder too."""
+    tensors["b_enc"].sub_(tensors["b_dec"] @ tensors["W_enc"])
+
+
+@torch.no_grad()
+def scale_activations(tensors: Tensors, factor: float) -> None:
+    """Multiply the latent activations of an encoder without thresholds by `factor`; the output stays."""
+    tensors["W_enc"].mul_(factor)
+    tensors["b_enc"].mul_(factor)
     tensors["W_dec"].div_(factor)
-    tensors["b_dec"].div_(factor)
 
 
 @torch.no_grad()

@@ -29,7 +29,6 @@ from sae_training.formats.loaded import Given, Loaded, place_and_text, precision
 from sae_training.machine.precision import at_least_float32
 
 NPZ, WEIGHTS, CONFIG = "params.npz", "params.safetensors", "config.json"
-LAYER_OF_SEVERAL = re.compile(r"params_layer_\d+\.safetensors")
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 SKIP = "affine_skip_connection"  # (d_in, d_out), not transposed
 
@@ -61,13 +60,12 @@ def recognises(found: Found) -> bool:
 
 def file_of(found: Found) -> str | None:
     if found.is_folder:
-        layers = sorted(name for name in found.names if LAYER_OF_SEVERAL.fullmatch(name))
-        return next((name for name in (NPZ, WEIGHTS, *layers) if name in found.names), None)
+        return next((name for name in (NPZ, WEIGHTS) if name in found.names), None)
     return found.path.name if found.path.suffix in (".npz", ".safetensors") else None
 
 
 def read(found: Found, given: Given) -> dict[str, Loaded]:
-    """The autoencoder or transcoder of the folder or file. ValueError for what is missing, and for crosscoders."""
+    """The autoencoder or transcoder of the folder or file. ValueError for what is missing, and parts of crosscoders."""
     file = file_of(found) or WEIGHTS
     path, header = found.folder / file, found.header(file)
     theirs = {ours(name): name for name in header.shapes}
@@ -108,8 +106,8 @@ def ours(name: str) -> str:
 def refuse_several_places(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     if len(shapes["W_dec"]) == 3:
         raise ValueError(
-            f"{path}: w_dec has shape {shapes['W_dec']}: one layer of a crosscoder or cross-layer transcoder, which "
-            "writes to several places at once; only dictionaries of one place are read."
+            f"{path}: w_dec has shape {shapes['W_dec']}: one place of a crosscoder or cross-layer transcoder; name its "
+            "files params_layer_<i>.safetensors, as they were, and give the folder to Crosscoder.load_from_pretrained."
         )
     if not len(shapes["W_dec"]) == len(shapes["W_enc"]) == 2:
         raise ValueError(f"{path}: W_enc {shapes['W_enc']}, W_dec {shapes['W_dec']}, expected two axes each.")

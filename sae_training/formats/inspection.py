@@ -14,7 +14,7 @@ from typing import Any
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import UNKNOWN, WITH_K
-from sae_training.formats import FAMILIES, config_of, folders_of, is_one, mats, native
+from sae_training.formats import FAMILIES, config_of, folders_of, is_one, llama_scope, mats, native
 from sae_training.formats.doubts import blamed_on
 from sae_training.formats.found import PICKLES, Found
 from sae_training.formats.loaded import Given, Loaded, completed
@@ -24,6 +24,7 @@ from sae_training.formats.weight_figures import figures
 
 PLACES = ("model_name", "hook_point", "target_hook_point", "dataset_path")
 
+PICKLES_OF_FOLDERS = ("ae.pt", "cc_weights.pt")
 FILES_OF_ONE = (".safetensors", ".npz", *PICKLES)
 MOST_FILES = 20_000
 
@@ -146,6 +147,8 @@ def inspect_one(found: Found, full: bool) -> dict[str, dict[str, Any]]:
 
 def described(loaded: Loaded, found: Found) -> dict[str, Any]:
     told: dict[str, Any] = {"problem": None}
+    if loaded.is_crosscoder:
+        return described_crosscoder(loaded, found)
     values = dict(loaded.values)
     try:
         with warnings.catch_warnings(action="ignore"):  # its remarks are listed
@@ -159,6 +162,21 @@ def described(loaded: Loaded, found: Found) -> dict[str, Any]:
     told["missing"] = [name for name in PLACES if values.get(name) == UNKNOWN]
     told["warnings"] = [*loaded.remarks, *traps(found, loaded)]
     return told
+
+
+def described_crosscoder(loaded: Loaded, found: Found) -> dict[str, Any]:
+    """The same of a crosscoder; `latents` has the places that each set of latents reads and writes, by number."""
+    values = {name: value for name, value in loaded.values.items() if name != "latents" and value is not None}
+    return {
+        "problem": None,
+        "format": values["file_format"],
+        "config": {"sets_of_latents": len(loaded.values["latents"])} | {n: plain(value) for n, value in values.items()},
+        "latents": [{"reads": plain(reads), "writes": plain(writes)} for reads, writes in loaded.values["latents"]],
+        "convention": loaded.convention,
+        "missing": [name for name in PLACES if values.get(name) == UNKNOWN],
+        "warnings": [*loaded.remarks, *traps(found, loaded)],
+        "load": "Crosscoder.load_from_pretrained of sae_training.sparse_autoencoder",
+    }
 
 
 def says(cfg: LanguageModelSAERunnerConfig, name: str) -> bool:
@@ -190,11 +208,14 @@ def tensors_of(found: Found) -> dict[str, dict[str, dict[str, Any]]]:
 def files_with_tensors(found: Found) -> Iterator[tuple[str, dict[str, tuple[tuple[int, ...], str]]]]:
     folder = weights_of(found)
     names = sorted(folder.names) if folder.is_folder else [folder.path.name]
+    of_openmoss = llama_scope.weights_file(found) if llama_scope.recognises(found) else None
+    if of_openmoss not in (None, llama_scope.IN_SHARDS, *names):
+        names.append(of_openmoss)  # checkpoints/final.safetensors
     for name in names:
         if name.endswith((".safetensors", ".npz")):
             head = folder.header(name)
             yield name, {key: (head.shapes[key], head.dtypes[key]) for key in head.shapes}
-        elif name == "ae.pt" or folder.is_pickle:
+        elif name in (*PICKLES_OF_FOLDERS, of_openmoss) or folder.is_pickle:
             state = tensors_by_name(folder.pickle(name))
             yield name, {key: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in state.items()}
 
@@ -220,6 +241,8 @@ def with_figures(told: dict[str, Any], found: Found, values: Mapping[str, Any], 
 
 def n_latents(values: Mapping[str, Any], parts: Mapping[str, Any]) -> int | None:
     """How many latents there are, by the config or by the length of the encoder's bias."""
+    if values.get("d_sae"):
+        return values["d_sae"]
     if values.get("d_in"):
         return values.get("n_latents") or values["d_in"] * values.get("expansion_factor", 1)
     bias = next((part["shape"] for name, part in parts.items() if name.endswith(("b_enc", "encoder.bias"))), [])
@@ -254,7 +277,9 @@ def in_a_line(one: Mapping[str, Any]) -> str:
     cfg = one.get("config", {})
     words = [one.get("format", one["family"])]
     if cfg:
-        words += [cfg["architecture"], f"{cfg['d_in']} -> {cfg['d_sae']}", cfg["hook_point"]]
+        sets, d_in, d_sae = cfg.get("sets_of_latents", 1), cfg["d_in"], cfg["d_sae"]
+        words += [cfg["architecture"], f"{d_in} -> {d_sae if sets == 1 else f'{sets} x {d_sae}'}"]
+        words += [cfg["hook_point"] if "hook_point" in cfg else f"{cfg['reads'][0]} to {cfg['reads'][-1]}"]
     words += [f"{len(one['warnings'])} warnings"] if one.get("warnings") else []
     words += [f"problem: {one['problem']}"] if one["problem"] else []
     return ", ".join(words)
@@ -277,12 +302,14 @@ def lines_of(one: Mapping[str, Any]) -> Iterator[str]:
     yield f"format       {one.get('format', one['family'])} (read by {one['family']})"
     if one["problem"]:
         yield f"problem      {one['problem']}"
+    if "load" in one:
+        yield f"load it by   {one['load']}"
     if "convention" in one:
         yield f"convention   {one['convention']}"
     if one.get("missing"):
         yield f"not said     {', '.join(one['missing'])}; give them when you load the model with it"
     for name, value in one.get("config", {}).items():
-        yield f"  {name:<22} {value}"
+        yield f"  {name:<22} {', '.join(value) if name in ('reads', 'writes') else value}"
     for file, parts in one["tensors"].items():
         yield file
         for name, part in parts.items():

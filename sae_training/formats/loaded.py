@@ -68,6 +68,8 @@ class Loaded:
     """Warnings: what is doubtful about these files, or what their own program does otherwise."""
     convention: str = "activations are those that the files' own program reports"
     """In which units latent activations are."""
+    is_crosscoder: bool = False
+    """It reads or writes several places: `values` are fields of CrosscoderConfig, and the tensors a Crosscoder's."""
 
 
 def needed(given: T | None, in_file: T | None, key: str, argument: str, where: Path) -> T:
@@ -98,6 +100,8 @@ def place_and_text(
 
 def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
     """What was read at `path`, with what the caller says of model, text and places, and what is known of a release."""
+    if loaded.is_crosscoder:  # whose families take all of it themselves, and whose config has other fields
+        return loaded
     values = dict(loaded.values)
     facts = facts_of(path, str(values.get("file_format")))
     values |= {name: facts[name] for name in OVERRIDES if name in facts}

@@ -1,7 +1,9 @@
 """Files of OpenAI's sparse_autoencoder, versions 1 to 5 for GPT-2 small: a .pt for each layer, strings among tensors.
 
 Versions 1 and 4 are ReLU on raw activations. Version 5 is TopK on rows that are normalised first, (x - mean) / (std +
-1e-5) with the deviation of a sample, and brought back by mean and std. The path names the place and the layer.
+1e-5) with the deviation of a sample, and brought back by mean and std. The path names the place and the layer, not the
+function: this is told by the content, so that versions 2 and 3, of which no files are public, are read by the same
+rules. A file that names no activation is ReLU, as those before June 2024.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_training.formats.found import Found
-from sae_training.formats.loaded import Given, Loaded, needed, place_and_text, sizes
+from sae_training.formats.loaded import Given, Loaded, needed, place_and_text, precisions, sizes
 from sae_training.formats.pickles import copied
 
 TENSORS = ("pre_bias", "latent_bias", "encoder.weight")
@@ -45,7 +47,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     d_sae, d_in = content["encoder.weight"].shape
     values = sizes(d_in, d_sae) | place(path, given) | activation(content, path, given)
     dtype = str(content["encoder.weight"].dtype).removeprefix("torch.")
-    values |= {"model_processing": "none", "file_format": "openai", "file_dtype": dtype, "dtype": "float32"}
+    values |= {"model_processing": "none", "file_format": "openai", **precisions(dtype)}
     about = "activations are in the units of normalised rows" if values["architecture"] == "topk" else Loaded.convention
     return {path.name.split(".")[0]: Loaded(values, partial(weights, content, decoder), convention=about)}
 

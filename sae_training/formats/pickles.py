@@ -25,6 +25,17 @@ STAND_INS = ("sae_training.", "sae_lens.")
 """Modules whose classes are configs, of which the attributes are wanted and nothing else."""
 
 
+OF_OTHER_PROGRAMS = {
+    "sparse_autoencoder.autoencoder.": (
+        "a state of ai-safety-foundation's sparse_autoencoder: objects of its own classes and of pydantic's, whose "
+        "tensors may have an axis of components (several hooks), and of which no stand-ins are made; in that program, "
+        "save the tensors of one component as plain ones, torch.save({'encoder.weight': ..., 'encoder.bias': ..., "
+        "'decoder.weight': ..., 'bias': tied_bias}, 'ae.pt'), which is the same function in dictionary_learning's names"
+    ),
+}
+"""Modules that files of known programs name, and why these files are not read."""
+
+
 class StandIn:
     """Stands in for whatever config class the file names: holds its attributes and does nothing."""
 
@@ -41,8 +52,10 @@ def read(path: Path) -> Any:
         content = read_torch_file(path) if path.suffix in (".pt", ".pth") else read_pickle(path)
         check_tensors(content)
     except Exception as error:  # whatever the bytes of a stranger make an unpickler raise
-        why = " ".join(str(error).split())[:500] or type(error).__name__
-        raise ValueError(f"{path}: not a readable autoencoder file: {why}; use another copy.") from error
+        why = " ".join(str(error).split()) or type(error).__name__
+        known = next((reason for module, reason in OF_OTHER_PROGRAMS.items() if module in why), None)
+        told = known or f"not a readable autoencoder file: {why[:500]}; use another copy"
+        raise ValueError(f"{path}: {told}.") from error
     return content
 
 

@@ -1,6 +1,6 @@
-"""Files that are recognised and not read, with the reason: no dictionaries of one place, or rules unknown.
+"""Files that are recognised and not read, with the reason: no dictionaries of vectors, or rules unknown.
 
-Codebooks, cross-layer transcoders and Gemma Scope's crosscoders are refused by the families that they belong to.
+Codebooks are refused by the family that they belong to, and pickled objects of other programs' classes by `pickles`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,8 @@ from sae_training.formats.loaded import Given, Loaded
 
 OPENMOSS = ("config.json", "sae_weights.safetensors")
 TEMPORAL = ("conf.yaml", "latest_ckpt.safetensors")
-CROSSCODER = ("config.json", "model.safetensors")
 
-SEVERAL_PLACES = "reads or writes several places at once; only dictionaries of one place are read"
 KINDS_OF_OPENMOSS = {
-    "crosscoder": SEVERAL_PLACES,
-    "clt": SEVERAL_PLACES,
     "lorsa": "is sparse attention over positions, not a dictionary of vectors",
     "molt": "adds up transforms of low rank, not a dictionary of vectors",
 }
@@ -35,12 +31,10 @@ def reason(found: Found) -> str | None:
     if found.is_pickle:
         return reason_of_pickle(found)
     if found.has(*OPENMOSS):
-        kind = found.json(OPENMOSS[0]).get("sae_type")
+        kind = str(found.json(OPENMOSS[0]).get("sae_type"))
         return f"a {kind} of llamascopium, which {KINDS_OF_OPENMOSS[kind]}" if kind in KINDS_OF_OPENMOSS else None
     if found.has(*TEMPORAL):
         return "a temporal autoencoder, which is a model of sequences (attention over positions); load it with SAELens"
-    if found.has(*CROSSCODER) and len(found.header(CROSSCODER[1]).shapes.get("encoder.weight", ())) == 3:
-        return f"a crosscoder of dictionary_learning's forks, which {SEVERAL_PLACES}"
     return None
 
 
@@ -53,6 +47,4 @@ def reason_of_pickle(found: Found) -> str | None:
             "Goodfire's top-k for gpt-oss, of which no source states whether decoder_bias is subtracted from the input "
             "and which way decoder.weight lies"
         )
-    if "W_enc" in state and getattr(state["W_enc"], "ndim", 2) == 3:
-        return f"a crosscoder between models (W_enc has three axes), which {SEVERAL_PLACES}"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +30,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-LATENTS_LAST = ("W_enc", "w_enc")
-"""Names of matrices (d_in, d_sae) that our memory holds latent by latent."""
+LATENTS_LAST = ("W_enc", "w_enc", "W_E", "decoder.weight")
+"""Names of matrices (d_in, d_sae) or (d_out, d_sae) that our memory holds latent by latent."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,14 @@ def dtype_name(name: str) -> str:
     return str(DTYPES[name]).removeprefix("torch.") if name in DTYPES else name
 
 
-def slices(path: Path, head: Header, name: str) -> Iterator[tuple[int, Tensor]]:
+def slices(
+    path: Path, head: Header, name: str, as_shape: tuple[int, ...] | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """A tensor's rows in order, a few megabytes at a time, each with the index of its first; a scalar is one row.
 
-    They are read, not mapped, so that no part of the file stays in the process.
+    They are read, not mapped, so that no part of the file stays in the process. `as_shape` cuts it in other rows.
     """
-    shape = head.shapes[name] or (1,)
+    shape = as_shape or head.shapes[name] or (1,)
     dtype = getattr(torch, head.dtypes[name], None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{path}: {name} is of type {head.dtypes[name]}, expected float32 or another that torch has.")
@@ -113,8 +116,10 @@ def tensor(path: Path, head: Header, name: str) -> Tensor:
         whole = torch.empty(shape[1], shape[0], dtype=target).T
     else:
         whole = torch.empty(shape or (1,), dtype=target)
-    for first, part in slices(path, head, name):
-        whole[first : first + len(part)] = part
+    as_shape = (math.prod(shape[:-1]), shape[-1]) if len(shape) > 2 else None  # its own rows may be half a gigabyte
+    rows = whole.view(as_shape) if as_shape else whole
+    for first, part in slices(path, head, name, as_shape):
+        rows[first : first + len(part)] = part
     return whole if shape else whole.reshape(())
 
 

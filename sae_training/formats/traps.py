@@ -115,14 +115,61 @@ def of_dictionary_learning(found: Found, loaded: Loaded) -> Iterator[str]:
         yield "layer is that of transformers' block whose output was read; SAELens takes every place for resid_post"
 
 
+def of_several_places(found: Found, loaded: Loaded) -> Iterator[str]:
+    file_format = str(loaded.values["file_format"])
+    if file_format == "gemma_scope 2 clt":
+        yield "circuit-tracer's own loader of these files counts one layer too few, and fails"
+    if file_format == "circuit_tracer clt":
+        yield "slot j of W_dec_i is for layer i + j; Gemma Scope's files have a slot for every layer"
+        yield "circuit-tracer loads bfloat16 unless it is told otherwise, and leaves position 0 out of its graphs"
+    if file_format == "llamascopium clt":
+        yield "W_D.i is of the target layer i, with a row for each source up to it; circuit-tracer counts sources"
+    if file_format == "llamascopium crosscoder":
+        yield "each place has activations of its own: its decoder norms decide there which latents are active"
+        yield "fold_activation_scale there changes the function of a crosscoder; here the scales are folded exactly"
+    if file_format.startswith("llamascopium") and found.json("config.json").get("norm_activation") == "inference":
+        yield "dataset_average_activation_norm is not used: norm_activation is inference, and its values may be chance"
+    if file_format.startswith("crosscoder_learning BatchTopK"):
+        yield "the threshold is compared with activations times decoder norms, and decode takes them without"
+
+
 def of_mats(found: Found, loaded: Loaded) -> Iterator[str]:
     yield "trained on a processed model (folded and centred weights); the plain model gives other activations"
     yield "a pickle: read without executing anything in it; save it again with save_model"
 
 
+def of_llama_scope(found: Found, loaded: Loaded) -> Iterator[str]:
+    values = loaded.values
+    if values["file_format"] == "llama_scope 2024":
+        yield (
+            "activations are in other units than SAELens' and Neuronpedia's, which leave the norms of decoder rows out "
+            "and so apply the threshold to other numbers, unless the rows have norm 1 (inspect with --full)"
+        )
+    elif values["architecture"] == "jumprelu":
+        yield "thresholds are for pre-activations times the norms of decoder rows, which SAELens' loader leaves out"
+
+
+def of_llamascopium(found: Found, loaded: Loaded) -> Iterator[str]:
+    folder = found if found.is_folder else Found(found.folder)
+    config = folder.json("config.json") if "config.json" in folder.names else {}
+    if config.get("norm_activation") == "inference" and loaded.values["architecture"] == "jumprelu":
+        yield (
+            "norm_activation is inference: llamascopium folded a norm into the weights and not into the thresholds, so "
+            "that other latents are active than in training; an unfolded copy is better"
+        )
+    if loaded.values["architecture"] == "normtopk":
+        yield "the k largest are chosen by pre-activations times the norms of decoder rows"
+
+
 OF_FAMILIES = {
     "saelens": of_saelens,
+    "llama_scope": of_llama_scope,
+    "llamascopium": of_llamascopium,
     "sparsify": of_sparsify,
     "dictionary_learning": of_dictionary_learning,
     "mats": of_mats,
+    "gemma_scope 2 c": of_several_places,
+    "circuit_tracer clt": of_several_places,
+    "llamascopium c": of_several_places,
+    "crosscoder_learning": of_several_places,
 }

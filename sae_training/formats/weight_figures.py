@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 TIED = "decoder.linear.weight"  # the encoder's matrix under the name of the decoder
+
+NUMBER = re.compile(r"[._]\d+$")  # of a layer, W_dec_3 or W_D.3
 
 DECODERS = ("W_dec", "w_dec", "decoder.weight", "decoder_linear.weight", "W_D", "D", TIED)
 """How programs name the matrix of the latents' directions."""
@@ -50,6 +53,7 @@ def figures(slices: Iterable[tuple[int, Tensor]], shape: tuple[int, ...], latent
 
 def latent_axis(name: str, shape: tuple[int, ...], latents: int | None) -> int | None:
     """The axis of a decoder that counts latents. For square ones the name tells: a Linear's weight has them last."""
+    name = NUMBER.sub("", name)
     last = name.rpartition(".")[2]
     is_decoder = name.endswith(DECODERS) if "." in name else last in DECODERS
     if not is_decoder or len(shape) < 2 or latents not in shape:

@@ -9,13 +9,14 @@
 | jumprelu     | pre > threshold of the latent   | pre                    | L0; its distance from a target; tanh |
 | gated        | pre > 0 (the gate)              | `gated_activation`     | L1 of ReLU(pre)                      |
 
-Three more are read from files and not trained (`config.types.ONLY_LOADED`):
+Four more are read from files and not trained (`config.types.ONLY_LOADED`):
 
-| architecture     | active                                              | activation                      |
-|------------------|-----------------------------------------------------|---------------------------------|
-| abstopk          | the k of a row with the largest abs(pre)            | pre, which may be below 0       |
-| groupmax         | the largest of each of k groups of neighbours       | ReLU(pre)                       |
-| matching_pursuit | chosen one after the other, see `matching_pursuit`  | the residual's part along W_dec |
+| architecture     | active                                                    | activation                      |
+|------------------|-----------------------------------------------------------|---------------------------------|
+| abstopk          | the k of a row with the largest abs(pre)                  | pre, which may be below 0       |
+| normtopk         | the k of a row with the largest pre * norm of W_dec's row | ReLU(pre)                       |
+| groupmax         | the largest of each of k groups of neighbours             | ReLU(pre)                       |
+| matching_pursuit | chosen one after the other, see `matching_pursuit`        | the residual's part along W_dec |
 
 `pre` are pre-activations, (rows, d_sae), or (n,) at the entries of a sparse code. All functions take both forms: a
 parameter (d_sae,) is passed as `at(parameter)` (`Code.at`), in a shape that fits. At inference batchtopk uses the
@@ -130,6 +131,17 @@ class PrefixSums(Function):
 def prefix_sums(parts: Tensor, baseline: Tensor) -> Tensor:
     """b + parts[0], b + parts[0] + parts[1], ... for `parts` (n, rows, d) and the baseline b, (d,) or (rows, d)."""
     return PrefixSums.apply(parts.to(baseline.dtype), baseline)  # pyright: ignore[reportReturnType]
+
+
+def scores(architecture: str, pre: Tensor, W_dec: Tensor) -> Tensor:
+    """By what the k largest of each row are chosen."""
+    match architecture:
+        case "abstopk":
+            return pre.abs()
+        case "normtopk":
+            return pre * W_dec.norm(dim=1)
+        case _:
+            return pre
 
 
 def top_k_mask(pre: Tensor, k: int) -> Tensor:

@@ -201,10 +201,8 @@ class SparseAutoencoder(HookedRootModule):
         """Latent activations of all pre-activations (..., d_sae)."""
         acts = self.activation(Code(pre))
         match self.choice:
-            case "topk":
-                acts = acts * architectures.top_k_mask(pre, k)
-            case "abstopk":
-                acts = acts * architectures.top_k_mask(pre.abs(), k)
+            case "topk" | "abstopk" | "normtopk":
+                acts = acts * architectures.top_k_mask(architectures.scores(self.choice, pre, self.W_dec), k)
             case "groupmax":
                 acts = acts * architectures.group_max_mask(acts, k)
             case "batchtopk" if self.training:

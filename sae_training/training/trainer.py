@@ -41,6 +41,11 @@ class SAETrainer:
     """Trains `sae` on batches. Moments, counters and averages are its state; all else is a function of the step."""
 
     def __init__(self, sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig) -> None:
+        if not isinstance(sae, SparseAutoencoder):
+            raise TypeError(
+                f"sae: found a {type(sae).__name__}, expected a SparseAutoencoder; a Crosscoder is read from files and "
+                "not trained here."
+            )
         check_for_training(cfg)
         check_dtype(cfg.dtype)
         self.sae = sae

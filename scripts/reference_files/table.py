@@ -1,4 +1,4 @@
-"""Print the table of docs/formats.md: how far encode and decode are from the program that wrote each reference file.
+"""Print the tables of docs/formats.md: how far encode and decode are from the program that wrote each reference file.
 
 PYTHONPATH=.:tests python scripts/reference_files/table.py
 """
@@ -13,14 +13,21 @@ import reference  # pyright: ignore[reportMissingImports] - tests/reference.py
 
 def main() -> None:
     warnings.simplefilter("ignore")  # the remarks on single files
-    print("| family | variant | read as | encode | decode | expected values from |")
-    print("|---|---|---|---|---|---|")
-    for folder in reference.FOLDERS:
-        facts, sae, off = reference.facts_of(folder), reference.loaded(folder), reference.difference(folder)
-        family = folder.name.partition("-")[0]
-        by = facts["package"] if facts["by"] == family.replace("saelens", "sae-lens") else facts["by"]
-        shown = f"{off.acts:.1e} | {off.out:.1e}"
-        print(f"| {family} | {facts['variant']} ({folder.name}) | {sae.architecture} | {shown} | {by} |")
+    for folders in (reference.FOLDERS, reference.CROSSCODERS):
+        print("| family | variant | read as | encode | decode | expected values from |")
+        print("|---|---|---|---|---|---|")
+        for folder in folders:
+            facts, sae, off = reference.facts_of(folder), reference.loaded(folder), reference.difference(folder)
+            family = folder.name.partition("-")[0]
+            by = facts["package"] if facts["by"] == family.replace("saelens", "sae-lens") else facts["by"]
+            shown = f"{off.acts:.1e} | {off.out:.1e}"
+            read_as = getattr(sae, "architecture", None) or f"{sets(len(sae.cfg.latents))}, {sae.cfg.activation}"
+            print(f"| {family} | {facts['variant']} ({folder.name}) | {read_as} | {shown} | {by} |")
+        print()
+
+
+def sets(n: int) -> str:
+    return "1 set" if n == 1 else f"{n} sets"
 
 
 if __name__ == "__main__":

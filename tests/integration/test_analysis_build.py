@@ -27,8 +27,9 @@ from sae_analysis import build, build_analysis, corpus, open_analysis
 from sae_analysis.analysis import Analysis
 from sae_analysis.cli import main
 from sae_analysis.export import export
+from sae_analysis.places import name_of
 from sae_analysis.store import write
-from sae_analysis.subjects import check_positive, name_of
+from sae_analysis.subjects import check_positive
 from sae_training.cache_activations_runner import cache_activations_runner
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
 from sae_training.lm_runner import run_config
@@ -245,6 +246,12 @@ def test_checkpoints_and_files_get_a_place_of_their_own(
     assert (tmp_path / "runs" / "mine-LR-0.01" / "analysis" / "analysis.sqlite").is_file()
     about = open_analysis("runs/mine-LR-0.01").about
     assert (about["name"], about["d_sae"]) == ("mine-LR-0.01", built.about["d_sae"])
+    assert open_analysis(copy).about == about
+
+
+def test_the_last_autoencoder_of_a_run_is_the_run(run: Path, built: Analysis) -> None:
+    assert name_of(run / "final") == run.name
+    assert open_analysis(run / "final").about == open_analysis(run).about == built.about
 
 
 def test_names_are_without_the_ending_of_a_format(tmp_path: Path) -> None:

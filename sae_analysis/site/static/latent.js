@@ -66,13 +66,14 @@
 
   const NEAR = [
     ["similar", "Similar direction", "cosine of decoder directions"],
-    ["correlated", "Correlated", "Pearson's correlation of activations"],
-    ["coactive", "Active together", "tokens with both, over tokens with either"],
+    ["correlated", "Correlated", "Pearson's correlation of activations", true],
+    ["coactive", "Active together", "tokens with both, over tokens with either", true],
     ["neurons", "Neurons", "cosine with the output of the layer's neurons"],
   ];
+  const sampled = () => ` (of ${site.number(site.value("about").about.n_rows_together)} random tokens)`;
   const neighbours = (record, link) =>
-    card("Neighbours", NEAR.filter(([name]) => record.neighbours[name]?.length).map(([name, title, what]) =>
-      el("details", { open: name === "similar" || name === "correlated" }, el("summary", {}, el("span", {}, title), " ", el("span", { class: "note" }, what)),
+    card("Neighbours", NEAR.filter(([name]) => record.neighbours[name]?.length).map(([name, title, what, isSampled]) =>
+      el("details", { open: name === "similar" || name === "correlated" }, el("summary", {}, el("span", {}, title), " ", el("span", { class: "note" }, what, isSampled ? sampled() : "")),
         table(title, name === "neurons" ? ["neuron", "value"] : ["latent", "top token", "value"],
           record.neighbours[name].map(([number, value, token]) =>
             name === "neurons" ? [String(number), site.number(value)]

@@ -59,12 +59,8 @@ def test_a_square_decoder_is_warned_of(tmp_path: Path) -> None:
         SparseAutoencoder.load_from_pretrained(tmp_path)
 
 
-def test_cross_layer_transcoders_and_other_tensors_are_named_and_refused(tmp_path: Path) -> None:
+def test_other_tensors_are_named_and_refused(tmp_path: Path) -> None:
     state = load_file(SOURCE / "layer_3.safetensors")
     save_file(state | {"log_thresholds": torch.zeros(4)}, tmp_path / "layer_0.safetensors")
     with pytest.raises(ValueError, match="log_thresholds: not a tensor"):
         SparseAutoencoder.load_from_pretrained(tmp_path)
-    (tmp_path / "clt").mkdir()
-    save_file({"W_enc_0": torch.zeros(2, 2)}, tmp_path / "clt" / "W_enc_0.safetensors")
-    with pytest.raises(ValueError, match="a cross-layer transcoder"):
-        SparseAutoencoder.load_from_pretrained(tmp_path / "clt")

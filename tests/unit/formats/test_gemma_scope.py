@@ -110,13 +110,12 @@ def test_a_skip_connection_makes_a_transcoder_whatever_the_place(tmp_path: Path)
     assert (cfg.hook_point, cfg.target_hook_point, cfg.skip_connection) == ("unknown", "unknown", True)
 
 
-def test_layers_of_a_crosscoder_are_named_and_refused(tmp_path: Path) -> None:
+def test_a_place_of_a_crosscoder_under_another_name_is_refused(tmp_path: Path) -> None:
     state = load_file(file_of("gemma_scope_2-resid-post"))
     state["w_dec"] = state["w_dec"].unsqueeze(1).expand(-1, 2, -1).contiguous()
-    save_file(state, tmp_path / "params_layer_0.safetensors")
-    for path in (tmp_path, tmp_path / "params_layer_0.safetensors"):
-        with pytest.raises(ValueError, match="crosscoder"):
-            SparseAutoencoder.load_from_pretrained(path)
+    save_file(state, tmp_path / "params.safetensors")
+    with pytest.raises(ValueError, match="one place of a crosscoder"):
+        SparseAutoencoder.load_from_pretrained(tmp_path)
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:

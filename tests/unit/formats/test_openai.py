@@ -16,6 +16,8 @@ from sae_training.sparse_autoencoder import SparseAutoencoder
     ("name", "hook_point", "architecture"),
     [
         ("v1-relu", "blocks.8.mlp.hook_post", "standard"),
+        ("v2-relu", "blocks.8.hook_mlp_out", "standard"),
+        ("v3-relu-tied", "blocks.8.mlp.hook_post", "standard"),
         ("v4-relu-tied", "blocks.8.hook_mlp_out", "standard"),
         ("v5-topk", "blocks.8.hook_resid_post", "topk"),
         ("v5-topk-tied", "blocks.8.hook_resid_mid", "topk"),
@@ -25,6 +27,13 @@ def test_the_path_names_the_place(name: str, hook_point: str, architecture: str)
     cfg = reference.loaded(reference.ROOT / f"openai-{name}").cfg
     assert (cfg.hook_point, cfg.architecture, cfg.model_name) == (hook_point, architecture, "gpt2-small")
     assert (cfg.model_processing, cfg.file_format) == ("none", "openai")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("v1-relu", torch.float32), ("v1-relu-float64", torch.float64)])
+def test_the_precision_is_that_of_the_file(name: str, dtype: torch.dtype) -> None:
+    sae = reference.loaded(reference.ROOT / f"openai-{name}")
+    assert sae.cfg.file_dtype == str(sae.cfg.dtype).removeprefix("torch.") == str(dtype).removeprefix("torch.")
+    assert sae.W_enc.dtype == dtype
 
 
 def test_a_file_out_of_its_folder_names_no_place(tmp_path: Path) -> None:

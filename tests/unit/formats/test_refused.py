@@ -3,29 +3,78 @@
 from __future__ import annotations
 
 import json
+import pickle
+import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from sae_training.formats.inspection import inspect
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["encoder_linear.weight", "decoder.weight", "decoder_bias"], "Goodfire's top-k for gpt-oss"),
-        (["W_enc", "W_dec", "b_enc", "b_dec"], "a crosscoder between models"),
-    ],
-)
-def test_files_without_a_stated_rule_and_crosscoders(names: list[str], message: str, tmp_path: Path) -> None:
-    torch.save({name: torch.zeros(2, 2, 2) for name in names}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=message):
+def test_files_without_a_stated_rule(tmp_path: Path) -> None:
+    names = ["encoder_linear.weight", "decoder.weight", "decoder_bias"]
+    torch.save({name: torch.zeros(2, 2) for name in names}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="Goodfire's top-k for gpt-oss"):
         SparseAutoencoder.load_from_pretrained(tmp_path / "weights.pt")
 
 
-@pytest.mark.parametrize("kind", ["crosscoder", "clt", "lorsa", "molt"])
+class SparseAutoencoderState:
+    """Pickled under another program's name, as its own class is, with a set among its parts."""
+
+    def __init__(self) -> None:
+        self.config, self.fields = {"n_components": 2}, {"config", "state_dict"}
+        self.state_dict = {"tied_bias": torch.zeros(2, 4)}
+
+
+def saved_by_torch(state: Any, path: Path) -> None:
+    torch.save(state, path)
+
+
+def saved_by_old_torch(state: Any, path: Path) -> None:
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+def pickled(state: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("save", "name"), [(saved_by_torch, "sae.pt"), (saved_by_old_torch, "sae.pt"), (pickled, "sae.pkl")]
+)
+def test_states_of_ai_safety_foundation(
+    save: Callable[[Any, Path], None], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "sparse_autoencoder.autoencoder.model"
+    for part in ("sparse_autoencoder", "sparse_autoencoder.autoencoder", module):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    monkeypatch.setattr(SparseAutoencoderState, "__module__", module)
+    monkeypatch.setattr(sys.modules[module], "SparseAutoencoderState", SparseAutoencoderState, raising=False)
+    save(SparseAutoencoderState(), tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: a state of ai-safety-foundation's sparse_autoencoder") as error:
+        SparseAutoencoder.load_from_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=r"axis of components .* same function in dictionary_learning's names"):
+        inspect(tmp_path / name)
+    assert "use another copy" not in str(error.value)
+
+
+def test_what_that_message_advises_is_read(tmp_path: Path) -> None:
+    state = {"encoder.weight": torch.randn(8, 4), "encoder.bias": torch.randn(8), "decoder.weight": torch.randn(4, 8)}
+    tied_bias, x = torch.randn(4), torch.randn(5, 4)
+    torch.save(state | {"bias": tied_bias}, tmp_path / "ae.pt")
+    sae = SparseAutoencoder.load_from_pretrained(tmp_path / "ae.pt")
+    acts = ((x - tied_bias) @ state["encoder.weight"].T + state["encoder.bias"]).relu()
+    torch.testing.assert_close(sae.encode(x), acts)
+    torch.testing.assert_close(sae.decode(acts), acts @ state["decoder.weight"].T + tied_bias)
+
+
+@pytest.mark.parametrize("kind", ["lorsa", "molt"])
 def test_other_kinds_of_llamascopium(kind: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"sae_type": kind}))
     save_file({"W_E": torch.zeros(1)}, tmp_path / "sae_weights.safetensors")
@@ -33,15 +82,8 @@ def test_other_kinds_of_llamascopium(kind: str, tmp_path: Path) -> None:
         SparseAutoencoder.load_from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("config", "weights", "message"),
-    [
-        ("conf.yaml", "latest_ckpt.safetensors", "a temporal autoencoder"),
-        ("config.json", "model.safetensors", "a crosscoder of dictionary_learning's forks"),
-    ],
-)
-def test_folders_of_sequences_and_of_several_places(config: str, weights: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / config).write_text("{}")
-    save_file({"encoder.weight": torch.zeros(2, 2, 2)}, tmp_path / weights)
-    with pytest.raises(ValueError, match=message):
+def test_folders_of_models_of_sequences(tmp_path: Path) -> None:
+    (tmp_path / "conf.yaml").write_text("{}")
+    save_file({"encoder.weight": torch.zeros(2, 2, 2)}, tmp_path / "latest_ckpt.safetensors")
+    with pytest.raises(ValueError, match="a temporal autoencoder"):
         SparseAutoencoder.load_from_pretrained(tmp_path)

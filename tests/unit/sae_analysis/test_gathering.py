@@ -75,6 +75,21 @@ def test_figures_are_those_of_dense_codes(corpus: dict[str, Any], size: int) -> 
             assert latent == 5 and np.isnan(figures["skew"][latent])
 
 
+def test_moments_of_activations_that_hardly_vary_are_those_of_their_differences() -> None:
+    n = N * CONTEXT
+    values = (300 * (1 + 1e-5 * torch.rand(8 * n, generator=torch.Generator().manual_seed(0)) ** 3)).float()
+    gathered = LatentStatistics(1, CONTEXT)
+    for part in values.split(n):
+        code = Code(part, Entries(torch.zeros(n, dtype=torch.int64), torch.arange(n + 1), 1))
+        keep = torch.ones(N, CONTEXT, dtype=torch.bool)
+        gathered.add(firings(code, keep.long(), keep, 0), n)
+    figures, exact = gathered.figures(), values.double().numpy()
+    assert figures["mean"][0] == pytest.approx(exact.mean(), rel=1e-12)
+    assert figures["variance"][0] == pytest.approx(exact.var(), rel=1e-6)
+    assert figures["skew"][0] == pytest.approx(stats.skew(exact), rel=1e-6)
+    assert figures["kurtosis"][0] == pytest.approx(stats.kurtosis(exact, fisher=False), rel=1e-6)
+
+
 def test_histogram_and_quantiles_hold_the_values(corpus: dict[str, Any]) -> None:
     gathered = LatentStatistics(D_SAE, CONTEXT)
     for found, _, keep in batches(corpus, 7):
