@@ -162,6 +162,11 @@ def load(
     return config_of(loaded, path, device), weights_of(loaded, path)
 
 
+def config_at(path: Path, given: Given) -> LanguageModelSAERunnerConfig:
+    """The config that `load` gives, of which no weight is read."""
+    return config_of(the_one(read(path, given), path, given), path)
+
+
 def the_crosscoder(path: Path, given: Given) -> Loaded:
     """The crosscoder at `path`. ValueError if another thing lies there."""
     found = read(path, given)
@@ -178,11 +183,6 @@ def warn_of(loaded: Loaded, path: Path) -> None:
     """Its remarks as warnings."""
     for remark in loaded.remarks:
         warnings.warn(f"{path}: {printable(remark)}", stacklevel=5)
-
-
-def config_at(path: Path, given: Given) -> LanguageModelSAERunnerConfig:
-    """The config that `load` gives, of which no weight is read."""
-    return config_of(the_one(read(path, given), path, given), path)
 
 
 def weights_of(loaded: Loaded, path: Path) -> dict[str, Tensor]:

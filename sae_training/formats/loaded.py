@@ -102,6 +102,8 @@ def place_and_text(
 
 def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
     """What was read at `path`, with what the caller says of model, text and places, and what is known of a release."""
+    if loaded.is_crosscoder:  # whose families take all of it themselves, and whose config has other fields
+        return loaded
     values = dict(loaded.values)
     facts = facts_of(path, str(values.get("file_format")))
     values |= {name: facts[name] for name in OVERRIDES if name in facts}

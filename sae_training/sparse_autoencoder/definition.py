@@ -373,9 +373,8 @@ class SparseAutoencoder(HookedRootModule):
         """Load a run folder, a folder or file that `save_model` wrote, or the files of another program (`formats`).
 
         `device` replaces the saved one. Without it, a saved device that this machine lacks becomes the CPU. Of files
-        that hold several autoencoders, `hook_point` or `layer` chooses one. `given` (k, model_name, norm_factor,
-        dataset_path, target_hook_point, context_size) is what the files do not say. Nothing in a file is executed. The
-        mode is that of `eval`.
+        that hold several autoencoders, `hook_point` or `layer` chooses one. `given` (k, model_name, and the others
+        of `Facts`) is what the files do not say. Nothing in a file is executed. The mode is that of `eval`.
 
         It expects the rows that it was trained on, which are those of TransformerLens: with `cfg.model_processing`
         "default", and a model with LayerNorm (GPT-2, Pythia), a row of the residual stream is that of transformers'
