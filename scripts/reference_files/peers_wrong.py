@@ -4,9 +4,10 @@
 python -m venv V && V/bin/pip install sae-lens==6.54.12
 PYTHONPATH=.:tests V/bin/python scripts/reference_files/peers_wrong.py tests/reference_files
 
-Run it in an environment of each peer (eai-sparsify==1.3.3 and dictionary-learning==0.1.0 too), whose rows it gives. Expected values are those of the program
-that wrote the file, or of its formula (expected.safetensors). The peers' own loaders read the same files; only their
-downloads are replaced by the folder here. A row is printed as it comes out, also if the peer is right.
+Run it in an environment of each peer (eai-sparsify==1.3.3 and dictionary-learning==0.1.0 too), whose rows it gives.
+Expected values are those of the program that wrote the file, or of its formula (expected.safetensors). The peers' own
+loaders read the same files; only their downloads are replaced by the folder here. A row is printed as it comes out,
+also if the peer is right.
 """
 
 from __future__ import annotations
