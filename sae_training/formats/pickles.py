@@ -45,6 +45,7 @@ MOST_UNPACKED = 16
 """Bytes from one packed byte, beyond SPARE_BYTES. Weights give 1.1; a bomb of zeros gives 1000."""
 SPARE_BYTES = 64 * 2**20
 MOST_WRITTEN_OUT = 16 * 2**20  # bytes of all values but tensors, each as often as it would be printed
+MOST_VIEWS = 8  # tensors of the same values; tied weights are two
 SLICE_BYTES = 16 * 2**20
 
 
@@ -89,6 +90,8 @@ def check(content: Any) -> None:
     A list of two lists of two lists ... is short in memory, and without end for whoever prints it.
     """
     left, todo, seen = MOST_WRITTEN_OUT, [content], set[int]()
+    stored: dict[int, int] = {}
+    viewed = 0
     while todo:
         part = todo.pop()
         left -= 64
@@ -105,10 +108,15 @@ def check(content: Any) -> None:
             seen.add(id(part))
             todo += vars(part).keys()
             todo += vars(part).values()
+        elif isinstance(part, Tensor):
+            stored[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+            viewed += part.numel() * part.element_size()
         elif isinstance(part, Storage):
             refuse("values without a shape")
         if left < 0 or 64 * len(todo) > MOST_WRITTEN_OUT:
             refuse("values that hold each other many times over")
+    if viewed > MOST_VIEWS * sum(stored.values()) + SLICE_BYTES:
+        refuse(f"tensors of {viewed:,} bytes, for which {sum(stored.values()):,} are stored")
 
 
 def tensors_by_name(content: Any, prefix: str = "", depth: int = 5) -> dict[str, torch.Tensor]:

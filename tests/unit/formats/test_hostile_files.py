@@ -314,6 +314,8 @@ def test_folders_that_hold_themselves_end(tmp_path: Path) -> None:
 SOURCES = [
     *reference.ROOT.glob("saelens-v4-jumprelu/*.safetensors"),
     *reference.ROOT.glob("dictionary_learning-gated/*/*/ae.pt"),
+    *reference.ROOT.glob("circuit_tracer-jumprelu/layer_3.safetensors"),
+    *(reference.ROOT / "gemma_scope_1-res").rglob("params.npz"),
 ]
 
 
@@ -326,7 +328,7 @@ def test_a_truncated_file_is_refused(source: Path, tmp_path: Path) -> None:
         refused(folder)
 
 
-@pytest.mark.parametrize("name", ["sae.pt", "sae.pth", "sae.pkl", "sae.pkl.gz", "sae.safetensors"])
+@pytest.mark.parametrize("name", ["sae.pt", "sae.pth", "sae.pkl", "sae.pkl.gz", "sae.safetensors", "sae.npz"])
 def test_random_bytes_are_refused(name: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for length in (1, 10, 100, 10_000):

@@ -208,6 +208,16 @@ def single() -> dict[str, Any]:
     return {"cfg": {"d_in": 4}, "state_dict": {name: torch.randn(shape) for name, shape in shapes.items()}}
 
 
+@pytest.mark.parametrize("file", ["zip", "legacy"])
+def test_a_thousand_tensors_of_the_same_values_are_refused(file: str, tmp_path: Path) -> None:
+    """They would be looked at one after the other."""
+    values = torch.zeros(2**18)
+    content = {f"x{i}": values.view(512, -1) for i in range(1000)}
+    torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=file == "zip")
+    with pytest.raises(ValueError, match="are stored"):
+        SparseAutoencoder.load_from_pretrained(tmp_path / "x.pt")
+
+
 def write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
