@@ -26,6 +26,8 @@ from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInter
 from sae_training.machine.paths import command, with_absolute_paths
 from sae_training.machine.phases import counted_phases, phase
 from sae_training.machine.precision import encoder_dtype
+from sae_training.parallel.balance import shared_out
+from sae_training.parallel.ranks import agree_on_stops, joined, n_ranks, of_first, rank
 from sae_training.run.finish import finish
 from sae_training.run.folder import (
     RunFolder,
@@ -54,9 +56,9 @@ def language_model_sae_runner(
     """Train the autoencoder that `cfg` describes, or continue its unfinished run, and return it.
 
     A config with lists describes several autoencoders, which are trained together from one pass over the language model
-    and come back by name. `model` (a HookedTransformer or TransformerBridge) and `dataset` (a `datasets` object) stand
-    in for those that the config names. The run's folder is `runs/<run name>`; `run.folder.choose_run_folder` says when
-    a run is continued.
+    and come back by name; of several processes under torchrun, each returns those that it has trained. `model` (a
+    HookedTransformer or TransformerBridge) and `dataset` (a `datasets` object) stand in for those that the config
+    names. The run's folder is `runs/<run name>`; `run.folder.choose_run_folder` says when a run is continued.
     """
     run = run_config(cfg, model, dataset)
     return run.saes if is_several(run.cfg) else run.sae
@@ -66,6 +68,12 @@ def language_model_sae_runner(
 def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None) -> Run:
     """Do what `language_model_sae_runner` does, and return the whole run: its folder, store, members and figures."""
     check_trainable(cfg)
+    with joined(cfg):
+        return begin_run(cfg, model, dataset)
+
+
+def begin_run(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None, dataset: Any) -> Run:
+    """Train in a new folder or the unfinished run's, which the first rank chooses."""
     cfg = with_absolute_paths(cfg)
     with phase("loading the language model"):
         lm: LanguageModel = model_of(cfg, model)
@@ -76,7 +84,7 @@ def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = 
     singles = find_singles(cfg, lm)
     if not is_several(cfg):
         ((cfg, _),) = singles.values()  # with the model's widths
-    return run_in_folder(choose_run_folder(cfg), cfg, singles, lm, dataset)
+    return run_in_folder(of_first(lambda: choose_run_folder(cfg)), cfg, singles, lm, dataset)
 
 
 @counted_phases()
@@ -93,9 +101,10 @@ def resume_run(path: str | Path) -> Run:
         )
         raise ValueError(f"{path}: this run is finished; {where}.")
     check_paths(path, cfg)
-    with phase("loading the language model"):
-        model = model_of(cfg)
-    return run_in_folder(path, cfg, find_singles(cfg, model), model, None)
+    with joined(cfg):
+        with phase("loading the language model"):
+            model = model_of(cfg)
+        return run_in_folder(path, cfg, find_singles(cfg, model), model, None)
 
 
 def with_precisions(cfg: LanguageModelSAERunnerConfig) -> LanguageModelSAERunnerConfig:
@@ -119,14 +128,18 @@ def find_singles(cfg: LanguageModelSAERunnerConfig, model: LanguageModel) -> Sin
 
 
 def run_in_folder(
-    path: Path, cfg: LanguageModelSAERunnerConfig, singles: Singles, model: LanguageModel, dataset: Any
+    path: Path, cfg: LanguageModelSAERunnerConfig, all_singles: Singles, model: LanguageModel, dataset: Any
 ) -> Run:
     """Begin the run in the folder `path`, or go on with it, and bring it to its end."""
     compile_blocks(model, cfg.compile_lm)
+    weights = {name: (single.d_sae or 0) * (single.d_in or 0) for name, (single, _) in all_singles.items()}
+    of_ranks = shared_out(weights, n_ranks())
+    singles = {name: all_singles[name] for name in of_ranks[rank()]}
     some_config = next(iter(singles.values()))[0]  # because they differ in nothing that the store asks for
-    sites = merged(sites for _, sites in singles.values())
+    sites = merged(sites for _, sites in all_singles.values())
+    sites_of_ranks = [merged(all_singles[name][1] for name in names) for names in of_ranks] if n_ranks() > 1 else []
     with phase("reading the text"):
-        store = ActivationsStore(some_config, model, dataset, sites=sites)
+        store = ActivationsStore(some_config, model, dataset, sites=sites, sites_of_ranks=sites_of_ranks)
     store.check_buffer_size()
     plan = plan_memory(cfg, [single for single, _ in singles.values()], store)
     check_memory(plan, cfg, len(singles))
@@ -137,8 +150,8 @@ def run_in_folder(
     with (
         counted_phases() as phases,
         RunFolder(path, cfg) as folder,
-        StopRequest(tqdm.write) as stop,
-        open_unless_stopped(cfg, singles, folder, store, held_out, stop) as run,
+        StopRequest(tqdm.write, by_agreement=n_ranks() > 1) as stop,
+        open_unless_stopped(cfg, singles, list(all_singles), folder, store, held_out, stop) as run,
     ):
         try:
             with phase("training", has_bar=True):
@@ -158,6 +171,7 @@ def run_in_folder(
 def open_unless_stopped(
     cfg: LanguageModelSAERunnerConfig,
     singles: Singles,
+    names: list[str],
     folder: RunFolder,
     store: ActivationsStore,
     held_out: Tensor,
@@ -165,7 +179,7 @@ def open_unless_stopped(
 ) -> Run:
     """Begin the run or go on with it. A stop while the first buffer fills costs nothing that was trained."""
     try:
-        return open_run(cfg, singles, folder, store, held_out)
+        return open_run(cfg, singles, names, folder, store, held_out)
     except StopAsked:
         assert stop.signal is not None
         raise TrainingInterrupted(
@@ -202,6 +216,7 @@ def train(run: Run, stop: StopRequest) -> None:
             run.write_status("training")
         run.pending = due_now(run, snapshots)
         follow_up(run)
+        agree_on_stops()
         if stop.signal is not None:
             stop_here(run, stop)
         if checkpoint_is_due(run):

@@ -24,6 +24,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -56,6 +57,18 @@ VALUES: list[Any] = [
     {"a": 1},
 ]
 
+LINES = [
+    b"a: &a [*a, *a]",
+    b"!!python/name:os.system",
+    b"? [a]",
+    b"- - - -",
+    b"---",
+    b"<<: {a: 1}",
+    b"a: " + b"[" * 50,
+    b"a: 1:59:59",
+]
+"""Of YAML."""
+
 CHANGES = st.lists(
     st.one_of(
         st.tuples(st.just("flip"), st.floats(0, 1), st.integers(1, 255)),
@@ -66,6 +79,7 @@ CHANGES = st.lists(
         st.tuples(st.just("truncate"), st.floats(0, 1), st.just(0)),
         st.tuples(st.just("value"), st.floats(0, 1), st.sampled_from(VALUES)),
         st.tuples(st.just("drop"), st.floats(0, 1), st.just(0)),
+        st.tuples(st.just("line"), st.floats(0, 1), st.sampled_from(LINES)),
     ),
     min_size=1,
     max_size=4,
@@ -74,7 +88,7 @@ CHANGES = st.lists(
 
 def sources() -> list[tuple[Path, str]]:
     """Folders, and the file in each that is changed."""
-    endings = (".json", ".safetensors", ".pt")
+    endings = (".json", ".yaml", ".safetensors", ".npz", ".pt")
     return [
         (path.parent, path.name)
         for path in sorted(SEEDS.rglob("*"))
@@ -84,6 +98,11 @@ def sources() -> list[tuple[Path, str]]:
 
 def changed(content: bytes, changes: list[tuple[str, Any, Any]], is_json: bool) -> bytes:
     for kind, where, what in changes:
+        if kind == "line":
+            lines = content.split(b"\n")
+            lines.insert(int(where * len(lines)), what)
+            content = b"\n".join(lines)
+            continue
         if kind in ("value", "drop"):
             content = with_value(content, where, what, kind == "drop", is_json)
             continue
@@ -147,7 +166,7 @@ class Fuzz:
             path.write_bytes(gzip.compress(content, 1) if form.endswith(".gz") else content)
         signal.alarm(SECONDS)
         try:
-            for look in (SparseAutoencoder.load_from_pretrained, both_prints):
+            for look in (SparseAutoencoder.load_from_pretrained, all_of_many, both_prints):
                 self.outcomes[self.outcome(look, path)] += 1
         finally:
             signal.alarm(0)
@@ -161,12 +180,17 @@ class Fuzz:
             self.fail(error)
         except BaseException as error:
             self.fail(error)
-        return "loaded" if look is not both_prints else "inspected"
+        return {all_of_many: "loaded as many", both_prints: "inspected"}.get(look, "loaded")
 
     def fail(self, error: BaseException) -> None:
         kind = f"{type(error).__name__}: {str(error)[:300]}".replace(str(self.folder), "...")
         self.failures[kind] = self.failures.get(kind, 0) + 1
         raise AssertionError(kind) from error
+
+
+def all_of_many(path: Path) -> None:
+    for one in SparseAutoencoder.load_many(path).values():
+        one.encode(torch.zeros(2, one.d_in))
 
 
 def both_prints(path: Path) -> None:
@@ -208,7 +232,7 @@ def main() -> int:
         told = {
             "seed": args.seed,
             "minutes": round((time.monotonic() - started) / 60, 1),
-            "inputs": sum(fuzz.outcomes.values()) // 2,
+            "inputs": sum(fuzz.outcomes.values()) // 3,
             "outcomes": fuzz.outcomes,
             "failures": fuzz.failures,
             "smallest": found,

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,9 +25,9 @@ FORKS.set_forkserver_preload(["processes", "sae_training.lm_runner"])
 class Command:
     """`python -m sae_training` with the arguments, in a process; what it says goes to files. It has Popen's face."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         self.files = [folder / f"{uuid.uuid4().hex}.{ending}" for ending in ("out", "err")]
-        self.process = FORKS.Process(target=run_command, args=(arguments, *self.files))
+        self.process = FORKS.Process(target=run_command, args=(arguments, environment or {}, *self.files))
         self.process.start()
         atexit.register(self.process.kill)  # multiprocessing would wait for one that a failed test has left
         assert self.process.pid is not None
@@ -56,7 +57,8 @@ class Command:
         return out, err
 
 
-def run_command(arguments: tuple[str, ...], *files: Path) -> None:
+def run_command(arguments: tuple[str, ...], environment: Mapping[str, str], *files: Path) -> None:
+    os.environ.update(environment)
     for stream, file in zip((sys.stdout, sys.stderr), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
     torch.set_num_threads(1)

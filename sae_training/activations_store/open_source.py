@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -11,12 +12,14 @@ from sae_training.activations_store.cache import origin, position_from_json
 from sae_training.activations_store.cache_reader import CachedReader, open_cache
 from sae_training.activations_store.passes import LiveContexts, Passes
 from sae_training.activations_store.position_rule import PositionRule
+from sae_training.activations_store.shared_passes import SharedPasses
 from sae_training.activations_store.shuffle_buffer import ShuffleBuffer
 from sae_training.activations_store.source import PassSource, RowSource, Taken
 from sae_training.activations_store.training_text import TrainingText
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.sites import HookSite
+from sae_training.parallel.ranks import rank
 from sae_training.text.stream import TokenStream
 
 
@@ -26,20 +29,26 @@ def open_source(
     text: TrainingText,
     sites: tuple[HookSite, ...],
     rule: PositionRule,
+    hooks_of_ranks: Sequence[Sequence[str]] = (),
 ) -> RowSource:
-    """Open where the rows at `sites` come from: the language model, a cache, or a cache and then the language model."""
+    """Open where the rows at `sites` come from: the language model, a cache, or a cache and then the language model.
+
+    `hooks_of_ranks`: where several processes share the passes, the hooks whose rows each of them serves.
+    """
     device = torch.device(cfg.device)
     widths = {site.name: site.d_in for site in sites}
     live = LiveContexts(model, sites, text.tokens, device)
 
     def buffer(contexts: PassSource) -> ShuffleBuffer:
         passes = Passes(contexts, widths, cfg.store_batch_size, rule, model.cfg.dtype, device)
-        return ShuffleBuffer(passes, cfg.n_batches_in_buffer * cfg.store_batch_size * cfg.context_size)
+        shared = SharedPasses(passes, hooks_of_ranks) if hooks_of_ranks else passes
+        return ShuffleBuffer(shared, cfg.n_batches_in_buffer * cfg.store_batch_size * cfg.context_size)
 
     if cfg.use_cached_activations is False:
         return buffer(live)
     cached, then_live = cached_reader(cfg, model, text, widths), cfg.use_cached_activations == "then_live"
-    if cached.shards.form == "rows":
+    if cached.shards.form == "rows":  # which every rank reads by itself
+        cached.shards.hooks = list(hooks_of_ranks[rank()] if hooks_of_ranks else widths)
         return ThenLive(cached, buffer(live), text.tokens) if then_live else cached
     return buffer(ThenLive(cached, live, text.tokens) if then_live else cached)
 

@@ -27,7 +27,7 @@ from sae_training.text.stream import TokenStream
 
 
 class LiveContexts:
-    """Contexts of the text with the activations that the language model has at `sites`, computed when taken."""
+    """Contexts of the text with the activations that the language model has at `sites`, computed when asked for."""
 
     def __init__(
         self, model: LanguageModel, sites: Sequence[HookSite], tokens: TokenStream, device: torch.device
@@ -37,12 +37,20 @@ class LiveContexts:
 
     def take(self, n: int, n_left: int | None = None) -> Taken:
         tokens = self.tokens.next_contexts(n)
+        found = {"tokens": tokens}
+
+        def taken(name: str) -> Tensor:
+            if name not in found:  # contexts that another process passes through the model are only counted here
+                found.update(self.activations(tokens))
+            return found[name]
+
+        return taken
+
+    def activations(self, tokens: Tensor) -> dict[str, Tensor]:
         with compiled_blocks():
-            activations = harvest(
-                self.model, to_device(tokens, self.device), self.sites, padded=not self.tokens.pack_sequences
-            )
-        names = [site.name for site in self.sites]
-        return {"tokens": tokens, **dict(zip(names, activations, strict=True))}.__getitem__
+            padded = not self.tokens.pack_sequences
+            activations = harvest(self.model, to_device(tokens, self.device), self.sites, padded)
+        return {site.name: of_site for site, of_site in zip(self.sites, activations, strict=True)}
 
     def check_size(self, n: int) -> None:
         """Raise nothing: the text starts again at its end."""
@@ -85,6 +93,10 @@ class Passes:
         rows = self.kept_rows()
         self.checked.note(rows)
         return rows
+
+    def skip(self) -> None:
+        """Leave the next pass out."""
+        self.contexts.take(self.n_prompts)
 
     def kept_rows(self) -> dict[str, Tensor]:
         taken = self.contexts.take(self.n_prompts)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sae_training.activations_store.passes import Passes, PassesAhead, n_rows_of, to_device
+from sae_training.activations_store.shared_passes import SharedPasses
 from sae_training.activations_store.source import Taken
 from sae_training.machine.phases import phase, progress_bar
 
@@ -31,9 +32,10 @@ MAX_EMPTY_PASSES = 20  # in a row, after which the position rules are taken to e
 class ShuffleBuffer:
     """`n_rows` rows of `passes` at each hook, served in a random order; filled when rows are first asked for."""
 
-    def __init__(self, passes: Passes, n_rows: int) -> None:
+    def __init__(self, passes: Passes | SharedPasses, n_rows: int) -> None:
         self.n_buffered, self.widths, self.dtype, self.device = n_rows, passes.widths, passes.dtype, passes.device
-        self.passes: Passes | PassesAhead = PassesAhead(passes) if self.device.type == "cuda" else passes
+        ahead = self.device.type == "cuda" and isinstance(passes, Passes)
+        self.passes: Passes | PassesAhead | SharedPasses = PassesAhead(passes) if ahead else passes  # pyright: ignore
         self.generator = torch.Generator().manual_seed(SHUFFLE_SEED)
         self.buffers: dict[str, Tensor] = {}
         """(n_rows, width) by hook, once filled."""

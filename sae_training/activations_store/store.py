@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.sites import HookSite, Sites, check_context_size, find_sites
 from sae_training.machine.device import checked
 from sae_training.machine.precision import at_least_float32
+from sae_training.parallel.ranks import rank
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class ActivationsStore:
     dataset: stands in for the text that `cfg` names.
     notify: told what a user should know, such as that the text starts again.
     sites: those of all autoencoders that are trained together (`merged`); None stands for those of `cfg`.
+    sites_of_ranks: where several processes share the passes of the language model, the sites that each of them serves.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class ActivationsStore:
         dataset: Any = None,
         notify: Callable[[str], None] = tqdm.write,
         sites: Sites | None = None,
+        sites_of_ranks: Sequence[Sites] = (),
     ) -> None:
         self.cfg, self.model = cfg, model
         cfg = with_defaults(cfg)
@@ -84,13 +87,15 @@ class ActivationsStore:
         self.rows_per_step = cfg.tokens_per_step
         self.padded = not cfg.pack_sequences
         """Whether contexts end with padding, ids below 0."""
-        self.sites = find_sites(cfg, model) if sites is None else sites
+        everyones = find_sites(cfg, model) if sites is None else sites
+        self.sites = sites_of_ranks[rank()] if sites_of_ranks else everyones
         self.scales = dict.fromkeys(self.sites.all, 1.0)
         """What rows of each site are multiplied by before they are served."""
         check_context_size(cfg.context_size, model)
         self.text = TrainingText(cfg, model, dataset, notify)
-        self.rule = position_rule(cfg, model, self.text.tokens, self.sites.inputs[0])
-        self.source = open_source(cfg, model, self.text, self.sites.all, self.rule)
+        self.rule = position_rule(cfg, model, self.text.tokens, everyones.inputs[0])
+        hooks_of_ranks = [[site.name for site in of_rank.all] for of_rank in sites_of_ranks]
+        self.source = open_source(cfg, model, self.text, everyones.all, self.rule, hooks_of_ranks)
         self.taken: Taken | None = None
         """The rows that `advance` went on to."""
         self.latest: tuple[Sites, Batch] | None = None

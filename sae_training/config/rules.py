@@ -23,7 +23,7 @@ Rule = Callable[..., str | None]
 
 # The options of which this version trains only some values.
 BUILT: dict[str, tuple[object, ...]] = {
-    "parallel": ("data",),
+    "parallel": ("data", "layers"),
 }
 
 

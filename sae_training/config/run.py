@@ -82,8 +82,8 @@ class LanguageModelSAERunnerConfig(Origin, Records, Optimisation, Autoencoder, S
     grad_acc_steps: Positive[int] = 1
     """Batches of train_batch_size that make up one optimizer step, one after the other."""
 
-    parallel: Literal["data", "layers", "latents"] = "data"
-    """How several processes share the work under torchrun (this version: data)."""
+    parallel: OnlyWatches[Literal["data", "layers", "latents"]] = "data"
+    """How processes under torchrun share the work; this version: layers, which deals out several autoencoders."""
 
     # Dead latents and evaluation
 

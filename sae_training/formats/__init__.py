@@ -36,7 +36,7 @@ from sae_training.formats import (
     single_files,
     sparsify,
 )
-from sae_training.formats.doubts import blamed_on, check_finite, swapped_axes
+from sae_training.formats.doubts import blamed_on, check_finite, printable, swapped_axes
 from sae_training.formats.found import Found
 from sae_training.formats.hook_names import layer_of, transformer_lens_name
 from sae_training.formats.loaded import Facts, Given, Loaded, completed, describe
@@ -75,8 +75,8 @@ def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008
     """All autoencoders of a file or folder, by name. Raise ValueError or OSError if no family can read it."""
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}: no such file or folder; expected a run folder, a checkpoint folder, a .safetensors, or an old "
-            ".pt / .pkl.gz."
+            f"{path}: no such file or folder; expected a run folder, a checkpoint folder, or a .safetensors, .npz, "
+            ".pt, .pth, .pkl or .pkl.gz."
         )
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: neither a file nor a folder, but a device or a pipe; give a file.")
@@ -90,27 +90,45 @@ def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008
                 return {name: completed(one, given, path) for name, one in family.read(found, given).items()}
     if found.is_pickle:
         raise ValueError(f"{path}: found {describe(found.pickle())}, which no format that is read has; check the file.")
-    raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .pt, .pth, .pkl or .pkl.gz.")
+    raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .npz, .pt, .pth, .pkl or .pkl.gz.")
 
 
 def read_many(path: Path, given: Given) -> dict[str, Loaded]:
-    """The autoencoders of a file of several, or of a folder and all folders below it, by their paths from there."""
+    """The autoencoders of a file of several, or of a folder and all folders below it, by their paths from there.
+
+    One that cannot be read is there too, with its problem, unless there is no other: then it is raised.
+    """
     if not path.is_dir() or is_one(Found(path)):
         return read(path, given)
     found: dict[str, Loaded] = {}
+    problem: Exception | None = None
     for folder in (path, *folders_of(path)):
-        if folder != path and is_one(Found(folder)):
+        if folder != path and is_one_or_damaged(folder):
             ones = [(folder.relative_to(path), folder)]
         else:
             files = sorted((file for file in folder.iterdir() if is_file_of_one(file)), key=natural_order)
             ones = [(file.relative_to(path).with_name(file.name.split(".")[0]), file) for file in files]
         for place, one in ones:
-            below, name = read(one, given), place.as_posix()
+            name = place.as_posix()
+            try:
+                below = read(one, given)
+            except (ValueError, OSError) as error:
+                problem = problem or error
+                below = {name: Loaded({}, dict, problem=str(error))}
             for inner, loaded in below.items():
                 found[name if len(below) == 1 else f"{name}/{inner}"] = loaded
+    if problem is not None and all(loaded.problem for loaded in found.values()):
+        raise problem
     if not found:
         raise FileNotFoundError(f"{path}: nothing in it is an autoencoder that is read; check the path.")
     return found
+
+
+def is_one_or_damaged(folder: Path) -> bool:
+    try:
+        return is_one(Found(folder))
+    except (ValueError, OSError):
+        return True
 
 
 def is_file_of_one(file: Path) -> bool:
@@ -118,14 +136,15 @@ def is_file_of_one(file: Path) -> bool:
     found = Found(file)
     if file.is_symlink() or not found.is_pickle or not file.is_file():
         return False
-    with contextlib.suppress(ValueError, OSError):
+    with contextlib.suppress(ValueError, OSError), blamed_on(file):
         return any(family.recognises(found) for family in FAMILIES)
     return False
 
 
 def is_one(found: Found) -> bool:
     """Whether a folder itself holds what a family reads. (native takes every folder, to say what is missing.)"""
-    return native.holds_weights(found) or any(f.recognises(found) for f in FAMILIES if f is not native)
+    with blamed_on(found.path):
+        return native.holds_weights(found) or any(f.recognises(found) for f in FAMILIES if f is not native)
 
 
 def load(
@@ -143,11 +162,6 @@ def load(
     return config_of(loaded, path, device), weights_of(loaded, path)
 
 
-def config_at(path: Path, given: Given) -> LanguageModelSAERunnerConfig:
-    """The config that `load` gives, of which no weight is read."""
-    return config_of(the_one(read(path, given), path, given), path)
-
-
 def the_crosscoder(path: Path, given: Given) -> Loaded:
     """The crosscoder at `path`. ValueError if another thing lies there."""
     found = read(path, given)
@@ -163,7 +177,12 @@ def the_crosscoder(path: Path, given: Given) -> Loaded:
 def warn_of(loaded: Loaded, path: Path) -> None:
     """Its remarks as warnings."""
     for remark in loaded.remarks:
-        warnings.warn(f"{path}: {remark}", stacklevel=5)
+        warnings.warn(f"{path}: {printable(remark)}", stacklevel=5)
+
+
+def config_at(path: Path, given: Given) -> LanguageModelSAERunnerConfig:
+    """The config that `load` gives, of which no weight is read."""
+    return config_of(the_one(read(path, given), path, given), path)
 
 
 def weights_of(loaded: Loaded, path: Path) -> dict[str, Tensor]:
@@ -179,6 +198,8 @@ def weights_of(loaded: Loaded, path: Path) -> dict[str, Tensor]:
 
 def config_of(loaded: Loaded, path: Path, device: str | None = None) -> LanguageModelSAERunnerConfig:
     """The config of what was read, for `device`, after its remarks as warnings. ValueError if it is none."""
+    if loaded.problem is not None:
+        raise ValueError(loaded.problem)
     if loaded.is_crosscoder:
         kind = str(loaded.values["architecture"]).replace("_", "-", 1).replace("_", " ")
         raise ValueError(

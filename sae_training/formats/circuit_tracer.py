@@ -36,7 +36,7 @@ def files_of(found: Found) -> list[str]:
 
 def read(found: Found, given: Given) -> dict[str, Loaded]:
     """The transcoders by `layer_<i>`. ValueError for tensors that do not fit."""
-    config = config_of(found)
+    config = found.yaml(CONFIG) if CONFIG in found.names else {}
     return {file.removesuffix(".safetensors"): read_layer(found, file, config, given) for file in files_of(found)}
 
 
@@ -81,11 +81,6 @@ def read_layer(found: Found, file: str, config: dict[str, Any], given: Given) ->
 def hook(config: dict[str, Any], key: str, layer: int) -> str | None:
     name = config.get(key)
     return f"blocks.{layer}.{name}" if isinstance(name, str) else None
-
-
-def config_of(found: Found) -> dict[str, Any]:
-    """What config.yaml says, in plain values; {} without one. ValueError for one that is not plain."""
-    return found.yaml(CONFIG) if CONFIG in found.names else {}
 
 
 def weights(found: Found, file: str, is_old: bool) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from sae_training.formats.circuit_tracer import config_of, hook
+from sae_training.formats.circuit_tracer import CONFIG, hook
 from sae_training.formats.found import Found
 from sae_training.formats.loaded import Given, Loaded, precisions
 from sae_training.formats.several_places import (
@@ -56,7 +56,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         expected |= {f"threshold_{i}": (m,)} if has_threshold else {}
         check_shapes(folder / encoders[i], found.header(encoders[i]).shapes, expected)
         check_shapes(folder / decoders[i], found.header(decoders[i]).shapes, {f"W_dec_{i}": (m, n - i, d)})
-    config = config_of(found)
+    config = found.yaml(CONFIG) if CONFIG in found.names else {}
     model_name = config.get("model_name")
     reads, writes = (
         tuple(hook(config, key, layer) or str(layer) for layer in range(n))

@@ -142,9 +142,9 @@ def class_of(state: dict[str, Tensor], trainer: dict[str, Any], file: Path) -> s
 def weights(state: dict[str, Tensor], names: dict[str, str], norm_factor: float | None) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
     for theirs, name in names.items():
-        tensor = copied(state[theirs])
-        ours[name] = tensor.T if theirs.endswith(".weight") else tensor
-    ours["W_dec"] = ours["W_dec"].contiguous()
+        is_other_way = theirs in ("decoder.weight", "W_enc")  # than it lies in our memory
+        tensor = copied(state[theirs], is_other_way)
+        ours[name] = tensor.T if name == "W_enc" else tensor
     if norm_factor is not None:
         for name in ours.keys() & {*SCALED_WITH_ACTIVATIONS}:
             ours[name] *= norm_factor

@@ -17,19 +17,33 @@ PART = 2**22  # values that are looked at in one go
 CLEARLY = 0.2  # cosine; that of trained latents is 0.3 to 0.9, of random ones 0
 
 
+MOST_OF_A_MESSAGE = 4000  # characters; a file may name a tensor with millions
+
+
+def printable(text: str) -> str:
+    """A text that may hold what a stranger wrote: without codes that a terminal obeys, and not without end."""
+    shown = without_codes(text[:MOST_OF_A_MESSAGE])
+    return shown if len(text) <= MOST_OF_A_MESSAGE else f"{shown} ... ({len(text):,} characters)"
+
+
+def without_codes(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
 @contextmanager
 def blamed_on(path: Path) -> Iterator[None]:
     """Name the file in whatever error its values cause: they are a stranger's, and may be of any type and shape."""
     try:
         yield
     except (ValueError, OSError) as error:
-        if str(path) in str(error) or not isinstance(error, ValueError):
+        why = printable(str(error))
+        if not isinstance(error, ValueError) or (str(path) in why and why == str(error)):
             raise
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(why if str(path) in why else f"{path}: {why}") from error
     except (TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise ValueError(
-            f"{path}: its values do not fit together ({type(error).__name__}: {error}); check the file, or use another "
-            "copy."
+            f"{path}: its values do not fit together ({type(error).__name__}: {printable(str(error))}); check the "
+            "file, or use another copy."
         ) from error
 
 

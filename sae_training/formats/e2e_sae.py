@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from sae_training.formats.found import Found
@@ -77,7 +76,7 @@ def read_place(state: dict[str, Tensor], hook_point: str, given: Given, model: s
 def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
     for theirs, name in NAMES.items():
-        tensor = copied(state[theirs])
-        ours[name] = tensor.T if tensor.ndim == 2 else tensor
-    ours["W_dec"] = torch.nn.functional.normalize(ours["W_dec"], dim=1).contiguous()
+        tensor = copied(state[theirs], transposed=name == "W_dec")
+        ours[name] = tensor.T if name == "W_enc" else tensor
+    ours["W_dec"].div_(ours["W_dec"].norm(dim=1, keepdim=True).clamp_min(1e-12))
     return ours

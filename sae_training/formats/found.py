@@ -69,14 +69,9 @@ class Found:
             yield from safetensors_files.slices(self.folder / file, self.header(file), name)
             return
         if file.endswith(".npz"):
-            tensor = npz_files.tensors(self.folder / file, name)[name]
+            yield from pickles.slices(npz_files.tensors(self.folder / file, name)[name])
         else:
-            tensor = pickles.tensors_by_name(self.pickle(file))[name].detach()
-        tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
-        width = max(1, tensor[:1].numel() * tensor.element_size())
-        rows = max(1, safetensors_files.SLICE_BYTES // width)
-        for first in range(0, len(tensor), rows):
-            yield first, tensor[first : first + rows]
+            yield from pickles.slices(pickles.tensors_by_name(self.pickle(file))[name])
 
     def _keep(self, kind: str, name: str, read: Any) -> Any:
         if (kind, name) not in self._kept:

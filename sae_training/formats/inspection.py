@@ -14,8 +14,8 @@ from typing import Any
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import UNKNOWN, WITH_K
-from sae_training.formats import FAMILIES, config_of, folders_of, is_one, llama_scope, mats, native
-from sae_training.formats.doubts import blamed_on
+from sae_training.formats import FAMILIES, config_of, folders_of, is_one, is_one_or_damaged, llama_scope, mats, native
+from sae_training.formats.doubts import blamed_on, without_codes
 from sae_training.formats.found import PICKLES, Found
 from sae_training.formats.loaded import Given, Loaded, completed
 from sae_training.formats.pickles import tensors_by_name
@@ -59,7 +59,8 @@ def inspect(path: Path, full: bool = False) -> dict[str, Any]:
     for place in places(path):
         name = "." if place == path else place.relative_to(path).as_posix()
         try:
-            ones = inspect_one(Found(place), full)
+            with blamed_on(place):
+                ones = inspect_one(Found(place), full)
         except (ValueError, OSError) as error:
             if place == path:
                 raise
@@ -85,7 +86,7 @@ def places(path: Path) -> Iterator[Path]:
     n_files = n_found = 0
     for folder in (path, *folders_of(path)):
         inside = Found(folder)
-        if folder != path and is_one(inside):
+        if folder != path and is_one_or_damaged(folder):
             n_found += 1
             yield folder
             continue
@@ -104,9 +105,10 @@ def places(path: Path) -> Iterator[Path]:
 def is_of_one(found: Found) -> bool:
     """Whether a file among others is to be listed: an autoencoder, or one that cannot be opened."""
     try:
-        family = next((family for family in FAMILIES if family.recognises(found)), None)
-        if family in (None, native, mats):  # which take every file of their endings
-            return family is not None and bool(family.read(found, Given()))
+        with blamed_on(found.path):
+            family = next((family for family in FAMILIES if family.recognises(found)), None)
+            if family in (None, native, mats):  # which take every file of their endings
+                return family is not None and bool(family.read(found, Given()))
         return True
     except (ValueError, OSError):
         return is_damaged(found)
@@ -270,7 +272,7 @@ def in_words(told: Mapping[str, Any]) -> str:
         lines = [f"{told['path']}: {len(ones)} autoencoders; give the path of one for all that is known of it"]
         lines += [f"  {name:<40} {in_a_line(one)}" for name, one in ones.items()]
     lines += [f"not read: {name}: {why}" for name, why in not_read.items()]
-    return "\n".join(lines) + "\n"
+    return without_codes("\n".join(lines) + "\n")
 
 
 def in_a_line(one: Mapping[str, Any]) -> str:

@@ -42,8 +42,9 @@ class AmbiguousJson(ValueError):
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise AmbiguousJson(f"{next(name for name in names if names.count(name) > 1)!r} is given more than once")
+        seen: set[str] = set()
+        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise AmbiguousJson(f"{repeated[:80]!r} is given more than once")
     return values
 
 

@@ -1,4 +1,8 @@
-"""Files that mats_sae_training saved (.pt, .pkl, .pkl.gz): a pickled dict of "cfg" and "state_dict"."""
+"""Files that mats_sae_training saved (.pt, .pkl, .pkl.gz): a pickled dict of "cfg" and "state_dict".
+
+From February to May 2024 it saved groups: a pickled object with `autoencoders`, a list or a dict of modules with their
+configs. Its class and theirs are stand-ins here, whose attributes hold the parameters.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +14,60 @@ from torch import Tensor
 
 from sae_training.formats.found import Found
 from sae_training.formats.loaded import Given, Loaded, sizes
+from sae_training.formats.pickles import StandIn, copied
 
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def recognises(found: Found) -> bool:
-    if not found.is_pickle:
-        return False
-    content = found.pickle()
-    return isinstance(content, dict) and {"cfg", "state_dict"} <= content.keys()
+    return found.is_pickle and bool(members(found.pickle()))
+
+
+def members(content: Any) -> dict[str, Any]:
+    """The autoencoders by key: dicts with "cfg" and "state_dict", or modules. {} for files of other kinds."""
+    if isinstance(content, dict):
+        return {"": content} if {"cfg", "state_dict"} <= content.keys() else {}
+    if not isinstance(content, StandIn):
+        return {}
+    inside = vars(content).get("autoencoders", content)
+    ones = inside if isinstance(inside, dict) else dict(enumerate(inside if isinstance(inside, list) else [inside]))
+    return {str(key): one for key, one in ones.items() if {"cfg", "_parameters"} <= vars_of(one).keys()}
+
+
+def vars_of(content: Any) -> dict[str, Any]:
+    return vars(content) if isinstance(content, StandIn) else {}
 
 
 def read(found: Found, given: Given) -> dict[str, Loaded]:
     """The four parameters, and config values. ValueError if a parameter is missing."""
-    content, path = found.pickle(), found.path
-    state = content["state_dict"]
+    ones, path = members(found.pickle()), found.path
+    return {key or name_of(path): read_one(path, one) for key, one in by_place(ones).items()}
+
+
+def by_place(ones: dict[str, Any]) -> dict[str, Any]:
+    """The autoencoders of a list by their places, or by place and index where several are at one."""
+    if len(ones) < 2 or not all(key.isdecimal() for key in ones):
+        return ones if len(ones) > 1 else dict.fromkeys([""], *ones.values())
+    places = [place_of(vars_of(vars_of(one)["cfg"])) for one in ones.values()]
+    names = [place if places.count(place) == 1 else f"{place}_{key}" for key, place in zip(ones, places, strict=True)]
+    return dict(zip(names, ones.values(), strict=True))
+
+
+def place_of(cfg: dict[str, Any]) -> str:
+    return str(cfg.get("hook_point")).replace("{layer}", str(cfg.get("hook_point_layer")))
+
+
+def read_one(path: Path, content: Any) -> Loaded:
+    state = content["state_dict"] if isinstance(content, dict) else vars(content)["_parameters"]
     missing = [name for name in PARAMETERS if name not in state]
     if missing:
         raise ValueError(f"{path}: the state_dict lacks {', '.join(missing)}; it holds {', '.join(state)}.")
-    cfg = content["cfg"]
-    values = config_values(cfg if isinstance(cfg, dict) else vars(cfg), state)
-    return {name_of(path): Loaded(values, partial(weights, state))}
+    cfg = content["cfg"] if isinstance(content, dict) else vars(content)["cfg"]
+    cfg = cfg if isinstance(cfg, dict) else vars(cfg)
+    values = config_values(cfg, state)
+    if "hook_point" in values:
+        values["hook_point"] = place_of(cfg)
+    return Loaded(values, partial(weights, state))
 
 
 def name_of(path: Path) -> str:
@@ -38,7 +75,9 @@ def name_of(path: Path) -> str:
 
 
 def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: state[name].detach().clone() for name in PARAMETERS}
+    ours = {name: copied(state[name], transposed=name == "W_enc") for name in PARAMETERS}
+    ours["W_enc"] = ours["W_enc"].T  # latent by latent, as it is in our memory
+    return ours
 
 
 def config_values(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -6,21 +6,26 @@ compared with what the zip says of its members before an array is made.
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sae_training.formats.safetensors_files import Header
+from sae_training.formats.torch_files import SmallReads
 
 MOST_MEMBERS = 64
 EXPANDS = 20  # times; compressed weights shrink by a tenth, biases of zeros by a thousand, but these are small
 MARGIN = 2**20  # bytes that any file may expand to
+
+PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+MOST_HEADER_BYTES = 10_240  # of an array; numpy's own limit is 10,000
 
 HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -36,8 +41,9 @@ def header(path: Path) -> Header:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
             with archive.open(member) as file:
-                shape, dtype = declared(file)
-                expected = file.tell() + math.prod(shape) * dtype.itemsize
+                head = io.BytesIO(file.read(MOST_HEADER_BYTES))
+                shape, dtype = declared(head)
+                expected = head.tell() + math.prod(shape) * dtype.itemsize
             if member.file_size != expected:
                 raise ValueError(f"{path}: {name} has {member.file_size:,} bytes, expected {expected:,} by its shape.")
             shapes[name], dtypes[name] = shape, dtype.name
@@ -69,18 +75,23 @@ class opened:  # noqa: N801 - used as a function
 
     def __enter__(self) -> zipfile.ZipFile:
         try:
-            self.archive = zipfile.ZipFile(self.path)
+            self.file = SmallReads(self.path)
+            self.archive = zipfile.ZipFile(cast(IO[bytes], self.file))
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise damaged(self.path, error) from error
         try:
             check_members(self.path, self.archive.infolist())
         except ValueError:
-            self.archive.close()
+            self.close()
             raise
         return self.archive
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def close(self) -> None:
         self.archive.close()
+        self.file.close()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.close()
         if isinstance(error, (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)):
             raise damaged(self.path, error) from error
         if isinstance(error, ValueError) and not str(error).startswith(str(self.path)):
@@ -95,6 +106,9 @@ def check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
     strange = next((name for name in names if not name.endswith(".npy") or "/" in name or "\\" in name), None)
     if strange is not None:
         raise ValueError(f"{path}: holds {strange!r}, expected arrays (.npy) alone.")
+    packed = next((m for m in members if m.compress_type not in PACKED or m.flag_bits & 1), None)
+    if packed is not None:
+        raise ValueError(f"{path}: {packed.filename!r} is encrypted or packed in a way that numpy does not know.")
     if sum(member.compress_size for member in members) > on_disk:
         raise ValueError(f"{path}: its parts are larger than the {on_disk:,} bytes of the file; use another copy.")
     size = sum(member.file_size for member in members)
@@ -107,7 +121,10 @@ def declared(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
     if version not in HEADER_READERS:
         raise ValueError(f"an array of version {version}, expected 1.0 or 2.0")
-    shape, _, dtype = HEADER_READERS[version](file)
+    try:
+        shape, _, dtype = HEADER_READERS[version](file)
+    except Exception as error:  # numpy parses it as Python: also with tokens that end nowhere
+        raise ValueError(f"an array whose header is not numpy's ({type(error).__name__})") from error
     if dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
         raise ValueError(f"an array of {dtype}, expected float16, float32 or float64")
     if any(size < 0 for size in shape):

@@ -80,8 +80,6 @@ def known(part: str) -> bool:
 
 def weights(content: dict[str, Any], decoder: str) -> dict[str, Tensor]:
     names = {"pre_bias": "b_dec", "latent_bias": "b_enc", "encoder.weight": "W_enc", decoder: "W_dec"}
-    ours = {name: copied(content[theirs]) for theirs, name in names.items()}
+    ours = {name: copied(content[theirs], theirs == "decoder.weight") for theirs, name in names.items()}
     ours["W_enc"] = ours["W_enc"].T
-    if decoder == "decoder.weight":
-        ours["W_dec"] = ours["W_dec"].T.contiguous()
     return ours

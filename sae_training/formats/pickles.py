@@ -1,29 +1,34 @@
-"""Pickled files, read without running anything in them.
+"""Pickled files, read without running anything in them: what they hold, in tensors, plain data and stand-ins.
 
-A pickle is a program. The unpicklers here build tensors, plain data and empty stand-ins for the config classes of known
-programs, and refuse every other name, so that a stranger's file cannot run code. Nor can it fill the memory: archives
-are not unpacked beyond what weights are, and tensors are not larger than what is stored for them.
+A pickle is a program. `unpickler` builds tensors, plain data and empty stand-ins for the classes of known programs, and
+refuses every other name, so that a stranger's file cannot run code. Nor can it fill the memory: archives are not
+unpacked beyond what weights are, tensors are not larger than what is stored for them, and values that hold each other
+many times over are refused.
 """
 
 from __future__ import annotations
 
-import collections
 import gzip
-import io
-import pickle
-import types
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch import Tensor, _utils
+from torch import Tensor
 
+from sae_training.formats.torch_files import (
+    LEGACY,
+    ZIP,
+    LimitedReader,
+    mapped,
+    read_legacy,
+    read_zip,
+    storage_in_bytes,
+)
+from sae_training.formats.unpickler import StandIn, Storage, Unpickler, refuse
 from sae_training.machine.precision import at_least_float32
 
-STAND_INS = ("sae_training.", "sae_lens.")
-"""Modules whose classes are configs, of which the attributes are wanted and nothing else."""
-
+__all__ = ["StandIn", "copied", "read", "slices", "tensors_by_name"]
 
 OF_OTHER_PROGRAMS = {
     "sparse_autoencoder.autoencoder.": (
@@ -36,169 +41,83 @@ OF_OTHER_PROGRAMS = {
 """Modules that files of known programs name, and why these files are not read."""
 
 
-class StandIn:
-    """Stands in for whatever config class the file names: holds its attributes and does nothing."""
-
-
 MOST_UNPACKED = 16
 """Bytes from one packed byte, beyond SPARE_BYTES. Weights give 1.1; a bomb of zeros gives 1000."""
 SPARE_BYTES = 64 * 2**20
-MOST_PICKLED_BYTES = 64 * 2**20  # of a zip archive's program, which is apart from its weights
+MOST_WRITTEN_OUT = 16 * 2**20  # bytes of all values but tensors, each as often as it would be printed
+SLICE_BYTES = 16 * 2**20
 
 
 def read(path: Path) -> Any:
     """What a .pt, .pth, .pkl or .pkl.gz holds. ValueError for a damaged file, and for one that asks for more."""
     try:
-        content = read_torch_file(path) if path.suffix in (".pt", ".pth") else read_pickle(path)
-        check_tensors(content)
+        content = read_by_beginning(path)
+        check(content)
     except Exception as error:  # whatever the bytes of a stranger make an unpickler raise
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = " ".join(str(error)[:2000].split())[:500] or type(error).__name__
         known = next((reason for module, reason in OF_OTHER_PROGRAMS.items() if module in why), None)
-        told = known or f"not a readable autoencoder file: {why[:500]}; use another copy"
+        told = known or f"not a readable autoencoder file: {why}; use another copy"
         raise ValueError(f"{path}: {told}.") from error
     return content
 
 
-def read_torch_file(path: Path) -> Any:
-    """Tensors of the zip format, which torch has written since 1.6, are read from the disk when they are used."""
-    is_zip = zipfile.is_zipfile(path)
-    if is_zip:
-        check_archive(path)
-    named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-    stand_ins = [(StandIn, name) for name in named if name.startswith(STAND_INS)]
-    with torch.serialization.safe_globals([*stand_ins, types.SimpleNamespace]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-
-
-def check_archive(file: Path | IO[bytes]) -> None:
-    """UnpicklingError unless a zip archive is as torch writes it: nothing packed, plain names, a small program."""
-    with zipfile.ZipFile(file) as archive:
-        parts = archive.infolist()
-    names = [part.filename for part in parts]
-    for part in parts:
-        name = part.filename
-        if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:
-            raise pickle.UnpicklingError(f"{name!r} in the archive is packed, which torch never does")
-        if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or "\0" in name:
-            raise pickle.UnpicklingError(f"{name!r} in the archive points out of it")
-        if name.endswith("data.pkl") and part.file_size > MOST_PICKLED_BYTES:
-            raise pickle.UnpicklingError(f"{name!r} in the archive has {part.file_size:,} bytes beside the weights")
-    if len(set(names)) < len(names):
-        raise pickle.UnpicklingError("the archive holds several files of one name")
-
-
-def read_pickle(path: Path) -> Any:
+def read_by_beginning(path: Path) -> Any:
+    """Tensors of torch's own files are read from the disk when they are used."""
     size = path.stat().st_size
-    if path.suffix != ".gz":
-        with path.open("rb") as file:
-            return TensorUnpickler(LimitedReader(file, size)).load()
-    with gzip.open(path) as unpacked:
-        return TensorUnpickler(LimitedReader(cast(IO[bytes], unpacked), SPARE_BYTES + MOST_UNPACKED * size)).load()
+    with path.open("rb") as file:
+        begins = file.read(len(LEGACY))
+        file.seek(0)
+        if begins.startswith(ZIP):
+            return read_zip(path)
+        if begins == LEGACY:
+            return read_legacy(file, *mapped(path))
+        if begins.startswith(b"\x1f\x8b"):
+            with gzip.open(path) as unpacked:
+                content = one_of(cast(IO[bytes], unpacked), SPARE_BYTES + MOST_UNPACKED * size)
+                unpacked.read(1)  # the end, where the checksum is compared
+                return content
+        return one_of(file, size)
 
 
-class LimitedReader:
-    """The part of a file's face that an unpickler uses; EOFError beyond a number of bytes."""
-
-    def __init__(self, file: IO[bytes], most_bytes: int) -> None:
-        self.file, self.left = file, most_bytes
-
-    def counted(self, data: bytes) -> bytes:
-        self.left -= len(data)
-        if self.left < 0:
-            raise EOFError("unpacks to far more than weights do")
-        return data
-
-    def read(self, n_bytes: int) -> bytes:
-        if n_bytes > self.left:
-            raise EOFError(f"asks for {n_bytes:,} bytes at once, more than its size allows")
-        return self.counted(self.file.read(n_bytes))
-
-    def readline(self) -> bytes:
-        return self.counted(self.file.readline(self.left + 1))
+def one_of(file: IO[bytes], most_bytes: int) -> Any:
+    return Unpickler(LimitedReader(file, most_bytes), most_bytes, from_bytes=storage_in_bytes).load()
 
 
-def check_tensors(content: Any) -> None:
-    """UnpicklingError for tensors that are no plain ones, or that claim to be larger than what is stored for them."""
-    seen: set[int] = set()
-    todo = [content]
+def check(content: Any) -> None:
+    """UnpicklingError for values that would take MOST_WRITTEN_OUT bytes and more to print, such as lists in themselves.
+
+    A list of two lists of two lists ... is short in memory, and without end for whoever prints it.
+    """
+    left, todo, seen = MOST_WRITTEN_OUT, [content], set[int]()
     while todo:
         part = todo.pop()
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
-        if isinstance(part, torch.Tensor):
-            check_tensor(part)
+        left -= 64
+        if isinstance(part, (str, bytes)):
+            left -= len(part)
+        elif isinstance(part, int):
+            left -= part.bit_length() // 8
         elif isinstance(part, dict):
+            todo += part.keys()
             todo += part.values()
-        elif isinstance(part, (list, tuple)):
+        elif isinstance(part, (list, tuple, set, frozenset)):
             todo += part
-        elif isinstance(part, (StandIn, types.SimpleNamespace)):
+        elif isinstance(part, StandIn) and id(part) not in seen:  # which is printed without its attributes
+            seen.add(id(part))
+            todo += vars(part).keys()
             todo += vars(part).values()
+        elif isinstance(part, Storage):
+            refuse("values without a shape")
+        if left < 0 or 64 * len(todo) > MOST_WRITTEN_OUT:
+            refuse("values that hold each other many times over")
 
 
-def check_tensor(tensor: torch.Tensor) -> None:
-    is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    if not is_plain or tensor.dtype.is_complex:
-        raise pickle.UnpicklingError(f"holds a tensor of an unusual kind ({tensor.dtype}, {tensor.device})")
-    stored = tensor.untyped_storage().nbytes()
-    if tensor.numel() * tensor.element_size() > stored:
-        raise pickle.UnpicklingError(f"declares a tensor {tuple(tensor.shape)}, for which {stored:,} bytes are stored")
-
-
-def load_bytes(data: bytes) -> Any:
-    """A storage that a plain pickle holds as a file of torch's own."""
-    if zipfile.is_zipfile(io.BytesIO(data)):
-        check_archive(io.BytesIO(data))
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-class TensorUnpickler(pickle._Unpickler):  # type: ignore[name-defined] # pyright: ignore
-    """Builds tensors, plain containers and stand-ins for configs, and raises UnpicklingError for every other name.
-
-    The unpickler in Python, because the one in C makes room for as many values as a file says it will number.
-    """
-
-    allowed = {
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("types", "SimpleNamespace"): types.SimpleNamespace,
-        ("torch", "device"): torch.device,
-        ("torch", "Size"): torch.Size,
-        ("torch._utils", "_rebuild_tensor_v2"): _utils._rebuild_tensor_v2,
-        ("torch._utils", "_rebuild_parameter"): _utils._rebuild_parameter,
-        ("torch.storage", "_load_from_bytes"): load_bytes,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.allowed:
-            return self.allowed[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if f"{module}.".startswith(STAND_INS):
-            return StandIn
-        raise pickle.UnpicklingError(
-            f"the file asks for {module}.{name}, which no autoencoder needs; it was not loaded."
-        )
-
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined] # pyright: ignore
-
-    def load_build(self) -> None:
-        """Set attributes of stand-ins, and of nothing that other readers share."""
-        stack: list[Any] = cast(Any, self).stack
-        owner, state = stack[-2], stack[-1]
-        if not isinstance(owner, (StandIn, types.SimpleNamespace, collections.OrderedDict)) or not isinstance(
-            state, dict
-        ):
-            raise pickle.UnpicklingError(f"the file sets attributes of a {type(owner).__name__}; it was not loaded.")
-        stack.pop()
-        vars(owner).update(state)
-
-    dispatch[pickle.BUILD[0]] = load_build  # pyright: ignore
-
-
-def tensors_by_name(content: Any, prefix: str = "", depth: int = 3) -> dict[str, torch.Tensor]:
-    """The tensors in dicts of dicts, by their keys with dots between them."""
+def tensors_by_name(content: Any, prefix: str = "", depth: int = 5) -> dict[str, torch.Tensor]:
+    """The tensors in dicts of dicts, lists and stand-ins, by their keys with dots between them."""
     found: dict[str, torch.Tensor] = {}
-    for key, part in content.items() if isinstance(content, dict) and depth else ():
+    if isinstance(content, list):
+        content = {str(at): part for at, part in enumerate(content)}
+    parts = vars(content) if isinstance(content, StandIn) else content
+    for key, part in parts.items() if isinstance(parts, dict) and depth else ():
         if isinstance(part, torch.Tensor):
             found[f"{prefix}{key}"] = part
         elif isinstance(key, str):
@@ -206,6 +125,28 @@ def tensors_by_name(content: Any, prefix: str = "", depth: int = 3) -> dict[str,
     return found
 
 
-def copied(tensor: Tensor) -> Tensor:
-    """The tensor in memory of its own, in float32 at least, because what is read may be a map of the file."""
-    return tensor.detach().to(at_least_float32(tensor.dtype), copy=True)
+def slices(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The rows of a tensor, a few megabytes at a time, each with the index of its first; a scalar is one row.
+
+    What was read of a mapped file is given back after each.
+    """
+    release = getattr(tensor, "release", None)
+    rows = tensor.detach()
+    rows = rows.reshape(1) if rows.dim() == 0 else rows
+    n_rows = max(1, SLICE_BYTES // max(1, rows[:1].numel() * rows.element_size()))
+    for first in range(0, len(rows), n_rows):
+        yield first, rows[first : first + n_rows]
+        if release is not None:
+            release()
+
+
+def copied(tensor: Tensor, transposed: bool = False) -> Tensor:
+    """The tensor, or its transpose, in memory of its own and in float32 at least: a file may be mapped."""
+    if tensor.dim() == 0:
+        return tensor.detach().to(at_least_float32(tensor.dtype), copy=True)
+    shape = tuple(reversed(tensor.shape)) if transposed else tensor.shape
+    whole = torch.empty(shape, dtype=at_least_float32(tensor.dtype))
+    rows = whole.T if transposed else whole
+    for first, part in slices(tensor):
+        rows[first : first + len(part)] = part
+    return whole

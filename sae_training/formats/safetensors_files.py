@@ -15,6 +15,7 @@ from sae_training.formats.json_files import parse_object
 from sae_training.machine.precision import at_least_float32
 
 SLICE_BYTES = 16 * 2**20  # in memory at once beside the result
+MOST_TENSORS, MOST_AXES = 10_000, 8
 MOST_HEADER_BYTES = 16 * 2**20  # the largest seen has 100 KB
 
 DTYPES = {
@@ -63,6 +64,12 @@ def header(path: Path) -> Header:
             raise damaged(path, error) from error
         parts = parse_object(file.read(n_bytes), f"{path}, header")
     metadata = parts.pop("__metadata__", None) or {}
+    most_axes = max((len(part["shape"]) for part in parts.values()), default=0)
+    if len(parts) > MOST_TENSORS or most_axes > MOST_AXES:
+        raise ValueError(
+            f"{path}: found {len(parts):,} tensors with up to {most_axes:,} axes, expected at most {MOST_TENSORS:,} "
+            f"with {MOST_AXES}, as weights have; check the file."
+        )
     return Header(
         {name: tuple(part["shape"]) for name, part in parts.items()},
         {name: dtype_name(part["dtype"]) for name, part in parts.items()},

@@ -102,7 +102,7 @@ def place_of_attention(found: Found, given: Given) -> dict[str, Any]:
 def weights(state: dict[str, Tensor], names: dict[str, str], is_linear: bool) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
     for theirs, name in names.items():
-        tensor = copied(state[theirs])
-        ours[name] = tensor.T if is_linear and tensor.ndim == 2 else tensor
-    ours["W_dec"] = ours["W_dec"].contiguous()
+        is_other_way = is_linear if name == "W_dec" else not is_linear and name == "W_enc"
+        tensor = copied(state[theirs], is_other_way)
+        ours[name] = tensor.T if name == "W_enc" else tensor
     return ours

@@ -28,7 +28,7 @@ def figures(slices: Iterable[tuple[int, Tensor]], shape: tuple[int, ...], latent
     `slices` are its rows with the index of their first; `latents` is how many rows a decoder has, None if unknown.
     """
     axis = latent_axis(name, shape, latents)
-    squares = None if axis is None else torch.zeros(shape[axis], dtype=torch.float64)
+    squares = None if axis is None or 0 in shape else torch.zeros(shape[axis], dtype=torch.float64)
     values = zeros = nan = infinite = 0
     least, largest = math.inf, -math.inf
     for first, part in slices:

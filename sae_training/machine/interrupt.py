@@ -64,9 +64,13 @@ class StopRequest:
     instead, so that the session goes on. Outside the main thread the context does nothing.
     """
 
-    def __init__(self, notify: Callable[[str], None]) -> None:
+    def __init__(self, notify: Callable[[str], None], by_agreement: bool = False) -> None:
         self.notify = notify
+        self.by_agreement = by_agreement
+        self.asked: signal.Signals | None = None
+        """The first signal."""
         self.signal: signal.Signals | None = None
+        """The signal that is heeded: `asked`, but with `by_agreement` only once all processes of the job know of it."""
         self.at_once = False
         self.n_handled = 0
         self.installed = False
@@ -102,8 +106,9 @@ class StopRequest:
                 self.note(signal.Signals(received[0]))
 
     def note(self, number: signal.Signals) -> None:
-        if self.signal is None:
-            self.signal = number
+        if self.asked is None:
+            self.asked = number
+            self.signal = None if self.by_agreement else number
             self.notify(f"{number.name}: finishing this step, then saving. Once more stops at once, without saving.")
         elif is_interactive():
             self.at_once = True

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_training.machine.files import check_free_disk, disk_named, flush_to_disk, sha256, step_number
+from sae_training.parallel.ranks import is_first, of_all
 
 MANIFEST = "manifest.json"
 
@@ -33,34 +34,44 @@ def save_checkpoint(
     """Write parent/step_<step> and return it.
 
     `parts` maps the name of a file (without its ending; a/b is b in the folder a) to a nested dict whose leaves are
-    tensors or JSON values. `state` is plain JSON, `extra_files` are texts to put beside the rest. Raises OSError if the
-    disk is full; then nothing is left of it.
+    tensors or JSON values. `state` is plain JSON, `extra_files` are texts to put beside the rest. Several ranks give
+    each its own parts and extra files; the first one's state is written. Raises OSError if the disk of any of them is
+    full; then nothing is left of it.
     """
     tensors, leaves = {}, {}
     for part, content in parts.items():
         tensors[part], leaves[part] = split(content)
     n_bytes = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
-    check_free_disk(parent, n_bytes)
-
+    n_bytes, leaves = sum(of_all(n_bytes)), {part: of for some in of_all(leaves) for part, of in some.items()}
     final, partial = parent / f"step_{step}", parent / f"step_{step}.tmp"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+
+    def begin() -> None:
+        check_free_disk(parent, n_bytes)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def write_parts() -> None:
         for part, content in tensors.items():
             (partial / part).parent.mkdir(exist_ok=True)
             save_file(
                 {name: tensor.cpu().contiguous() for name, tensor in content.items()}, partial / f"{part}.safetensors"
             )
-        (partial / STATE).write_text(json.dumps({"step": step, "leaves": leaves, **state}), encoding="utf-8")
         for name, text in extra_files.items():
             (partial / name).write_text(text, encoding="utf-8")
+
+    def complete() -> None:
+        (partial / STATE).write_text(json.dumps({"step": step, "leaves": leaves, **state}), encoding="utf-8")
         write_manifest(partial)
         if final.exists():
             remove(final)
         os.replace(partial, final)
         flush_to_disk(parent)
+
+    try:
+        one_after_another(begin if is_first() else None, write_parts, complete if is_first() else None)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_first():
+            shutil.rmtree(partial, ignore_errors=True)
         with disk_named(parent):
             if isinstance(error, SafetensorError):  # raised by safetensors for any failure of the system to write
                 raise OSError(f"{parent}: a checkpoint could not be written ({error}).") from error
@@ -68,13 +79,42 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return the `parts` and `state` that `save_checkpoint` was given; ValueError if a file has changed since."""
+def one_after_another(*steps: Callable[[], None] | None) -> None:
+    """Do each step once all ranks have done the one before. An error of any rank ends it on all, by an OSError."""
+    for step in steps:
+        error: BaseException | None = None
+        try:
+            if step is not None:
+                step()
+        except BaseException as caught:
+            error = caught
+        messages = of_all(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for other, message in enumerate(messages):
+            if message is not None:
+                raise OSError(f"rank {other}: {message}")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the `state` that `save_checkpoint` was given; ValueError if a file has changed since."""
     verify(folder)
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    leaves = state.pop("leaves")
-    parts = {part: join(load_file(folder / f"{part}.safetensors"), leaves[part]) for part in leaves}
-    return parts, state
+    del state["leaves"]
+    return state
+
+
+def read_part(folder: Path, part: str) -> dict[str, Any]:
+    """Return one of the `parts` that `save_checkpoint` was given, without verifying it."""
+    leaves = json.loads((folder / STATE).read_text(encoding="utf-8"))["leaves"]
+    return join(load_file(folder / f"{part}.safetensors"), leaves[part])
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return all that `save_checkpoint` was given; ValueError if a file has changed since."""
+    state = read_state(folder)
+    leaves = json.loads((folder / STATE).read_text(encoding="utf-8"))["leaves"]
+    return {part: read_part(folder, part) for part in leaves}, state
 
 
 def complete_checkpoints(parent: Path) -> list[Path]:

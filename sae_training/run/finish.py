@@ -19,6 +19,7 @@ from sae_training.machine.files import write_text
 from sae_training.machine.interrupt import StopAsked, stop_point
 from sae_training.machine.paths import command
 from sae_training.machine.phases import phase
+from sae_training.parallel.ranks import is_first, together
 from sae_training.report.comparison import comparison_table, write_comparison
 from sae_training.report.in_words import dead_window, to_record
 from sae_training.report.run_page import write_report
@@ -45,11 +46,14 @@ def finish(run: Run) -> None:
         evaluations[member.name] = evaluation = recorded(run, member, figures)
         member.trainer.sae.eval()
         save_weights_folder(member, member.folder / FINAL, evaluation, aliases=("final_model",))
-    if is_several(run.cfg):
+    evaluations = together(evaluations)
+    evaluations = {name: evaluations[name] for name in run.names if name in evaluations}
+    if is_several(run.cfg) and is_first():
         write_final_of_several(run, evaluations)
     delete_extra(run)
     run.write_status("finished")
-    report(run, evaluations)
+    if is_first():
+        report(run, evaluations)
     if is_several(run.cfg):
         tqdm.write(comparison_table(run.folder.path, evaluations))
         return

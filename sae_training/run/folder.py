@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from sae_training.config import LanguageModelSAERunnerConfig
@@ -25,6 +26,7 @@ from sae_training.formats.run_files import CHECKPOINTS, FINAL, RUN_CONFIG_FILE, 
 from sae_training.machine.files import NotEnoughDisk, write_text
 from sae_training.machine.lock import InUse, exclusive
 from sae_training.machine.paths import PATH_FIELDS, paths_of, same_or_moved
+from sae_training.parallel.ranks import is_first, wait_for_all
 
 LOCK_FILE = ".lock"
 
@@ -34,12 +36,23 @@ PACKAGES = ("sae-training", "torch", "transformer-lens", "transformers", "datase
 
 
 class RunFolder:
-    """A run folder that this process holds. The lock is the operating system's: it ends with the process."""
+    """A run folder that this process holds, or the first of those that train in it together.
+
+    The lock is the operating system's: it ends with the process.
+    """
 
     def __init__(self, path: Path, cfg: Any) -> None:
         self.path = path
-        self.is_new = not path.exists()
+        self.started = time.time()
+        self.is_new = is_first() and not path.exists()
         self.made_parent = not path.parent.exists()
+        self.lock: FileLock | None = None
+        if is_first():
+            self.hold(cfg)
+        wait_for_all()
+
+    def hold(self, cfg: Any) -> None:
+        path = self.path
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.lock = exclusive(path / LOCK_FILE, lambda: in_use(path))
@@ -51,7 +64,6 @@ class RunFolder:
                 f"run_dir: cannot write to {path} ({error.strerror}); set run_dir to a folder you may write to."
             ) from error
         write_config(path, cfg)
-        self.started = time.time()
 
     @property
     def checkpoints(self) -> Path:
@@ -63,6 +75,8 @@ class RunFolder:
 
     def write_status(self, state: str, **figures: Any) -> None:
         """Rewrite status.json, whole or not at all. `state`: training, interrupted, failed or finished."""
+        if not is_first():
+            return
         content = {
             "state": state,
             **figures,
@@ -74,7 +88,8 @@ class RunFolder:
         write_text(self.path / STATUS_FILE, json.dumps(content, indent=2) + "\n")
 
     def release(self) -> None:
-        self.lock.release()
+        if self.lock is not None:
+            self.lock.release()
 
     def __enter__(self) -> RunFolder:
         return self

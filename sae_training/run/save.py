@@ -19,8 +19,11 @@ from sae_training.formats.run_files import EVALUATION_FILE
 from sae_training.language_model.load import fingerprint
 from sae_training.machine.files import step_number, write_safetensors, write_text
 from sae_training.machine.phases import phase
+from sae_training.parallel.ranks import is_first, rank, together, wait_for_all
 from sae_training.run import checkpoint
 from sae_training.run.state import Member, Run, check_finite
+
+STORE = "store"  # the part of a checkpoint that the store is; of other ranks than the first store-1, store-2, ...
 
 
 def save(run: Run, until_final: bool = False) -> Path | None:
@@ -31,9 +34,10 @@ def save(run: Run, until_final: bool = False) -> Path | None:
     """
     for member in run.trained:
         check_finite(run, member, weights=True)
-    parts, texts = {"store": run.store.state_dict()}, {}
+    own = f"{STORE}-{rank()}" if rank() else STORE
+    parts, texts = {own: run.store.state_dict()}, {}
     if until_final:
-        parts["store"].pop("buffers", None)
+        parts[own].pop("buffers", None)
     for member in run.members:
         sae, trainer_state = member.folded(), member.trainer.state_dict()
         if not member.is_scaled:
@@ -42,8 +46,9 @@ def save(run: Run, until_final: bool = False) -> Path | None:
         parts |= {member.part("sae"): dict(sae.weights()), member.part("trainer"): trainer_state}
         texts[member.part(CONFIG_FILE)] = json.dumps(config_to_dict(sae.cfg), indent=2) + "\n"
     state = {
-        "metrics_bytes": {member.name: member.logger.position() for member in run.members},
-        "failures": {member.name: member.failure for member in run.members if member.failure},
+        "metrics_bytes": together({member.name: member.logger.position() for member in run.members}),
+        "failures": together({member.name: member.failure for member in run.members if member.failure}),
+        "hooks": together({own: [site.name for site in run.store.sites.all]}),
         "language_model": fingerprint(run.store.model),
         "pending": run.pending,
         "until_final": until_final,
@@ -57,7 +62,7 @@ def save(run: Run, until_final: bool = False) -> Path | None:
     finally:
         run.last_checkpoint_time = time.monotonic()
     run.last_checkpoint, run.has_extra_checkpoint = saved, until_final
-    if not until_final:
+    if not until_final and is_first():
         checkpoint.delete_old(run.folder.checkpoints, run.cfg.keep_checkpoints)
     run.write_status("training")
     return saved
@@ -74,7 +79,9 @@ def saved_now(run: Run) -> Path | None:
 def delete_extra(run: Run) -> None:
     """Delete the checkpoint that was for the time of the evaluation, if the run has one."""
     if run.has_extra_checkpoint and run.last_checkpoint is not None:
-        checkpoint.remove(run.last_checkpoint)
+        if is_first():
+            checkpoint.remove(run.last_checkpoint)
+        wait_for_all()
         run.last_checkpoint = next(iter(checkpoint.complete_checkpoints(run.folder.checkpoints)), None)
         run.has_extra_checkpoint = False
         with contextlib.suppress(OSError):  # there are others in it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from sae_training.config.types import FIXED_K, ONLY_LOADED
 from sae_training.language_model.load import LanguageModel, fingerprint
 from sae_training.language_model.sites import Sites
 from sae_training.machine.phases import phase
+from sae_training.parallel.ranks import of_first
 from sae_training.run import checkpoint
 from sae_training.run.folder import RunFolder, write_config
 from sae_training.run.logger import RunLogger
 from sae_training.run.progress import Progress
-from sae_training.run.state import Member, Run
+from sae_training.run.save import STORE
+from sae_training.run.state import Member, Run, tell
 from sae_training.run.wandb_mirror import WandbOptions
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.conversions import fold_decoder_norms, fold_input_scale
@@ -31,14 +34,23 @@ from sae_training.training.trainer import SAETrainer
 
 SAMPLE_ROWS = 32_768  # of the buffer, from which b_dec starts and scales are measured; as many as Gao et al. 2024 use
 
+BY_HOOK = ("spill", "buffers", "scales")  # of the state of a store
+
 Singles = dict[str, tuple[LanguageModelSAERunnerConfig, Sites]]
 """What is to be trained: by name, the config of each autoencoder, and its sites."""
 
 
 def open_run(
-    cfg: LanguageModelSAERunnerConfig, singles: Singles, folder: RunFolder, store: ActivationsStore, held_out: Tensor
+    cfg: LanguageModelSAERunnerConfig,
+    singles: Singles,
+    names: Sequence[str],
+    folder: RunFolder,
+    store: ActivationsStore,
+    held_out: Tensor,
 ) -> Run:
     """Return a new run, or the one in `folder` as its newest undamaged checkpoint has it.
+
+    `singles` are trained by this rank, `names` those of all ranks.
 
     If the run cannot start, a folder that was made for it is removed.
     """
@@ -46,8 +58,8 @@ def open_run(
     try:
         trainers = {name: SAETrainer(SparseAutoencoder(single), single) for name, (single, _) in singles.items()}
         with phase("reading the checkpoint"):
-            latest = checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write)
-            parts, state = load_state(latest, store) if latest else ({}, {})
+            latest = of_first(lambda: checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write))
+            state = load_state(latest, store) if latest else {}
         if latest:
             tqdm.write(f"Continuing {folder.path} after step {state['step']}.")
         else:
@@ -62,8 +74,8 @@ def open_run(
             members.append(Member(name, single, path, sites, store, trainers[name], logger, failure))
         for member in members:
             if latest:
-                trainer_state = parts[member.part("trainer")]
-                member.trainer.load_state_dict({"weights": parts[member.part("sae")], **trainer_state})
+                sae, trainer = (checkpoint.read_part(latest, member.part(name)) for name in ("sae", "trainer"))
+                member.trainer.load_state_dict({"weights": sae, **trainer})
             else:
                 store.sample(1)  # fills the buffer, which is a phase of its own
                 with phase("starting weights"):
@@ -74,23 +86,34 @@ def open_run(
         folder.discard_if_new()
         raise
     progress = Progress(cfg, folder, first_step=state["step"])
-    run = Run(cfg, folder, store, members, progress, held_out, state["step"], state.get("pending", []), latest)
+    step, pending = state["step"], state.get("pending", [])
+    run = Run(cfg, folder, store, members, progress, held_out, step, tuple(names), pending, latest)
     run.has_extra_checkpoint = state.get("until_final", False)
     run.write_status("training")
     return run
 
 
-def load_state(latest: Path, store: ActivationsStore) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the parts and the state of the checkpoint `latest`, after the store has taken its part."""
-    parts, state = checkpoint.load_checkpoint(latest)
+def load_state(latest: Path, store: ActivationsStore) -> dict[str, Any]:
+    """Return the state of the checkpoint `latest`, after the store has taken its part."""
+    state = checkpoint.read_state(latest)
     if not isinstance(state["metrics_bytes"], dict):
         raise ValueError(
             f"{latest}: was written by an earlier version, which this one cannot continue; begin a new run with "
             'resume="never".'
         )
     check_same_language_model(state["language_model"], store.model, latest)
-    store.load_state_dict(parts["store"])
-    return parts, state
+    store.load_state_dict(store_state(latest, state, {site.name for site in store.sites.all}))
+    return state
+
+
+def store_state(latest: Path, state: dict[str, Any], hooks: set[str]) -> dict[str, Any]:
+    """Return what a checkpoint holds of a store, with the rows of these `hooks`, whichever rank wrote them."""
+    found = checkpoint.read_part(latest, STORE)
+    for part, its_hooks in state.get("hooks", {}).items():
+        if part != STORE and hooks & {*its_hooks}:
+            more = checkpoint.read_part(latest, part)
+            found |= {key: found.get(key, {}) | more[key] for key in BY_HOOK if key in more}
+    return found
 
 
 def open_logger(
@@ -153,7 +176,7 @@ def start_weights(member: Member) -> None:
     else:
         sae.initialize_b_dec(sample.x, cfg.b_dec_init_method)
     if remark := start_thresholds(sae, sample.x, sample.target):
-        tqdm.write(f"{member.name}: {remark}." if member.name else f"{remark}.")
+        tell(f"{member.name}: {remark}." if member.name else f"{remark}.")
 
 
 def start_from_pretrained(member: Member) -> None:

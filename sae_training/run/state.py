@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.sites import Sites
 from sae_training.machine.files import NotEnoughDisk
 from sae_training.machine.paths import command
+from sae_training.parallel.ranks import is_first, n_ranks
 from sae_training.run.folder import RunFolder
 from sae_training.run.logger import RunLogger
 from sae_training.run.progress import Progress
@@ -85,6 +87,8 @@ class Run:
     held_out: Tensor
     step: int = 0
     """How many optimizer steps are finished."""
+    names: tuple[str, ...] = ()
+    """The names of all autoencoders of the run, in order, those of other ranks included."""
     pending: list[Due] = field(default_factory=list)
     """What follows the last finished step and is still to be done, in order."""
     last_checkpoint: Path | None = None
@@ -141,6 +145,11 @@ class Run:
         self.progress.write_status(state, self.step, self.last_checkpoint, **figures)
 
 
+def tell(message: str) -> None:
+    """Say something of an autoencoder that this rank alone trains; on all but the first rank stdout is off."""
+    tqdm.write(message, file=sys.stdout if is_first() else sys.stderr)
+
+
 def check_finite(run: Run, member: Member, weights: bool = False) -> None:
     """Raise NonFiniteLoss, saying what to do, if the loss of any step (or, with `weights`, a weight now) is not finite.
 
@@ -156,7 +165,7 @@ def check_finite(run: Run, member: Member, weights: bool = False) -> None:
             f"Lower lr (now {member.trainer.lr(run.step - 1):.3g}), or raise lr_warm_up_steps, and begin anew with "
             'resume="never".'
         )
-        if run.trained == [member]:
+        if run.trained == [member] and n_ranks() == 1:
             raise NonFiniteLoss(message) from error
         member.failure = message
-        tqdm.write(f"{member.name} is given up at {message}")
+        tell(f"{member.name} is given up at {message}")

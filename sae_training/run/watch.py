@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tqdm import tqdm
-
 from sae_training.machine.phases import phase
 from sae_training.run.evals import evaluate_together
 from sae_training.run.remarks import what_is_wrong
-from sae_training.run.state import Member, Run
+from sae_training.run.state import Member, Run, tell
 from sae_training.training.metrics import sparsity_metrics
 
 NORM_ROWS = 8_192  # of the buffer, whose norms the report shows
@@ -43,7 +41,7 @@ def say_what_is_wrong(run: Run, member: Member, figures: Mapping[str, float]) ->
     for figure, remark in what_is_wrong(member.cfg, run.step, figures, member.scales[1]).items():
         if figure not in member.said:
             member.said.add(figure)
-            tqdm.write(f"{member.name + ': ' if member.name else ''}after step {run.step}, {remark}.")
+            tell(f"{member.name + ': ' if member.name else ''}after step {run.step}, {remark}.")
 
 
 def log_norms(run: Run) -> None:

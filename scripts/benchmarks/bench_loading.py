@@ -2,8 +2,8 @@
 
     python scripts/benchmarks/bench_loading.py --gigabytes 4
 
-Makes a sparse file of zeros (no room on the disk) in the layouts of SAELens and of this package, loads it in a process
-of its own, and prints one JSON object a layout. `inspect` is timed on it too.
+Makes a sparse file of zeros (no room on the disk) in the layouts of SAELens, of this package, and of two .pt files,
+loads it in a process of its own, and prints one JSON object a layout. `inspect` is timed on it too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from sae_training.machine.interrupt import without_traceback
 
@@ -38,17 +41,38 @@ print(json.dumps({"weights_bytes": n_bytes, "peak_over_weights": (peak() - held)
 """
 
 
-def saelens(d_sae: int) -> tuple[dict[str, object], str]:
+def saelens(folder: Path, d_sae: int) -> Path:
     about = {"model_name": "gpt2", "hook_name": "blocks.3.hook_resid_pre", "sae_lens_version": "6.54.12"}
     values = {"architecture": "standard", "normalize_activations": "none", "apply_b_dec_to_input": True}
-    return {"d_in": D_IN, "d_sae": d_sae, "dtype": "float32", "metadata": about, **values}, "sae_weights.safetensors"
+    cfg = {"d_in": D_IN, "d_sae": d_sae, "dtype": "float32", "metadata": about, **values}
+    return write(folder, cfg, "sae_weights.safetensors", d_sae)
 
 
-def native(d_sae: int) -> tuple[dict[str, object], str]:
-    return {"d_in": D_IN, "expansion_factor": d_sae // D_IN, "architecture": "standard"}, "sae.safetensors"
+def native(folder: Path, d_sae: int) -> Path:
+    cfg = {"d_in": D_IN, "expansion_factor": d_sae // D_IN, "architecture": "standard"}
+    return write(folder, cfg, "sae.safetensors", d_sae)
 
 
-def write(folder: Path, cfg: dict[str, object], name: str, d_sae: int) -> None:
+def openai(folder: Path, d_sae: int) -> Path:
+    """W_dec the other way than it lies in our memory. torch leaves the values out of the file."""
+    shapes = {"encoder.weight": (d_sae, D_IN), "decoder.weight": (D_IN, d_sae), "latent_bias": (d_sae,)}
+    return write_pt(folder, {name: torch.empty(shape) for name, shape in {**shapes, "pre_bias": (D_IN,)}.items()})
+
+
+def mats(folder: Path, d_sae: int) -> Path:
+    """W_enc the other way than it lies in our memory."""
+    shapes = {"W_enc": (D_IN, d_sae), "W_dec": (d_sae, D_IN), "b_enc": (d_sae,), "b_dec": (D_IN,)}
+    state = {name: torch.empty(shape) for name, shape in shapes.items()}
+    return write_pt(folder, {"cfg": {"hook_point": "blocks.8.hook_resid_pre"}, "state_dict": state})
+
+
+def write_pt(folder: Path, content: dict[str, Any]) -> Path:
+    with torch.serialization.skip_data():
+        torch.save(content, folder / "8.pt")
+    return folder / "8.pt"
+
+
+def write(folder: Path, cfg: dict[str, object], name: str, d_sae: int) -> Path:
     shapes = {"W_enc": [D_IN, d_sae], "W_dec": [d_sae, D_IN], "b_enc": [d_sae], "b_dec": [D_IN]}
     head, start = {}, 0
     for tensor, shape in shapes.items():
@@ -59,6 +83,7 @@ def write(folder: Path, cfg: dict[str, object], name: str, d_sae: int) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + start)
     (folder / "cfg.json").write_text(json.dumps(cfg))
+    return folder
 
 
 def main() -> None:
@@ -66,10 +91,10 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4)
     args = parser.parse_args()
     d_sae = max(1, round(args.gigabytes * 1e9 / (8 * D_IN) / D_IN)) * D_IN
-    for layout in (saelens, native):
+    for layout in (saelens, native, openai, mats):
         with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder), *layout(d_sae), d_sae)
-            done = subprocess.run([sys.executable, "-c", CHILD, folder], capture_output=True, text=True)
+            path = layout(Path(folder), d_sae)
+            done = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
         print(json.dumps({"layout": layout.__name__, "d_in": D_IN, "d_sae": d_sae, **json.loads(done.stdout)}))

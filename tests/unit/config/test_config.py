@@ -448,7 +448,7 @@ def test_separator_is_refused_where_no_documents_are_joined(separator: Any) -> N
 @pytest.mark.parametrize(
     ("name", "value", "available"),
     [
-        ("parallel", "layers", "data; leave the field out"),
+        ("parallel", "latents", "data, layers; choose one"),
     ],
 )
 def test_option_that_is_not_built_is_refused(name: str, value: Any, available: str) -> None:

@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from sae_training.config import LanguageModelSAERunnerConfig as Config
+from sae_training.formats.inspection import inspect
+from sae_training.formats.mats import by_place, members
+from sae_training.formats.pickles import StandIn
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 
@@ -105,3 +108,83 @@ def test_a_pickle_of_something_else_is_described(tmp_path: Path) -> None:
     torch.save({"weights": 1, "other": 2}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="found a dict with 'weights', 'other', which no format"):
         SparseAutoencoder.load_from_pretrained(tmp_path / "x.pt")
+
+
+# -------------------------------------------------------------------------------------------------------------- groups
+
+
+class SAEGroup:
+    """Pickled whole, as mats did from February to May 2024."""
+
+
+class OldModule:
+    """Of the mats era: a module whose parameters are in its state."""
+
+
+SAEGroup.__module__, SAEGroup.__qualname__ = "sae_training.sae_group", "SAEGroup"
+OldModule.__module__, OldModule.__qualname__ = "sae_training.old_module", "OldModule"
+
+
+def group_of(places: list[tuple[str, int]], config: RunnerConfig, as_dict: bool) -> SAEGroup:
+    ones = []
+    for hook_point, layer in places:
+        one, cfg = OldModule(), RunnerConfig()
+        vars(cfg).update(vars(config), hook_point=hook_point, hook_point_layer=layer)
+        hooks = {"hook_sae_in": torch.nn.Identity()}
+        parameters = dict(small(seed=len(ones)).named_parameters())
+        vars(one).update(cfg=cfg, _parameters=parameters, _modules=hooks, training=True, mod_dict=hooks)
+        ones.append(one)
+    group = SAEGroup()
+    vars(group).update(cfg=config, autoencoders={f"sae_{at}": one for at, one in enumerate(ones)} if as_dict else ones)
+    return group
+
+
+@OLD_FORMATS
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_a_group_is_read_by_place(
+    save: Callable, name: str, as_dict: bool, tmp_path: Path, old_config: RunnerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    for kind in (SAEGroup, OldModule):
+        monkeypatch.setitem(sys.modules, kind.__module__, SimpleNamespace(**{kind.__qualname__: kind}))
+    places = [("blocks.{layer}.hook_resid_pre", 8), ("blocks.{layer}.hook_resid_pre", 9), ("blocks.2.hook_mlp_out", 2)]
+    save(group_of(places, old_config, as_dict), tmp_path / name)
+    for module in ("sae_training.sae_group", "sae_training.old_module", "sae_training.old_config"):
+        monkeypatch.delitem(sys.modules, module)
+    many = SparseAutoencoder.load_many(tmp_path / name)
+    names = ["blocks.8.hook_resid_pre", "blocks.9.hook_resid_pre", "blocks.2.hook_mlp_out"]
+    assert list(many) == (["sae_0", "sae_1", "sae_2"] if as_dict else names)
+    for at, one in enumerate(many.values()):
+        assert one.cfg.hook_point == names[at]
+        assert torch.equal(one.W_enc, small(seed=at).W_enc)
+    chosen = SparseAutoencoder.load_from_pretrained(tmp_path / name, hook_point="blocks.9.hook_resid_pre")
+    assert torch.equal(chosen.W_enc, small(seed=1).W_enc)
+    assert torch.equal(SparseAutoencoder.load_from_pretrained(tmp_path / name, layer=2).W_enc, small(seed=2).W_enc)
+    with pytest.raises(ValueError, match=r"blocks\.8\.hook_resid_pre.*change hook_point or layer"):
+        SparseAutoencoder.load_from_pretrained(tmp_path / name)
+    (tensors,) = next(iter(inspect(tmp_path / name)["autoencoders"].values()))["tensors"].values()
+    assert sum(part.endswith("W_enc") for part in tensors) == 3
+
+
+def test_several_of_one_place_have_numbers(tmp_path: Path) -> None:
+    cfg = StandIn()
+    vars(cfg).update(hook_point="blocks.8.hook_resid_pre", hook_point_layer=8)
+    ones = [StandIn(), StandIn()]
+    for one in ones:
+        vars(one).update(cfg=cfg, _parameters={})
+    group = StandIn()
+    group.autoencoders = ones  # type: ignore[attr-defined] # pyright: ignore
+    assert list(by_place(members(group))) == ["blocks.8.hook_resid_pre_0", "blocks.8.hook_resid_pre_1"]
+
+
+def test_one_file_that_lacks_its_k_does_not_keep_the_others_from_loading(tmp_path: Path) -> None:
+    state = {"W_enc": torch.zeros(6, 4), "W_dec": torch.zeros(4, 6), "b_enc": torch.zeros(6), "b_dec": torch.zeros(4)}
+    torch.save(state, tmp_path / "layer3.sae.pt")
+    torch.save(mats_content(dict(MATS_CONFIG)), tmp_path / "old.pt")
+    many = SparseAutoencoder.load_many(tmp_path)
+    assert {*many} == {"layer3", "old"}
+    assert many["old"].d_sae == 12
+    with pytest.raises(ValueError, match="give k="):
+        many["layer3"]
+    assert SparseAutoencoder.load_many(tmp_path, k=2)["layer3"].k == 2

@@ -1,0 +1,173 @@
+"""The processes of a job, as torchrun numbers them, and what they tell each other.
+
+Without torchrun there is one process, of rank 0, and everything here is the identity. Every rank must call the same
+functions in the same order: a rank that leaves the order makes the others wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sae_training.machine.device import count
+from sae_training.machine.interrupt import HEEDED
+
+T = TypeVar("T")
+
+TIMEOUT = datetime.timedelta(minutes=30)
+"""How long a rank waits for the others: more than any of them is alone with an evaluation or a checkpoint."""
+
+
+def is_launched() -> bool:
+    """Return whether torchrun (or another launcher with its environment) has started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+CONTROL: list[Any] = []
+"""The group for what is no tensor: always gloo's, so that no message between processes waits for a GPU."""
+
+
+@contextlib.contextmanager
+def joined(cfg: Any) -> Iterator[None]:
+    """Meet the other ranks of the job, if there are any and nobody has met them yet; leave them at the end.
+
+    On CUDA the ranks exchange tensors by NCCL, elsewhere by gloo. Only the first one's stdout and bars are seen.
+    ValueError if `cfg` does not say how its work is to be shared.
+    """
+    if not is_launched() or dist.is_initialized():
+        yield
+        return
+    if cfg.parallel != "layers":
+        raise ValueError(
+            f"parallel: found {cfg.parallel!r} with {os.environ['WORLD_SIZE']} processes, which this version does not "
+            "train; expected 'layers', which shares out the autoencoders of a config that has several."
+        )
+    on_gpu = torch.device(cfg.device).type == "cuda"
+    if on_gpu:
+        use_own_gpu()
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    CONTROL.append(dist.new_group(backend="gloo", timeout=TIMEOUT))
+    try:
+        with contextlib.nullcontext() if is_first() else quiet():
+            yield
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            raise ConnectionError(
+                f"rank {rank()}: another process of the job has ended, whose own message says why. The same command "
+                "goes on from the last checkpoint."
+            ) from error
+        raise
+    finally:
+        CONTROL.pop()
+        dist.destroy_process_group()
+
+
+def use_own_gpu() -> None:
+    """Let "cuda" mean the GPU that torchrun's local rank numbers."""
+    number, there = int(os.environ.get("LOCAL_RANK", "0")), count("cuda")
+    if number >= there:
+        raise ValueError(
+            f"device: found process {number + 1} on a machine with {there} GPUs, expected one for each; start fewer "
+            "processes (--nproc_per_node), or set device to cpu."
+        )
+    torch.cuda.set_device(number)
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Return whether an error of torch.distributed says that another rank is gone, which gloo and NCCL put in words."""
+    words = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
+    return any(word in str(error).lower() for word in words)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Show nothing of what goes to stdout, and no bars. Errors and warnings are seen."""
+    before = os.environ.get("TQDM_DISABLE", "")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            yield
+    finally:
+        os.environ["TQDM_DISABLE"] = before
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def n_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Return whether this is the rank that prints, and that does what one process has to do alone."""
+    return rank() == 0
+
+
+def of_first(make: Callable[[], T]) -> T:
+    """Return on every rank what `make` returns on the first, where alone it is called. Pickle must take it."""
+    if n_ranks() == 1:
+        return make()
+    holder: list[Any] = [make() if is_first() else None]
+    dist.broadcast_object_list(holder, src=0, group=CONTROL[0])
+    return holder[0]
+
+
+def of_all(value: T) -> list[T]:
+    """Return the values of all ranks, in their order."""
+    if n_ranks() == 1:
+        return [value]
+    found: list[Any] = [None] * n_ranks()
+    dist.all_gather_object(found, value, group=CONTROL[0])
+    return found
+
+
+def together(own: dict[str, T]) -> dict[str, T]:
+    """Return the entries of all ranks' dicts, the first rank's first."""
+    return {name: value for of_rank in of_all(own) for name, value in of_rank.items()}
+
+
+def wait_for_all() -> None:
+    if n_ranks() > 1:
+        dist.barrier(CONTROL[0])
+
+
+def agree_on_stops() -> None:
+    """Let a stop that any rank was asked for begin on all of them, here: alone, it would leave the others waiting."""
+    if n_ranks() == 1:
+        return
+    asked = torch.tensor([request.asked or 0 for request in HEEDED], dtype=torch.int64)
+    if len(asked):
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=CONTROL[0])
+    for request, number in zip(HEEDED, asked.tolist(), strict=True):
+        request.signal = signal.Signals(number) if number else None
+
+
+# -------------------------------------------------------------------------------------------------------------- tensors
+
+
+def exchanged(to_each: list[list[Tensor]], from_each: list[list[Tensor]]) -> None:
+    """Send `to_each[r]` to rank r, and fill `from_each[r]` with what it sends here: as many, of the same sizes.
+
+    What a rank sends to itself is not copied.
+    """
+    operations = []
+    for other in range(n_ranks()):
+        if other != rank():
+            operations += [dist.P2POp(dist.isend, raw(tensor), other) for tensor in to_each[other]]
+            operations += [dist.P2POp(dist.irecv, raw(tensor), other) for tensor in from_each[other]]
+    for operation in dist.batch_isend_irecv(operations) if operations else ():
+        operation.wait()
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """Return the tensor's memory as bytes, because gloo knows no bfloat16. It must be contiguous."""
+    return tensor.view(-1).view(torch.uint8)
