@@ -83,11 +83,6 @@ def hook(config: dict[str, Any], key: str, layer: int) -> str | None:
     return f"blocks.{layer}.{name}" if isinstance(name, str) else None
 
 
-def config_of(found: Found) -> dict[str, Any]:
-    """What config.yaml says, in plain values; {} without one. ValueError for one that is not plain."""
-    return found.yaml(CONFIG) if CONFIG in found.names else {}
-
-
 def weights(found: Found, file: str, is_old: bool) -> dict[str, Tensor]:
     made = {name: tensor.to(at_least_float32(tensor.dtype)) for name, tensor in found.tensors(file).items()}
     made["W_enc"] = made["W_enc"].T

@@ -102,9 +102,10 @@ def place_and_text(
 
 def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
     """What was read at `path`, with what the caller says of model, text and places, and what is known of a release."""
-    if loaded.is_crosscoder:  # whose families take all of it themselves, and whose config has other fields
-        return loaded
     values = dict(loaded.values)
+    if loaded.is_crosscoder:  # whose config has other fields
+        said = {"model_name": given.model_name, "dataset_path": given.dataset_path}
+        return dataclasses.replace(loaded, values=values | {name: text for name, text in said.items() if text})
     facts = facts_of(path, str(values.get("file_format")))
     values |= {name: facts[name] for name in OVERRIDES if name in facts}
     for name in ("model_name", "hook_point", "target_hook_point", "dataset_path"):
