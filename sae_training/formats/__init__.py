@@ -37,7 +37,7 @@ from sae_training.formats import (
     sparsify,
 )
 from sae_training.formats.doubts import blamed_on, check_finite, printable, swapped_axes
-from sae_training.formats.found import Found
+from sae_training.formats.found import PICKLES, Found
 from sae_training.formats.hook_names import layer_of, transformer_lens_name
 from sae_training.formats.loaded import Facts, Given, Loaded, completed, describe
 from sae_training.machine.device import checked, is_there
@@ -67,6 +67,7 @@ FAMILIES = (
 )
 """The first that recognises a thing reads it. native is the last: it says what is missing where there is nothing."""
 
+ENDINGS = (*PICKLES, ".safetensors", ".npz")
 MOST_FOLDERS = 20_000
 DEEPEST = 6
 
@@ -107,7 +108,7 @@ def read_many(path: Path, given: Given) -> dict[str, Loaded]:
             ones = [(folder.relative_to(path), folder)]
         else:
             files = sorted((file for file in folder.iterdir() if is_file_of_one(file)), key=natural_order)
-            ones = [(file.relative_to(path).with_name(file.name.split(".")[0]), file) for file in files]
+            ones = [(file.relative_to(path).with_name(without_ending(file)), file) for file in files]
         for place, one in ones:
             name = place.as_posix()
             try:
@@ -124,6 +125,11 @@ def read_many(path: Path, given: Given) -> dict[str, Loaded]:
     return found
 
 
+def without_ending(file: Path) -> str:
+    """The file's name without the ending of its format: a.b-0.01.pkl.gz is a.b-0.01."""
+    return next((file.name.removesuffix(ending) for ending in ENDINGS if file.name.endswith(ending)), file.name)
+
+
 def is_one_or_damaged(folder: Path) -> bool:
     try:
         return is_one(Found(folder))
@@ -132,12 +138,16 @@ def is_one_or_damaged(folder: Path) -> bool:
 
 
 def is_file_of_one(file: Path) -> bool:
-    """Whether a file by itself is what a family reads. Files of other kinds, and unreadable ones, are none."""
+    """Whether a file by itself is what a family reads. Files of other kinds, and unreadable ones, are none.
+
+    It may be a link: the cache of the hub is made of them.
+    """
     found = Found(file)
-    if file.is_symlink() or not found.is_pickle or not file.is_file():
+    if not file.name.endswith(ENDINGS) or not file.is_file():
         return False
     with contextlib.suppress(ValueError, OSError), blamed_on(file):
-        return any(family.recognises(found) for family in FAMILIES)
+        others = (family for family in FAMILIES if family is not native)
+        return native.is_whole(found) or any(family.recognises(found) for family in others)
     return False
 
 

@@ -35,6 +35,11 @@ def holds_weights(found: Found) -> bool:
     return found.is_folder and found.has(CONFIG_FILE, WEIGHTS_FILE)
 
 
+def is_whole(found: Found) -> bool:
+    """Whether a file of ours has its config in itself."""
+    return found.path.suffix == ".safetensors" and "cfg" in found.header(found.path.name).metadata
+
+
 def read(found: Found, given: Given) -> dict[str, Loaded]:
     path = found.path
     if found.is_folder:
@@ -42,7 +47,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         values = read_object(folder / CONFIG_FILE)
         return {path.name: Loaded(values, partial(safetensors_files.tensors, folder / WEIGHTS_FILE))}
     metadata = found.header(path.name).metadata
-    if "cfg" not in metadata and CONFIG_FILE not in found.names:
+    if not is_whole(found) and CONFIG_FILE not in found.names:
         raise ValueError(f"{path}: holds no config, and there is no {CONFIG_FILE} beside it; one of the two is needed.")
     values = parse_object(metadata["cfg"], str(path)) if "cfg" in metadata else found.json(CONFIG_FILE)
     return {path.stem: Loaded(values, partial(safetensors_files.tensors, path))}

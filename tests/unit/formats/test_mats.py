@@ -183,8 +183,8 @@ def test_one_file_that_lacks_its_k_does_not_keep_the_others_from_loading(tmp_pat
     torch.save(state, tmp_path / "layer3.sae.pt")
     torch.save(mats_content(dict(MATS_CONFIG)), tmp_path / "old.pt")
     many = SparseAutoencoder.load_many(tmp_path)
-    assert {*many} == {"layer3", "old"}
+    assert {*many} == {"layer3.sae", "old"}
     assert many["old"].d_sae == 12
     with pytest.raises(ValueError, match="give k="):
-        many["layer3"]
-    assert SparseAutoencoder.load_many(tmp_path, k=2)["layer3"].k == 2
+        many["layer3.sae"]
+    assert SparseAutoencoder.load_many(tmp_path, k=2)["layer3.sae"].k == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sae_training.config import LanguageModelSAERunnerConfig as Config
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -62,3 +63,19 @@ def test_saved_device_that_this_machine_lacks_falls_back_to_the_cpu(tmp_path: Pa
     sae.cfg = Config(d_in=4, expansion_factor=3, k=2, device="cuda")
     sae.save_model(tmp_path / "sae")
     assert SparseAutoencoder.load_from_pretrained(tmp_path / "sae").W_enc.device.type == "cpu"
+
+
+def test_files_beside_each_other_keep_their_whole_names_and_may_be_links(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0a1b"  # as the cache of the hub has them
+    (tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number in (2, 10):
+        blob = tmp_path / "models--a--b" / "blobs" / f"hash{number}"
+        small(seed=number).save_model(tmp_path / "sae.safetensors")
+        (tmp_path / "sae.safetensors").rename(blob)
+        (snapshot / f"blocks.{number}.hook-LR-0.01.safetensors").symlink_to(blob)
+    (snapshot / "model.safetensors").symlink_to(tmp_path / "models--a--b" / "blobs" / "gone")
+    save_file({"wte.weight": torch.zeros(2)}, snapshot / "other.safetensors")
+    many = SparseAutoencoder.load_many(snapshot)
+    assert [*many] == [f"blocks.{number}.hook-LR-0.01" for number in (2, 10)]
+    assert torch.equal(many["blocks.10.hook-LR-0.01"].W_enc, small(seed=10).W_enc)
