@@ -103,9 +103,13 @@ def read_many(path: Path, given: Given) -> dict[str, Loaded]:
         return read(path, given)
     found: dict[str, Loaded] = {}
     problem: Exception | None = None
+    whole: set[Path] = set()  # folders that are one autoencoder; the files below them are parts of it
     for folder in (path, *folders_of(path)):
         if folder != path and is_one_or_damaged(folder):
+            whole.add(folder)
             ones = [(folder.relative_to(path), folder)]
+        elif whole & {*folder.parents}:
+            ones = []
         else:
             files = sorted((file for file in folder.iterdir() if is_file_of_one(file)), key=natural_order)
             ones = [(file.relative_to(path).with_name(without_ending(file)), file) for file in files]
