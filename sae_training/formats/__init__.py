@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -69,6 +70,7 @@ FAMILIES = (
 
 ENDINGS = (*PICKLES, ".safetensors", ".npz")
 MOST_FOLDERS = 20_000
+MOST_LOOKED_AT = 200  # of the folders below one that is no autoencoder, for an error's message
 DEEPEST = 6
 
 
@@ -85,13 +87,33 @@ def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008
     is_asked = given.hook_point is not None or given.layer is not None
     if is_asked and found.is_folder and not is_one(found):
         return read_many(path, given)
-    with blamed_on(path):
+    with blamed_on(path), others_named(path):
         for family in FAMILIES:
             if family.recognises(found):
                 return {name: completed(one, given, path) for name, one in family.read(found, given).items()}
     if found.is_pickle:
         raise ValueError(f"{path}: found {describe(found.pickle())}, which no format that is read has; check the file.")
     raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .npz, .pt, .pth, .pkl or .pkl.gz.")
+
+
+@contextlib.contextmanager
+def others_named(path: Path) -> Iterator[None]:
+    """Say in an error that there is no autoencoder at `path` which ones lie below it."""
+    try:
+        yield
+    except native.NoWeights as error:
+        below: list[str] = []
+        with contextlib.suppress(ValueError, OSError):
+            folders = itertools.islice(folders_of(path), MOST_LOOKED_AT)
+            below = [folder.relative_to(path).as_posix() for folder in folders if is_one(Found(folder))]
+            below += [file.name for file in sorted(path.iterdir(), key=natural_order) if is_file_of_one(file)]
+        if not below:
+            raise
+        shown = ", ".join([*below[:8], "..."][: len(below)])
+        raise FileNotFoundError(
+            f"{path}: is no autoencoder itself, but below it there are {shown}; give the path of one, or its hook_point "
+            "or layer, or call load_many."
+        ) from error
 
 
 def read_many(path: Path, given: Given) -> dict[str, Loaded]:

@@ -26,6 +26,10 @@ WEIGHTS_FILE = "sae.safetensors"
 SPARSITY_FILE = "log_feature_sparsity.safetensors"
 
 
+class NoWeights(FileNotFoundError):
+    """A folder holds no autoencoder of ours."""
+
+
 def recognises(found: Found) -> bool:
     return found.is_folder or found.path.suffix == ".safetensors"
 
@@ -67,7 +71,7 @@ def weights_folder(path: Path) -> Path:
             f"{path}: holds the folders of {len(several)} autoencoders, expected that of one; give one of "
             f"{', '.join(str(path / name) for name in several[:10])}."
         )
-    raise FileNotFoundError(
+    raise NoWeights(
         f"{path}: holds no weights; expected {CONFIG_FILE} and {WEIGHTS_FILE} in it, in its final/ or in its "
         f"checkpoints/. It holds: {', '.join(sorted(p.name for p in path.iterdir())[:10]) or 'nothing'}."
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from safetensors.torch import save_file
 
@@ -79,3 +81,15 @@ def test_files_beside_each_other_keep_their_whole_names_and_may_be_links(tmp_pat
     many = SparseAutoencoder.load_many(snapshot)
     assert [*many] == [f"blocks.{number}.hook-LR-0.01" for number in (2, 10)]
     assert torch.equal(many["blocks.10.hook-LR-0.01"].W_enc, small(seed=10).W_enc)
+
+
+def test_a_folder_above_autoencoders_is_told_which_they_are(tmp_path: Path) -> None:
+    for name in ("layers.2", "layers.10"):
+        shutil.copytree(reference.ROOT / "saelens-topk", tmp_path / "repo" / name)
+    with pytest.raises(
+        FileNotFoundError, match=r"repo: is no autoencoder itself, but below it there are layers.2, lay"
+    ):
+        SparseAutoencoder.load_from_pretrained(tmp_path / "repo")
+    small().save_model(tmp_path / "files" / "a-0.1.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"below it there are a-0\.1\.safetensors; give the path of one"):
+        SparseAutoencoder.load_from_pretrained(tmp_path / "files")
