@@ -111,8 +111,8 @@ def others_named(path: Path) -> Iterator[None]:
             raise
         shown = ", ".join([*below[:8], "..."][: len(below)])
         raise FileNotFoundError(
-            f"{path}: is no autoencoder itself, but below it there are {shown}; give the path of one, or its hook_point "
-            "or layer, or call load_many."
+            f"{path}: is no autoencoder itself, but below it there are {shown}; give the path of one, or its "
+            "hook_point or layer, or call load_many."
         ) from error
 
 
