@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,11 @@ LanguageModel = Any  # HookedTransformer or TransformerBridge: they share method
 
 
 def load_language_model(
-    name: str, device: str = "cpu", lm_dtype: str = "auto", model_processing: str = "default"
+    name: str,
+    device: str = "cpu",
+    lm_dtype: str = "auto",
+    model_processing: str = "default",
+    hook_points: Sequence[str] = (),
 ) -> LanguageModel:
     """Load a frozen language model, ready for `read_hooks` and for all that TransformerLens does with it.
 
@@ -51,7 +55,8 @@ def load_language_model(
     bundled model. The weights are processed (LayerNorm folded, writing weights centred) in float32 and only then cast,
     because folding in bfloat16 moves the activations by 1%. In models with LayerNorm (GPT-2, Pythia) the rows of the
     residual stream are then those of transformers' `output_hidden_states` minus their mean; in models with RMSNorm
-    (Llama, SmolLM2) they are the same. With `model_processing` "none" they are the same in all.
+    (Llama, SmolLM2) they are the same. With `model_processing` "none" they are the same in all. Where only a bridge has
+    one of `hook_points`, such as the input of an MLP, it is a bridge.
 
     Raise FileNotFoundError if there is no such model, and ValueError if its tokenizer is another model's.
     """
@@ -60,7 +65,7 @@ def load_language_model(
     hooked = hooked_transformer_class()
     processed = model_processing == "default"
     load: Callable[..., LanguageModel] = partial(boot_bridge, processed=processed)
-    if hooked is not None and official_name(source) is not None:
+    if hooked is not None and official_name(source) is not None and not any(map(only_in_bridges, hook_points)):
         load = hooked.from_pretrained if processed else hooked.from_pretrained_no_processing
     with quiet_loading():
         model = load_by_name(load, source, device)
@@ -77,7 +82,15 @@ def model_of(cfg: Any, model: LanguageModel | None = None, device: str | None = 
     if model is not None:
         check_processing(model, processing)
         return model
-    return load_language_model(cfg.model_name, device or str(cfg.device), getattr(cfg, "lm_dtype", "auto"), processing)
+    named = (getattr(cfg, name, None) or () for name in ("hook_point", "target_hook_point"))
+    hook_points = [hook for value in named for hook in ([value] if isinstance(value, str) else value)]
+    lm_dtype = getattr(cfg, "lm_dtype", "auto")
+    return load_language_model(cfg.model_name, device or str(cfg.device), lm_dtype, processing, hook_points)
+
+
+def only_in_bridges(hook_point: str) -> bool:
+    """Return whether HookedTransformer has no such hook: the inputs and outputs of modules, blocks.0.mlp.hook_in."""
+    return hook_point.rpartition(".")[2] in ("hook_in", "hook_out")
 
 
 def language_model_dtype(lm_dtype: str, device: str) -> torch.dtype:

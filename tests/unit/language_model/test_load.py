@@ -99,9 +99,16 @@ with torch.inference_mode():
     hidden = AutoModelForCausalLM.from_pretrained("gpt2")(ids, output_hidden_states=True).hidden_states[1]
 as_it_is = (harvest(plain, ids, [find_hook_site(plain, site.name)])[0] - hidden).abs().max().item()
 centred = (a - hidden + hidden.mean(-1, keepdim=True)).abs().max().item()
+place = "blocks.1.mlp.hook_in"
+bridge = load_language_model("gpt2", lm_dtype="float32", model_processing="none", hook_points=[place])
+hf, seen = AutoModelForCausalLM.from_pretrained("gpt2"), []
+hf.transformer.h[1].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+with torch.inference_mode():
+    hf(ids)
+at_module = (harvest(bridge, ids, [find_hook_site(bridge, place)])[0] - seen[0]).abs().max().item()
 tokenizers = [load_tokenizer(name).get_vocab() for name in ("GPT2-small", "gpt2", sys.argv[1])]
 types = [type(model).__name__ for model in (named, folder, plain)]
-print(json.dumps([*types, same, as_it_is, centred, tokenizers[0] == tokenizers[1] == tokenizers[2]]))
+print(json.dumps([*types, same, as_it_is, centred, at_module, tokenizers[0] == tokenizers[1] == tokenizers[2]]))
 """
 
 
