@@ -41,6 +41,12 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         raise ValueError(
             f"{found.folder / WEIGHTS}: {', '.join(missing)} missing; use a copy with encoder and decoder."
         )
+    unknown = header.shapes.keys() - {"encoder.weight", "W_skip", *NAMES}
+    if unknown:
+        raise ValueError(
+            f"{found.folder / WEIGHTS}: {', '.join(sorted(unknown))}: not a tensor of sparsify's that is read; use "
+            "a copy without."
+        )
     d_sae, d_in = header.shapes["encoder.weight"]
     stated = cfg.get("num_latents") or d_in * cfg.get("expansion_factor", 0)
     if stated not in (0, d_sae) or cfg.get("d_in", d_in) != d_in:
@@ -60,7 +66,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         values |= {"d_out": header.shapes["W_dec"][1], "skip_connection": "W_skip" in header.shapes}
     elif "W_skip" in header.shapes:
         raise ValueError(f"{where}: W_skip is there, but transcode is not true; correct one of them.")
-    return {found.folder.resolve().name: Loaded(values, partial(weights, found), remarks(cfg))}
+    return {found.folder.absolute().name: Loaded(values, partial(weights, found), remarks(cfg))}
 
 
 def architecture(cfg: dict[str, Any], where: Path) -> str:
@@ -91,9 +97,9 @@ def weights(found: Found) -> dict[str, Tensor]:
 
 
 def places(folder: Path, cfg: dict[str, Any], given: Given) -> dict[str, Any]:
-    """Where activations come from, by the names of the folder and of those above it."""
-    folder = folder.resolve()
-    above = (folder, *folder.parents[:PARENTS_OF_A_PLACE])
+    """Where activations come from, by the names of the folder and of those above it; then of what it is a link to."""
+    written, meant = folder.absolute(), folder.resolve()
+    above = tuple(part for path in (written, meant) for part in (path, *path.parents[:PARENTS_OF_A_PLACE]))
     run = run_config(above)
     name = next((part.name for part in above if hook_of(part.name) is not None), "")
     hook_point = hook_of(name)

@@ -86,3 +86,20 @@ def test_an_encoder_without_its_decoder_is_refused(tmp_path: Path) -> None:
 def test_groups_of_unequal_size_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="k: found 5 with 16 latents, expected a divisor"):
         SparseAutoencoder.load_from_pretrained(copy_of("groupmax", "layers.1", tmp_path, k=5))
+
+
+def test_other_tensors_are_named_and_refused(tmp_path: Path) -> None:
+    folder = copy_of("topk", "layers.3", tmp_path)
+    path = folder / "sae.safetensors"
+    save_file(load_file(path) | {"scaling_factor": torch.ones(4)}, path)
+    with pytest.raises(ValueError, match="scaling_factor: not a tensor of sparsify's that is read"):
+        SparseAutoencoder.load_from_pretrained(folder)
+
+
+def test_a_link_names_the_place_or_what_it_points_to_does(tmp_path: Path) -> None:
+    folder = copy_of("topk", "layers.3", tmp_path)
+    for name, hook_point in (("layers.9", "blocks.9.hook_resid_post"), ("mine", "blocks.3.hook_resid_post")):
+        (tmp_path / "links").mkdir(exist_ok=True)
+        (tmp_path / "links" / name).symlink_to(folder)
+        cfg = SparseAutoencoder.load_from_pretrained(tmp_path / "links" / name).cfg
+        assert (cfg.hook_point, cfg.model_name) == (hook_point, "HuggingFaceTB/SmolLM2-135M")
