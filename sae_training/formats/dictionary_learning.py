@@ -27,11 +27,13 @@ from torch import Tensor
 
 from sae_training.formats import folding
 from sae_training.formats.found import Found
+from sae_training.formats.hook_names import output_of_module
 from sae_training.formats.json_files import read_object
 from sae_training.formats.loaded import Given, Loaded, fitting_batch, needed, place_and_text, precisions, sizes
 from sae_training.formats.pickles import copied
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
+COMPILED = "_orig_mod."  # torch.compile puts it before the names of tensors
 
 LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
 MATRICES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -100,18 +102,22 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         values["matryoshka_widths"] = tuple(accumulate(state["group_sizes"].tolist()))
     if "inference_threshold" in names.values() and "threshold" not in state:
         raise ValueError(f"{file}: threshold is missing, without which {name} is no function of single rows.")
-    factor = content.get("norm_factor") if state is not content else None
+    factor = content.get("norm_factor") if is_backup(content) else None
     loaded = Loaded(values, partial(weights, state, names, factor), remarks(name, state), convention(name))
     return {file.parent.name if found.is_folder else file.stem: loaded}
 
 
 def state_of(content: Any) -> dict[str, Tensor]:
-    """The tensors by name of a file, or of the dictionary in a backup; {} of anything else."""
+    """The tensors by name of a file, or of the dictionary in a backup, also of a compiled one; {} of anything else."""
     if not isinstance(content, dict):
         return {}
-    state = content["ae"] if {"ae", "optimizer"} <= content.keys() else content
+    state = content["ae"] if is_backup(content) else content
     is_state = isinstance(state, dict) and all(isinstance(part, Tensor) for part in state.values())
-    return state if is_state else {}
+    return {str(name).removeprefix(COMPILED): part for name, part in state.items()} if is_state else {}
+
+
+def is_backup(content: dict[str, Any]) -> bool:
+    return {"ae", "optimizer"} <= content.keys()
 
 
 def class_by_tensors(state: dict[str, Tensor]) -> str | None:
@@ -187,6 +193,8 @@ def place(file: Path, config: dict[str, Any], trainer: dict[str, Any], given: Gi
     if not submodule:
         submodule = next((part for part in reversed(file.parts) if re.search(r"resid|mlp|att", part)), "")
     part = next((hook for word, hook in PLACES.items() if word in submodule), None)
+    model = given.model_name or (trainer["lm_name"] if isinstance(trainer.get("lm_name"), str) else None)
+    part = part and output_of_module(part, model)
     hook_point = f"blocks.{layer}.{part}" if layer is not None and part is not None else None
     if buffer and buffer.get("io", "out") != "out":
         is_input = buffer["io"] == "in" and part == "hook_resid_post"

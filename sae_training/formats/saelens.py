@@ -71,7 +71,9 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     if cfg["architecture"] in WITH_NORMS:
         values["k"] = max(1, round(needed(given.k, cfg.get("k"), "k", "k", where)))
     if cfg["architecture"] in TRANSCODERS:
-        target = transformer_lens_name(cfg["metadata"].get("hook_name_out") or "") or "unknown"
+        about = cfg["metadata"]
+        model_name = given.model_name or about.get("model_name")
+        target = transformer_lens_name(about.get("hook_name_out") or "", model_name) or "unknown"
         values |= {"target_hook_point": target, "d_out": d_out, "skip_connection": "W_skip" in header.shapes}
         values["apply_b_dec_to_input"] = True  # of autoencoders only: nothing is subtracted here
     factor = norm_factor(found, cfg, given)

@@ -128,7 +128,7 @@ def major_version(cfg: Mapping[str, Any]) -> int:
 def config_values(cfg: Mapping[str, Any], given: Given) -> dict[str, Any]:
     """The fields of our config that do not depend on sizes; `cfg` as `in_one_vocabulary` gives it."""
     about = cfg["metadata"]
-    hook_point, layer = place_in(about)
+    hook_point, layer = place_in(about, given.model_name or about.get("model_name"))
     values = place_and_text(given, about.get("model_name"), hook_point, layer, about.get("dataset_path"))
     values |= {
         "architecture": ARCHITECTURES[cfg["architecture"]],
@@ -154,12 +154,13 @@ def config_values(cfg: Mapping[str, Any], given: Given) -> dict[str, Any]:
     return values
 
 
-def place_in(about: Mapping[str, Any]) -> tuple[str | None, int | None]:
+def place_in(about: Mapping[str, Any], model_name: str | None) -> tuple[str | None, int | None]:
     """The hook and its layer: that of the name, else the one of its own field, which also fills {layer}."""
     name, layer = about.get("hook_name"), about.get("hook_layer")
     if not isinstance(name, str) or not name:
         return None, layer
-    hook_point = transformer_lens_name(name.replace("{layer}", str(layer)) if layer is not None else name)
+    filled = name.replace("{layer}", str(layer)) if layer is not None else name
+    hook_point = transformer_lens_name(filled, model_name)
     in_name = layer_of(hook_point)
     return hook_point, layer if in_name is None else in_name
 

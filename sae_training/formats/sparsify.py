@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_training.formats.found import Found
-from sae_training.formats.hook_names import layer_of, transformer_lens_name
+from sae_training.formats.hook_names import layer_of, output_of_module, transformer_lens_name
 from sae_training.formats.json_files import read_object
 from sae_training.formats.loaded import Given, Loaded, fitting_batch, needed, place_and_text, precisions, sizes
 from sae_training.machine.precision import at_least_float32
@@ -102,12 +102,14 @@ def places(folder: Path, cfg: dict[str, Any], given: Given) -> dict[str, Any]:
     above = tuple(part for path in (written, meant) for part in (path, *path.parents[:PARENTS_OF_A_PLACE]))
     run = run_config(above)
     name = next((part.name for part in above if hook_of(part.name) is not None), "")
-    hook_point = hook_of(name)
+    model = given.model_name or (run["model"] if isinstance(run.get("model"), str) else None)
+    hook_point = hook_of(name, model)
     values: dict[str, Any] = {}
     if cfg.get("transcode"):
         block = layer_of(name)
         is_mlp = name.endswith(".mlp") and block is not None
-        values["target_hook_point"] = f"blocks.{block}.hook_mlp_out" if is_mlp else hook_point or "unknown"
+        output = f"blocks.{block}.{output_of_module('hook_mlp_out', model)}" if is_mlp else hook_point
+        values["target_hook_point"] = output or "unknown"
         hook_point = f"blocks.{block}.mlp.hook_in" if is_mlp else None
     layer = layer_of(hook_point) if hook_point else None
     values |= place_and_text(given, run.get("model"), hook_point, layer, run.get("dataset"))
@@ -118,11 +120,11 @@ def places(folder: Path, cfg: dict[str, Any], given: Given) -> dict[str, Any]:
     return values
 
 
-def hook_of(name: str) -> str | None:
+def hook_of(name: str, model_name: str | None = None) -> str | None:
     """The TransformerLens name of a folder's place, or None if the name is that of no place."""
     if old := re.fullmatch(r"layer_(\d+)", name):
         return f"blocks.{old[1]}.hook_resid_pre"
-    hook_point = transformer_lens_name(name)
+    hook_point = transformer_lens_name(name, model_name)
     return hook_point if hook_point != name or layer_of(name) is not None else None
 
 

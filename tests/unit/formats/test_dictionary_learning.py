@@ -97,3 +97,26 @@ def test_all_trainers_of_a_sweep_are_found(tmp_path: Path) -> None:
     many = SparseAutoencoder.load_many(tmp_path)
     assert list(many) == ["resid_post_layer_3/trainer_1", "resid_post_layer_3/trainer_12"]
     assert many["resid_post_layer_3/trainer_12"].architecture == "gated"
+
+
+@pytest.mark.parametrize(
+    ("submodule", "hook_point"), [("mlp_layer_3", "blocks.3.mlp.hook_out"), ("attn_3", "blocks.3.attn.hook_out")]
+)
+def test_the_output_of_a_module_of_gemma_2_is_that_before_its_norm(
+    submodule: str, hook_point: str, tmp_path: Path
+) -> None:
+    folder = copy_of("autoencoder", tmp_path, {"io": "out"}, submodule_name=submodule, lm_name="google/gemma-2-2b")
+    assert load(folder).cfg.hook_point == hook_point
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "backup-jumprelu"])
+def test_a_compiled_dictionary_is_the_same(name: str, tmp_path: Path) -> None:
+    source = reference.ROOT / f"dictionary_learning-{name}"
+    path = source / reference.facts_of(source)["path"]
+    file = path / "ae.pt" if path.is_dir() else path
+    content = torch.load(file, weights_only=True)
+    is_backup = "ae" in content
+    compiled = {f"_orig_mod.{key}": tensor for key, tensor in (content["ae"] if is_backup else content).items()}
+    torch.save(content | {"ae": compiled} if is_backup else compiled, tmp_path / "ae.pt")
+    loaded, plain = load(tmp_path / "ae.pt"), load(file)
+    assert torch.equal(loaded.W_enc, plain.W_enc) and torch.equal(loaded.b_enc, plain.b_enc)

@@ -103,3 +103,22 @@ def test_a_link_names_the_place_or_what_it_points_to_does(tmp_path: Path) -> Non
         (tmp_path / "links" / name).symlink_to(folder)
         cfg = SparseAutoencoder.load_from_pretrained(tmp_path / "links" / name).cfg
         assert (cfg.hook_point, cfg.model_name) == (hook_point, "HuggingFaceTB/SmolLM2-135M")
+
+
+@pytest.mark.parametrize(
+    ("model", "place", "hook_point"),
+    [
+        ("google/gemma-2-2b", "layers.3.mlp", "blocks.3.mlp.hook_out"),
+        ("google/gemma-3-1b-pt", "layers.3.self_attn", "blocks.3.attn.hook_out"),
+        ("google/gemma-3-1b-pt", "layers.3", "blocks.3.hook_resid_post"),
+        ("google/gemma-2b", "layers.3.mlp", "blocks.3.hook_mlp_out"),  # the first Gemma has no norm after it
+    ],
+)
+def test_the_output_of_a_module_with_a_norm_after_it_is_that_before_the_norm(
+    model: str, place: str, hook_point: str, tmp_path: Path
+) -> None:
+    folder = copy_of("topk", place, tmp_path)
+    assert SparseAutoencoder.load_from_pretrained(folder, model_name=model).cfg.hook_point == hook_point
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model": model}))
+    assert SparseAutoencoder.load_from_pretrained(folder).cfg.hook_point == hook_point
