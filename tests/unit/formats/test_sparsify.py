@@ -122,3 +122,15 @@ def test_the_output_of_a_module_with_a_norm_after_it_is_that_before_the_norm(
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model": model}))
     assert SparseAutoencoder.load_from_pretrained(folder).cfg.hook_point == hook_point
+
+
+@pytest.mark.parametrize("text", ['{"a": NaN}', "[1]", "{"])
+def test_an_unreadable_config_above_is_left_out_with_a_warning(text: str, tmp_path: Path) -> None:
+    folder = copy_of("topk", "run/layers.3", tmp_path)
+    (folder.parent / "config.json").write_text(text)
+    with pytest.warns(UserWarning, match="a file above is left out"):
+        cfg = SparseAutoencoder.load_from_pretrained(folder).cfg
+    assert (cfg.hook_point, cfg.model_name) == ("blocks.3.hook_resid_post", "HuggingFaceTB/SmolLM2-135M")
+    (folder.parent / "config.json").write_text('{"model": ["a"], "dataset": 3}')
+    cfg = SparseAutoencoder.load_from_pretrained(folder).cfg
+    assert (cfg.model_name, cfg.dataset_path) == ("unknown", "unknown")
