@@ -2,12 +2,15 @@
 
 Nothing is subtracted from the input. W_enc and W_dec are both (d_sae, d_in): a latent is a row. In files of June 2025
 W_dec is (d_in, d_sae); the length of b_enc tells them apart, unless the two sizes are equal.
+
+Activations are x * (x > threshold). Above a threshold below 0 they may be negative, which no jumprelu here is.
 """
 
 from __future__ import annotations
 
 import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -89,7 +92,19 @@ def weights(found: Found, file: str, is_old: bool) -> dict[str, Tensor]:
     if is_old:
         made["W_dec"] = made["W_dec"].T.contiguous()
     if THRESHOLD in made:
+        check_thresholds(made[THRESHOLD], found.folder / file)
         made["log_threshold"] = folding.log_thresholds(made.pop(THRESHOLD))
     if SKIP in made:
         made[SKIP] = made[SKIP].T.contiguous()
     return made
+
+
+def check_thresholds(threshold: Tensor, path: Path) -> None:
+    """ValueError for thresholds below 0, above which that program has activations below 0."""
+    n_below = int((threshold < 0).sum())
+    if n_below:
+        raise ValueError(
+            f"{path}: {THRESHOLD}: found {n_below} of {len(threshold)} below 0 (the least is {float(threshold.min()):g}"
+            "), expected 0 or more: circuit-tracer keeps pre-activations between such a threshold and 0 as negative "
+            "activations, which a jumprelu here never has; load the file with circuit-tracer."
+        )

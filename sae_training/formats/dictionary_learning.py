@@ -27,11 +27,13 @@ from torch import Tensor
 
 from sae_training.formats import folding
 from sae_training.formats.found import Found
-from sae_training.formats.json_files import read_object
+from sae_training.formats.hook_names import output_of_module
+from sae_training.formats.json_files import read_above, read_object
 from sae_training.formats.loaded import Given, Loaded, fitting_batch, needed, place_and_text, precisions, sizes
 from sae_training.formats.pickles import copied
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
+COMPILED = "_orig_mod."  # torch.compile puts it before the names of tensors
 
 LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
 MATRICES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -76,7 +78,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     file = found.folder / WEIGHTS if found.is_folder else found.path
     content = found.pickle(file.name)
     state = state_of(content)
-    config, trainer = config_of(file, content)
+    config, trainer, unreadable = config_of(file, content)
     name = class_of(state, trainer, file)
     architecture, names = CLASSES[name]
     W_enc = state["W_enc"].T if "W_enc" in state else state["encoder.weight"]
@@ -100,18 +102,23 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         values["matryoshka_widths"] = tuple(accumulate(state["group_sizes"].tolist()))
     if "inference_threshold" in names.values() and "threshold" not in state:
         raise ValueError(f"{file}: threshold is missing, without which {name} is no function of single rows.")
-    factor = content.get("norm_factor") if state is not content else None
-    loaded = Loaded(values, partial(weights, state, names, factor), remarks(name, state), convention(name))
+    factor = content.get("norm_factor") if is_backup(content) else None
+    told = remarks(name, state) + unreadable
+    loaded = Loaded(values, partial(weights, state, names, factor), told, convention(name))
     return {file.parent.name if found.is_folder else file.stem: loaded}
 
 
 def state_of(content: Any) -> dict[str, Tensor]:
-    """The tensors by name of a file, or of the dictionary in a backup; {} of anything else."""
+    """The tensors by name of a file, or of the dictionary in a backup, also of a compiled one; {} of anything else."""
     if not isinstance(content, dict):
         return {}
-    state = content["ae"] if {"ae", "optimizer"} <= content.keys() else content
+    state = content["ae"] if is_backup(content) else content
     is_state = isinstance(state, dict) and all(isinstance(part, Tensor) for part in state.values())
-    return state if is_state else {}
+    return {str(name).removeprefix(COMPILED): part for name, part in state.items()} if is_state else {}
+
+
+def is_backup(content: dict[str, Any]) -> bool:
+    return {"ae", "optimizer"} <= content.keys()
 
 
 def class_by_tensors(state: dict[str, Tensor]) -> str | None:
@@ -133,8 +140,9 @@ def class_of(state: dict[str, Tensor], trainer: dict[str, Any], file: Path) -> s
     stated = trainer.get("dict_class")
     if stated not in ("AutoEncoderTopK", "BatchTopKSAE"):
         raise ValueError(
-            f"{file}: dict_class is {stated or 'missing'} in {CONFIG}, and the tensors may be those of AutoEncoderTopK "
-            f"or of BatchTopKSAE; put the {CONFIG} of its training beside it."
+            f"{file}: dict_class: found {stated or 'none at all'}, expected AutoEncoderTopK or BatchTopKSAE, "
+            f"whose tensors are the same; put the {CONFIG} of its training beside the file, or one with "
+            f'{{"trainer": {{"dict_class": "BatchTopKSAE"}}}} or {{"trainer": {{"dict_class": "AutoEncoderTopK"}}}}.'
         )
     return stated
 
@@ -168,15 +176,17 @@ def convention(name: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- place
 
 
-def config_of(file: Path, content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config of the training, and its part on the trainer: beside the file, one folder up, or in a backup."""
+def config_of(file: Path, content: Any) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
+    """The config of the training, its part on the trainer, and remarks: beside the file, one folder up, in a backup."""
+    unreadable: tuple[str, ...] = ()
     for folder in (file.parent, file.parent.parent):
         if (folder / CONFIG).is_file():
-            config = read_object(folder / CONFIG)
+            is_beside = folder == file.parent
+            config, unreadable = (read_object(folder / CONFIG), ()) if is_beside else read_above(folder / CONFIG)
             if isinstance(config.get("trainer"), dict):
-                return config, config["trainer"]
+                return config, config["trainer"], ()
     in_backup = content.get("config") if isinstance(content, dict) else None
-    return {}, in_backup if isinstance(in_backup, dict) else {}
+    return {}, in_backup if isinstance(in_backup, dict) else {}, unreadable
 
 
 def place(file: Path, config: dict[str, Any], trainer: dict[str, Any], given: Given) -> dict[str, Any]:
@@ -187,6 +197,8 @@ def place(file: Path, config: dict[str, Any], trainer: dict[str, Any], given: Gi
     if not submodule:
         submodule = next((part for part in reversed(file.parts) if re.search(r"resid|mlp|att", part)), "")
     part = next((hook for word, hook in PLACES.items() if word in submodule), None)
+    model = given.model_name or (trainer["lm_name"] if isinstance(trainer.get("lm_name"), str) else None)
+    part = part and output_of_module(part, model)
     hook_point = f"blocks.{layer}.{part}" if layer is not None and part is not None else None
     if buffer and buffer.get("io", "out") != "out":
         is_input = buffer["io"] == "in" and part == "hook_resid_post"

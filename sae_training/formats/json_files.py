@@ -18,6 +18,14 @@ def read_object(path: Path) -> dict[str, Any]:
     return parse_object(path.read_bytes(), str(path))
 
 
+def read_above(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The object in a file of a folder above, which may be another program's: {} and a remark if it is unreadable."""
+    try:
+        return read_object(path), ()
+    except (ValueError, OSError) as error:
+        return {}, (f"a file above is left out, as if it were not there: {error}",)
+
+
 def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
     """The object that a text of JSON describes; `where` begins the message of the ValueError."""
     try:

@@ -161,7 +161,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         values["normalize_activations"] = "constant_norm_rescale"
     if plan.is_transcoder:
         values |= {"target_hook_point": transformer_lens_name(config["hook_point_out"]), "d_out": d_out}
-    name = where.parent.resolve().name
+    name = where.parent.absolute().name
     made = partial(weights, found, file, plan)
     return {name: Loaded(values, made, remarks(found, where, config, plan, given), convention(plan, values))}
 

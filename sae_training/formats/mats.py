@@ -12,11 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
+from sae_training.formats import folding
 from sae_training.formats.found import Found
 from sae_training.formats.loaded import Given, Loaded, sizes
 from sae_training.formats.pickles import StandIn, copied
 
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
+SCALING_FACTOR = "scaling_factor"
+"""(d_sae,), by which activations are multiplied where they are decoded; ones, unless it was trained."""
 
 
 def recognises(found: Found) -> bool:
@@ -62,6 +65,9 @@ def read_one(path: Path, content: Any) -> Loaded:
     missing = [name for name in PARAMETERS if name not in state]
     if missing:
         raise ValueError(f"{path}: the state_dict lacks {', '.join(missing)}; it holds {', '.join(state)}.")
+    unknown = [str(name) for name in state if state[name] is not None and name not in (*PARAMETERS, SCALING_FACTOR)]
+    if unknown:
+        raise ValueError(f"{path}: {', '.join(unknown)}: not a tensor of mats' that is read; use a copy without.")
     cfg = content["cfg"] if isinstance(content, dict) else vars(content)["cfg"]
     cfg = cfg if isinstance(cfg, dict) else vars(cfg)
     values = config_values(cfg, state)
@@ -77,6 +83,11 @@ def name_of(path: Path) -> str:
 def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ours = {name: copied(state[name], transposed=name == "W_enc") for name in PARAMETERS}
     ours["W_enc"] = ours["W_enc"].T  # latent by latent, as it is in our memory
+    if isinstance(state.get(SCALING_FACTOR), Tensor):
+        factors = state[SCALING_FACTOR]
+        if factors.shape != (len(ours["W_dec"]),):
+            raise ValueError(f"{SCALING_FACTOR}: found shape {tuple(factors.shape)}, expected ({len(ours['W_dec'])},).")
+        folding.scale_decoder(ours, factors)
     return ours
 
 

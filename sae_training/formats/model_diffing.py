@@ -170,6 +170,7 @@ def read_fork(found: Found, path: Path, shapes: dict[str, tuple[int, ...]], give
     kept = {name: shape for name, shape in shapes.items() if name not in BESIDE}
     expected = {"encoder.weight": (n_read, d, d_sae), "encoder.bias": (d_sae,)}
     check_shapes(path, kept, expected | {"decoder.weight": (n, d_sae, d), "decoder.bias": (n, d)})
+    check_normaliser(found, path, shapes)
     normalization = normalization_of(found, path, shapes, config)
     is_decoupled = normalization == "DECOUPLED" and "threshold" in shapes
     layers = next((config[key] for key in ("encoder_layers", "encoder_layers_indices") if config.get(key)), None)
@@ -204,8 +205,19 @@ def normalization_of(found: Found, path: Path, shapes: dict[str, tuple[int, ...]
     return stated
 
 
+def check_normaliser(found: Found, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """ValueError for a part of a normaliser, by which that program scales rows, without the rest of it."""
+    statistics = [name for name in NORMALISER[:2] if name in shapes]
+    missing = [name for name in NORMALISER[:3] if name not in shapes]
+    if statistics and missing and not any(small_tensor(found, path.name, n).isnan().any() for n in statistics):
+        raise ValueError(
+            f"{path}: {', '.join(statistics)} without {', '.join(missing)}, expected all of them, or none: activations "
+            "were normalised in training, and these files do not say how; use a complete copy."
+        )
+
+
 def small_tensor(found: Found, file: str, name: str) -> Tensor:
-    """A scalar of the file, without reading the others."""
+    """A scalar or a short tensor of the file, without reading the others."""
     if not file.endswith(".safetensors"):
         state = found.pickle(file)
         return state[name] if name in state else state[COMPILED + name]

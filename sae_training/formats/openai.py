@@ -23,6 +23,9 @@ TENSORS = ("pre_bias", "latent_bias", "encoder.weight")
 DECODERS = ("decoder.weight", "decoder.linear.weight")
 """(d_in, d_sae), and of tied weights the encoder's own, (d_sae, d_in)."""
 
+COUNTERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+"""Tensors of training that compute nothing."""
+
 PLACES = {
     "mlp_post_act": "mlp.hook_post",
     "resid_delta_attn": "hook_attn_out",
@@ -44,12 +47,21 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     decoder = next((name for name in DECODERS if name in content), None)
     if decoder is None:
         raise ValueError(f"{path}: decoder.weight is missing; use a complete copy.")
+    check_others(content, decoder, path)
     d_sae, d_in = content["encoder.weight"].shape
     values = sizes(d_in, d_sae) | place(path, given) | activation(content, path, given)
     dtype = str(content["encoder.weight"].dtype).removeprefix("torch.")
     values |= {"model_processing": "none", "file_format": "openai", **precisions(dtype)}
     about = "activations are in the units of normalised rows" if values["architecture"] == "topk" else Loaded.convention
     return {path.name.split(".")[0]: Loaded(values, partial(weights, content, decoder), convention=about)}
+
+
+def check_others(content: dict[str, Any], decoder: str, path: Path) -> None:
+    """ValueError for tensors beside those that are read, as they might change what the autoencoder computes."""
+    known = {*TENSORS, *COUNTERS, decoder}
+    unknown = [str(name) for name, value in content.items() if isinstance(value, Tensor) and name not in known]
+    if unknown:
+        raise ValueError(f"{path}: {', '.join(unknown)}: not a tensor of openai's that is read; use a copy without.")
 
 
 def activation(content: dict[str, Any], path: Path, given: Given) -> dict[str, Any]:
@@ -67,7 +79,7 @@ def activation(content: dict[str, Any], path: Path, given: Given) -> dict[str, A
 
 def place(path: Path, given: Given) -> dict[str, Any]:
     """From {location}_v5_32k/autoencoders/{layer}.pt."""
-    parts = path.resolve().parts
+    parts = path.absolute().parts
     location = next((re.sub(r"_v\d+(_\d+k)?$", "", part) for part in reversed(parts[:-1]) if known(part)), None)
     layer = int(path.stem) if location and path.stem.isdecimal() else None
     hook_point = f"blocks.{layer}.{PLACES[location]}" if location and layer is not None else None

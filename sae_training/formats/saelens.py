@@ -28,7 +28,6 @@ from sae_training.formats.saelens_config import (
     TRANSCODERS,
     config_values,
     in_one_vocabulary,
-    major_version,
     transformer_lens_name,
     version_of,
 )
@@ -67,16 +66,18 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     d_sae, d_out = header.shapes["W_dec"]
     d_in = header.shapes["W_enc"][0] if "W_enc" in header.shapes else d_out
     values = config_values(cfg, given) | sizes(d_in, d_sae)
-    values["file_format"] = f"saelens {version_of(cfg) or major_version(cfg)}"
+    values["file_format"] = f"saelens {version_of(cfg) or cfg['metadata']['major_version']}"
     values |= precisions(header.dtypes["W_dec"])
     if cfg["architecture"] in WITH_NORMS:
         values["k"] = max(1, round(needed(given.k, cfg.get("k"), "k", "k", where)))
     if cfg["architecture"] in TRANSCODERS:
-        target = transformer_lens_name(cfg["metadata"].get("hook_name_out") or "") or "unknown"
+        about = cfg["metadata"]
+        model_name = given.model_name or about.get("model_name")
+        target = transformer_lens_name(about.get("hook_name_out") or "", model_name) or "unknown"
         values |= {"target_hook_point": target, "d_out": d_out, "skip_connection": "W_skip" in header.shapes}
         values["apply_b_dec_to_input"] = True  # of autoencoders only: nothing is subtracted here
     factor = norm_factor(found, cfg, given)
-    name = found.folder.resolve().name
+    name = found.folder.absolute().name
     return {name: Loaded(values, partial(weights, found, cfg, factor), remarks(cfg, factor), convention(cfg))}
 
 

@@ -27,6 +27,9 @@ OLD_DEFAULTS: dict[str, Any] = {
     "prepend_bos": True,
 }
 
+CAME_WITH_4 = ("architecture", "model_from_pretrained_kwargs", "dataset_trust_remote_code", "seqpos_slice")
+"""Fields of a config that version 3 did not write. It had normalize_activations as True or False, 4 has a name."""
+
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 
 ARCHITECTURES = {
@@ -56,7 +59,7 @@ NORMALIZATIONS = {
 
 def in_one_vocabulary(cfg: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The config of any version with the names and defaults of 6. ValueError for an architecture that is not read."""
-    new = dict(cfg)
+    new, version = dict(cfg), major_version(cfg)
     if not isinstance(new.get("metadata"), dict):
         new = OLD_DEFAULTS | {OLD_NAMES.get(name, name): value for name, value in new.items() if value is not None}
         new["metadata"] = dict(new)
@@ -65,9 +68,9 @@ def in_one_vocabulary(cfg: Mapping[str, Any], where: str) -> dict[str, Any]:
             new["architecture"], new["activation_fn"] = "topk", "relu"
         if "k" in kwargs:
             new["k"] = kwargs["k"]
-        new["metadata"]["is_old"] = major_version(new) < 4
     elif "architecture" not in new:
         raise ValueError(f"{where}: architecture is missing, expected one of {', '.join(ARCHITECTURES)}.")
+    new["metadata"] = {**new["metadata"], "major_version": version}
     normalization = new.get("normalize_activations") or "none"
     new["normalize_activations"] = "expected_average_only_in" if normalization is True else normalization
     check_known(new, where)
@@ -108,20 +111,24 @@ def version_of(cfg: Mapping[str, Any]) -> str | None:
 
 
 def major_version(cfg: Mapping[str, Any]) -> int:
-    """The first number of the version; without one, 4 for configs with a field that came with 4, else 3."""
+    """The first number of the version; without one, 4 for configs with a field that came with 4, else 3.
+
+    `cfg` as the file has it: with defaults filled in, every config has the fields of 4.
+    """
     digits = re.match(r"\d+", version_of(cfg) or "")
     if digits:
         return int(digits[0])
-    if isinstance(cfg.get("metadata"), dict) and "hook_name" not in cfg:
+    if isinstance(cfg.get("metadata"), dict):
         return 6
-    return 4 if "model_from_pretrained_kwargs" in cfg or isinstance(cfg.get("normalize_activations"), str) else 3
+    normalization = cfg.get("normalize_activations")
+    is_new = isinstance(normalization, str) or any(cfg.get(name) is not None for name in CAME_WITH_4)
+    return 4 if is_new and not isinstance(normalization, bool) else 3
 
 
 def config_values(cfg: Mapping[str, Any], given: Given) -> dict[str, Any]:
     """The fields of our config that do not depend on sizes; `cfg` as `in_one_vocabulary` gives it."""
     about = cfg["metadata"]
-    hook_point = transformer_lens_name(about.get("hook_name") or "") or None
-    layer = layer_of(hook_point) if hook_point else about.get("hook_layer")
+    hook_point, layer = place_in(about, given.model_name or about.get("model_name"))
     values = place_and_text(given, about.get("model_name"), hook_point, layer, about.get("dataset_path"))
     values |= {
         "architecture": ARCHITECTURES[cfg["architecture"]],
@@ -147,10 +154,21 @@ def config_values(cfg: Mapping[str, Any], given: Given) -> dict[str, Any]:
     return values
 
 
+def place_in(about: Mapping[str, Any], model_name: str | None) -> tuple[str | None, int | None]:
+    """The hook and its layer: that of the name, else the one of its own field, which also fills {layer}."""
+    name, layer = about.get("hook_name"), about.get("hook_layer")
+    if not isinstance(name, str) or not name:
+        return None, layer
+    filled = name.replace("{layer}", str(layer)) if layer is not None else name
+    hook_point = transformer_lens_name(filled, model_name)
+    in_name = layer_of(hook_point)
+    return hook_point, layer if in_name is None else in_name
+
+
 def is_processed(about: Mapping[str, Any]) -> bool:
     """Whether the model's weights were folded and centred: by default before version 4, then if the config says so."""
     kwargs = about.get("model_from_pretrained_kwargs") or {}
-    return bool(kwargs.get("center_writing_weights", about.get("is_old", False)))
+    return bool(kwargs.get("center_writing_weights", about["major_version"] < 4))
 
 
 def positions(seqpos_slice: Any) -> tuple[int | None, ...]:

@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from sae_training.formats.found import Found
-from sae_training.formats.loaded import Given, Loaded, needed, place_and_text, precisions, sizes
+from sae_training.formats.hook_names import layer_of
+from sae_training.formats.loaded import Given, Loaded, fitting_batch, needed, place_and_text, precisions, sizes
 from sae_training.formats.pickles import copied
 from sae_training.formats.releases import facts_of
 
@@ -69,7 +70,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     values = sizes(d_in, d_sae) | {
         "architecture": "topk" if kind == "qwen_scope" else "standard",
         "apply_b_dec_to_input": not is_linear,
-        "model_processing": "none",
+        "model_processing": "none" if is_linear else "default",  # HookedTransformer.from_pretrained(model_name)
         "file_format": kind,
         **precisions(dtype),
     }
@@ -93,10 +94,13 @@ def place_of_qwen(path: Path, given: Given) -> dict[str, Any]:
 
 
 def place_of_attention(found: Found, given: Given) -> dict[str, Any]:
-    """The hook that the config beside the file names, which has all heads side by side."""
-    hook_point = found.json(sidecar(found)).get("act_name")
-    layer = re.search(r"blocks\.(\d+)\.", str(hook_point))
-    return place_and_text(given, None, hook_point, int(layer[1]) if layer else None)
+    """What the config beside the file says: the hook, which has all heads side by side, the model, the contexts."""
+    config = found.json(sidecar(found))
+    hook_point, model, length = (config.get(key) for key in ("act_name", "model_name", "seq_len"))
+    hook_point = hook_point if isinstance(hook_point, str) else None
+    layer = layer_of(hook_point) if hook_point else None
+    values = place_and_text(given, model if isinstance(model, str) else None, hook_point, layer)
+    return values | (fitting_batch(length) if isinstance(length, int) and length >= 2 else {})
 
 
 def weights(state: dict[str, Tensor], names: dict[str, str], is_linear: bool) -> dict[str, Tensor]:

@@ -64,3 +64,15 @@ def test_other_tensors_are_named_and_refused(tmp_path: Path) -> None:
     save_file(state | {"log_thresholds": torch.zeros(4)}, tmp_path / "layer_0.safetensors")
     with pytest.raises(ValueError, match="log_thresholds: not a tensor"):
         SparseAutoencoder.load_from_pretrained(tmp_path)
+
+
+def test_thresholds_below_0_are_refused(tmp_path: Path) -> None:
+    state = load_file(SOURCE / "layer_3.safetensors")
+    name = "activation_function.threshold"
+    state[name][0] = -0.5
+    save_file(state, tmp_path / "layer_0.safetensors")
+    with pytest.raises(ValueError, match=rf"{name}: found 1 of \d+ below 0 \(the least is -0\.5\), expected 0 or more"):
+        SparseAutoencoder.load_from_pretrained(tmp_path)
+    state[name][0] = 0
+    save_file(state, tmp_path / "layer_0.safetensors")
+    assert SparseAutoencoder.load_from_pretrained(tmp_path).architecture == "jumprelu"

@@ -92,7 +92,7 @@ def test_the_crosscoders_below_a_folder_are_loaded_by_name(tmp_path: Path) -> No
     many = Crosscoder.load_many(tmp_path)
     assert list(many) == ["clt/width_9", "clt/width_10"]
     assert many["clt/width_10"].cfg.architecture == "cross_layer_transcoder"
-    with pytest.raises(FileNotFoundError, match="holds no weights"):
+    with pytest.raises(FileNotFoundError, match="is no autoencoder itself"):
         load(tmp_path)
 
 
@@ -233,6 +233,21 @@ def test_a_decoupled_crosscoder_with_a_normaliser_is_refused(tmp_path: Path) -> 
     save_file(state | {"activation_mean": zeros, "activation_std": zeros.clone()}, path / "model.safetensors")
     with pytest.raises(ValueError, match="normalises its input twice"):
         load(path)
+
+
+@pytest.mark.parametrize("missing", ["activation_global_scale", "activation_std", "activation_mean"])
+def test_a_part_of_a_normaliser_is_refused(missing: str, tmp_path: Path) -> None:
+    path = copy_of("dictionary_learning_fork-normalised", tmp_path) / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != missing}, path)
+    with pytest.raises(ValueError, match=rf"activation_\w+.* without {missing}, expected all of them, or none"):
+        load(path.parent)
+
+
+def test_a_normaliser_of_nan_is_none_even_without_its_scale(tmp_path: Path) -> None:
+    path = copy_of("dictionary_learning_fork-crosscoder", tmp_path) / "model.safetensors"
+    before = load(path.parent).b_enc
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != "activation_global_scale"}, path)
+    assert torch.equal(load(path.parent).b_enc, before)
 
 
 def test_an_encoder_may_read_some_places_only(tmp_path: Path) -> None:

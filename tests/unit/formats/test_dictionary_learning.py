@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def test_the_place_is_that_of_the_submodule(submodule: str, io: str, hook_point:
 def test_topk_and_batchtopk_are_told_apart_by_the_config_alone(tmp_path: Path) -> None:
     folder = copy_of("topk", tmp_path)
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="dict_class is missing"):
+    with pytest.raises(ValueError, match="dict_class: found none.*expected AutoEncoderTopK or BatchTopKSAE"):
         load(folder)
 
 
@@ -97,3 +98,49 @@ def test_all_trainers_of_a_sweep_are_found(tmp_path: Path) -> None:
     many = SparseAutoencoder.load_many(tmp_path)
     assert list(many) == ["resid_post_layer_3/trainer_1", "resid_post_layer_3/trainer_12"]
     assert many["resid_post_layer_3/trainer_12"].architecture == "gated"
+
+
+@pytest.mark.parametrize(
+    ("submodule", "hook_point"), [("mlp_layer_3", "blocks.3.mlp.hook_out"), ("attn_3", "blocks.3.attn.hook_out")]
+)
+def test_the_output_of_a_module_of_gemma_2_is_that_before_its_norm(
+    submodule: str, hook_point: str, tmp_path: Path
+) -> None:
+    folder = copy_of("autoencoder", tmp_path, {"io": "out"}, submodule_name=submodule, lm_name="google/gemma-2-2b")
+    assert load(folder).cfg.hook_point == hook_point
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "backup-jumprelu"])
+def test_a_compiled_dictionary_is_the_same(name: str, tmp_path: Path) -> None:
+    source = reference.ROOT / f"dictionary_learning-{name}"
+    path = source / reference.facts_of(source)["path"]
+    file = path / "ae.pt" if path.is_dir() else path
+    content = torch.load(file, weights_only=True)
+    is_backup = "ae" in content
+    compiled = {f"_orig_mod.{key}": tensor for key, tensor in (content["ae"] if is_backup else content).items()}
+    torch.save(content | {"ae": compiled} if is_backup else compiled, tmp_path / "ae.pt")
+    loaded, plain = load(tmp_path / "ae.pt"), load(file)
+    assert torch.equal(loaded.W_enc, plain.W_enc) and torch.equal(loaded.b_enc, plain.b_enc)
+
+
+@pytest.mark.parametrize(("stated", "architecture"), [("BatchTopKSAE", "batchtopk"), ("AutoEncoderTopK", "topk")])
+def test_the_config_that_the_error_shows_is_enough(stated: str, architecture: str, tmp_path: Path) -> None:
+    folder = copy_of("batchtopk", tmp_path)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="dict_class: found none") as raised:
+        load(folder)
+    shown = re.findall(r"\{\"trainer\": .*?\}\}", str(raised.value))
+    (folder / "config.json").write_text(next(text for text in shown if stated in text))
+    assert load(folder).architecture == architecture
+
+
+@pytest.mark.parametrize("text", ['{"a": NaN}', "[1]", "{"])
+def test_an_unreadable_config_above_is_left_out_with_a_warning_and_one_beside_is_not(text: str, tmp_path: Path) -> None:
+    folder = copy_of("autoencoder", tmp_path)
+    (folder / "config.json").unlink()
+    (folder.parent / "config.json").write_text(text)
+    with pytest.warns(UserWarning, match="a file above is left out"):
+        assert load(folder).cfg.model_name == "unknown"
+    (folder.parent / "config.json").rename(folder / "config.json")
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        load(folder)

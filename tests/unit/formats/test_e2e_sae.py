@@ -43,3 +43,39 @@ def test_codebooks_and_parts_are_named_and_refused(name: str, message: str, tmp_
     torch.save({name: torch.zeros(2, 2)}, tmp_path / "samples_1.pt")
     with pytest.raises(ValueError, match=message):
         SparseAutoencoder.load_from_pretrained(tmp_path)
+
+
+TEXT = """
+train_data:
+  dataset_name: apollo-research/Skylion007-openwebtext-tokenizer-gpt2
+  is_tokenized: true
+  tokenizer_name: gpt2
+  n_ctx: 512
+  split: train[:50%]
+"""
+
+
+def test_the_model_is_processed_and_the_text_is_that_of_its_training(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "final_config.yaml"
+    config.write_text(config.read_text() + TEXT)
+    cfg = SparseAutoencoder.load_from_pretrained(tmp_path, layer=2).cfg
+    assert (cfg.model_name, cfg.model_processing) == ("gpt2-small", "default")
+    assert cfg.dataset_path == "apollo-research/Skylion007-openwebtext-tokenizer-gpt2"
+    assert (cfg.context_size, cfg.dataset_text_column, cfg.dataset_split) == (512, "input_ids", "train[:50%]")
+    assert cfg.is_dataset_tokenized
+    other = SparseAutoencoder.load_from_pretrained(tmp_path, layer=2, dataset_path="mine", context_size=64).cfg
+    assert (other.dataset_path, other.context_size, other.is_dataset_tokenized) == ("mine", 64, None)
+
+
+def test_a_model_from_a_file_is_as_it_stands(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "final_config.yaml").write_text("tlens_model_name: null\ntlens_model_path: model.pt\n")
+    cfg = SparseAutoencoder.load_from_pretrained(tmp_path, layer=2).cfg
+    assert (cfg.model_name, cfg.model_processing) == ("unknown", "none")
+
+
+def test_a_file_without_its_config_is_warned_of(tmp_path: Path) -> None:
+    shutil.copy(FOLDER / "samples_400000.pt", tmp_path)
+    with pytest.warns(UserWarning, match="model_processing is taken to be default"):
+        assert SparseAutoencoder.load_from_pretrained(tmp_path, layer=2).cfg.model_processing == "default"

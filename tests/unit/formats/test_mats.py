@@ -188,3 +188,22 @@ def test_one_file_that_lacks_its_k_does_not_keep_the_others_from_loading(tmp_pat
     with pytest.raises(ValueError, match="give k="):
         many["layer3.sae"]
     assert SparseAutoencoder.load_many(tmp_path, k=2)["layer3.sae"].k == 2
+
+
+def test_a_factor_of_activations_is_folded_into_the_decoder_and_other_tensors_are_refused(tmp_path: Path) -> None:
+    cfg = {"model_name": "gpt2-small", "hook_point": "blocks.8.hook_resid_pre", "hook_point_layer": 8}
+    content, sae = mats_content(cfg), small()
+    factors = torch.arange(1.0, sae.d_sae + 1)
+    for scaling_factor in (torch.ones(sae.d_sae), factors):
+        content["state_dict"]["scaling_factor"] = scaling_factor
+        save_pt(content, tmp_path / "old.pt")
+        loaded = SparseAutoencoder.load_from_pretrained(tmp_path / "old.pt")
+        torch.testing.assert_close(loaded.W_dec, sae.W_dec * scaling_factor.unsqueeze(1))
+    content["state_dict"] |= {"scaling_factor": factors[1:]}
+    save_pt(content, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match="scaling_factor: found shape"):
+        SparseAutoencoder.load_from_pretrained(tmp_path / "old.pt")
+    content["state_dict"] |= {"scaling_factor": factors, "threshold": factors}
+    save_pt(content, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match="threshold: not a tensor of mats' that is read"):
+        SparseAutoencoder.load_from_pretrained(tmp_path / "old.pt")

@@ -62,3 +62,23 @@ def test_a_folder_of_layers_is_read_file_by_file(tmp_path: Path) -> None:
     many = SparseAutoencoder.load_many(tmp_path)
     assert list(many) == [f"resid_post_mlp_v5_32k/autoencoders/{layer}" for layer in (2, 11)]
     assert SparseAutoencoder.load_from_pretrained(tmp_path, layer=11).cfg.hook_point == "blocks.11.hook_resid_post"
+
+
+def test_other_tensors_are_named_and_refused(tmp_path: Path) -> None:
+    folder = reference.ROOT / "openai-v1-relu"
+    content = torch.load(folder / reference.facts_of(folder)["path"], weights_only=True)
+    torch.save(content | {"scale": torch.ones(16)}, tmp_path / "8.pt")
+    with pytest.raises(ValueError, match="scale: not a tensor of openai's that is read"):
+        SparseAutoencoder.load_from_pretrained(tmp_path / "8.pt")
+
+
+def test_the_place_is_that_of_a_link_in_the_hub_s_cache(tmp_path: Path) -> None:
+    folder = reference.ROOT / "openai-v5-topk"
+    blob = tmp_path / "blobs" / "0a1b2c"
+    blob.parent.mkdir()
+    shutil.copy(folder / reference.facts_of(folder)["path"], blob)
+    link = tmp_path / "snapshots" / "1" / "resid_post_mlp_v5_32k" / "autoencoders" / "8.pt"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(blob)
+    cfg = SparseAutoencoder.load_from_pretrained(link).cfg
+    assert (cfg.hook_point, cfg.hook_point_layer, cfg.model_name) == ("blocks.8.hook_resid_post", 8, "gpt2-small")

@@ -53,6 +53,43 @@ def test_a_model_with_centred_weights_is_the_processed_one(tmp_path: Path) -> No
     assert load(folder).cfg.model_processing == "default"
 
 
+@pytest.mark.parametrize(
+    ("changes", "file_format", "processing"),
+    [
+        ({}, "saelens 4", "none"),
+        ({"normalize_activations": ...}, "saelens 4", "none"),  # architecture came with 4
+        ({"architecture": ..., "normalize_activations": ...}, "saelens 3", "default"),
+        ({"architecture": ..., "normalize_activations": False}, "saelens 3", "default"),
+        ({"architecture": None, "normalize_activations": None}, "saelens 3", "default"),
+    ],
+)
+def test_without_a_version_the_fields_tell_it_once_for_format_and_processing(
+    changes: dict[str, Any], file_format: str, processing: str, tmp_path: Path
+) -> None:
+    left_out = (
+        "model_from_pretrained_kwargs",
+        "dataset_trust_remote_code",
+        "seqpos_slice",
+        "sae_lens_training_version",
+    )
+    cfg = load(folder_of("v4", tmp_path, **dict.fromkeys(left_out, ...), **changes)).cfg
+    assert (cfg.file_format, cfg.model_processing) == (file_format, processing)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "hook_point"),
+    [
+        ("blocks.{layer}.hook_resid_pre", 5, "blocks.5.hook_resid_pre"),
+        ("blocks.7.hook_resid_pre", 5, "blocks.7.hook_resid_pre"),
+        ("my.own", 5, "my.own"),
+    ],
+)
+def test_a_hook_without_a_layer_has_that_of_its_field(name: str, layer: int, hook_point: str, tmp_path: Path) -> None:
+    changes = {"hook_name": ..., "hook_layer": ..., "hook_point": name, "hook_point_layer": layer}
+    cfg = load(folder_of("v3", tmp_path, **changes)).cfg
+    assert (cfg.hook_point, cfg.hook_point_layer) == (hook_point, 7 if ".7." in name else layer)
+
+
 def test_a_transcoder_names_both_places() -> None:
     cfg = load(reference.ROOT / "saelens-skip-transcoder").cfg
     assert (cfg.hook_point, cfg.target_hook_point) == ("blocks.3.ln2.hook_normalized", "blocks.3.hook_mlp_out")

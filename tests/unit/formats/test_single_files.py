@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -40,3 +41,14 @@ def test_an_attention_sae_needs_its_config_to_be_known(tmp_path: Path) -> None:
     shutil.copy(reference.ROOT / "attention_saes-hook-z" / "gpt2-small_L5_Hcat_z.pt", tmp_path)
     with pytest.raises(ValueError, match="found a dict with 'W_enc'.*which no format that is read has"):
         SparseAutoencoder.load_from_pretrained(tmp_path / "gpt2-small_L5_Hcat_z.pt")
+
+
+def test_an_attention_sae_by_another_name_is_known_by_its_config(tmp_path: Path) -> None:
+    folder = reference.ROOT / "attention_saes-hook-z"
+    shutil.copy(folder / "gpt2-small_L5_Hcat_z.pt", tmp_path / "mine.pt")
+    config = {"act_name": "blocks.5.attn.hook_z", "model_name": "gelu-2l", "seq_len": 64}
+    (tmp_path / "mine_cfg.json").write_text(json.dumps(config))
+    for path in (tmp_path / "mine.pt", folder / "gpt2-small_L5_Hcat_z.pt"):
+        assert SparseAutoencoder.load_from_pretrained(path).cfg.model_processing == "default"
+    cfg = SparseAutoencoder.load_from_pretrained(tmp_path / "mine.pt").cfg
+    assert (cfg.model_name, cfg.context_size, cfg.hook_point_layer) == ("gelu-2l", 64, 5)

@@ -86,3 +86,51 @@ def test_an_encoder_without_its_decoder_is_refused(tmp_path: Path) -> None:
 def test_groups_of_unequal_size_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="k: found 5 with 16 latents, expected a divisor"):
         SparseAutoencoder.load_from_pretrained(copy_of("groupmax", "layers.1", tmp_path, k=5))
+
+
+def test_other_tensors_are_named_and_refused(tmp_path: Path) -> None:
+    folder = copy_of("topk", "layers.3", tmp_path)
+    path = folder / "sae.safetensors"
+    save_file(load_file(path) | {"scaling_factor": torch.ones(4)}, path)
+    with pytest.raises(ValueError, match="scaling_factor: not a tensor of sparsify's that is read"):
+        SparseAutoencoder.load_from_pretrained(folder)
+
+
+def test_a_link_names_the_place_or_what_it_points_to_does(tmp_path: Path) -> None:
+    folder = copy_of("topk", "layers.3", tmp_path)
+    for name, hook_point in (("layers.9", "blocks.9.hook_resid_post"), ("mine", "blocks.3.hook_resid_post")):
+        (tmp_path / "links").mkdir(exist_ok=True)
+        (tmp_path / "links" / name).symlink_to(folder)
+        cfg = SparseAutoencoder.load_from_pretrained(tmp_path / "links" / name).cfg
+        assert (cfg.hook_point, cfg.model_name) == (hook_point, "HuggingFaceTB/SmolLM2-135M")
+
+
+@pytest.mark.parametrize(
+    ("model", "place", "hook_point"),
+    [
+        ("google/gemma-2-2b", "layers.3.mlp", "blocks.3.mlp.hook_out"),
+        ("google/gemma-3-1b-pt", "layers.3.self_attn", "blocks.3.attn.hook_out"),
+        ("google/gemma-3-1b-pt", "layers.3", "blocks.3.hook_resid_post"),
+        ("google/gemma-2b", "layers.3.mlp", "blocks.3.hook_mlp_out"),  # the first Gemma has no norm after it
+    ],
+)
+def test_the_output_of_a_module_with_a_norm_after_it_is_that_before_the_norm(
+    model: str, place: str, hook_point: str, tmp_path: Path
+) -> None:
+    folder = copy_of("topk", place, tmp_path)
+    assert SparseAutoencoder.load_from_pretrained(folder, model_name=model).cfg.hook_point == hook_point
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model": model}))
+    assert SparseAutoencoder.load_from_pretrained(folder).cfg.hook_point == hook_point
+
+
+@pytest.mark.parametrize("text", ['{"a": NaN}', "[1]", "{"])
+def test_an_unreadable_config_above_is_left_out_with_a_warning(text: str, tmp_path: Path) -> None:
+    folder = copy_of("topk", "run/layers.3", tmp_path)
+    (folder.parent / "config.json").write_text(text)
+    with pytest.warns(UserWarning, match="a file above is left out"):
+        cfg = SparseAutoencoder.load_from_pretrained(folder).cfg
+    assert (cfg.hook_point, cfg.model_name) == ("blocks.3.hook_resid_post", "HuggingFaceTB/SmolLM2-135M")
+    (folder.parent / "config.json").write_text('{"model": ["a"], "dataset": 3}')
+    cfg = SparseAutoencoder.load_from_pretrained(folder).cfg
+    assert (cfg.model_name, cfg.dataset_path) == ("unknown", "unknown")
