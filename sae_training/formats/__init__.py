@@ -11,14 +11,15 @@ import contextlib
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_from_dict
+from sae_training.config.types import UNKNOWN
 from sae_training.formats import (
     circuit_tracer,
     circuit_tracer_clt,
@@ -75,7 +76,11 @@ DEEPEST = 6
 
 
 def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008 - it is frozen
-    """All autoencoders of a file or folder, by name. Raise ValueError or OSError if no family can read it."""
+    """All autoencoders of a file or folder, by name, at the places that the files name.
+
+    Where the caller names a place, a folder of several is all that lie below it. Raise ValueError or OSError if no
+    family can read it.
+    """
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file or folder; expected a run folder, a checkpoint folder, or a .safetensors, .npz, "
@@ -90,10 +95,25 @@ def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008
     with blamed_on(path), others_named(path):
         for family in FAMILIES:
             if family.recognises(found):
-                return {name: completed(one, given, path) for name, one in family.read(found, given).items()}
+                plain = without_place(given)
+                ones = {name: completed(one, plain, path) for name, one in family.read(found, plain).items()}
+                return {
+                    name: dataclasses.replace(one, at=partial(read_again, family.read, found, name))
+                    for name, one in ones.items()
+                }
     if found.is_pickle:
         raise ValueError(f"{path}: found {describe(found.pickle())}, which no format that is read has; check the file.")
     raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .npz, .pt, .pth, .pkl or .pkl.gz.")
+
+
+def without_place(given: Given) -> Given:
+    return dataclasses.replace(given, hook_point=None, layer=None)
+
+
+def read_again(read_family: Callable[..., dict[str, Loaded]], found: Found, name: str, given: Given) -> Loaded:
+    """The autoencoder of this name, at the place that the caller names if the files name none."""
+    with blamed_on(found.path):
+        return completed(read_family(found, given)[name], given, found.path)
 
 
 @contextlib.contextmanager
@@ -138,7 +158,7 @@ def read_many(path: Path, given: Given) -> dict[str, Loaded]:
         for place, one in ones:
             name = place.as_posix()
             try:
-                below = read(one, given)
+                below = read(one, without_place(given))
             except (ValueError, OSError) as error:
                 problem = problem or error
                 below = {name: Loaded({}, dict, problem=str(error))}
@@ -259,11 +279,16 @@ def config_of(loaded: Loaded, path: Path, device: str | None = None) -> Language
 
 
 def the_one(found: Mapping[str, Loaded], path: Path, given: Given) -> Loaded:
-    """The only one that is at the place that `given` names, if it names one. ValueError that lists them otherwise."""
-    wanted = [loaded for loaded in found.values() if is_at(loaded.values, given)]
+    """The only one that is at the place that `given` names, if it names one. ValueError that lists them otherwise.
+
+    One whose files do not name its place is taken to be there if there is no other.
+    """
+    wanted = [loaded for loaded in found.values() if is_at(loaded, given)]
+    if not wanted and len(found) == 1:
+        wanted = [loaded for loaded in found.values() if is_at(loaded, given) is None]
     if len(wanted) == 1:
-        return wanted[0]
-    places = [f"{name} ({loaded.values.get('hook_point')})" for name, loaded in list(found.items())[:20]]
+        return placed(wanted[0], given)
+    places = [f"{name} ({place_in_words(loaded)})" for name, loaded in list(found.items())[:20]]
     shown = ", ".join([*places, "..."][: len(found)])
     raise ValueError(
         f"{path}: of the autoencoders there ({shown}) {len(wanted)} are at hook_point {given.hook_point}, layer "
@@ -271,14 +296,33 @@ def the_one(found: Mapping[str, Loaded], path: Path, given: Given) -> Loaded:
     )
 
 
-def is_at(values: Mapping[str, Any], given: Given) -> bool:
-    """Whether an autoencoder is at the place that `given` names; what is not named may be any."""
-    hook_point = str(values.get("hook_point", ""))
+def placed(loaded: Loaded, given: Given) -> Loaded:
+    """What was chosen, at the place that `given` names where its files leave the place out."""
+    is_asked = given.hook_point is not None or given.layer is not None
+    is_known = loaded.values.get("hook_point") != UNKNOWN and "hook_point_layer" in loaded.values
+    return loaded.at(given) if is_asked and not is_known and loaded.at is not None else loaded
+
+
+def place_in_words(loaded: Loaded) -> str:
+    layer = loaded.values.get("hook_point_layer")
+    place = loaded.values.get("hook_point")
+    return f"{place} place of layer {layer}" if place == UNKNOWN and layer is not None else str(place)
+
+
+def is_at(loaded: Loaded, given: Given) -> bool | None:
+    """Whether an autoencoder is at the place that `given` names, by what its files say; None if they do not say it."""
+    if given.hook_point is None and given.layer is None:
+        return True
+    hook_point = str(loaded.values.get("hook_point", UNKNOWN))
     layer = layer_of(hook_point)
-    layer = values.get("hook_point_layer") if layer is None else layer
+    layer = loaded.values.get("hook_point_layer") if layer is None else layer
+    if hook_point == UNKNOWN:
+        wanted = {given.layer, layer_of(given.hook_point or "")} - {None}
+        return wanted == {layer} if wanted and layer is not None else None
     hook_points = (hook_point, hook_point.replace("{layer}", str(layer)))
-    is_named = given.hook_point is None or transformer_lens_name(given.hook_point) in hook_points
-    return is_named and given.layer in (None, layer)
+    if given.hook_point is not None and transformer_lens_name(given.hook_point) not in hook_points:
+        return False
+    return None if given.layer is not None and layer is None else given.layer in (None, layer)
 
 
 def folders_of(path: Path) -> Iterator[Path]:

@@ -72,6 +72,8 @@ class Loaded:
     """It reads or writes several places: `values` are fields of CrosscoderConfig, and the tensors a Crosscoder's."""
     problem: str | None = None
     """Why this one of many cannot be read as things are. The others can."""
+    at: Callable[[Given], Loaded] | None = None
+    """Reads it again, as being at the place that the caller names, where its files do not name it."""
 
 
 def needed(given: T | None, in_file: T | None, key: str, argument: str, where: Path) -> T:
@@ -90,14 +92,25 @@ def place_and_text(
     layer: int | None = None,
     dataset_path: str | list[str] | None = None,
 ) -> dict[str, Any]:
-    """The fields that say where activations come from. What nobody knows is UNKNOWN, never a default."""
+    """The fields that say where activations come from. What nobody knows is UNKNOWN, or left out, never a default."""
     return {
         "model_name": given.model_name or model_name or UNKNOWN,
         "hook_point": hook_point or transformer_lens_name(given.hook_point or UNKNOWN),
-        "hook_point_layer": layer if layer is not None else given.layer or 0,
+        **layer_fields(layer if layer is not None else layer_given(given)),
         "dataset_path": given.dataset_path or dataset_path or UNKNOWN,
         "is_dataset_tokenized": None,
     }
+
+
+def layer_given(given: Given) -> int | None:
+    """The layer that the caller's place names, else the caller's layer."""
+    named = layer_of(given.hook_point or "")
+    return given.layer if named is None else named
+
+
+def layer_fields(layer: int | None) -> dict[str, Any]:
+    """The field of a layer; none where nobody knows it, so that it is told from layer 0."""
+    return {} if layer is None else {"hook_point_layer": layer}
 
 
 def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
@@ -122,6 +135,8 @@ def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
     for name, place in (("hook_point", given.hook_point), ("target_hook_point", given.target_hook_point)):
         if place is not None and values.get(name) == UNKNOWN:
             values[name] = transformer_lens_name(place)
+    if "hook_point_layer" not in values:
+        values |= layer_fields(layer_given(given))
     return dataclasses.replace(loaded, values=values)
 
 
