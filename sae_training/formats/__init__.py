@@ -268,7 +268,7 @@ def config_of(loaded: Loaded, path: Path, device: str | None = None) -> Language
     if cfg.normalize_activations == "expected_average_only_in":
         raise ValueError(
             f"{path}: its config has normalize_activations {cfg.normalize_activations!r}, so its weights expect scaled "
-            "activations by a factor that it does not hold; fold the factor into the weights and set it to 'none'."
+            "activations by a factor that it does not hold; give norm_factor=..."
         )
     if device is None:
         device = cfg.device if is_there(cfg.device) else "cpu"
@@ -288,11 +288,13 @@ def the_one(found: Mapping[str, Loaded], path: Path, given: Given) -> Loaded:
         wanted = [loaded for loaded in found.values() if is_at(loaded, given) is None]
     if len(wanted) == 1:
         return placed(wanted[0], given)
+    unread = [(name, loaded.problem) for name, loaded in found.items() if loaded.problem is not None]
     places = [f"{name} ({place_in_words(loaded)})" for name, loaded in list(found.items())[:20]]
     shown = ", ".join([*places, "..."][: len(found)])
     raise ValueError(
         f"{path}: of the autoencoders there ({shown}) {len(wanted)} are at hook_point {given.hook_point}, layer "
         f"{given.layer}, expected one; change hook_point or layer, or call load_many."
+        + "".join(f"\n{name} cannot be read: {problem}" for name, problem in unread[:5])
     )
 
 
@@ -304,6 +306,8 @@ def placed(loaded: Loaded, given: Given) -> Loaded:
 
 
 def place_in_words(loaded: Loaded) -> str:
+    if loaded.problem is not None:
+        return "cannot be read"
     layer = loaded.values.get("hook_point_layer")
     place = loaded.values.get("hook_point")
     return f"{place} place of layer {layer}" if place == UNKNOWN and layer is not None else str(place)

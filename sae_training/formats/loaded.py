@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from torch import Tensor
 
 from sae_training.config.types import UNKNOWN
+from sae_training.formats import folding
 from sae_training.formats.hook_names import layer_of, transformer_lens_name
 from sae_training.formats.releases import OVERRIDES, facts_of
 
@@ -44,6 +47,18 @@ class Given:
     norm_factor: float | None = None
     dataset_path: str | None = None
     context_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm_factor is not None:
+            factor_in(self.norm_factor, "norm_factor")
+
+
+def factor_in(value: Any, what: str) -> float:
+    """A factor of activations as a number. ValueError that names it by `what` unless it is finite and above 0."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(f"{what}: found {value!r}, expected a finite number above 0; correct it.")
+    return float(value)
 
 
 OF_ANOTHER_TEXT: dict[str, Any] = {
@@ -135,9 +150,21 @@ def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
     for name, place in (("hook_point", given.hook_point), ("target_hook_point", given.target_hook_point)):
         if place is not None and values.get(name) == UNKNOWN:
             values[name] = transformer_lens_name(place)
+    if given.norm_factor is not None and values.get("normalize_activations") == "expected_average_only_in":
+        if values.get("target_hook_point") or values.get("architecture") == "matching_pursuit":
+            raise ValueError(f"{path}: norm_factor: a transcoder or matching_pursuit cannot take one; leave it out.")
+        values["normalize_activations"] = "none"
+        loaded = dataclasses.replace(loaded, weights=partial(scaled, loaded.weights, given.norm_factor))
     if "hook_point_layer" not in values:
         values |= layer_fields(layer_given(given))
     return dataclasses.replace(loaded, values=values)
+
+
+def scaled(weights: Callable[[], dict[str, Tensor]], factor: float) -> dict[str, Tensor]:
+    """The tensors, with a factor of activations as part of them."""
+    tensors = weights()
+    folding.fold_norm_factor(tensors, factor)
+    return tensors
 
 
 def sizes(d_in: int, d_sae: int) -> dict[str, Any]:

@@ -78,3 +78,10 @@ def test_a_place_that_changes_the_weights_changes_them_where_it_is_given(tmp_pat
     np.savez(file, **{name: np.ones(shape, dtype=np.float32) for name, shape in shapes.items()})
     for path in (file, tmp_path):
         assert load(path, hook_point="hook_embed").b_dec.eq(D_IN**0.5).all()
+
+
+def test_why_the_one_at_the_place_cannot_be_read_is_said(tmp_path: Path) -> None:
+    sparsify(tmp_path / "layers.1")
+    sparsify(tmp_path / "layers.2", k=None)
+    with pytest.raises(ValueError, match=r"layers\.2 \(cannot be read\)[^\n]*\nlayers\.2 cannot be read: .*give k="):
+        load(tmp_path, hook_point="layers.2")
