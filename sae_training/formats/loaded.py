@@ -87,6 +87,8 @@ class Loaded:
     """It reads or writes several places: `values` are fields of CrosscoderConfig, and the tensors a Crosscoder's."""
     problem: str | None = None
     """Why this one of many cannot be read as things are. The others can."""
+    takes_norm_factor: bool = False
+    """The caller's norm_factor is part of the weights."""
     at: Callable[[Given], Loaded] | None = None
     """Reads it again, as being at the place that the caller names, where its files do not name it."""
 
@@ -154,7 +156,8 @@ def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
         if values.get("target_hook_point") or values.get("architecture") == "matching_pursuit":
             raise ValueError(f"{path}: norm_factor: a transcoder or matching_pursuit cannot take one; leave it out.")
         values["normalize_activations"] = "none"
-        loaded = dataclasses.replace(loaded, weights=partial(scaled, loaded.weights, given.norm_factor))
+        made = partial(scaled, loaded.weights, given.norm_factor)
+        loaded = dataclasses.replace(loaded, weights=made, takes_norm_factor=True)
     if "hook_point_layer" not in values:
         values |= layer_fields(layer_given(given))
     return dataclasses.replace(loaded, values=values)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 from safetensors.torch import save_file
 
@@ -85,3 +86,30 @@ def test_why_the_one_at_the_place_cannot_be_read_is_said(tmp_path: Path) -> None
     sparsify(tmp_path / "layers.2", k=None)
     with pytest.raises(ValueError, match=r"layers\.2 \(cannot be read\)[^\n]*\nlayers\.2 cannot be read: .*give k="):
         load(tmp_path, hook_point="layers.2")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"k": 7}, "k: found 7, expected nothing, as these files take none; leave it out"),
+        ({"norm_factor": 3.0}, "norm_factor: found 3.0, expected nothing"),
+        ({"target_hook_point": "blocks.1.hook_mlp_out"}, "target_hook_point: found .* take none"),
+    ],
+)
+@pytest.mark.parametrize("name", ["goodfire-relu-bfloat16", "dictionary_learning-autoencoder"])
+def test_an_argument_that_changes_nothing_is_refused(name: str, given: dict, message: str, tmp_path: Path) -> None:
+    source = reference.ROOT / name
+    path = source / reference.facts_of(source)["path"]
+    load(path).save_model(tmp_path / "again")
+    for one in (path, tmp_path / "again"):
+        with pytest.raises(ValueError, match=message):
+            load(one, **given)
+        with pytest.raises(ValueError, match=message):
+            SparseAutoencoder.load_many(one, **given)
+
+
+def test_a_k_that_is_that_of_a_file_saved_again_is_taken_and_another_refused(tmp_path: Path) -> None:
+    load(sparsify(tmp_path / "layers.1", k=None), k=3).save_model(tmp_path / "again")
+    assert load(tmp_path / "again", k=3).k == 3
+    with pytest.raises(ValueError, match="k: found 4, expected nothing, as the files say 3"):
+        load(tmp_path / "again", k=4)
