@@ -11,7 +11,8 @@ import contextlib
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_from_dict
+from sae_training.config.types import UNKNOWN, WITH_K
 from sae_training.formats import (
     circuit_tracer,
     circuit_tracer_clt,
@@ -68,6 +70,9 @@ FAMILIES = (
 )
 """The first that recognises a thing reads it. native is the last: it says what is missing where there is nothing."""
 
+WITH_NORM_FACTOR = (saelens, llama_scope)
+"""Those that read norm_factor themselves, and refuse it where it means nothing."""
+
 ENDINGS = (*PICKLES, ".safetensors", ".npz")
 MOST_FOLDERS = 20_000
 MOST_LOOKED_AT = 200  # of the folders below one that is no autoencoder, for an error's message
@@ -75,7 +80,11 @@ DEEPEST = 6
 
 
 def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008 - it is frozen
-    """All autoencoders of a file or folder, by name. Raise ValueError or OSError if no family can read it."""
+    """All autoencoders of a file or folder, by name, at the places that the files name.
+
+    Where the caller names a place, a folder of several is all that lie below it. Raise ValueError or OSError if no
+    family can read it.
+    """
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file or folder; expected a run folder, a checkpoint folder, or a .safetensors, .npz, "
@@ -86,14 +95,31 @@ def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008
     found = Found(path)
     is_asked = given.hook_point is not None or given.layer is not None
     if is_asked and found.is_folder and not is_one(found):
-        return read_many(path, given)
+        return below(path, given)
     with blamed_on(path), others_named(path):
         for family in FAMILIES:
             if family.recognises(found):
-                return {name: completed(one, given, path) for name, one in family.read(found, given).items()}
+                plain = without_place(given)
+                ones = {name: completed(one, plain, path) for name, one in family.read(found, plain).items()}
+                if given.norm_factor is not None and family in WITH_NORM_FACTOR:
+                    ones = {name: dataclasses.replace(one, takes_norm_factor=True) for name, one in ones.items()}
+                return {
+                    name: dataclasses.replace(one, at=partial(read_again, family.read, found, name))
+                    for name, one in ones.items()
+                }
     if found.is_pickle:
         raise ValueError(f"{path}: found {describe(found.pickle())}, which no format that is read has; check the file.")
     raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .npz, .pt, .pth, .pkl or .pkl.gz.")
+
+
+def without_place(given: Given) -> Given:
+    return dataclasses.replace(given, hook_point=None, layer=None)
+
+
+def read_again(read_family: Callable[..., dict[str, Loaded]], found: Found, name: str, given: Given) -> Loaded:
+    """The autoencoder of this name, at the place that the caller names if the files name none."""
+    with blamed_on(found.path):
+        return completed(read_family(found, given)[name], given, found.path)
 
 
 @contextlib.contextmanager
@@ -102,14 +128,14 @@ def others_named(path: Path) -> Iterator[None]:
     try:
         yield
     except native.NoWeights as error:
-        below: list[str] = []
+        there: list[str] = []
         with contextlib.suppress(ValueError, OSError):
             folders = itertools.islice(folders_of(path), MOST_LOOKED_AT)
-            below = [folder.relative_to(path).as_posix() for folder in folders if is_one(Found(folder))]
-            below += [file.name for file in sorted(path.iterdir(), key=natural_order) if is_file_of_one(file)]
-        if not below:
+            there = [folder.relative_to(path).as_posix() for folder in folders if is_one(Found(folder))]
+            there += [file.name for file in sorted(path.iterdir(), key=natural_order) if is_file_of_one(file)]
+        if not there:
             raise
-        shown = ", ".join([*below[:8], "..."][: len(below)])
+        shown = ", ".join([*there[:8], "..."][: len(there)])
         raise FileNotFoundError(
             f"{path}: is no autoencoder itself, but below it there are {shown}; give the path of one, or its "
             "hook_point or layer, or call load_many."
@@ -117,6 +143,13 @@ def others_named(path: Path) -> Iterator[None]:
 
 
 def read_many(path: Path, given: Given) -> dict[str, Loaded]:
+    """All of `below`. ValueError for an argument that changes nothing in any of them."""
+    found = below(path, given)
+    check_used(found.values(), given, path)
+    return found
+
+
+def below(path: Path, given: Given) -> dict[str, Loaded]:
     """The autoencoders of a file of several, or of a folder and all folders below it, by their paths from there.
 
     One that cannot be read is there too, with its problem, unless there is no other: then it is raised.
@@ -138,12 +171,12 @@ def read_many(path: Path, given: Given) -> dict[str, Loaded]:
         for place, one in ones:
             name = place.as_posix()
             try:
-                below = read(one, given)
+                inside = read(one, without_place(given))
             except (ValueError, OSError) as error:
                 problem = problem or error
-                below = {name: Loaded({}, dict, problem=str(error))}
-            for inner, loaded in below.items():
-                found[name if len(below) == 1 else f"{name}/{inner}"] = loaded
+                inside = {name: Loaded({}, dict, problem=str(error))}
+            for inner, loaded in inside.items():
+                found[name if len(inside) == 1 else f"{name}/{inner}"] = loaded
     if problem is not None and all(loaded.problem for loaded in found.values()):
         raise problem
     if not found:
@@ -195,12 +228,15 @@ def load(
     found = read(path, given)
     (one, *others) = found.values() if found else (None,)
     loaded = one if one is not None and not others and one.is_crosscoder else the_one(found, path, given)
+    check_used([loaded], given, path)
     return config_of(loaded, path, device), weights_of(loaded, path)
 
 
 def config_at(path: Path, given: Given) -> LanguageModelSAERunnerConfig:
     """The config that `load` gives, of which no weight is read."""
-    return config_of(the_one(read(path, given), path, given), path)
+    loaded = the_one(read(path, given), path, given)
+    check_used([loaded], given, path)
+    return config_of(loaded, path)
 
 
 def the_crosscoder(path: Path, given: Given) -> Loaded:
@@ -212,7 +248,36 @@ def the_crosscoder(path: Path, given: Given) -> Loaded:
             f"{path}: no crosscoder, but autoencoders of one place ({shown}); load them with "
             "SparseAutoencoder.load_from_pretrained or load_many."
         )
+    check_used([loaded], given, path)
     return loaded
+
+
+def check_used(ones: Iterable[Loaded], given: Given, path: Path) -> None:
+    """ValueError for an argument that changes nothing in any of them. (One that cannot be read may take it.)"""
+    read_ones = list(ones)
+    if any(one.problem is not None for one in read_ones):
+        return
+    for name in ("k", "norm_factor", "target_hook_point", "context_size", "hook_point", "layer"):
+        if (value := getattr(given, name)) is None or any(is_used(one, name, value) for one in read_ones):
+            continue
+        told = [one for one in read_ones if name != "k" or one.values.get("architecture") in WITH_K]
+        stated = {str(one.values.get(name)) for one in told} - {"None"}
+        why = f"as the files say {', '.join(sorted(stated))}" if stated else "as these files take none"
+        raise ValueError(f"{path}: {name}: found {value!r}, expected nothing, {why}; leave it out.")
+
+
+def is_used(loaded: Loaded, name: str, value: Any) -> bool:
+    """Whether an argument says something of what was read: it is taken, or is what the files say themselves."""
+    values = loaded.values
+    if name == "norm_factor":
+        return loaded.takes_norm_factor
+    if loaded.is_crosscoder:
+        return name == "k" and values.get("k") is not None
+    if name == "k":
+        return values.get("architecture") in WITH_K and values.get("k") == value
+    if name == "target_hook_point":
+        return values.get("target_hook_point") in (value, transformer_lens_name(value))
+    return True  # a context_size, and places, which `the_one` compares
 
 
 def warn_of(loaded: Loaded, path: Path) -> None:
@@ -248,7 +313,7 @@ def config_of(loaded: Loaded, path: Path, device: str | None = None) -> Language
     if cfg.normalize_activations == "expected_average_only_in":
         raise ValueError(
             f"{path}: its config has normalize_activations {cfg.normalize_activations!r}, so its weights expect scaled "
-            "activations by a factor that it does not hold; fold the factor into the weights and set it to 'none'."
+            "activations by a factor that it does not hold; give norm_factor=..."
         )
     if device is None:
         device = cfg.device if is_there(cfg.device) else "cpu"
@@ -259,26 +324,56 @@ def config_of(loaded: Loaded, path: Path, device: str | None = None) -> Language
 
 
 def the_one(found: Mapping[str, Loaded], path: Path, given: Given) -> Loaded:
-    """The only one that is at the place that `given` names, if it names one. ValueError that lists them otherwise."""
-    wanted = [loaded for loaded in found.values() if is_at(loaded.values, given)]
+    """The only one that is at the place that `given` names, if it names one. ValueError that lists them otherwise.
+
+    One whose files do not name its place is taken to be there if there is no other.
+    """
+    wanted = [loaded for loaded in found.values() if is_at(loaded, given)]
+    if not wanted and len(found) == 1:
+        wanted = [loaded for loaded in found.values() if is_at(loaded, given) is None]
     if len(wanted) == 1:
-        return wanted[0]
-    places = [f"{name} ({loaded.values.get('hook_point')})" for name, loaded in list(found.items())[:20]]
+        return placed(wanted[0], given)
+    unread = [(name, loaded.problem) for name, loaded in found.items() if loaded.problem is not None]
+    places = [f"{name} ({place_in_words(loaded)})" for name, loaded in list(found.items())[:20]]
     shown = ", ".join([*places, "..."][: len(found)])
     raise ValueError(
         f"{path}: of the autoencoders there ({shown}) {len(wanted)} are at hook_point {given.hook_point}, layer "
         f"{given.layer}, expected one; change hook_point or layer, or call load_many."
+        + "".join(f"\n{name} cannot be read: {problem}" for name, problem in unread[:5])
     )
 
 
-def is_at(values: Mapping[str, Any], given: Given) -> bool:
-    """Whether an autoencoder is at the place that `given` names; what is not named may be any."""
-    hook_point = str(values.get("hook_point", ""))
+def placed(loaded: Loaded, given: Given) -> Loaded:
+    """What was chosen, at the place that `given` names where its files leave the place out."""
+    is_asked = given.hook_point is not None or given.layer is not None
+    is_known = loaded.values.get("hook_point") != UNKNOWN and "hook_point_layer" in loaded.values
+    if not is_asked or is_known or loaded.at is None:
+        return loaded
+    return dataclasses.replace(loaded.at(given), takes_norm_factor=loaded.takes_norm_factor)
+
+
+def place_in_words(loaded: Loaded) -> str:
+    if loaded.problem is not None:
+        return "cannot be read"
+    layer = loaded.values.get("hook_point_layer")
+    place = loaded.values.get("hook_point")
+    return f"{place} place of layer {layer}" if place == UNKNOWN and layer is not None else str(place)
+
+
+def is_at(loaded: Loaded, given: Given) -> bool | None:
+    """Whether an autoencoder is at the place that `given` names, by what its files say; None if they do not say it."""
+    if given.hook_point is None and given.layer is None:
+        return True
+    hook_point = str(loaded.values.get("hook_point", UNKNOWN))
     layer = layer_of(hook_point)
-    layer = values.get("hook_point_layer") if layer is None else layer
+    layer = loaded.values.get("hook_point_layer") if layer is None else layer
+    if hook_point == UNKNOWN:
+        wanted = {given.layer, layer_of(given.hook_point or "")} - {None}
+        return wanted == {layer} if wanted and layer is not None else None
     hook_points = (hook_point, hook_point.replace("{layer}", str(layer)))
-    is_named = given.hook_point is None or transformer_lens_name(given.hook_point) in hook_points
-    return is_named and given.layer in (None, layer)
+    if given.hook_point is not None and transformer_lens_name(given.hook_point) not in hook_points:
+        return False
+    return None if given.layer is not None and layer is None else given.layer in (None, layer)
 
 
 def folders_of(path: Path) -> Iterator[Path]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from torch import Tensor
 
 from sae_training.config.types import UNKNOWN
+from sae_training.formats import folding
 from sae_training.formats.hook_names import layer_of, transformer_lens_name
 from sae_training.formats.releases import OVERRIDES, facts_of
 
@@ -45,6 +48,18 @@ class Given:
     dataset_path: str | None = None
     context_size: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.norm_factor is not None:
+            factor_in(self.norm_factor, "norm_factor")
+
+
+def factor_in(value: Any, what: str) -> float:
+    """A factor of activations as a number. ValueError that names it by `what` unless it is finite and above 0."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(f"{what}: found {value!r}, expected a finite number above 0; correct it.")
+    return float(value)
+
 
 OF_ANOTHER_TEXT: dict[str, Any] = {
     "dataset_weights": (),
@@ -72,6 +87,10 @@ class Loaded:
     """It reads or writes several places: `values` are fields of CrosscoderConfig, and the tensors a Crosscoder's."""
     problem: str | None = None
     """Why this one of many cannot be read as things are. The others can."""
+    takes_norm_factor: bool = False
+    """The caller's norm_factor is part of the weights."""
+    at: Callable[[Given], Loaded] | None = None
+    """Reads it again, as being at the place that the caller names, where its files do not name it."""
 
 
 def needed(given: T | None, in_file: T | None, key: str, argument: str, where: Path) -> T:
@@ -90,14 +109,25 @@ def place_and_text(
     layer: int | None = None,
     dataset_path: str | list[str] | None = None,
 ) -> dict[str, Any]:
-    """The fields that say where activations come from. What nobody knows is UNKNOWN, never a default."""
+    """The fields that say where activations come from. What nobody knows is UNKNOWN, or left out, never a default."""
     return {
         "model_name": given.model_name or model_name or UNKNOWN,
         "hook_point": hook_point or transformer_lens_name(given.hook_point or UNKNOWN),
-        "hook_point_layer": layer if layer is not None else given.layer or 0,
+        **layer_fields(layer if layer is not None else layer_given(given)),
         "dataset_path": given.dataset_path or dataset_path or UNKNOWN,
         "is_dataset_tokenized": None,
     }
+
+
+def layer_given(given: Given) -> int | None:
+    """The layer that the caller's place names, else the caller's layer."""
+    named = layer_of(given.hook_point or "")
+    return given.layer if named is None else named
+
+
+def layer_fields(layer: int | None) -> dict[str, Any]:
+    """The field of a layer; none where nobody knows it, so that it is told from layer 0."""
+    return {} if layer is None else {"hook_point_layer": layer}
 
 
 def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
@@ -122,7 +152,22 @@ def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
     for name, place in (("hook_point", given.hook_point), ("target_hook_point", given.target_hook_point)):
         if place is not None and values.get(name) == UNKNOWN:
             values[name] = transformer_lens_name(place)
+    if given.norm_factor is not None and values.get("normalize_activations") == "expected_average_only_in":
+        if values.get("target_hook_point") or values.get("architecture") == "matching_pursuit":
+            raise ValueError(f"{path}: norm_factor: a transcoder or matching_pursuit cannot take one; leave it out.")
+        values["normalize_activations"] = "none"
+        made = partial(scaled, loaded.weights, given.norm_factor)
+        loaded = dataclasses.replace(loaded, weights=made, takes_norm_factor=True)
+    if "hook_point_layer" not in values:
+        values |= layer_fields(layer_given(given))
     return dataclasses.replace(loaded, values=values)
+
+
+def scaled(weights: Callable[[], dict[str, Tensor]], factor: float) -> dict[str, Tensor]:
+    """The tensors, with a factor of activations as part of them."""
+    tensors = weights()
+    folding.fold_norm_factor(tensors, factor)
+    return tensors
 
 
 def sizes(d_in: int, d_sae: int) -> dict[str, Any]:

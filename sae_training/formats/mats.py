@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sae_training.config.types import UNKNOWN
 from sae_training.formats import folding
 from sae_training.formats.found import Found
 from sae_training.formats.loaded import Given, Loaded, sizes
@@ -71,7 +72,7 @@ def read_one(path: Path, content: Any) -> Loaded:
     cfg = content["cfg"] if isinstance(content, dict) else vars(content)["cfg"]
     cfg = cfg if isinstance(cfg, dict) else vars(cfg)
     values = config_values(cfg, state)
-    if "hook_point" in values:
+    if values["hook_point"] != UNKNOWN:
         values["hook_point"] = place_of(cfg)
     return Loaded(values, partial(weights, state))
 
@@ -104,6 +105,10 @@ def config_values(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, 
     for name in ("train_batch_size", "n_batches_in_buffer", "total_training_tokens"):
         values.pop(name, None)
     values["lr_scheduler_name"] = values.get("lr_scheduler_name") or "constant"
+    for name in ("model_name", "hook_point", "dataset_path"):
+        values[name] = values.get(name) or UNKNOWN
+    if isinstance(values.get("normalize_activations"), bool):
+        values["normalize_activations"] = "expected_average_only_in" if values["normalize_activations"] else "none"
     values["device"] = str(values.get("device", "cpu"))
     values["dtype"] = tensors["W_enc"].dtype
     dtype = str(tensors["W_enc"].dtype).removeprefix("torch.")

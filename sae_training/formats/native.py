@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_to_dict
+from sae_training.config.types import UNKNOWN
 from sae_training.formats import safetensors_files
 from sae_training.formats.found import Found
 from sae_training.formats.json_files import parse_object, read_object
@@ -48,13 +49,20 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     path = found.path
     if found.is_folder:
         folder = weights_folder(path)
-        values = read_object(folder / CONFIG_FILE)
+        values = without_layer(read_object(folder / CONFIG_FILE))
         return {path.name: Loaded(values, partial(safetensors_files.tensors, folder / WEIGHTS_FILE))}
     metadata = found.header(path.name).metadata
     if not is_whole(found) and CONFIG_FILE not in found.names:
         raise ValueError(f"{path}: holds no config, and there is no {CONFIG_FILE} beside it; one of the two is needed.")
     values = parse_object(metadata["cfg"], str(path)) if "cfg" in metadata else found.json(CONFIG_FILE)
+    values = without_layer(values)
     return {path.stem: Loaded(values, partial(safetensors_files.tensors, path))}
+
+
+def without_layer(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out a layer 0 that no one said: of a place that files of another program did not name."""
+    is_unsaid = values.get("hook_point") == UNKNOWN and values.get("hook_point_layer") == 0
+    return {name: value for name, value in values.items() if not (is_unsaid and name == "hook_point_layer")}
 
 
 def weights_folder(path: Path) -> Path:

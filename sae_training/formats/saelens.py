@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sae_training.formats import folding
 from sae_training.formats.found import Found
-from sae_training.formats.loaded import Given, Loaded, needed, precisions, sizes
+from sae_training.formats.loaded import Given, Loaded, factor_in, needed, precisions, sizes
 from sae_training.formats.releases import facts_of
 from sae_training.formats.saelens_config import (
     TRANSCODERS,
@@ -65,6 +65,9 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     check_tensors(cfg, header.shapes, found)
     d_sae, d_out = header.shapes["W_dec"]
     d_in = header.shapes["W_enc"][0] if "W_enc" in header.shapes else d_out
+    stated = cfg.get("d_in", d_in), cfg.get("d_sae", d_sae)
+    if stated != (d_in, d_sae):
+        raise ValueError(f"{where}: d_in, d_sae: found {stated}, expected {(d_in, d_sae)} as in {WEIGHTS}; correct it.")
     values = config_values(cfg, given) | sizes(d_in, d_sae)
     values["file_format"] = f"saelens {version_of(cfg) or cfg['metadata']['major_version']}"
     values |= precisions(header.dtypes["W_dec"])
@@ -101,14 +104,15 @@ def check_tensors(cfg: dict[str, Any], shapes: dict[str, tuple[int, ...]], found
 def norm_factor(found: Found, cfg: dict[str, Any], given: Given) -> float | None:
     """The factor by which training multiplied activations; None: it did not, or nobody says."""
     in_file = found.json(SCALER).get("scaling_factor") if SCALER in found.names else None
+    in_file = None if in_file is None else factor_in(in_file, f"{found.folder / SCALER}: scaling_factor")
     if cfg["architecture"] == "matching_pursuit" and (in_file or given.norm_factor) is not None:
         raise ValueError(f"{found.folder}: a factor of activations cannot be folded into matching_pursuit's decoder.")
     is_scaled = cfg["normalize_activations"] == "expected_average_only_in"
     if given.norm_factor is None and in_file is None and is_scaled:
         return facts_of(found.folder, "saelens").get("norm_factor")
-    if given.norm_factor is None or in_file is not None:
+    if given.norm_factor is None:
         return in_file
-    if not is_scaled:
+    if not is_scaled and in_file is None:
         raise ValueError(
             f"norm_factor: found {given.norm_factor} with normalize_activations {cfg['normalize_activations']!r} in "
             f"{found.folder / CONFIG}, which needs none; leave it out."

@@ -127,7 +127,8 @@ def test_a_dictionary_of_every_family_goes_through_eval_and_build(
     assert code == 0, capsys.readouterr().err
     about = open_analysis(out).about
     assert (about["model"], about["d_in"]) == (model, D_IN)
-    cfg = config_at(path, Given(hook_point=about["hook_point"], k=4))
+    k = 4 if "--k" in GIVEN[name] else None
+    cfg = config_at(path, Given(hook_point=about["hook_point"], k=k))
     assert cfg.model_processing == ("default" if "v3" in name else "none")
 
 

@@ -92,7 +92,7 @@ def test_the_crosscoders_below_a_folder_are_loaded_by_name(tmp_path: Path) -> No
     many = Crosscoder.load_many(tmp_path)
     assert list(many) == ["clt/width_9", "clt/width_10"]
     assert many["clt/width_10"].cfg.architecture == "cross_layer_transcoder"
-    with pytest.raises(FileNotFoundError, match="is no autoencoder itself"):
+    with pytest.raises(FileNotFoundError, match="below it there are sae, clt"):
         load(tmp_path)
 
 

@@ -65,7 +65,7 @@ def test_a_first_file_by_itself_is_an_autoencoder_of_an_unknown_place(tmp_path: 
     with pytest.warns(UserWarning, match="autoencoder or a transcoder"):
         cfg = SparseAutoencoder.load_from_pretrained(folder).cfg
     assert (cfg.model_name, cfg.hook_point, cfg.file_format) == ("unknown", "unknown", "gemma_scope 1")
-    assert SparseAutoencoder.load_from_pretrained(folder, hook_point="blocks.1.hook_mlp_out").cfg.hook_point_layer == 0
+    assert SparseAutoencoder.load_from_pretrained(folder, hook_point="blocks.1.hook_mlp_out").cfg.hook_point_layer == 1
 
 
 def test_all_layers_of_a_repository_are_read_by_their_folders(tmp_path: Path) -> None:

@@ -207,3 +207,24 @@ def test_a_factor_of_activations_is_folded_into_the_decoder_and_other_tensors_ar
     save_pt(content, tmp_path / "old.pt")
     with pytest.raises(ValueError, match="threshold: not a tensor of mats' that is read"):
         SparseAutoencoder.load_from_pretrained(tmp_path / "old.pt")
+
+
+def test_what_a_config_does_not_name_is_unknown(tmp_path: Path) -> None:
+    torch.save(mats_content({}), tmp_path / "old.pt")
+    cfg = SparseAutoencoder.load_from_pretrained(tmp_path / "old.pt").cfg
+    assert (cfg.model_name, cfg.hook_point, cfg.dataset_path) == ("unknown", "unknown", "unknown")
+    cfg = SparseAutoencoder.load_from_pretrained(tmp_path / "old.pt", hook_point="layers.3").cfg
+    assert (cfg.hook_point, cfg.hook_point_layer) == ("blocks.3.hook_resid_post", 3)
+
+
+def test_a_factor_of_activations_is_told_by_the_config_and_given(tmp_path: Path) -> None:
+    for scaled in (False, True):
+        torch.save(mats_content(MATS_CONFIG | {"normalize_activations": scaled}), tmp_path / f"{scaled}.pt")
+    plain = SparseAutoencoder.load_from_pretrained(tmp_path / "False.pt")
+    assert plain.cfg.normalize_activations == "none"
+    with pytest.raises(ValueError, match="give norm_factor="):
+        SparseAutoencoder.load_from_pretrained(tmp_path / "True.pt")
+    sae = SparseAutoencoder.load_from_pretrained(tmp_path / "True.pt", norm_factor=2.5)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(sae.encode(x), plain.encode(2.5 * x))
+    torch.testing.assert_close(sae.reconstruct(x), plain.reconstruct(2.5 * x) / 2.5)

@@ -238,3 +238,18 @@ def test_the_one_at_a_layer_is_chosen_from_a_folder_of_folders(tmp_path: Path) -
     assert chosen.cfg.hook_point_layer == 2
     with pytest.raises(ValueError, match="0 are at hook_point None, layer 5, expected one"):
         SparseAutoencoder.load_from_pretrained(tmp_path, layer=5)
+
+
+@pytest.mark.parametrize("factor", [0, -3, "3", True])
+def test_a_factor_that_is_none_is_named(factor: Any, tmp_path: Path) -> None:
+    folder = folder_of("v3-scaled", tmp_path)
+    with pytest.raises(ValueError, match="norm_factor: found .*expected a finite number above 0"):
+        load(folder, norm_factor=factor)
+    (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": factor}))
+    with pytest.raises(ValueError, match=r"activation_scaler.json: scaling_factor: found .*a finite number above 0"):
+        load(folder)
+
+
+def test_sizes_of_the_config_are_those_of_the_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="d_in, d_sae: found .*7.*, expected"):
+        load(folder_of("standard", tmp_path, d_sae=7))
