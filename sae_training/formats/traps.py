@@ -111,8 +111,9 @@ def of_dictionary_learning(found: Found, loaded: Loaded) -> Iterator[str]:
         yield "a threshold is stored, and not used: the k largest of each row are active"
     if name == "MatryoshkaBatchTopKSAE":
         yield "all groups are active"
-    if str(loaded.values.get("hook_point", "")).startswith("blocks."):
-        yield "layer is that of transformers' block whose output was read; SAELens takes every place for resid_post"
+    hook_point = str(loaded.values.get("hook_point", ""))
+    if name != "AutoEncoderNew" and hook_point.startswith("blocks.") and not hook_point.endswith("hook_resid_post"):
+        yield f"SAELens' loader takes every place for hook_resid_post; these files are of {hook_point}"
 
 
 def of_several_places(found: Found, loaded: Loaded) -> Iterator[str]:

@@ -11,6 +11,7 @@ import pytest
 import reference
 import torch
 
+from sae_training.formats.inspection import inspect
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 PLACE = "resid_post_layer_3/trainer_0"
@@ -97,3 +98,19 @@ def test_all_trainers_of_a_sweep_are_found(tmp_path: Path) -> None:
     many = SparseAutoencoder.load_many(tmp_path)
     assert list(many) == ["resid_post_layer_3/trainer_1", "resid_post_layer_3/trainer_12"]
     assert many["resid_post_layer_3/trainer_12"].architecture == "gated"
+
+
+@pytest.mark.parametrize(
+    ("name", "submodule", "is_wrong"),
+    [
+        ("autoencoder", "resid_post_layer_3", False),
+        ("autoencoder", "mlp_layer_3", True),
+        ("autoencoder-new", "mlp_layer_3", False),  # which SAELens does not load
+    ],
+)
+def test_inspect_says_where_saelens_takes_another_place(
+    name: str, submodule: str, is_wrong: bool, tmp_path: Path
+) -> None:
+    folder = copy_of(name, tmp_path, submodule_name=submodule)
+    (one,) = inspect(folder)["autoencoders"].values()
+    assert any("takes every place" in text for text in one["warnings"]) == is_wrong
