@@ -75,6 +75,9 @@ def test_a_known_trap_is_warned_of(name: str, words: str) -> None:
 def test_the_units_of_activations_are_said() -> None:
     assert "times the norms" in told_of("saelens-topk-rescale")["convention"]
     assert "own program reports" in told_of("saelens-topk")["convention"]
+    assert "from_pretrained there multiplies" in told_of("dictionary_learning-autoencoder")["convention"]
+    for name in ("dictionary_learning-autoencoder-new", "qresearch-relu"):
+        assert "that encode gives there; forward(output_features=True)" in told_of(name)["convention"]
 
 
 def test_what_files_leave_out_is_named() -> None:
