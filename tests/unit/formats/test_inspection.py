@@ -16,15 +16,16 @@ from safetensors.torch import load_file, save_file
 
 from sae_training.cli import main
 from sae_training.formats.inspection import in_json, in_words, inspect
+from sae_training.formats.traps import is_square
 
+MAY_HAVE_NONE = ("saelens", "dictionary_learning", "llama_scope")
 SAELENS_WEIGHTS = "sae_weights.safetensors"
 
 
 def told_of(name: str, full: bool = False) -> dict:
     folder = reference.ROOT / name
     path = folder / reference.facts_of(folder).get("path", "")
-    (one,) = inspect(path, full)["autoencoders"].values()
-    return one
+    return next(iter(inspect(path, full)["autoencoders"].values()))
 
 
 @pytest.mark.parametrize("folder", reference.FOLDERS, ids=lambda path: path.name)
@@ -66,10 +67,52 @@ def test_every_family_is_inspected_and_agrees_with_loading(folder: Path) -> None
         ("dictionary_learning-batchtopk-never-set", "never set it"),
         ("dictionary_learning-autoencoder-new", "nothing is subtracted"),
         ("dictionary_learning-topk", "a threshold is stored, and not used"),
+        ("dictionary_learning-autoencoder-april-update", "may have any norm"),
+        ("dictionary_learning-batchtopk", "k was an average"),
+        ("e2e_sae-many-places", "stored norms mean nothing"),
+        ("qwen_scope-topk", "both the other way"),
+        ("gemma_scope_1-res", "strictly above"),
+        ("gemma_scope_1-embedding", "without Gemma's factor sqrt(d_in)"),
+        ("gemma_scope_1-att-lower-case", "all heads side by side"),
+        ("gemma_scope_1-transcoder", "without the norm's gain"),
+        ("gemma_scope_2-resid-post", "strictly above"),
+        ("gemma_scope_2-transcoder", "with its gain"),
+        ("gemma_scope_2-transcoder-affine", "W_skip is transposed"),
+        ("goodfire-relu-bfloat16", "some take for top-k"),
+        ("attention_saes-hook-z", "all heads side by side"),
+        ("openai-v1-relu", "used as it is"),
+        ("openai-v5-topk", "deviation of a sample"),
+        ("openai-v4-relu-tied", "tied weights"),
+        ("circuit_tracer-relu", "a latent a row"),
+        ("circuit_tracer-skip", "x @ W_skip.T"),
     ],
 )
 def test_a_known_trap_is_warned_of(name: str, words: str) -> None:
     assert words in " ".join(told_of(name)["warnings"])
+
+
+@pytest.mark.parametrize("folder", [*reference.FOLDERS, *reference.CROSSCODERS], ids=lambda path: path.name)
+def test_families_whose_files_leave_much_unsaid_are_warned_of(folder: Path) -> None:
+    told = inspect(folder / reference.facts_of(folder).get("path", ""))
+    for one in told["autoencoders"].values():
+        warnings = one.get("warnings", [])
+        assert len({*warnings}) == len(warnings)
+        assert one["problem"] or warnings or folder.name.startswith(MAY_HAVE_NONE)
+
+
+@pytest.mark.parametrize(
+    ("values", "is_so"),
+    [
+        ({"d_in": 4, "expansion_factor": 1}, True),
+        ({"d_in": 4, "expansion_factor": 4}, False),
+        ({"d_in": 4, "n_latents": 4}, True),
+        ({"d_in": 4, "n_latents": 6}, False),
+        ({"d_in": 4, "d_sae": 4}, True),
+        ({}, False),
+    ],
+)
+def test_square_is_as_many_latents_as_inputs(values: dict, is_so: bool) -> None:
+    assert is_square(values) == is_so
 
 
 def test_the_units_of_activations_are_said() -> None:
