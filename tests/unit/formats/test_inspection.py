@@ -219,3 +219,49 @@ def test_full_reads_a_large_file_in_little_memory(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "large")], capture_output=True, text=True)
     assert int(done.stdout) < 200_000, done.stderr  # KB
+
+
+def test_flags_say_what_files_leave_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(reference.ROOT / "qwen_scope-square" / "layer7.sae.pt", tmp_path)
+    path = str(tmp_path / "layer7.sae.pt")
+    assert main(["inspect", path]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "k is missing" in shown.replace("k (L0_<k> in the repository's name)", "k")
+        and "format       qwen_scope" in shown
+    )
+    assert main(["inspect", path, "--k", "4", "--model-name", "Qwen/Qwen3-8B-Base", "--json"]) == 0
+    one = json.loads(capsys.readouterr().out)["autoencoders"]["."]
+    assert (one["problem"], one["config"]["k"], one["config"]["model_name"]) == (None, 4, "Qwen/Qwen3-8B-Base")
+
+
+def test_a_place_chooses_of_several_or_completes_the_only_one(tmp_path: Path) -> None:
+    for layer in (2, 10):
+        shutil.copytree(reference.ROOT / "sparsify-topk" / "layers.3", tmp_path / "run" / f"layers.{layer}")
+    assert list(inspect(tmp_path / "run", layer=10)["autoencoders"]) == ["layers.10"]
+    assert list(inspect(tmp_path / "run", hook_point="layers.2")["autoencoders"]) == ["layers.2"]
+    with pytest.raises(ValueError, match=r"layers.2 \(blocks.2.hook_resid_post\).*expected one at .* layer 9"):
+        inspect(tmp_path / "run", layer=9)
+    shutil.copytree(reference.ROOT / "sparsify-topk" / "layers.3", tmp_path / "experts")
+    (one,) = inspect(tmp_path / "experts", hook_point="blocks.5.hook_resid_post")["autoencoders"].values()
+    assert one["config"]["hook_point"] == "blocks.5.hook_resid_post"
+
+
+def test_a_file_of_several_shows_each_and_its_figures() -> None:
+    folder = reference.ROOT / "e2e_sae-many-places"
+    told = inspect(folder / reference.facts_of(folder).get("path", ""), full=True)
+    shown = in_words(told)
+    assert len(told["autoencoders"]) > 1 and "give the path of one" not in shown
+    assert shown.count("format       e2e_sae") == len(told["autoencoders"])
+    assert all(f"  {name}\n" in shown for name in told["autoencoders"])
+    assert "norms of decoder rows" in shown
+
+
+@pytest.mark.parametrize("name", ["thing.pt", "thing.pth"])
+def test_a_pickle_of_no_known_format_is_described(name: str, tmp_path: Path) -> None:
+    torch.save({"weights": torch.zeros(2)}, tmp_path / name)
+    with pytest.raises(ValueError, match="found a dict with 'weights', which no format that is read has"):
+        inspect(tmp_path / name)
+    (tmp_path / "thing.txt").write_text("words")
+    with pytest.raises(ValueError, match=r"unknown kind of file; expected .*\.pth"):
+        inspect(tmp_path / "thing.txt")

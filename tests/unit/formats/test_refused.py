@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sae_training.formats.inspection import inspect
+from sae_training.formats.inspection import in_words, inspect
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 
@@ -23,6 +23,9 @@ def test_files_without_a_stated_rule(tmp_path: Path) -> None:
     torch.save({name: torch.zeros(2, 2) for name in names}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="Goodfire's top-k for gpt-oss"):
         SparseAutoencoder.load_from_pretrained(tmp_path / "weights.pt")
+    told = inspect(tmp_path / "weights.pt")
+    assert [one["family"] for one in told["autoencoders"].values()] == ["goodfire top-k"]
+    assert "format       goodfire top-k (not read)" in in_words(told)
 
 
 class SparseAutoencoderState:
@@ -80,6 +83,8 @@ def test_other_kinds_of_llamascopium(kind: str, tmp_path: Path) -> None:
     save_file({"W_E": torch.zeros(1)}, tmp_path / "sae_weights.safetensors")
     with pytest.raises(ValueError, match=f"a {kind} of llamascopium"):
         SparseAutoencoder.load_from_pretrained(tmp_path)
+    (one,) = inspect(tmp_path)["autoencoders"].values()
+    assert (one["family"], one["format"]) == (f"llamascopium {kind}", f"llamascopium {kind}")
 
 
 def test_folders_of_models_of_sequences(tmp_path: Path) -> None:
