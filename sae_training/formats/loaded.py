@@ -122,7 +122,17 @@ def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
     for name, place in (("hook_point", given.hook_point), ("target_hook_point", given.target_hook_point)):
         if place is not None and values.get(name) == UNKNOWN:
             values[name] = transformer_lens_name(place)
-    return dataclasses.replace(loaded, values=values)
+    return in_other_units(dataclasses.replace(loaded, values=values), loaded.values.get("normalize_activations"))
+
+
+def in_other_units(loaded: Loaded, in_file: str | None) -> Loaded:
+    """With a remark and the units of activations, if what is known of a release replaces the file's normalisation."""
+    used = loaded.values.get("normalize_activations")
+    if used == in_file:
+        return loaded
+    remark = f"normalize_activations is {used}, as is known of this release, in place of the file's {in_file or 'none'}"
+    convention = f"activations are in the units of normalised rows ({used})"
+    return dataclasses.replace(loaded, remarks=(*loaded.remarks, remark), convention=convention)
 
 
 def sizes(d_in: int, d_sae: int) -> dict[str, Any]:
