@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import UNKNOWN, WITH_K
 from sae_training.formats import (
@@ -223,7 +225,7 @@ def unknown(found: Found) -> str:
 
 
 def described(loaded: Loaded, found: Found) -> dict[str, Any]:
-    told: dict[str, Any] = {"problem": None}
+    told: dict[str, Any] = {"problem": type_not_read(found)}
     if loaded.is_crosscoder:
         return described_crosscoder(loaded, found)
     values = dict(loaded.values)
@@ -245,7 +247,7 @@ def described_crosscoder(loaded: Loaded, found: Found) -> dict[str, Any]:
     """The same of a crosscoder; `latents` has the places that each set of latents reads and writes, by number."""
     values = {name: value for name, value in loaded.values.items() if name != "latents" and value is not None}
     return {
-        "problem": None,
+        "problem": type_not_read(found),
         "format": values["file_format"],
         "config": {"sets_of_latents": len(loaded.values["latents"])} | {n: plain(value) for n, value in values.items()},
         "latents": [{"reads": plain(reads), "writes": plain(writes)} for reads, writes in loaded.values["latents"]],
@@ -265,6 +267,19 @@ def says(cfg: LanguageModelSAERunnerConfig, name: str) -> bool:
     if name == "apply_b_dec_to_input":
         return not is_transcoder
     return (only_in is None or cfg.architecture in only_in) and getattr(cfg, name) != ()
+
+
+def type_not_read(found: Found) -> str | None:
+    """Why the tensors cannot be computed with, though their headers can be read; None if they can."""
+    for file, parts in files_with_tensors(found):
+        for name, (_, dtype) in parts.items():
+            if not is_read(dtype):
+                return f"{found.path}: {name} of {file} is {dtype}, expected float32 or another that torch has here."
+    return None
+
+
+def is_read(dtype: str) -> bool:
+    return isinstance(getattr(torch, dtype, None), torch.dtype)
 
 
 def plain(value: Any) -> Any:
@@ -314,6 +329,7 @@ def with_figures(
                 file: {
                     name: figures(folder.slices(file, name), tuple(part["shape"]), n_latents(values, parts), name)
                     for name, part in parts.items()
+                    if is_read(part["dtype"])
                 }
                 for file, parts in told["tensors"].items()
             }

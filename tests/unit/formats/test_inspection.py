@@ -265,3 +265,14 @@ def test_a_pickle_of_no_known_format_is_described(name: str, tmp_path: Path) -> 
     (tmp_path / "thing.txt").write_text("words")
     with pytest.raises(ValueError, match=r"unknown kind of file; expected .*\.pth"):
         inspect(tmp_path / "thing.txt")
+
+
+@pytest.mark.parametrize("name", ["W_enc", "W_dec"])
+def test_types_that_are_not_read_are_a_problem(name: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(reference.ROOT / "saelens-standard", tmp_path / "sae"))
+    tensors = load_file(folder / SAELENS_WEIGHTS)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / SAELENS_WEIGHTS)
+    (one,) = inspect(folder, full=True)["autoencoders"].values()
+    assert f"{name} of {SAELENS_WEIGHTS} is F8_E4M3, expected float32" in one["problem"]
+    assert name not in one["figures"][SAELENS_WEIGHTS]
