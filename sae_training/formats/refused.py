@@ -5,10 +5,14 @@ Codebooks are refused by the family that they belong to, and pickled objects of 
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 from sae_training.formats.found import Found
 from sae_training.formats.loaded import Given, Loaded
 
 OPENMOSS = ("config.json", "sae_weights.safetensors")
+LIST = "config.yaml"
 TEMPORAL = ("conf.yaml", "latest_ckpt.safetensors")
 
 KINDS_OF_OPENMOSS = {
@@ -42,6 +46,11 @@ def what_it_is(found: Found) -> tuple[str, str] | None:
         if kind not in KINDS_OF_OPENMOSS:
             return None
         return f"llamascopium {kind}", f"a {kind} of llamascopium, which {KINDS_OF_OPENMOSS[kind]}"
+    if found.is_folder and LIST in found.names and (places := elsewhere(found)):
+        return "circuit_tracer list", (
+            f"{LIST} is a list of circuit-tracer's transcoders that lie elsewhere ({', '.join(places[:3])}, "
+            f"{len(places)} in all), and there are no weights here; download one of these and give its path"
+        )
     if found.has(*TEMPORAL):
         reason = "a temporal autoencoder, a model of sequences (attention over positions); load it with SAELens"
         return "temporal", reason
@@ -58,3 +67,15 @@ def of_pickle(found: Found) -> tuple[str, str] | None:
             "and which way decoder.weight lies"
         )
     return None
+
+
+def elsewhere(found: Found) -> list[str]:
+    """The files that circuit-tracer's config lists; [] of other configs, and where there is more than the list."""
+    if any(path.is_dir() or path.suffix in (".npz", ".safetensors") for path in found.folder.iterdir()):
+        return []
+    listed: Any = None
+    with contextlib.suppress(ValueError, OSError):
+        listed = found.yaml(LIST).get("transcoders")
+    if not isinstance(listed, list):
+        return []
+    return [str(part.get("id") or part.get("filepath")) if isinstance(part, dict) else str(part) for part in listed]

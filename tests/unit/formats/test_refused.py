@@ -92,3 +92,21 @@ def test_folders_of_models_of_sequences(tmp_path: Path) -> None:
     save_file({"encoder.weight": torch.zeros(2, 2, 2)}, tmp_path / "latest_ckpt.safetensors")
     with pytest.raises(ValueError, match="a temporal autoencoder"):
         SparseAutoencoder.load_from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "listed", ["hf://owner/repo/layer_0.safetensors", "{id: a, layer: 0, filepath: owner/repo/layer_0.safetensors}"]
+)
+def test_lists_of_transcoders_that_lie_elsewhere(listed: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"model_name: gpt2\nmodel_kind: transcoder_set\ntranscoders:\n  - {listed}\n")
+    with pytest.raises(ValueError, match=r"config.yaml is a list of circuit-tracer's .* lie elsewhere .*1 in all"):
+        SparseAutoencoder.load_from_pretrained(tmp_path)
+    (tmp_path / "layers.3").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        SparseAutoencoder.load_from_pretrained(tmp_path)
+
+
+def test_another_config_yaml_is_no_such_list(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("!!python/name:os.system a")
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        SparseAutoencoder.load_from_pretrained(tmp_path)
