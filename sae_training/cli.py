@@ -198,11 +198,11 @@ class Toy(SAEToyModelRunnerConfig, Common):
 
 
 @dataclass(kw_only=True)
-class Inspect(Common):
+class Inspect(LeftOut, Common):
     """Say what an autoencoder's files are, of this program or another, by names, headers and configs alone.
 
     Format, config in our words, tensors, the units of activations, and a warning for each known trap. Of a folder of
-    many, all. No weight is read without --full, no language model is loaded, and nothing in a file is executed.
+    many, all. Flags say what files leave out. No weight is read without --full, no model is loaded, nothing executed.
     """
 
     path: Annotated[Path, Positional, arg(metavar="PATH")]
@@ -275,7 +275,7 @@ def carry_out(verb: Verb) -> None:
         case Inspect():
             with phase("starting"):
                 from sae_training.formats import inspection
-            told = inspection.inspect(verb.path, verb.full)
+            told = inspection.inspect(verb.path, verb.full, **verb.said())
             sys.stdout.write(inspection.in_json(told) if verb.json else inspection.in_words(told))
         case _:
             assert_never(verb)

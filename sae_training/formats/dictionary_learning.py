@@ -168,8 +168,10 @@ def remarks(name: str, state: dict[str, Tensor]) -> tuple[str, ...]:
 
 
 def convention(name: str) -> str:
-    if name in ("AutoEncoder", "AutoEncoderNew"):
+    if name == "AutoEncoder":
         return "activations are those of the stored weights; from_pretrained there multiplies them by decoder norms"
+    if name == "AutoEncoderNew":
+        return "activations are those that encode gives there; forward(output_features=True) has them times norms"
     return Loaded.convention
 
 

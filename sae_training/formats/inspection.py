@@ -5,22 +5,38 @@
 
 from __future__ import annotations
 
-import json
-import math
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import UNKNOWN, WITH_K
-from sae_training.formats import FAMILIES, config_of, folders_of, is_one, is_one_or_damaged, llama_scope, mats, native
-from sae_training.formats.doubts import blamed_on, without_codes
+from sae_training.formats import (
+    FAMILIES,
+    config_of,
+    folders_of,
+    is_one,
+    is_one_or_damaged,
+    llama_scope,
+    mats,
+    native,
+    refused,
+    single_files,
+)
+from sae_training.formats.doubts import blamed_on
 from sae_training.formats.found import PICKLES, Found
-from sae_training.formats.loaded import Given, Loaded, completed
+from sae_training.formats.hook_names import layer_of, transformer_lens_name
+from sae_training.formats.loaded import Given, Loaded, completed, describe
 from sae_training.formats.pickles import tensors_by_name
+from sae_training.formats.told_in_words import in_json, in_words
 from sae_training.formats.traps import traps
 from sae_training.formats.weight_figures import figures
+
+__all__ = ["in_json", "in_words", "inspect"]
 
 PLACES = ("model_name", "hook_point", "target_hook_point", "dataset_path")
 
@@ -46,21 +62,24 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 }
 
 
-def inspect(path: Path, full: bool = False) -> dict[str, Any]:
+def inspect(path: Path, full: bool = False, **given: Any) -> dict[str, Any]:
     """{"path", "autoencoders": {name: what it is}, "not_read": {name: why}} of a file, a folder, or all below a folder.
 
     ValueError or OSError, with what to do, if nothing there is known. An autoencoder that is recognised and refused
-    has the reason under "problem". `full` reads the weights too, a few megabytes at a time.
+    has the reason under "problem". `full` reads the weights too, a few megabytes at a time. `given`: what the files
+    leave out, or which of several is meant, by the fields of `Given`.
     """
+    wanted = Given(**given)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; check the path.")
     found: dict[str, Any] = {}
     not_read: dict[str, str] = {}
-    for place in places(path):
+    all_places = list(places(path))
+    for place in all_places:
         name = "." if place == path else place.relative_to(path).as_posix()
         try:
             with blamed_on(place):
-                ones = inspect_one(Found(place), full)
+                ones = inspect_one(Found(place), full, wanted, len(all_places) == 1)
         except (ValueError, OSError) as error:
             if place == path:
                 raise
@@ -68,7 +87,25 @@ def inspect(path: Path, full: bool = False) -> dict[str, Any]:
             continue
         for inner, one in ones.items():
             found[name if len(ones) == 1 else f"{name}/{inner}"] = one
+    if is_place_named(wanted):
+        found = those_wanted(found, path, wanted)
     return {"path": str(path), "autoencoders": found, "not_read": not_read}
+
+
+def is_place_named(given: Given) -> bool:
+    return given.hook_point is not None or given.layer is not None
+
+
+def those_wanted(found: Mapping[str, Any], path: Path, given: Given) -> dict[str, Any]:
+    """The autoencoders at the place that `given` names, and those with a problem. ValueError if there are none."""
+    wanted = {name: one for name, one in found.items() if is_wanted(one.get("config", {}), given)}
+    if not wanted:
+        shown = ", ".join([f"{name} ({one['config'].get('hook_point')})" for name, one in list(found.items())[:20]])
+        raise ValueError(
+            f"{path}: hook_point, layer: found {shown}, expected one at hook_point {given.hook_point}, layer "
+            f"{given.layer}; change them, or leave them out."
+        )
+    return wanted
 
 
 def places(path: Path) -> Iterator[Path]:
@@ -122,33 +159,73 @@ def is_damaged(found: Found) -> bool:
     return False
 
 
-def inspect_one(found: Found, full: bool) -> dict[str, dict[str, Any]]:
-    """What a file or folder holds, by name. ValueError or OSError if its headers cannot be read."""
+def is_wanted(config: Mapping[str, Any], given: Given) -> bool:
+    """Whether a config may be of the place that is named. Where no place is known, its layer decides."""
+    if "hook_point" not in config:
+        return True  # a crosscoder, or one with a problem
+    hook_point, named = config["hook_point"], given.hook_point
+    layer = layer_of(hook_point)
+    layer = config.get("hook_point_layer") if layer is None else layer
+    if hook_point == UNKNOWN:
+        return layer in (given.layer, None if named is None else layer_of(named))
+    hook_points = (hook_point, hook_point.replace("{layer}", str(layer)))
+    return (named is None or transformer_lens_name(named) in hook_points) and given.layer in (None, layer)
+
+
+def inspect_one(found: Found, full: bool, given: Given = Given(), alone: bool = True) -> dict[str, dict[str, Any]]:  # noqa: B008
+    """What a file or folder holds, by name. ValueError or OSError if its headers cannot be read.
+
+    A place that `given` names is what the files leave out only if this is the one autoencoder there is.
+    """
     if not found.is_folder and not found.path.is_file():
         raise ValueError(f"{found.path}: neither a file nor a folder, but a device or a pipe; give a file.")
     with blamed_on(found.path):
         family = next((family for family in FAMILIES if family.recognises(found)), None)
-    if family is None:
-        raise ValueError(f"{found.path}: unknown kind of file; expected .safetensors, .npz, .pt, .pkl or .pkl.gz.")
-    common = {"family": family.__name__.rpartition(".")[2], "path": str(found.path)}
+        if family is None:
+            raise ValueError(unknown(found))
+        name = format_of(family, found)
+    module = family.__name__.rpartition(".")[2]
+    common = {"family": name if family is refused else module, "path": str(found.path)}
     tensors = tensors_of(found)
+    of_size = {}
     try:
         with blamed_on(found.path):
-            read = family.read(found, Given())
-            loaded = {name: completed(one, Given(), found.path) for name, one in read.items()}
+            loaded = read_by(family, found, given, alone)
     except (ValueError, OSError) as error:
         if not any(tensors.values()):
             raise
-        told = {**common, "tensors": tensors, "problem": str(error)}
-        return {found.path.name: with_figures(told, found, {}, full)}
+        told = {**common, "format": name, "tensors": tensors, "problem": str(error)}
+        return {found.path.name: with_figures(told, found, {}, full, of_size)}
     return {
-        name: with_figures({**common, "tensors": tensors, **described(one, found)}, found, one.values, full)
+        name: with_figures({**common, "tensors": tensors, **described(one, found)}, found, one.values, full, of_size)
         for name, one in loaded.items()
     }
 
 
+def read_by(family: Any, found: Found, given: Given, alone: bool) -> dict[str, Loaded]:
+    without_place = dataclasses.replace(given, hook_point=None, layer=None)
+    read = family.read(found, without_place)
+    if is_place_named(given) and alone and len(read) == 1:
+        read, without_place = family.read(found, given), given
+    return {name: completed(one, without_place, found.path) for name, one in read.items()}
+
+
+def format_of(family: Any, found: Found) -> str:
+    """What files are, where no config of theirs could be read."""
+    if family in (refused, single_files):
+        return str(family.kind_of(found))
+    return family.__name__.rpartition(".")[2]
+
+
+def unknown(found: Found) -> str:
+    if found.is_pickle:
+        held = describe(found.pickle())
+        return f"{found.path}: found {held}, which no format that is read has; check the file."
+    return f"{found.path}: unknown kind of file; expected .safetensors, .npz, .pt, .pth, .pkl or .pkl.gz."
+
+
 def described(loaded: Loaded, found: Found) -> dict[str, Any]:
-    told: dict[str, Any] = {"problem": None}
+    told: dict[str, Any] = {"problem": type_not_read(found)}
     if loaded.is_crosscoder:
         return described_crosscoder(loaded, found)
     values = dict(loaded.values)
@@ -170,7 +247,7 @@ def described_crosscoder(loaded: Loaded, found: Found) -> dict[str, Any]:
     """The same of a crosscoder; `latents` has the places that each set of latents reads and writes, by number."""
     values = {name: value for name, value in loaded.values.items() if name != "latents" and value is not None}
     return {
-        "problem": None,
+        "problem": type_not_read(found),
         "format": values["file_format"],
         "config": {"sets_of_latents": len(loaded.values["latents"])} | {n: plain(value) for n, value in values.items()},
         "latents": [{"reads": plain(reads), "writes": plain(writes)} for reads, writes in loaded.values["latents"]],
@@ -190,6 +267,19 @@ def says(cfg: LanguageModelSAERunnerConfig, name: str) -> bool:
     if name == "apply_b_dec_to_input":
         return not is_transcoder
     return (only_in is None or cfg.architecture in only_in) and getattr(cfg, name) != ()
+
+
+def type_not_read(found: Found) -> str | None:
+    """Why the tensors cannot be computed with, though their headers can be read; None if they can."""
+    for file, parts in files_with_tensors(found):
+        for name, (_, dtype) in parts.items():
+            if not is_read(dtype):
+                return f"{found.path}: {name} of {file} is {dtype}, expected float32 or another that torch has here."
+    return None
+
+
+def is_read(dtype: str) -> bool:
+    return isinstance(getattr(torch, dtype, None), torch.dtype)
 
 
 def plain(value: Any) -> Any:
@@ -227,16 +317,23 @@ def weights_of(found: Found) -> Found:
     return Found(native.weights_folder(found.path)) if found.is_folder and not is_one(found) else found
 
 
-def with_figures(told: dict[str, Any], found: Found, values: Mapping[str, Any], full: bool) -> dict[str, Any]:
+def with_figures(
+    told: dict[str, Any], found: Found, values: Mapping[str, Any], full: bool, of_size: dict[int | None, Any]
+) -> dict[str, Any]:
+    """`of_size` keeps the figures by the number of latents, for the others in the same files."""
     if full:
         folder = weights_of(found)
-        told["figures"] = {
-            file: {
-                name: figures(folder.slices(file, name), tuple(part["shape"]), n_latents(values, parts), name)
-                for name, part in parts.items()
+        size = n_latents(values, {name: part for parts in told["tensors"].values() for name, part in parts.items()})
+        if size not in of_size:
+            of_size[size] = {
+                file: {
+                    name: figures(folder.slices(file, name), tuple(part["shape"]), n_latents(values, parts), name)
+                    for name, part in parts.items()
+                    if is_read(part["dtype"])
+                }
+                for file, parts in told["tensors"].items()
             }
-            for file, parts in told["tensors"].items()
-        }
+        told["figures"] = of_size[size]
         told["warnings"] = [*told.get("warnings", []), *warnings_of(told["figures"])]
     return told
 
@@ -258,76 +355,3 @@ def warnings_of(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Itera
                 yield f"{file}: {name} has {n_bad:,} of {told['values']:,} values that are NaN or infinite"
             if told.get("decoder_norms", {}).get("dead"):
                 yield f"{file}: {told['decoder_norms']['dead']:,} decoder rows of {name} are zero or next to it"
-
-
-# ------------------------------------------------------------------------------------------------------------ in words
-
-
-def in_words(told: Mapping[str, Any]) -> str:
-    """The same for people: all of one, and a line for each of several."""
-    ones, not_read = told["autoencoders"], told["not_read"]
-    if len(ones) == 1 and not not_read:
-        lines = [told["path"], *(f"  {line}" for line in lines_of(next(iter(ones.values()))))]
-    else:
-        lines = [f"{told['path']}: {len(ones)} autoencoders; give the path of one for all that is known of it"]
-        lines += [f"  {name:<40} {in_a_line(one)}" for name, one in ones.items()]
-    lines += [f"not read: {name}: {why}" for name, why in not_read.items()]
-    return without_codes("\n".join(lines) + "\n")
-
-
-def in_a_line(one: Mapping[str, Any]) -> str:
-    cfg = one.get("config", {})
-    words = [one.get("format", one["family"])]
-    if cfg:
-        sets, d_in, d_sae = cfg.get("sets_of_latents", 1), cfg["d_in"], cfg["d_sae"]
-        words += [cfg["architecture"], f"{d_in} -> {d_sae if sets == 1 else f'{sets} x {d_sae}'}"]
-        words += [cfg["hook_point"] if "hook_point" in cfg else f"{cfg['reads'][0]} to {cfg['reads'][-1]}"]
-    words += [f"{len(one['warnings'])} warnings"] if one.get("warnings") else []
-    words += [f"problem: {one['problem']}"] if one["problem"] else []
-    return ", ".join(words)
-
-
-def in_json(told: Mapping[str, Any]) -> str:
-    """One object in strict JSON: what is no finite number there is null."""
-    return json.dumps(strict(told), indent=2, allow_nan=False) + "\n"
-
-
-def strict(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): strict(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def lines_of(one: Mapping[str, Any]) -> Iterator[str]:
-    yield f"format       {one.get('format', one['family'])} (read by {one['family']})"
-    if one["problem"]:
-        yield f"problem      {one['problem']}"
-    if "load" in one:
-        yield f"load it by   {one['load']}"
-    if "convention" in one:
-        yield f"convention   {one['convention']}"
-    if one.get("missing"):
-        yield f"not said     {', '.join(one['missing'])}; give them when you load the model with it"
-    for name, value in one.get("config", {}).items():
-        yield f"  {name:<22} {', '.join(value) if name in ('reads', 'writes') else value}"
-    for file, parts in one["tensors"].items():
-        yield file
-        for name, part in parts.items():
-            yield f"  {name:<22} {part['dtype']:<9} {' x '.join(map(str, part['shape'])) or 'scalar'}"
-    for file, parts in one.get("figures", {}).items():
-        yield f"{file}, weights"
-        for name, told in parts.items():
-            yield f"  {name:<22} {figures_in_words(told)}"
-    for text in one.get("warnings", []):
-        yield f"warning: {text}"
-
-
-def figures_in_words(told: Mapping[str, Any]) -> str:
-    words = f"{told['zeros']:.1%} zeros, {told['nan']:,} NaN, {told['infinite']:,} infinite"
-    if told["least"] is not None:
-        words += f", from {told['least']:.4g} to {told['largest']:.4g}"
-    if norms := told.get("decoder_norms"):
-        words += f"; norms of decoder rows {norms['least']:.4g} to {norms['largest']:.4g}, {norms['dead']:,} dead"
-    return words

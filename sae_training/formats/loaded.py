@@ -138,6 +138,7 @@ def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
         return dataclasses.replace(loaded, values=values | {name: text for name, text in said.items() if text})
     facts = facts_of(path, str(values.get("file_format")))
     values |= {name: facts[name] for name in OVERRIDES if name in facts}
+    loaded = in_other_units(loaded, values.get("normalize_activations"))
     for name in ("model_name", "hook_point", "target_hook_point", "dataset_path"):
         if name in facts and values.get(name) == UNKNOWN:
             values[name] = facts[name]
@@ -161,6 +162,16 @@ def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
     if "hook_point_layer" not in values:
         values |= layer_fields(layer_given(given))
     return dataclasses.replace(loaded, values=values)
+
+
+def in_other_units(loaded: Loaded, used: str | None) -> Loaded:
+    """With a remark and the units of activations, if what is known of a release replaces the file's normalisation."""
+    in_file = loaded.values.get("normalize_activations")
+    if used == in_file:
+        return loaded
+    remark = f"normalize_activations is {used}, as is known of this release, in place of the file's {in_file or 'none'}"
+    convention = f"activations are in the units of normalised rows ({used})"
+    return dataclasses.replace(loaded, remarks=(*loaded.remarks, remark), convention=convention)
 
 
 def scaled(weights: Callable[[], dict[str, Tensor]], factor: float) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from sae_training.formats.found import Found
 from sae_training.formats.loaded import Loaded
 
 HALVES = ("bfloat16", "float16")
+ALL_HEADS = "the input is hook_z with all heads side by side (n_heads * d_head), before the attention's output matrix"
+AFTER_NORM = "hook_mlp_out is after Gemma's post-MLP norm; transformers' mlp gives what is before it"
 
 
 def traps(found: Found, loaded: Loaded) -> Iterator[str]:
@@ -26,21 +28,17 @@ def traps(found: Found, loaded: Loaded) -> Iterator[str]:
         )
     if is_square(values):
         yield "d_in equals d_sae, so shapes do not tell a matrix from its transpose; the format's own order is taken"
+    if values.get("model_processing") == "default" and not file_format.startswith("mats"):
+        yield "the model's weights were processed (folded and centred); the plain model gives other activations"
     for begins, of_family in OF_FAMILIES.items():
         if file_format.startswith(begins):
             yield from of_family(found, loaded)
 
 
 def is_square(values: dict[str, Any]) -> bool:
-    return (
-        values.get("d_in") is not None
-        and (values.get("n_latents") or values.get("expansion_factor"))
-        in (
-            1,
-            values["d_in"],
-        )
-        and (values.get("n_latents") in (None, values["d_in"]))
-    )
+    d_in = values.get("d_in")
+    d_sae = values.get("d_sae") or values.get("n_latents") or (d_in or 0) * values.get("expansion_factor", 1)
+    return d_in is not None and d_sae == d_in
 
 
 def of_saelens(found: Found, loaded: Loaded) -> Iterator[str]:
@@ -74,8 +72,8 @@ def of_saelens(found: Found, loaded: Loaded) -> Iterator[str]:
     stated = str((metadata or {}).get("hook_name") or "")
     if stated and stated != values.get("hook_point"):
         yield f"the place is {stated} there, a module of transformers, and {values.get('hook_point')} here"
-    if values.get("model_processing") == "default":
-        yield "the model's weights were processed (folded and centred); the plain model gives other activations"
+    if architecture not in ("topk", "abstopk", "matching_pursuit") and values.get("target_hook_point") is None:
+        yield "Neuronpedia shows activations times the norms of decoder rows, these are without (--full has the norms)"
     if "trainer_state.pt" in found.names:
         yield "trainer_state.pt is a pickle, and is never opened"
 
@@ -90,6 +88,8 @@ def of_sparsify(found: Found, loaded: Loaded) -> Iterator[str]:
         yield "num_latents is 0 or missing, which stands for d_in * expansion_factor; other loaders take it literally"
     if str(values.get("hook_point", "")).endswith("hook_resid_pre"):
         yield "a folder named layer_N is the input of block N; layers.N is its output"
+    if cfg.get("transcode") and not {"activation", "skip_connection"} & cfg.keys():
+        yield "transcoders of before February 2025 subtracted b_dec from their input; here it is not, as since then"
     if not values.get("target_hook_point"):
         yield "W_dec lies as encoder.weight does, (d_sae, d_in); SAELens' loader transposes it"
     yield "on a GPU sparsify's own forward runs under bfloat16 autocast; here it is float32"
@@ -103,6 +103,10 @@ def of_dictionary_learning(found: Found, loaded: Loaded) -> Iterator[str]:
     state = content["ae"] if is_backup else content
     if is_backup:
         yield "a backup of training: its biases and thresholds are multiplied by norm_factor here, as at the end there"
+    if name == "AutoEncoder":
+        yield "decoder rows may have any norm (the April update trains so): then only activations times norms compare"
+    if name == "BatchTopKSAE":
+        yield "what is above the threshold is active, in any number; k was an average of training"
     if name == "AutoEncoderNew":
         yield "nothing is subtracted from the input; qresearch's files have the same tensors"
     if name == "JumpReluAutoEncoder":
@@ -111,12 +115,15 @@ def of_dictionary_learning(found: Found, loaded: Loaded) -> Iterator[str]:
         yield "a threshold is stored, and not used: the k largest of each row are active"
     if name == "MatryoshkaBatchTopKSAE":
         yield "all groups are active"
-    if str(loaded.values.get("hook_point", "")).startswith("blocks."):
-        yield "layer is that of transformers' block whose output was read; SAELens takes every place for resid_post"
+    hook_point = str(loaded.values.get("hook_point", ""))
+    if name != "AutoEncoderNew" and hook_point.startswith("blocks.") and not hook_point.endswith("hook_resid_post"):
+        yield f"SAELens' loader takes every place for hook_resid_post; these files are of {hook_point}"
 
 
 def of_several_places(found: Found, loaded: Loaded) -> Iterator[str]:
     file_format = str(loaded.values["file_format"])
+    if file_format.startswith("gemma_scope 2 c"):
+        yield "i of params_layer_<i> counts the places, and is no layer's number; w_dec has a slot for every place"
     if file_format == "gemma_scope 2 clt":
         yield "circuit-tracer's own loader of these files counts one layer too few, and fails"
     if file_format == "circuit_tracer clt":
@@ -131,6 +138,85 @@ def of_several_places(found: Found, loaded: Loaded) -> Iterator[str]:
         yield "dataset_average_activation_norm is not used: norm_activation is inference, and its values may be chance"
     if file_format.startswith("crosscoder_learning BatchTopK"):
         yield "the threshold is compared with activations times decoder norms, and decode takes them without"
+
+
+def of_gemma_scope_1(found: Found, loaded: Loaded) -> Iterator[str]:
+    hook_point = str(loaded.values.get("hook_point", ""))
+    yield "nothing is subtracted from the input, and a latent is active strictly above its threshold"
+    if hook_point == "hook_embed":
+        yield (
+            "trained on embeddings without Gemma's factor sqrt(d_in), which is folded here, b_dec included; SAELens "
+            "leaves b_dec as it is"
+        )
+    if hook_point.endswith("attn.hook_z"):
+        yield ALL_HEADS
+    if hook_point.endswith("hook_mlp_out"):
+        yield AFTER_NORM
+    if loaded.values.get("target_hook_point"):
+        yield "only the path tells a transcoder of these files from an autoencoder, which has the same tensors"
+        yield (
+            "the transcoder's input is ln2.hook_normalized without the norm's gain, as TransformerLens has it if it "
+            "folds the norms; the output is after Gemma's norm"
+        )
+
+
+def of_gemma_scope_2(found: Found, loaded: Loaded) -> Iterator[str]:
+    if loaded.is_crosscoder:
+        return
+    hook_point = str(loaded.values.get("hook_point", ""))
+    yield "nothing is subtracted from the input, and a latent is active strictly above its threshold"
+    if hook_point.endswith("attn.hook_z"):
+        yield ALL_HEADS
+    if hook_point.endswith("hook_mlp_out"):
+        yield AFTER_NORM
+    if loaded.values.get("target_hook_point"):
+        yield (
+            "the transcoder's input is after the norm with its gain (mlp.hook_in), unlike Gemma Scope 1's; the output "
+            "is after Gemma's norm"
+        )
+    if loaded.values.get("skip_connection"):
+        yield "affine_skip_connection is (d_in, d_out), x @ it; SAELens' and circuit-tracer's W_skip is transposed"
+
+
+def of_circuit_tracer(found: Found, loaded: Loaded) -> Iterator[str]:
+    if loaded.is_crosscoder:
+        return
+    yield "W_enc is (d_sae, d_in), a latent a row, and SAELens' is (d_in, d_sae); nothing is subtracted from the input"
+    yield "circuit-tracer leaves position 0 out of its graphs; here the first token has activations too"
+    yield "the model's norms must not be folded: with TransformerLens' processing the input is another"
+    if loaded.values.get("skip_connection"):
+        yield "W_skip is (d_out, d_in), applied as x @ W_skip.T; of a cross-layer transcoder it is not transposed"
+
+
+def of_openai(found: Found, loaded: Loaded) -> Iterator[str]:
+    if loaded.values.get("architecture") == "standard":
+        yield "the input is used as it is: only TopK files (version 5) normalise rows"
+    else:
+        yield (
+            "rows are normalised by their mean and the deviation of a sample (d_in - 1), with 1e-5 added to it that is "
+            "left out on the way back; layer norms of torch have another deviation"
+        )
+    yield "the file's name is a layer alone: place and width are names of the folders above it"
+    if "decoder.linear.weight" in found.pickle():
+        yield "tied weights: decoder.linear.weight is the encoder's matrix, (d_sae, d_in)"
+
+
+def of_e2e_sae(found: Found, loaded: Loaded) -> Iterator[str]:
+    yield "decoder columns are normalised when they are used, so stored norms mean nothing; here the rows have norm 1"
+    yield "nothing is subtracted from the input"
+
+
+def of_single_file(found: Found, loaded: Loaded) -> Iterator[str]:
+    match loaded.values.get("file_format"):
+        case "qwen_scope":
+            yield "W_enc is (d_sae, d_in) and W_dec (d_in, d_sae): both the other way than their names mean elsewhere"
+            yield "nothing is subtracted from the input, and of the k largest those below 0 are no activations"
+            yield "k is in the repository's name alone (L0_<k>)"
+        case "goodfire":
+            yield "a ReLU, which some take for top-k; nothing is subtracted from the input"
+            yield "decoder rows may have any norm: only activations times norms compare (inspect with --full)"
+        case "attention_saes":
+            yield ALL_HEADS
 
 
 def of_mats(found: Found, loaded: Loaded) -> Iterator[str]:
@@ -162,6 +248,14 @@ def of_llamascopium(found: Found, loaded: Loaded) -> Iterator[str]:
 
 
 OF_FAMILIES = {
+    "gemma_scope 1": of_gemma_scope_1,
+    "gemma_scope 2": of_gemma_scope_2,
+    "circuit_tracer": of_circuit_tracer,
+    "openai": of_openai,
+    "e2e_sae": of_e2e_sae,
+    "qwen_scope": of_single_file,
+    "goodfire": of_single_file,
+    "attention_saes": of_single_file,
     "saelens": of_saelens,
     "llama_scope": of_llama_scope,
     "llamascopium": of_llamascopium,

@@ -262,9 +262,14 @@ class Crosscoder(nn.Module):
     def load_many(
         cls, path: str | Path, device: str | None = None, **given: Unpack[formats.Facts]
     ) -> Mapping[str, Crosscoder]:
-        """The crosscoders of the folders below `path`, by name; each is loaded when it is asked for."""
+        """The crosscoders of the folders below `path`, by name, each loaded when asked; ValueError for none."""
         found = formats.read_many(Path(path), formats.Given(**given))
         crosscoders = {name: loaded for name, loaded in found.items() if loaded.is_crosscoder}
+        if not crosscoders:
+            raise ValueError(
+                f"{path}: found {', '.join(list(found)[:8])}, no crosscoder among them, expected one or more; load "
+                "them with SparseAutoencoder.load_many."
+            )
         return Lazily({name: partial(cls.of, loaded, Path(path), device) for name, loaded in crosscoders.items()})
 
     @classmethod

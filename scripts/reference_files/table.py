@@ -20,6 +20,8 @@ def main() -> None:
             facts, sae, off = reference.facts_of(folder), reference.loaded(folder), reference.difference(folder)
             family = folder.name.partition("-")[0]
             by = facts["package"] if facts["by"] == family.replace("saelens", "sae-lens") else facts["by"]
+            if getattr(sae.cfg, "file_format", None) == "dictionary_learning AutoEncoder":
+                by += ", normalize_decoder=False"
             shown = f"{off.acts:.1e} | {off.out:.1e}"
             read_as = getattr(sae, "architecture", None) or f"{sets(len(sae.cfg.latents))}, {sae.cfg.activation}"
             print(f"| {family} | {facts['variant']} ({folder.name}) | {read_as} | {shown} | {by} |")

@@ -92,7 +92,7 @@ def test_the_crosscoders_below_a_folder_are_loaded_by_name(tmp_path: Path) -> No
     many = Crosscoder.load_many(tmp_path)
     assert list(many) == ["clt/width_9", "clt/width_10"]
     assert many["clt/width_10"].cfg.architecture == "cross_layer_transcoder"
-    with pytest.raises(FileNotFoundError, match="below it there are sae, clt"):
+    with pytest.raises(FileNotFoundError, match="below it there are sae, clt/width_9"):
         load(tmp_path)
 
 
@@ -340,3 +340,12 @@ def test_many_gigabytes_are_inspected_without_reading_them(tmp_path: Path) -> No
     (one,) = inspect(tmp_path)["autoencoders"].values()
     assert (one["config"]["d_sae"], len(one["latents"])) == (m, n)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+
+
+def test_load_many_where_no_crosscoder_is_says_what_there_is(tmp_path: Path) -> None:
+    shutil.copytree(reference.ROOT / "sparsify-topk" / "layers.3", tmp_path / "run" / "layers.3")
+    with pytest.raises(ValueError, match=r"found layers.3, no crosscoder among them.*SparseAutoencoder.load_many"):
+        Crosscoder.load_many(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="nothing in it is an autoencoder"):
+        Crosscoder.load_many(tmp_path / "empty")

@@ -12,6 +12,7 @@ import pytest
 import reference
 import torch
 
+from sae_training.formats.inspection import inspect
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 PLACE = "resid_post_layer_3/trainer_0"
@@ -144,3 +145,19 @@ def test_an_unreadable_config_above_is_left_out_with_a_warning_and_one_beside_is
     (folder.parent / "config.json").rename(folder / "config.json")
     with pytest.raises(ValueError, match=r"config\.json: "):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "submodule", "is_wrong"),
+    [
+        ("autoencoder", "resid_post_layer_3", False),
+        ("autoencoder", "mlp_layer_3", True),
+        ("autoencoder-new", "mlp_layer_3", False),  # which SAELens does not load
+    ],
+)
+def test_inspect_says_where_saelens_takes_another_place(
+    name: str, submodule: str, is_wrong: bool, tmp_path: Path
+) -> None:
+    folder = copy_of(name, tmp_path, submodule_name=submodule)
+    (one,) = inspect(folder)["autoencoders"].values()
+    assert any("takes every place" in text for text in one["warnings"]) == is_wrong

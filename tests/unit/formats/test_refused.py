@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sae_training.formats.inspection import inspect
+from sae_training.formats.inspection import in_words, inspect
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 
@@ -23,6 +23,9 @@ def test_files_without_a_stated_rule(tmp_path: Path) -> None:
     torch.save({name: torch.zeros(2, 2) for name in names}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="Goodfire's top-k for gpt-oss"):
         SparseAutoencoder.load_from_pretrained(tmp_path / "weights.pt")
+    told = inspect(tmp_path / "weights.pt")
+    assert [one["family"] for one in told["autoencoders"].values()] == ["goodfire top-k"]
+    assert "format       goodfire top-k (not read)" in in_words(told)
 
 
 class SparseAutoencoderState:
@@ -80,10 +83,30 @@ def test_other_kinds_of_llamascopium(kind: str, tmp_path: Path) -> None:
     save_file({"W_E": torch.zeros(1)}, tmp_path / "sae_weights.safetensors")
     with pytest.raises(ValueError, match=f"a {kind} of llamascopium"):
         SparseAutoencoder.load_from_pretrained(tmp_path)
+    (one,) = inspect(tmp_path)["autoencoders"].values()
+    assert (one["family"], one["format"]) == (f"llamascopium {kind}", f"llamascopium {kind}")
 
 
 def test_folders_of_models_of_sequences(tmp_path: Path) -> None:
     (tmp_path / "conf.yaml").write_text("{}")
     save_file({"encoder.weight": torch.zeros(2, 2, 2)}, tmp_path / "latest_ckpt.safetensors")
     with pytest.raises(ValueError, match="a temporal autoencoder"):
+        SparseAutoencoder.load_from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "listed", ["hf://owner/repo/layer_0.safetensors", "{id: a, layer: 0, filepath: owner/repo/layer_0.safetensors}"]
+)
+def test_lists_of_transcoders_that_lie_elsewhere(listed: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"model_name: gpt2\nmodel_kind: transcoder_set\ntranscoders:\n  - {listed}\n")
+    with pytest.raises(ValueError, match=r"config.yaml is a list of circuit-tracer's .* lie elsewhere .*1 in all"):
+        SparseAutoencoder.load_from_pretrained(tmp_path)
+    (tmp_path / "layers.3").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        SparseAutoencoder.load_from_pretrained(tmp_path)
+
+
+def test_another_config_yaml_is_no_such_list(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("!!python/name:os.system a")
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
         SparseAutoencoder.load_from_pretrained(tmp_path)

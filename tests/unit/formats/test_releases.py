@@ -108,6 +108,8 @@ def test_inspect_and_loading_say_the_same(tmp_path: Path) -> None:
     (told,) = inspect(folder)["autoencoders"].values()
     sae = SparseAutoencoder.load_from_pretrained(folder)
     assert told["config"]["normalize_activations"] == sae.normalization == "constant_norm_rescale"
+    assert told["convention"] == "activations are in the units of normalised rows (constant_norm_rescale)"
+    assert [text for text in told["warnings"] if "in place of the file's none" in text]
 
 
 def test_what_is_known_replaces_no_model_that_the_files_name(tmp_path: Path) -> None:
