@@ -83,7 +83,7 @@ class LanguageModelSAERunnerConfig(Origin, Records, Optimisation, Autoencoder, S
     """Batches of train_batch_size that make up one optimizer step, one after the other."""
 
     parallel: OnlyWatches[Literal["data", "layers", "latents"]] = "data"
-    """How processes under torchrun share the work; this version: layers, which deals out several autoencoders."""
+    """How processes under torchrun share the work; this version: layers (of a run of several)."""
 
     # Dead latents and evaluation
 

@@ -129,7 +129,8 @@ def test_a_dictionary_of_every_family_goes_through_eval_and_build(
     assert (about["model"], about["d_in"]) == (model, D_IN)
     k = 4 if "--k" in GIVEN[name] else None
     cfg = config_at(path, Given(hook_point=about["hook_point"], k=k))
-    assert cfg.model_processing == ("default" if "v3" in name else "none")
+    of_processed_models = ("saelens-v3", "e2e_sae", "attention_saes")
+    assert cfg.model_processing == ("default" if name.startswith(of_processed_models) else "none")
 
 
 @pytest.mark.parametrize("name", NEGATIVE)

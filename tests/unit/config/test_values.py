@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sae_training.cli import VERBS, parse, parse_train
 from sae_training.config.checks import field_types, list_types, options, reads_as_number, single_types
+from sae_training.config.fields import Origin
 from sae_training.config.values import SWITCH, in_one_word, is_number, is_readable, read_value, written
 
 MODES = settings(derandomize=True, deadline=None, max_examples=300)
@@ -22,6 +23,7 @@ TEXT = BARE | st.text(st.characters(exclude_categories=["Cs"]))
 FLAGS = [(verb, name, hint) for verb in VERBS for name, hint in field_types(VERBS[verb]).items() if is_readable(hint)]
 # Words of their own (MODEL and DATASET), and --config, which is a file that must be there.
 FLAGS = [flag for flag in FLAGS if flag[1] not in ("model", "dataset", "config")]
+FLAGS = [flag for flag in FLAGS if flag[0] != "train" or flag[1] not in field_types(Origin)]  # which it hides
 HINTS = list(dict.fromkeys(hint for _, _, hint in FLAGS))
 SWITCHES = [(verb, name) for verb, name, hint in FLAGS if bool in options(hint)]
 
