@@ -327,7 +327,7 @@ def test_errors_say_what_to_do(run: Path, built: Analysis, tmp_path: Path, capsy
 
 def test_activations_that_may_be_negative_are_refused() -> None:
     sae = reference.loaded(reference.ROOT / "saelens-abstopk")
-    with pytest.raises(ValueError, match="mine: activations of abstopk may be negative"):
+    with pytest.raises(ValueError, match="mine: architecture: found abstopk, whose activations may be below 0"):
         check_positive({"mine": sae})
 
 
