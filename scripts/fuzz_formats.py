@@ -30,9 +30,10 @@ from hypothesis import strategies as st
 
 from sae_training.formats.inspection import in_json, in_words, inspect
 from sae_training.machine.interrupt import without_traceback
-from sae_training.sparse_autoencoder import SparseAutoencoder
+from sae_training.sparse_autoencoder import Crosscoder, SparseAutoencoder
 
-SEEDS = Path(__file__).resolve().parents[1] / "tests" / "reference_files"
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+SEEDS = sorted(path.parent for path in TESTS.glob("reference_*/*/expected.json"))
 SECONDS, BYTES = 20, 4 * 2**30
 
 NUMBERS = [b"\x00", b"\xff", b"\x7f\xff\xff\xff", b"\xff" * 8, b"\x00" * 8, b"\x80\x04", b"(", b"R.", b"}", b"[", b'"']
@@ -87,11 +88,12 @@ CHANGES = st.lists(
 
 
 def sources() -> list[tuple[Path, str]]:
-    """Folders, and the file in each that is changed."""
-    endings = (".json", ".yaml", ".safetensors", ".npz", ".pt")
+    """Folders of reference files, and the file in each that is changed."""
+    endings = (".json", ".yaml", ".safetensors", ".npz", ".pt", ".pth")
     return [
-        (path.parent, path.name)
-        for path in sorted(SEEDS.rglob("*"))
+        (folder, str(path.relative_to(folder)))
+        for folder in SEEDS
+        for path in sorted(folder.rglob("*"))
         if path.name.endswith(endings) and not path.name.startswith("expected.")
     ]
 
@@ -157,16 +159,18 @@ class Fuzz:
         """Load and inspect one input; AssertionError if it fails."""
         place = self.folder / "sae"
         shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(source[0], place)
+        shutil.copytree(source[0], place, ignore=shutil.ignore_patterns("expected.*"))
         content = changed((place / source[1]).read_bytes(), changes, source[1].endswith(".json"))
         (place / source[1]).write_bytes(content)
-        path = place
-        if source[1].endswith(".pt") and form != "folder":
+        path = place / json.loads((source[0] / "expected.json").read_text()).get("path", "")
+        if source[1].endswith((".pt", ".pth")) and form != "folder":
             path = place / f"one{form}"
             path.write_bytes(gzip.compress(content, 1) if form.endswith(".gz") else content)
         signal.alarm(SECONDS)
         try:
-            for look in (SparseAutoencoder.load_from_pretrained, all_of_many, both_prints):
+            several = source[0].parent.name == "reference_crosscoders"
+            load = Crosscoder.load_from_pretrained if several else SparseAutoencoder.load_from_pretrained
+            for look in (load, all_of_many, both_prints):
                 self.outcomes[self.outcome(look, path)] += 1
         finally:
             signal.alarm(0)
@@ -175,7 +179,7 @@ class Fuzz:
         try:
             look(path)
         except (ValueError, OSError) as error:
-            if not isinstance(error, TimeoutError) and str(path.parent) in str(error) and len(str(error)) < 5000:
+            if not isinstance(error, TimeoutError) and str(self.folder) in str(error) and len(str(error)) < 5000:
                 return "refused"
             self.fail(error)
         except BaseException as error:
