@@ -93,13 +93,12 @@ def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: neither a file nor a folder, but a device or a pipe; give a file.")
     found = Found(path)
-    is_asked = given.hook_point is not None or given.layer is not None
-    if is_asked and found.is_folder and not is_one(found):
+    if given.names_a_place and found.is_folder and not is_one(found):
         return below(path, given)
     with blamed_on(path), others_named(path):
         for family in FAMILIES:
             if family.recognises(found):
-                plain = without_place(given)
+                plain = given.without_place()
                 ones = {name: completed(one, plain, path) for name, one in family.read(found, plain).items()}
                 if given.norm_factor is not None and family in WITH_NORM_FACTOR:
                     ones = {name: dataclasses.replace(one, takes_norm_factor=True) for name, one in ones.items()}
@@ -107,13 +106,15 @@ def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008
                     name: dataclasses.replace(one, at=partial(read_again, family.read, found, name))
                     for name, one in ones.items()
                 }
+    raise ValueError(unknown(found))
+
+
+def unknown(found: Found) -> str:
+    """Say that no family reads what was found."""
     if found.is_pickle:
-        raise ValueError(f"{path}: found {describe(found.pickle())}, which no format that is read has; check the file.")
-    raise ValueError(f"{path}: unknown kind of file; expected .safetensors, .npz, .pt, .pth, .pkl or .pkl.gz.")
-
-
-def without_place(given: Given) -> Given:
-    return dataclasses.replace(given, hook_point=None, layer=None)
+        held = describe(found.pickle())
+        return f"{found.path}: found {held}, which no format that is read has; check the file."
+    return f"{found.path}: unknown kind of file; expected .safetensors, .npz, .pt, .pth, .pkl or .pkl.gz."
 
 
 def read_again(read_family: Callable[..., dict[str, Loaded]], found: Found, name: str, given: Given) -> Loaded:
@@ -171,7 +172,7 @@ def below(path: Path, given: Given) -> dict[str, Loaded]:
         for place, one in ones:
             name = place.as_posix()
             try:
-                inside = read(one, without_place(given))
+                inside = read(one, given.without_place())
             except (ValueError, OSError) as error:
                 problem = problem or error
                 inside = {name: Loaded({}, dict, problem=str(error))}
@@ -345,9 +346,8 @@ def the_one(found: Mapping[str, Loaded], path: Path, given: Given) -> Loaded:
 
 def placed(loaded: Loaded, given: Given) -> Loaded:
     """What was chosen, at the place that `given` names where its files leave the place out."""
-    is_asked = given.hook_point is not None or given.layer is not None
     is_known = loaded.values.get("hook_point") != UNKNOWN and "hook_point_layer" in loaded.values
-    if not is_asked or is_known or loaded.at is None:
+    if not given.names_a_place or is_known or loaded.at is None:
         return loaded
     return dataclasses.replace(loaded.at(given), takes_norm_factor=loaded.takes_norm_factor)
 
@@ -362,7 +362,7 @@ def place_in_words(loaded: Loaded) -> str:
 
 def is_at(loaded: Loaded, given: Given) -> bool | None:
     """Whether an autoencoder is at the place that `given` names, by what its files say; None if they do not say it."""
-    if given.hook_point is None and given.layer is None:
+    if not given.names_a_place:
         return True
     hook_point = str(loaded.values.get("hook_point", UNKNOWN))
     layer = layer_of(hook_point)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import UNKNOWN, WITH_K
 from sae_training.formats import (
+    ENDINGS,
     FAMILIES,
     config_of,
     folders_of,
@@ -26,11 +26,12 @@ from sae_training.formats import (
     native,
     refused,
     single_files,
+    unknown,
 )
 from sae_training.formats.doubts import blamed_on
-from sae_training.formats.found import PICKLES, Found
+from sae_training.formats.found import Found
 from sae_training.formats.hook_names import layer_of, transformer_lens_name
-from sae_training.formats.loaded import Given, Loaded, completed, describe
+from sae_training.formats.loaded import Given, Loaded, completed
 from sae_training.formats.pickles import tensors_by_name
 from sae_training.formats.told_in_words import in_json, in_words
 from sae_training.formats.traps import traps
@@ -41,7 +42,6 @@ __all__ = ["in_json", "in_words", "inspect"]
 PLACES = ("model_name", "hook_point", "target_hook_point", "dataset_path")
 
 PICKLES_OF_FOLDERS = ("ae.pt", "cc_weights.pt")
-FILES_OF_ONE = (".safetensors", ".npz", *PICKLES)
 MOST_FILES = 20_000
 
 SAYS_WHAT_IT_IS = (
@@ -87,13 +87,9 @@ def inspect(path: Path, full: bool = False, **given: Any) -> dict[str, Any]:
             continue
         for inner, one in ones.items():
             found[name if len(ones) == 1 else f"{name}/{inner}"] = one
-    if is_place_named(wanted):
+    if wanted.names_a_place:
         found = those_wanted(found, path, wanted)
     return {"path": str(path), "autoencoders": found, "not_read": not_read}
-
-
-def is_place_named(given: Given) -> bool:
-    return given.hook_point is not None or given.layer is not None
 
 
 def those_wanted(found: Mapping[str, Any], path: Path, given: Given) -> dict[str, Any]:
@@ -127,7 +123,7 @@ def places(path: Path) -> Iterator[Path]:
             n_found += 1
             yield folder
             continue
-        files = sorted(name for name in inside.names if name.endswith(FILES_OF_ONE))
+        files = sorted(name for name in inside.names if name.endswith(ENDINGS))
         n_files += len(files)
         if n_files > MOST_FILES:
             raise ValueError(f"{path}: holds more than {MOST_FILES:,} files of weights; give a folder further down.")
@@ -203,11 +199,11 @@ def inspect_one(found: Found, full: bool, given: Given = Given(), alone: bool = 
 
 
 def read_by(family: Any, found: Found, given: Given, alone: bool) -> dict[str, Loaded]:
-    without_place = dataclasses.replace(given, hook_point=None, layer=None)
-    read = family.read(found, without_place)
-    if is_place_named(given) and alone and len(read) == 1:
-        read, without_place = family.read(found, given), given
-    return {name: completed(one, without_place, found.path) for name, one in read.items()}
+    used = given.without_place()
+    read = family.read(found, used)
+    if given.names_a_place and alone and len(read) == 1:
+        read, used = family.read(found, given), given
+    return {name: completed(one, used, found.path) for name, one in read.items()}
 
 
 def format_of(family: Any, found: Found) -> str:
@@ -215,13 +211,6 @@ def format_of(family: Any, found: Found) -> str:
     if family in (refused, single_files):
         return str(family.kind_of(found))
     return family.__name__.rpartition(".")[2]
-
-
-def unknown(found: Found) -> str:
-    if found.is_pickle:
-        held = describe(found.pickle())
-        return f"{found.path}: found {held}, which no format that is read has; check the file."
-    return f"{found.path}: unknown kind of file; expected .safetensors, .npz, .pt, .pth, .pkl or .pkl.gz."
 
 
 def described(loaded: Loaded, found: Found) -> dict[str, Any]:

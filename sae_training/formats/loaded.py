@@ -52,6 +52,13 @@ class Given:
         if self.norm_factor is not None:
             factor_in(self.norm_factor, "norm_factor")
 
+    @property
+    def names_a_place(self) -> bool:
+        return self.hook_point is not None or self.layer is not None
+
+    def without_place(self) -> Given:
+        return dataclasses.replace(self, hook_point=None, layer=None)
+
 
 def factor_in(value: Any, what: str) -> float:
     """A factor of activations as a number. ValueError that names it by `what` unless it is finite and above 0."""
