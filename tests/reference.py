@@ -31,7 +31,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 def loaded(folder: Path) -> SparseAutoencoder | Crosscoder:
     facts = facts_of(folder)
-    kind = Crosscoder if folder in CROSSCODERS else SparseAutoencoder
+    kind = Crosscoder if folder.name in {one.name for one in CROSSCODERS} else SparseAutoencoder
     return kind.load_from_pretrained(folder / facts.get("path", ""), **facts.get("given", {}))
 
 

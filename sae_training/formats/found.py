@@ -69,7 +69,7 @@ class Found:
             yield from safetensors_files.slices(self.folder / file, self.header(file), name)
             return
         if file.endswith(".npz"):
-            yield from pickles.slices(npz_files.tensors(self.folder / file, name)[name])
+            yield from npz_files.slices(self.folder / file, name)
         else:
             yield from pickles.slices(pickles.tensors_by_name(self.pickle(file))[name])
 

@@ -85,7 +85,7 @@ def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ours = {name: copied(state[name], transposed=name == "W_enc") for name in PARAMETERS}
     ours["W_enc"] = ours["W_enc"].T  # latent by latent, as it is in our memory
     if isinstance(state.get(SCALING_FACTOR), Tensor):
-        factors = state[SCALING_FACTOR]
+        factors = copied(state[SCALING_FACTOR])
         if factors.shape != (len(ours["W_dec"]),):
             raise ValueError(f"{SCALING_FACTOR}: found shape {tuple(factors.shape)}, expected ({len(ours['W_dec'])},).")
         folding.scale_decoder(ours, factors)

@@ -220,7 +220,7 @@ def small_tensor(found: Found, file: str, name: str) -> Tensor:
     """A scalar or a short tensor of the file, without reading the others."""
     if not file.endswith(".safetensors"):
         state = found.pickle(file)
-        return state[name] if name in state else state[COMPILED + name]
+        return copied(state[name] if name in state else state[COMPILED + name])
     name = name if name in found.header(file).shapes else COMPILED + name
     return next(part for _, part in found.slices(file, name))
 

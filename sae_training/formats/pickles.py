@@ -9,6 +9,8 @@ many times over are refused.
 from __future__ import annotations
 
 import gzip
+import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -21,11 +23,12 @@ from sae_training.formats.torch_files import (
     ZIP,
     LimitedReader,
     mapped,
+    read_exactly,
     read_legacy,
     read_zip,
     storage_in_bytes,
 )
-from sae_training.formats.unpickler import StandIn, Storage, Unpickler, refuse
+from sae_training.formats.unpickler import Left, StandIn, Storage, Unpickler, refuse
 from sae_training.machine.precision import at_least_float32
 
 __all__ = ["StandIn", "copied", "read", "slices", "tensors_by_name"]
@@ -41,6 +44,7 @@ OF_OTHER_PROGRAMS = {
 """Modules that files of known programs name, and why these files are not read."""
 
 
+GZIP = b"\x1f\x8b"  # how a packed file begins
 MOST_UNPACKED = 16
 """Bytes from one packed byte, beyond SPARE_BYTES. Weights give 1.1; a bomb of zeros gives 1000."""
 SPARE_BYTES = 64 * 2**20
@@ -72,16 +76,22 @@ def read_by_beginning(path: Path) -> Any:
             return read_zip(path)
         if begins == LEGACY:
             return read_legacy(file, *mapped(path))
-        if begins.startswith(b"\x1f\x8b"):
-            with gzip.open(path) as unpacked:
-                content = one_of(cast(IO[bytes], unpacked), SPARE_BYTES + MOST_UNPACKED * size)
-                unpacked.read(1)  # the end, where the checksum is compared
-                return content
-        return one_of(file, size)
+    most_bytes = SPARE_BYTES + MOST_UNPACKED * size if begins.startswith(GZIP) else size
+    with unpacked(path) as file:
+        reader = LimitedReader(file, most_bytes)
+        content = Unpickler(reader, most_bytes, from_bytes=storage_in_bytes, left_in=path).load()
+        file.read(1)  # the end, where the checksum of a packed file is compared
+        return content
 
 
-def one_of(file: IO[bytes], most_bytes: int) -> Any:
-    return Unpickler(LimitedReader(file, most_bytes), most_bytes, from_bytes=storage_in_bytes).load()
+def unpacked(path: Path) -> IO[bytes]:
+    file = path.open("rb")
+    begins = file.read(len(GZIP))
+    file.seek(0)
+    if begins != GZIP:
+        return file
+    file.close()
+    return cast(IO[bytes], gzip.open(path))
 
 
 def check(content: Any) -> None:
@@ -95,7 +105,7 @@ def check(content: Any) -> None:
     while todo:
         part = todo.pop()
         left -= 64
-        if isinstance(part, (str, bytes)):
+        if isinstance(part, (str, bytes, Left)):
             left -= len(part)
         elif isinstance(part, int):
             left -= part.bit_length() // 8
@@ -109,7 +119,7 @@ def check(content: Any) -> None:
             todo += vars(part).keys()
             todo += vars(part).values()
         elif isinstance(part, Tensor):
-            stored[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+            stored[part.untyped_storage()._cdata] = part.untyped_storage().nbytes()
             viewed += part.numel() * part.element_size()
         elif isinstance(part, Storage):
             refuse("values without a shape")
@@ -138,20 +148,47 @@ def slices(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
 
     What was read of a mapped file is given back after each.
     """
+    left: Left | None = getattr(tensor, "left", None)
     release = getattr(tensor, "release", None)
     rows = tensor.detach()
     rows = rows.reshape(1) if rows.dim() == 0 else rows
     n_rows = max(1, SLICE_BYTES // max(1, rows[:1].numel() * rows.element_size()))
+    if left is not None and rows.is_contiguous():
+        yield from left_rows(left, rows, n_rows)
+        return
+    rows = rows if left is None else whole_of(left, rows)
     for first in range(0, len(rows), n_rows):
         yield first, rows[first : first + n_rows]
         if release is not None:
             release()
 
 
+def left_rows(left: Left, like: Tensor, n_rows: int) -> Iterator[tuple[int, Tensor]]:
+    """The rows of values that were left in the file, which is unpacked once more as far as they go."""
+    try:
+        with unpacked(left.path) as file:
+            file.seek(left.start)
+            for first in range(0, len(like) if like.numel() else 0, n_rows):
+                shape = (min(n_rows, len(like) - first), *like.shape[1:])
+                room = read_exactly(file, math.prod(shape) * like.element_size())
+                yield first, torch.frombuffer(room, dtype=like.dtype).view(shape)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{left.path}: damaged ({error}); use another copy.") from error
+
+
+def whole_of(left: Left, like: Tensor) -> Tensor:
+    """The same of values that lie in another order than rows have, or of which some are no part of the tensor."""
+    values = torch.empty(len(left) // like.element_size(), dtype=like.dtype)
+    for first, part in left_rows(left, values, SLICE_BYTES // like.element_size()):
+        values[first : first + len(part)] = part
+    return values.as_strided(like.shape, like.stride())
+
+
 def copied(tensor: Tensor, transposed: bool = False) -> Tensor:
     """The tensor, or its transpose, in memory of its own and in float32 at least: a file may be mapped."""
     if tensor.dim() == 0:
-        return tensor.detach().to(at_least_float32(tensor.dtype), copy=True)
+        _, value = next(slices(tensor))
+        return value.reshape(()).to(at_least_float32(tensor.dtype), copy=True)
     shape = tuple(reversed(tensor.shape)) if transposed else tensor.shape
     whole = torch.empty(shape, dtype=at_least_float32(tensor.dtype))
     rows = whole.T if transposed else whole

@@ -118,16 +118,30 @@ def tensors(path: Path) -> dict[str, Tensor]:
 
 def tensor(path: Path, head: Header, name: str) -> Tensor:
     shape, dtype = head.shapes[name], getattr(torch, head.dtypes[name], torch.float32)
-    target = at_least_float32(dtype) if dtype.is_floating_point else dtype
+    whole = room_for(name, shape, dtype)
+    as_shape = rows_of_many_axes(shape)
+    fill(whole.view(as_shape) if as_shape else whole, slices(path, head, name, as_shape))
+    return whole
+
+
+def room_for(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor without values, floats in float32 at least, of W_enc with columns side by side."""
+    dtype = at_least_float32(dtype) if dtype.is_floating_point else dtype
     if name in LATENTS_LAST and len(shape) == 2:
-        whole = torch.empty(shape[1], shape[0], dtype=target).T
-    else:
-        whole = torch.empty(shape or (1,), dtype=target)
-    as_shape = (math.prod(shape[:-1]), shape[-1]) if len(shape) > 2 else None  # its own rows may be half a gigabyte
-    rows = whole.view(as_shape) if as_shape else whole
-    for first, part in slices(path, head, name, as_shape):
+        return torch.empty(shape[1], shape[0], dtype=dtype).T
+    return torch.empty(shape, dtype=dtype)
+
+
+def rows_of_many_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """The shape in which a tensor of three axes or more is read: its own rows may be half a gigabyte."""
+    return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 2 else None
+
+
+def fill(whole: Tensor, slices: Iterator[tuple[int, Tensor]]) -> None:
+    """Give a tensor its rows; a scalar is one row."""
+    rows = whole if whole.dim() else whole.view(1)
+    for first, part in slices:
         rows[first : first + len(part)] = part
-    return whole if shape else whole.reshape(())
 
 
 def damaged(path: Path, error: SafetensorError) -> ValueError:

@@ -17,25 +17,27 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from sae_training.formats.unpickler import Storage, StorageType, Unpickler, refuse, storage_of
+from sae_training.formats.unpickler import Left, Storage, StorageType, Unpickler, refuse, storage_of
 
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How a file of either kind begins. The second is a pickle of a number."""
 
 MOST_PICKLED_BYTES = 64 * 2**20  # of the program, which is apart from the weights
 MOST_AT_ONCE = 4 * 2**20  # the directory of an archive: that of 40,000 files; weights have some hundred
+MOST_COPIED = 2**20  # bytes
 
 Release = Callable[[], None]
 
 
 class LimitedReader:
-    """The part of a file's face that an unpickler uses; EOFError beyond a number of bytes."""
+    """The part of a file's face that an unpickler uses; EOFError beyond a number of bytes. `at` were read so far."""
 
     def __init__(self, file: IO[bytes], most_bytes: int) -> None:
-        self.file, self.left = file, most_bytes
+        self.file, self.left, self.at = file, most_bytes, 0
 
     def counted(self, data: bytes) -> bytes:
         self.left -= len(data)
+        self.at += len(data)
         if self.left < 0:
             raise EOFError("unpacks to far more than weights do")
         return data
@@ -57,6 +59,16 @@ class SmallReads(io.FileIO):
         if len(data) > MOST_AT_ONCE:
             raise zipfile.BadZipFile(f"a directory of more than {MOST_AT_ONCE:,} bytes")
         return data
+
+
+def read_exactly(file: IO[bytes], n_bytes: int) -> bytearray:
+    """The next bytes of a file, in small pieces, which the readers of packed files copy. EOFError if there are less."""
+    room = bytearray(n_bytes)
+    for start in range(0, n_bytes, MOST_COPIED):
+        part = memoryview(room)[start : start + MOST_COPIED]
+        if cast(Any, file).readinto(part) != len(part):
+            raise EOFError("truncated while it was read")
+    return room
 
 
 def mapped(path: Path) -> tuple[Tensor, Release | None]:
@@ -142,9 +154,10 @@ def described(pid: Any) -> tuple[torch.dtype, str, int]:
 # ------------------------------------------------------------------------------------------------------------- legacy
 
 
-def read_legacy(file: IO[bytes], data: Tensor, release: Release | None = None) -> Any:
+def read_legacy(file: IO[bytes], data: Tensor, release: Release | None = None, left: Left | None = None) -> Any:
     """What a file of torch before 1.6 holds: pickles of a number, of a version, of the machine, of the content and of
-    the storages' keys, then each storage with its length. `data` are the bytes of the whole file.
+    the storages' keys, then each storage with its length. `data` are the bytes of the whole file, which are on the
+    device meta if they were `left` where they lie.
     """
     size = len(data)
     if one_pickle(file, size) != 0x1950A86A20F9469CFC6C or one_pickle(file, size) != 1001:
@@ -173,7 +186,7 @@ def read_legacy(file: IO[bytes], data: Tensor, release: Release | None = None) -
         end = first + n_values * dtype.itemsize
         if stated != n_values or end > size:
             refuse(f"declares {n_values:,} values, expected {stated:,} within {size:,} bytes; it is truncated")
-        made[key] = storage_of(data[first:end], dtype, release)
+        made[key] = storage_of(data[first:end], dtype, release, left.part(first, end - first) if left else None)
         file.seek(end)
     file.seek(start)
     return one_pickle(file, size, lambda pid: made.get(described(pid)[1]) or refuse("a storage that is missing"))
@@ -184,9 +197,15 @@ def one_pickle(file: IO[bytes], size: int, persistent: Callable[[Any], Any] | No
     return Unpickler(LimitedReader(file, most), most, persistent, is_dry=is_dry).load()
 
 
-def storage_in_bytes(content: bytes) -> Storage:
+def storage_in_bytes(content: bytes | Left) -> Storage:
     """A storage that a plain pickle holds as a file of torch's own."""
-    if not content.startswith(LEGACY):
+    left = content if isinstance(content, Left) else None
+    head = content.head if isinstance(content, Left) else content
+    if not head.startswith(LEGACY):
         refuse("a storage in no form of torch's")
-    made = read_legacy(io.BytesIO(content), torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    if left is not None:
+        data = torch.empty(len(left), dtype=torch.uint8, device="meta")
+    else:
+        data = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    made = read_legacy(io.BytesIO(head), data, left=left)
     return made if isinstance(made, Storage) else refuse("bytes that are no storage")

@@ -10,6 +10,7 @@ import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
@@ -22,6 +23,8 @@ MOST_STEPS = 500_000  # of a program; those of weights take a few hundred, an op
 MOST_AXES = 8
 LARGEST_KEY = 2**60  # above, whole numbers share hashes, and a dict of them takes the square of their number
 SPARE_COPIED = 16 * 2**20
+LARGE = 2**20  # bytes in a pickle that are left in the file
+HEAD = 2**16  # of these are read: a storage in torch's form begins with some 500 bytes that describe it
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -49,15 +52,41 @@ class StorageType:
 
 
 @dataclass(frozen=True)
+class Left:
+    """Bytes that a pickle holds in itself and that were left in the file, which may be packed."""
+
+    path: Path
+    start: int
+    """In what the file unpacks to."""
+    n_bytes: int
+    head: bytes
+    """The first of them."""
+
+    def __len__(self) -> int:
+        return self.n_bytes
+
+    def part(self, first: int, n_bytes: int) -> Left:
+        return Left(self.path, self.start + first, n_bytes, b"")
+
+
+@dataclass(frozen=True)
 class Storage:
-    """Values (n,) of tensors; `release` gives back the memory of a map of the file that was read so far."""
+    """Values (n,) of tensors; `release` gives back the memory of a map of the file that was read so far.
+
+    Of those that were left in the file, `values` are on the device meta.
+    """
 
     values: Tensor
     release: Callable[[], None] | None = None
+    left: Left | None = None
 
 
-def storage_of(data: Tensor, dtype: torch.dtype, release: Callable[[], None] | None = None) -> Storage:
+def storage_of(
+    data: Tensor, dtype: torch.dtype, release: Callable[[], None] | None = None, left: Left | None = None
+) -> Storage:
     """Bytes (n,) as values. They are copied where the processor's rules for addresses ask for it."""
+    if left is not None:
+        return Storage(torch.empty(len(data) // dtype.itemsize, dtype=dtype, device="meta"), None, left)
     if data.data_ptr() % dtype.itemsize or data.storage_offset() % dtype.itemsize:
         return Storage(data.clone().view(dtype))
     return Storage(data.view(dtype), release)
@@ -83,7 +112,8 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined] # pyright: ign
     """Reads one pickle. UnpicklingError for every name that is not known, and for a program that goes on and on.
 
     It is the unpickler in Python, because the one in C makes room for as many values as a file says it will number.
-    `persistent` gives the storage that a program names; `is_dry` builds no tensors.
+    `persistent` gives the storage that a program names; `is_dry` builds no tensors. Bytes of LARGE and more are left in
+    the file if `left_in` is its path.
     """
 
     def __init__(
@@ -91,10 +121,12 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined] # pyright: ign
         file: Any,
         n_bytes: int,
         persistent: Callable[[Any], Any] | None = None,
-        from_bytes: Callable[[bytes], Storage] | None = None,
+        from_bytes: Callable[[bytes | Left], Storage] | None = None,
         is_dry: bool = False,
+        left_in: Path | None = None,
     ) -> None:
         super().__init__(file)
+        self.file, self.left_in = file, left_in
         self.persistent, self.from_bytes, self.is_dry = persistent, from_bytes, is_dry
         self.copies_left = n_bytes + SPARE_COPIED
         vars(self)["dispatch"] = Steps(CODES)
@@ -177,18 +209,39 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined] # pyright: ign
             refuse(f"declares a tensor {axes} from {first}, for which {bytes_:,} bytes are stored")
         made = storage.values.as_strided(axes, steps, storage.values.storage_offset() + (first if values else 0))
         made.release = storage.release  # type: ignore[attr-defined] # pyright: ignore
+        if storage.left is not None:
+            size, first = storage.values.element_size(), first if values else 0
+            made.left = storage.left.part(first * size, (last + 1 - first) * size)  # type: ignore[attr-defined] # pyright: ignore
         return made
 
     def parameter(self, data: Any, *_: Any) -> Tensor | None:
         return data if isinstance(data, Tensor) or self.is_dry else refuse("a parameter that is no tensor")
 
     def loaded_bytes(self, data: Any) -> Storage:
-        if not isinstance(data, bytes) or self.from_bytes is None:
+        if not isinstance(data, (bytes, Left)) or self.from_bytes is None:
             refuse("a file in a file in a file")
         self.copying(len(data))
         return self.from_bytes(data)
 
     # --------------------------------------------------------------------------------------------------- single codes
+
+    def load_binbytes(self) -> None:
+        cast(Any, self).append(self.bytes_or_left(int.from_bytes(cast(Any, self).read(4), "little")))
+
+    def load_binbytes8(self) -> None:
+        cast(Any, self).append(self.bytes_or_left(int.from_bytes(cast(Any, self).read(8), "little")))
+
+    def bytes_or_left(self, n_bytes: int) -> bytes | Left:
+        """The next bytes of the file. Large ones are passed over, as they lie outside of frames."""
+        unframed = cast(Any, self)
+        if self.left_in is None or n_bytes < LARGE or unframed._unframer.current_frame is not None:
+            return unframed.read(n_bytes)
+        start, head = self.file.at, self.file.read(min(HEAD, n_bytes))
+        for first in range(HEAD, n_bytes, HEAD):
+            self.file.read(min(HEAD, n_bytes - first))
+        if self.file.at != start + n_bytes:
+            raise EOFError(f"ends within {n_bytes:,} bytes")
+        return Left(self.left_in, start, n_bytes, head)
 
     def load_build(self) -> None:
         """Set attributes of stand-ins, and of nothing that other readers share. Those of ordered dicts are left."""
@@ -232,6 +285,8 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined] # pyright: ign
 
 
 REPLACED = {
+    pickle.BINBYTES: Unpickler.load_binbytes,
+    pickle.BINBYTES8: Unpickler.load_binbytes8,
     pickle.BUILD: Unpickler.load_build,
     pickle.SETITEM: Unpickler.load_setitem,
     pickle.SETITEMS: Unpickler.load_setitems,

@@ -2,8 +2,10 @@
 
     python scripts/benchmarks/bench_loading.py --gigabytes 4
 
-Makes a sparse file of zeros (no room on the disk) in the layouts of SAELens, of this package, and of two .pt files,
-loads it in a process of its own, and prints one JSON object a layout. `inspect` is timed on it too.
+Makes a file in the layouts of SAELens, of this package, of two .pt files, of Gemma Scope (.npz, stored and deflated, in
+float32 and float16) and of mats (.pkl and .pkl.gz), loads it in a process of its own, and prints one JSON object a
+layout. `inspect` is timed on it too. The first four are sparse files of zeros, which take no room on the disk; the
+others are of random values, as packed zeros are refused, and take as much as the weights. --layouts chooses some.
 """
 
 from __future__ import annotations
@@ -14,9 +16,13 @@ import math
 import subprocess
 import sys
 import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sae_training.machine.interrupt import without_traceback
@@ -66,6 +72,63 @@ def mats(folder: Path, d_sae: int) -> Path:
     return write_pt(folder, {"cfg": {"hook_point": "blocks.8.hook_resid_pre"}, "state_dict": state})
 
 
+def npz(folder: Path, d_sae: int, dtype: str = "float32", compression: int = zipfile.ZIP_STORED) -> Path:
+    shapes = {
+        "W_enc": (D_IN, d_sae),
+        "W_dec": (d_sae, D_IN),
+        "threshold": (d_sae,),
+        "b_enc": (d_sae,),
+        "b_dec": (D_IN,),
+    }
+    with zipfile.ZipFile(folder / "params.npz", "w", compression, compresslevel=1) as archive:
+        for name, shape in shapes.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                head = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, head)
+                for part in random_parts(math.prod(shape), dtype):
+                    file.write(part.tobytes())
+    return folder
+
+
+def random_parts(n_values: int, dtype: str) -> Iterator[np.ndarray]:
+    """Values again and again, from further apart than what packs them looks back."""
+    some = np.random.default_rng(0).standard_normal(2**20).astype(dtype)
+    for first in range(0, n_values, len(some)):
+        yield some[: n_values - first]
+
+
+def pickled(folder: Path, d_sae: int, packed: bool = False) -> Path:
+    """What pickle.dump writes for the same as `mats`, in a process of its own, which takes twice the weights."""
+    path = folder / f"final.pkl{'.gz' if packed else ''}"
+    subprocess.run([sys.executable, "-c", PICKLING, str(path), str(D_IN), str(d_sae)], check=True)
+    return path
+
+
+PICKLING = """
+import gzip, pickle, sys
+import torch
+path, d_in, d_sae = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
+state = {name: torch.randn(2**20).repeat(-(-torch.Size(s).numel() // 2**20))[: torch.Size(s).numel()].view(s).clone()
+         for name, s in shapes.items()}
+with (gzip.open(path, "wb", compresslevel=1) if path.endswith(".gz") else open(path, "wb")) as file:
+    pickle.dump({"cfg": {"hook_point": "blocks.8.hook_resid_pre"}, "state_dict": state}, file)
+"""
+
+LAYOUTS: dict[str, Callable[[Path, int], Path]] = {
+    "saelens": saelens,
+    "native": native,
+    "openai": openai,
+    "mats": mats,
+    "npz": npz,
+    "npz-float16": partial(npz, dtype="float16"),
+    "npz-deflated": partial(npz, compression=zipfile.ZIP_DEFLATED),
+    "npz-float16-deflated": partial(npz, dtype="float16", compression=zipfile.ZIP_DEFLATED),
+    "pkl": pickled,
+    "pkl.gz": partial(pickled, packed=True),
+}
+
+
 def write_pt(folder: Path, content: dict[str, Any]) -> Path:
     with torch.serialization.skip_data():
         torch.save(content, folder / "8.pt")
@@ -89,15 +152,16 @@ def write(folder: Path, cfg: dict[str, object], name: str, d_sae: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4)
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     args = parser.parse_args()
     d_sae = max(1, round(args.gigabytes * 1e9 / (8 * D_IN) / D_IN)) * D_IN
-    for layout in (saelens, native, openai, mats):
+    for layout in args.layouts:
         with tempfile.TemporaryDirectory() as folder:
-            path = layout(Path(folder), d_sae)
+            path = LAYOUTS[layout](Path(folder), d_sae)
             done = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
-        print(json.dumps({"layout": layout.__name__, "d_in": D_IN, "d_sae": d_sae, **json.loads(done.stdout)}))
+        print(json.dumps({"layout": layout, "d_in": D_IN, "d_sae": d_sae, **json.loads(done.stdout)}))
 
 
 if __name__ == "__main__":

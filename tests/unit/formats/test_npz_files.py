@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import memory
 import numpy as np
 import pytest
 import reference
@@ -104,3 +105,10 @@ def test_changed_bytes_give_the_same_arrays_or_a_clear_error(tmp_path: Path) -> 
             assert os.fspath(path) in str(error)
         else:
             assert sum(tensor.numel() for tensor in read.values()) < len(data)
+
+
+def test_loading_holds_the_weights_and_little_more(tmp_path: Path) -> None:
+    d_in, d_sae = 512, 2**16  # 256 MB in float32
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": d_sae, "b_dec": d_in, "threshold": d_sae}
+    np.savez(tmp_path / "params.npz", **{name: np.zeros(shape, dtype="float16") for name, shape in shapes.items()})
+    assert memory.of_loading(tmp_path) < 1.25
