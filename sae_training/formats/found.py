@@ -15,6 +15,7 @@ from sae_training.formats import json_files, npz_files, pickles, safetensors_fil
 from sae_training.formats.safetensors_files import Header
 
 PICKLES = (".pt", ".pth", ".pkl", ".pkl.gz")
+ENDINGS = (*PICKLES, ".safetensors", ".npz")  # of files with weights
 
 
 class Found:

@@ -14,23 +14,12 @@ import torch
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import UNKNOWN, WITH_K
-from sae_training.formats import (
-    ENDINGS,
-    FAMILIES,
-    config_of,
-    folders_of,
-    is_one,
-    is_one_or_damaged,
-    llama_scope,
-    mats,
-    native,
-    refused,
-    single_files,
-    unknown,
-)
+from sae_training.formats import config_of, llama_scope, native, refused, single_files
+from sae_training.formats.chosen import is_at
 from sae_training.formats.doubts import blamed_on
+from sae_training.formats.families import FAMILIES, is_one, unknown
+from sae_training.formats.folders import look_below
 from sae_training.formats.found import Found
-from sae_training.formats.hook_names import layer_of, transformer_lens_name
 from sae_training.formats.loaded import Given, Loaded, completed
 from sae_training.formats.pickles import tensors_by_name
 from sae_training.formats.told_in_words import in_json, in_words
@@ -42,7 +31,6 @@ __all__ = ["in_json", "in_words", "inspect"]
 PLACES = ("model_name", "hook_point", "target_hook_point", "dataset_path")
 
 PICKLES_OF_FOLDERS = ("ae.pt", "cc_weights.pt")
-MOST_FILES = 20_000
 
 SAYS_WHAT_IT_IS = (
     "architecture", "d_in", "d_sae", "d_out", "k", "normalize_activations", "apply_b_dec_to_input", "activation_fn",
@@ -73,8 +61,7 @@ def inspect(path: Path, full: bool = False, **given: Any) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; check the path.")
     found: dict[str, Any] = {}
-    not_read: dict[str, str] = {}
-    all_places = list(places(path))
+    all_places, not_read = places(path)
     for place in all_places:
         name = "." if place == path else place.relative_to(path).as_posix()
         try:
@@ -93,8 +80,12 @@ def inspect(path: Path, full: bool = False, **given: Any) -> dict[str, Any]:
 
 
 def those_wanted(found: Mapping[str, Any], path: Path, given: Given) -> dict[str, Any]:
-    """The autoencoders at the place that `given` names, and those with a problem. ValueError if there are none."""
-    wanted = {name: one for name, one in found.items() if is_wanted(one.get("config", {}), given)}
+    """The autoencoders at the place that `given` names, crosscoders, and those with a problem. ValueError for none.
+
+    One whose files do not name its place is taken to be there if there is no other, as it is when it is loaded.
+    """
+    at = {name: "hook_point" not in (cfg := one.get("config", {})) or is_at(cfg, given) for name, one in found.items()}
+    wanted = {name: one for name, one in found.items() if at[name] or (at[name] is None and len(found) == 1)}
     if not wanted:
         shown = ", ".join([f"{name} ({one['config'].get('hook_point')})" for name, one in list(found.items())[:20]])
         raise ValueError(
@@ -104,68 +95,21 @@ def those_wanted(found: Mapping[str, Any], path: Path, given: Given) -> dict[str
     return wanted
 
 
-def places(path: Path) -> Iterator[Path]:
-    """What is to be inspected: the path itself, the weights of a run, or all files and folders below."""
+def places(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """What is to be inspected: the path itself, the weights of a run, or all below; and what cannot be, with why."""
     here = Found(path)
     if not here.is_folder or is_one(here):
-        yield path
-        return
-    problem: FileNotFoundError | None = None
+        return [path], {}
     try:
-        yield native.weights_folder(path)
-        return
+        return [native.weights_folder(path)], {}
     except FileNotFoundError as error:
-        problem = error
-    n_files = n_found = 0
-    for folder in (path, *folders_of(path)):
-        inside = Found(folder)
-        if folder != path and is_one_or_damaged(folder):
-            n_found += 1
-            yield folder
-            continue
-        files = sorted(name for name in inside.names if name.endswith(ENDINGS))
-        n_files += len(files)
-        if n_files > MOST_FILES:
-            raise ValueError(f"{path}: holds more than {MOST_FILES:,} files of weights; give a folder further down.")
-        for name in files:
-            if is_of_one(Found(folder / name)):
-                n_found += 1
-                yield folder / name
-    if not n_found:
-        raise problem
-
-
-def is_of_one(found: Found) -> bool:
-    """Whether a file among others is to be listed: an autoencoder, or one that cannot be opened."""
-    try:
-        with blamed_on(found.path):
-            family = next((family for family in FAMILIES if family.recognises(found)), None)
-            if family in (None, native, mats):  # which take every file of their endings
-                return family is not None and bool(family.read(found, Given()))
-        return True
-    except (ValueError, OSError):
-        return is_damaged(found)
-
-
-def is_damaged(found: Found) -> bool:
-    try:
-        tensors_of(found)
-    except (ValueError, OSError):
-        return True
-    return False
-
-
-def is_wanted(config: Mapping[str, Any], given: Given) -> bool:
-    """Whether a config may be of the place that is named. Where no place is known, its layer decides."""
-    if "hook_point" not in config:
-        return True  # a crosscoder, or one with a problem
-    hook_point, named = config["hook_point"], given.hook_point
-    layer = layer_of(hook_point)
-    layer = config.get("hook_point_layer") if layer is None else layer
-    if hook_point == UNKNOWN:
-        return layer in (given.layer, None if named is None else layer_of(named))
-    hook_points = (hook_point, hook_point.replace("{layer}", str(layer)))
-    return (named is None or transformer_lens_name(named) in hook_points) and given.layer in (None, layer)
+        looked = look_below(path)
+        if not looked.ones and not looked.unreadable:
+            raise (FileNotFoundError(f"{error}\n{why}") if (why := looked.why_not_into(path)) else error) from error
+    not_read = {file.relative_to(path).as_posix(): why for file, why in looked.unreadable.items()}
+    if looked.too_deep:
+        not_read[looked.too_deep[0].relative_to(path).as_posix()] = looked.why_not_into(path)
+    return looked.ones, not_read
 
 
 def inspect_one(found: Found, full: bool, given: Given = Given(), alone: bool = True) -> dict[str, dict[str, Any]]:  # noqa: B008
@@ -221,7 +165,8 @@ def described(loaded: Loaded, found: Found) -> dict[str, Any]:
     try:
         with warnings.catch_warnings(action="ignore"):  # its remarks are listed
             cfg = config_of(loaded, found.path)
-        values = {name: getattr(cfg, name) for name in SAYS_WHAT_IT_IS if says(cfg, name)}
+        unsaid = {"hook_point_layer"} - loaded.values.keys() if cfg.hook_point == UNKNOWN else set()
+        values = {name: getattr(cfg, name) for name in SAYS_WHAT_IT_IS if name not in unsaid and says(cfg, name)}
     except ValueError as error:
         told["problem"] = str(error)
     told["format"] = values.get("file_format") or "sae_training"
