@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sae_training.formats.found import ENDINGS, without_ending
 from sae_training.formats.run_files import CHECKPOINTS, FINAL, SNAPSHOTS
 from sae_training.run.folder import is_run_folder
 
 ANALYSIS_FOLDER = "analysis"
 STORE_FILE = "analysis.sqlite"
-ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".pkl", ".gz", ".npz", ".zip")  # of files with weights
 
 
 def name_of(path: Path) -> str:
@@ -20,10 +20,7 @@ def name_of(path: Path) -> str:
     path = path.resolve()
     if path.name == FINAL and is_run_folder(path.parent):
         return path.parent.name
-    name = path.name
-    while path.is_file() and name.endswith(ENDINGS):
-        name = name.rpartition(".")[0]
-    return name
+    return without_ending(path) if path.is_file() else path.name
 
 
 def folder_of(path: Path) -> Path:

@@ -81,7 +81,7 @@ def subjects_of(
         paths = {}
         folder = Path(output).expanduser() if output is not None else Path("runs") / next(iter(found))
         check_positive(found)
-    sites = {name: find_sites(sae.cfg, model) for name, sae in found.items()}
+    sites = {name: find_sites(sae.cfg, model, is_trained=True) for name, sae in found.items()}
     cfg = without_cache(next(iter(found.values())).cfg)
     if dataset is not None:  # of which the run's split and column say nothing
         cfg = dataclasses.replace(cfg, **OF_ANOTHER_TEXT)

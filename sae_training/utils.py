@@ -58,5 +58,6 @@ class LMSparseAutoencoderSessionloader:
         sae = SparseAutoencoder.load_from_pretrained(path, device, hook_point, layer, **given)
         check_known(sae.cfg, model_name=model, dataset_path=dataset)
         cfg = without_cache(sae.cfg)
-        model, _, store = cls(cfg).load_session(model, dataset)
-        return model, sae, store
+        model = model_of(cfg, model)
+        sites = find_sites(cfg, model, is_trained=True)
+        return model, sae, ActivationsStore(with_widths(cfg, sites), model, dataset, sites=sites)

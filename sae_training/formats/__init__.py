@@ -24,8 +24,8 @@ from sae_training.formats import llama_scope, native, saelens
 from sae_training.formats.chosen import the_one
 from sae_training.formats.doubts import blamed_on, check_finite, printable, swapped_axes
 from sae_training.formats.families import FAMILIES, is_one, unknown
-from sae_training.formats.folders import look_below, names_below, without_ending
-from sae_training.formats.found import Found
+from sae_training.formats.folders import look_below, names_below
+from sae_training.formats.found import Found, without_ending
 from sae_training.formats.hook_names import transformer_lens_name
 from sae_training.formats.loaded import Facts, Given, Loaded, completed
 from sae_training.machine.device import checked, is_there

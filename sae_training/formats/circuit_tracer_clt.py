@@ -21,7 +21,7 @@ from sae_training.formats.several_places import (
     check_sizes,
     each_to_later,
     files_by_number,
-    loaded,
+    loaded_crosscoder,
 )
 
 ENCODER, DECODER = re.compile(r"W_enc_(\d+)\.safetensors"), re.compile(r"W_dec_(\d+)\.safetensors")
@@ -75,7 +75,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         "file_format": "circuit_tracer clt",
         "file_dtype": precisions(first.dtypes["W_enc_0"])["file_dtype"],
     }
-    return {folder.absolute().name: loaded(given, values, partial(weights, found, encoders, decoders))}
+    return {folder.absolute().name: loaded_crosscoder(given, values, partial(weights, found, encoders, decoders))}
 
 
 def weights(found: Found, encoders: list[str], decoders: list[str]) -> Tensors:

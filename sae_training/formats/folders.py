@@ -114,11 +114,6 @@ def levels(path: Path) -> Iterator[list[Path]]:
         yield level
 
 
-def without_ending(file: Path) -> str:
-    """The file's name without the ending of its format: a.b-0.01.pkl.gz is a.b-0.01."""
-    return next((file.name.removesuffix(ending) for ending in ENDINGS if file.name.endswith(ending)), file.name)
-
-
 def natural_order(path: Path) -> list[tuple[int, str]]:
     """A key that puts layers.9 before layers.10."""
     digits = "".join(c if c.isdecimal() else " " for c in str(path)).split()

@@ -80,6 +80,11 @@ class Found:
         return self._kept[kind, name]
 
 
+def without_ending(file: Path) -> str:
+    """The file's name without the ending of its format: a.b-0.01.pkl.gz is a.b-0.01."""
+    return next((file.name.removesuffix(ending) for ending in ENDINGS if file.name.endswith(ending)), file.name)
+
+
 def reader_of(name: str) -> Any:
     """The module that reads a file of named tensors."""
     return npz_files if name.endswith(".npz") else safetensors_files

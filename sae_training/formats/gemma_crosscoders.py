@@ -26,7 +26,7 @@ from sae_training.formats.several_places import (
     check_sizes,
     each_to_all,
     files_by_number,
-    loaded,
+    loaded_crosscoder,
     numbered,
 )
 
@@ -75,7 +75,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         "file_dtype": precisions(first.dtypes["w_dec"])["file_dtype"],
     }
     remarks = () if reads[0] != "0" else ("the files do not name their places, and neither does the path",)
-    return {folder.absolute().name: loaded(given, values, partial(weights, found, files), remarks)}
+    return {folder.absolute().name: loaded_crosscoder(given, values, partial(weights, found, files), remarks)}
 
 
 def places(folder: Path, n: int) -> tuple[str, tuple[str, ...], tuple[str, ...]]:

@@ -15,7 +15,6 @@ before encode, and bring reconstructions back after decode: by sqrt(d_in) over t
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,8 +47,6 @@ NORM = "dataset_average_activation_norm"
 GLU = ("W_E_glu", "b_E_glu", "encoder_glu.weight", "encoder_glu.bias")
 
 OTHER_KINDS = ("crosscoder", "clt", "lorsa", "molt")
-MODELS = {"Llama3_1-8B-Base": "meta-llama/Llama-3.1-8B", "Llama-Scope-R1": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"}
-"""Beginnings of folders' names, and the models that the releases of these names are of."""
 
 PLAUSIBLE = (1e-8, 1e8)
 """Where a norm factor lies. A file without a norm holds whatever was in memory (torch.empty) in its place."""
@@ -286,14 +283,11 @@ def matrix(parts: dict[str, tuple[tuple[int, ...], str]], ours: str) -> tuple[in
 
 
 def place(where: Path, config: dict[str, Any], given: Given) -> dict[str, Any]:
-    """The place by the config; the model by lm_config.json, or by the release in the path."""
+    """The place by the config, and the model by lm_config.json, if it is there."""
     hook_point = config.get("hook_point_in")
     hook_point = transformer_lens_name(hook_point) if isinstance(hook_point, str) else None
     about_model = where.parent / MODEL_OF_2024
     model = json_files.read_object(about_model).get("model_name") if about_model.is_file() else None
-    for part in where.absolute().parts:
-        name = re.sub(r".*--", "", part)  # the cache of the hub: models--fnlp--Llama-Scope-R1-Distill
-        model = model or next((full for begins, full in MODELS.items() if name.startswith(begins)), None)
     return place_and_text(given, model, hook_point, layer_of(hook_point or ""))
 
 

@@ -30,7 +30,7 @@ from sae_training.formats.several_places import (
     check_sizes,
     decoder_norms,
     each_to_later,
-    loaded,
+    loaded_crosscoder,
     scale_places,
     thresholds,
 )
@@ -102,7 +102,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         values["k"] = k * n if across_sets and not is_clt else k
     by_norm = config.get("sparsity_include_decoder_norm", True)
     read_weights = partial(weights, found, values, is_clt, by_norm, norm == "dataset-wise")
-    return {found.folder.absolute().name: loaded(given, values, read_weights, remarks(by_batch))}
+    return {found.folder.absolute().name: loaded_crosscoder(given, values, read_weights, remarks(by_batch))}
 
 
 def places(config: dict[str, Any], key: str, path: Path) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ from sae_training.formats.several_places import (
     check_shapes,
     check_sizes,
     decoder_norms,
-    loaded,
+    loaded_crosscoder,
     numbered,
     thresholds,
 )
@@ -134,7 +134,7 @@ def read_kissane(found: Found, path: Path, shapes: dict[str, tuple[int, ...]], g
         "norm_factors= (that program's own analysis of the Gemma crosscoder has 0.2758961493232058 for the base model, "
         "0.24422852496546169 for the chat model)"
     )
-    return loaded(given, values, partial(kissane_weights, found, path.name), (remark,))
+    return loaded_crosscoder(given, values, partial(kissane_weights, found, path.name), (remark,))
 
 
 def kissane_weights(found: Found, file: str) -> Tensors:
@@ -190,7 +190,7 @@ def read_fork(found: Found, path: Path, shapes: dict[str, tuple[int, ...]], give
     alphas = [float(config.get(key, usual)) for key, usual in ALPHAS.items()]
     read_weights = partial(fork_weights, found, path.name, values, normalization, alphas)
     convention = "activations are those that decode takes; get_activations there multiplies them by decoder norms"
-    return loaded(given, values, read_weights, convention=convention)
+    return loaded_crosscoder(given, values, read_weights, convention=convention)
 
 
 def normalization_of(found: Found, path: Path, shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> str:

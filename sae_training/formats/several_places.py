@@ -25,7 +25,7 @@ MOST_PLACES = 1000  # the deepest language models have 126 layers; sets of all l
 CROSSCODER, CROSS_LAYER = "crosscoder", "cross_layer_transcoder"
 
 
-def loaded(
+def loaded_crosscoder(
     given: Given, values: dict[str, Any], weights: Callable[[], Tensors], remarks: Iterable[str] = (), **more: Any
 ) -> Loaded:
     """A crosscoder: `values` are the fields of CrosscoderConfig, but for those that are the same in all families."""

@@ -47,11 +47,13 @@ def find_hook_site(
     d_in: int | None = None,
     field: str = "hook_point",
     width_field: str = "d_in",
+    is_trained: bool = False,
 ) -> HookSite:
     """The place `hook_point`; ValueError unless it exists and holds one vector of width `d_in` (None: any) a position.
 
     If TransformerLens computes it only with a switch, `model` has the switch on from now on. `field` and `width_field`
-    are the config fields that name the hook and the width, for the error.
+    are the config fields that name the hook and the width, for the error. So is `is_trained`: there are weights of
+    this width.
     """
     if hook_point not in model.hook_dict:
         raise ValueError(f"{field}: {unknown_hook_message(model, hook_point)}")
@@ -67,6 +69,12 @@ def find_hook_site(
             "position."
         )
     width = find_width(hook_point, shape, head_index)
+    if d_in is not None and d_in != width and is_trained:
+        raise ValueError(
+            f"{width_field}: found weights for {d_in} values a position, expected {width}, as {hook_point} of this "
+            f"model has; give the model that they were trained on (model_name), or another {field} if their files name "
+            "none."
+        )
     if d_in is not None and d_in != width:
         raise ValueError(
             f"{width_field}: got {d_in}, but {hook_point} of this model is {width} wide; use {width_field}={width}, or "
@@ -183,14 +191,17 @@ def merged(parts: Iterable[Sites]) -> Sites:
     return Sites(tuple(inputs), tuple(targets))
 
 
-def find_sites(cfg: Any, model: LanguageModel) -> Sites:
-    """Find the hooks of `cfg` in `model`. Raise ValueError where they do not fit the model, or each other."""
+def find_sites(cfg: Any, model: LanguageModel, is_trained: bool = False) -> Sites:
+    """Find the hooks of `cfg` in `model`. Raise ValueError where they do not fit the model, or each other.
+
+    `is_trained`: there are weights already, whose widths cannot be changed.
+    """
     cfg = with_defaults(cfg)
-    site = find_hook_site(model, cfg.resolved_hook_point, cfg.hook_point_head_index, cfg.d_in)
+    site = find_hook_site(model, cfg.resolved_hook_point, cfg.hook_point_head_index, cfg.d_in, is_trained=is_trained)
     target_hook_point = cfg.resolved_target_hook_point
     if target_hook_point is None:
         return Sites((site,), (site,))
-    target_site = find_hook_site(model, target_hook_point, None, cfg.d_out, "target_hook_point", "d_out")
+    target_site = find_hook_site(model, target_hook_point, None, cfg.d_out, "target_hook_point", "d_out", is_trained)
     check_order(model, site, target_site)
     return Sites((site,), (target_site,))
 

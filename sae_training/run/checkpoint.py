@@ -110,13 +110,6 @@ def read_part(folder: Path, part: str) -> dict[str, Any]:
     return join(load_file(folder / f"{part}.safetensors"), leaves[part])
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return all that `save_checkpoint` was given; ValueError if a file has changed since."""
-    state = read_state(folder)
-    leaves = json.loads((folder / STATE).read_text(encoding="utf-8"))["leaves"]
-    return {part: read_part(folder, part) for part in leaves}, state
-
-
 def complete_checkpoints(parent: Path) -> list[Path]:
     """Return the checkpoint folders that were written to the end, newest first."""
     folders = [p for p in parent.glob("step_*") if step_number(p) >= 0 and (p / MANIFEST).is_file()]

@@ -18,18 +18,18 @@ from sae_training.utils import LMSparseAutoencoderSessionloader
 load = LMSparseAutoencoderSessionloader.load_session_from_pretrained
 
 
-def saelens_folder(folder: Path, **metadata: Any) -> Path:
-    """A folder as SAELens 6 writes it, of an autoencoder for the bundled model."""
+def saelens_folder(folder: Path, d_in: int = D_IN, **metadata: Any) -> Path:
+    """A folder as SAELens 6 writes it, of an autoencoder for the bundled model, or one of another width."""
     d_sae = D_IN + 3
     cfg = {
         "architecture": "standard",
-        "d_in": D_IN,
+        "d_in": d_in,
         "d_sae": d_sae,
         "dtype": "float32",
         "normalize_activations": "none",
         "metadata": {"hook_name": "blocks.1.hook_resid_post", "context_size": 16, **metadata},
     }
-    shapes = {"W_enc": (D_IN, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, D_IN), "b_dec": (D_IN,)}
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     folder.mkdir()
     (folder / "cfg.json").write_text(json.dumps(cfg))
     save_file({name: torch.randn(shape) for name, shape in shapes.items()}, folder / "sae_weights.safetensors")
@@ -43,6 +43,15 @@ def test_a_session_comes_up_from_what_the_files_name(tmp_path: Path) -> None:
     rows = store.get_activations(store.get_batch_tokens())
     assert sae.encode(rows).shape == (*rows.shape[:2], D_IN + 3)
     assert model.cfg.d_model == D_IN
+
+
+def test_weights_of_another_width_than_the_model_ask_for_another_model(tmp_path: Path) -> None:
+    folder = saelens_folder(tmp_path / "sae", D_IN + 1, model_name="demo", dataset_path="demo")
+    expected = (
+        rf"d_in: found weights for {D_IN + 1} values a position, expected {D_IN}, .*give the model that they were"
+    )
+    with pytest.raises(ValueError, match=expected):
+        load(folder)
 
 
 @pytest.mark.parametrize("missing", ["model_name", "dataset_path"])

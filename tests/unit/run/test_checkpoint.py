@@ -21,8 +21,9 @@ from sae_training.run import checkpoint
 from sae_training.run.checkpoint import (
     complete_checkpoints,
     delete_old,
-    load_checkpoint,
     newest_valid,
+    read_part,
+    read_state,
     save_checkpoint,
     verify,
 )
@@ -40,6 +41,12 @@ def names(folders: list[Path]) -> list[str]:
     return [folder.name for folder in folders]
 
 
+def all_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All parts that were saved, and the state."""
+    state = read_state(folder)
+    return {file.stem: read_part(folder, file.stem) for file in folder.glob("*.safetensors")}, state
+
+
 # ---------------------------------------------------------------------------------------------------------- round trip
 
 
@@ -49,41 +56,41 @@ def names(folders: list[Path]) -> list[str]:
 )
 def test_tensor_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = torch.tensor([[0, 1, 2], [3, 100, 0]]).to(dtype)
-    load, _ = load_checkpoint(save_checkpoint(tmp_path, 1, {"part": {"t": tensor}}, {}, {}))
+    load, _ = all_of(save_checkpoint(tmp_path, 1, {"part": {"t": tensor}}, {}, {}))
     assert load["part"]["t"].dtype == dtype
     assert torch.equal(load["part"]["t"], tensor)
 
 
 def test_not_a_number_and_the_sign_of_zero_come_back(tmp_path: Path) -> None:
     tensor = torch.tensor([float("nan"), float("inf"), -0.0])
-    parts, _ = load_checkpoint(save_checkpoint(tmp_path, 1, {"part": {"t": tensor}}, {}, {}))
+    parts, _ = all_of(save_checkpoint(tmp_path, 1, {"part": {"t": tensor}}, {}, {}))
     assert parts["part"]["t"].view(torch.int32).tolist() == tensor.view(torch.int32).tolist()
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), ()])
 def test_empty_and_scalar_tensors_keep_their_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    parts, _ = load_checkpoint(save_checkpoint(tmp_path, 1, {"part": {"t": torch.zeros(shape)}}, {}, {}))
+    parts, _ = all_of(save_checkpoint(tmp_path, 1, {"part": {"t": torch.zeros(shape)}}, {}, {}))
     assert parts["part"]["t"].shape == shape
 
 
 def test_nested_dicts_come_back_as_they_were(tmp_path: Path) -> None:
     stream = {"row": 3, "offset": 0, "stream": {"shard": None, "seen": [1, 2]}}
     content = {"served": 64, "tokens": {"place": stream, "pending": torch.tensor([5, 6])}, "nothing": {}, "name": "ä"}
-    parts, state = load_checkpoint(save_checkpoint(tmp_path, 7, {"store": content}, {"metrics_bytes": 12}, {}))
+    parts, state = all_of(save_checkpoint(tmp_path, 7, {"store": content}, {"metrics_bytes": 12}, {}))
     assert torch.equal(parts["store"]["tokens"].pop("pending"), content["tokens"].pop("pending"))
     assert parts["store"] == content
     assert state == {"step": 7, "metrics_bytes": 12}
 
 
 def test_parts_without_tensors_and_without_values_come_back(tmp_path: Path) -> None:
-    parts, _ = load_checkpoint(save_checkpoint(tmp_path, 1, {"empty": {}, "values": {"a": 1.5}}, {}, {}))
+    parts, _ = all_of(save_checkpoint(tmp_path, 1, {"empty": {}, "values": {"a": 1.5}}, {}, {}))
     assert parts == {"empty": {}, "values": {"a": 1.5}}
 
 
 def test_views_of_one_storage_come_back_as_themselves(tmp_path: Path) -> None:
     # The firing counters are rows of one tensor, and the transposed one is not contiguous.
     counters = torch.arange(6).reshape(2, 3)
-    parts, _ = load_checkpoint(
+    parts, _ = all_of(
         save_checkpoint(tmp_path, 1, {"part": {"a": counters[0], "b": counters[1]}, "t": {"t": counters.T}}, {}, {})
     )
     assert parts["part"]["a"].tolist() == [0, 1, 2]
@@ -99,7 +106,7 @@ def test_extra_files_are_written_and_guarded(tmp_path: Path) -> None:
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 3, {"old": {"t": torch.zeros(1)}}, {}, {})
-    parts, _ = load_checkpoint(save(tmp_path, 3))
+    parts, _ = all_of(save(tmp_path, 3))
     assert sorted(parts) == ["sae", "trainer"]
 
 
@@ -165,7 +172,7 @@ def test_truncated_file_is_named_with_both_sizes(tmp_path: Path) -> None:
     size = path.stat().st_size
     os.truncate(path, size - 1)
     with pytest.raises(ValueError, match=f"trainer.safetensors: found {size - 1} bytes, expected {size} bytes"):
-        load_checkpoint(tmp_path / "step_1")
+        read_state(tmp_path / "step_1")
 
 
 def test_flipped_bit_in_any_file_is_found(tmp_path: Path) -> None:
@@ -176,7 +183,7 @@ def test_flipped_bit_in_any_file_is_found(tmp_path: Path) -> None:
         damaged[-1] ^= 1
         (folder / name).write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{name}: its content is not what was written"):
-            load_checkpoint(folder)
+            read_state(folder)
         (folder / name).write_bytes(content)
 
 
@@ -184,14 +191,14 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / "state.json").unlink()
     with pytest.raises(ValueError, match="state.json: found no such file, expected"):
-        load_checkpoint(folder)
+        read_state(folder)
 
 
 def test_missing_manifest_means_never_finished(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="step_1: no manifest.json, so this checkpoint was never finished"):
-        load_checkpoint(folder)
+        read_state(folder)
 
 
 @pytest.mark.parametrize("length", [0, 1, 40, 100])
@@ -199,7 +206,7 @@ def test_truncated_manifest_is_named(tmp_path: Path, length: int) -> None:
     folder = save(tmp_path, 1)
     os.truncate(folder / "manifest.json", length)
     with pytest.raises(ValueError, match="manifest.json: not a readable manifest.*this checkpoint is damaged"):
-        load_checkpoint(folder)
+        read_state(folder)
 
 
 @pytest.mark.parametrize("bit", [0, 7])
@@ -329,7 +336,7 @@ def test_process_killed_while_it_saves_leaves_only_sound_checkpoints(tmp_path: P
         found = complete_checkpoints(tmp_path)
         assert int(found[0].name.removeprefix("step_")) >= last_saved
         for folder in found:
-            parts, state = load_checkpoint(folder)
+            parts, state = all_of(folder)
             assert parts["store"]["served"] == state["step"] == parts["sae"]["W"][0, 0].item()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.run.checkpoint import load_checkpoint, save_checkpoint
+from sae_training.run.checkpoint import read_part, save_checkpoint
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training import trainer as trainer_module
 from sae_training.training.metrics import training_metrics
@@ -396,8 +396,8 @@ def test_restored_trainer_goes_on_bit_for_bit(changes: dict[str, Any], tmp_path:
     one, other = make_trainer(**changes), make_trainer(**{**changes, "seed": 7})
     for step in range(4):
         one.step(batch(step), step)
-    parts, _ = load_checkpoint(save_checkpoint(tmp_path, 4, {"trainer": one.state_dict()}, {}, {}))
-    other.load_state_dict(parts["trainer"])
+    folder = save_checkpoint(tmp_path, 4, {"trainer": one.state_dict()}, {}, {})
+    other.load_state_dict(read_part(folder, "trainer"))
     for step in range(4, 7):
         for trainer in (one, other):
             trainer.step(batch(step), step)
