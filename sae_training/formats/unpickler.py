@@ -236,11 +236,12 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined] # pyright: ign
         unframed = cast(Any, self)
         if self.left_in is None or n_bytes < LARGE or unframed._unframer.current_frame is not None:
             return unframed.read(n_bytes)
-        start, head = self.file.at, self.file.read(min(HEAD, n_bytes))
-        for first in range(HEAD, n_bytes, HEAD):
-            self.file.read(min(HEAD, n_bytes - first))
-        if self.file.at != start + n_bytes:
-            raise EOFError(f"ends within {n_bytes:,} bytes")
+        start, head = self.file.at, b""
+        for first in range(0, n_bytes, HEAD):
+            part = self.file.read(min(HEAD, n_bytes - first))
+            if len(part) < min(HEAD, n_bytes - first):
+                raise EOFError(f"ends within {n_bytes:,} bytes")
+            head = head or part
         return Left(self.left_in, start, n_bytes, head)
 
     def load_build(self) -> None:

@@ -93,3 +93,12 @@ def test_loading_holds_the_weights_and_little_more(tmp_path: Path) -> None:
     with (tmp_path / "old.pkl").open("wb") as file:
         pickle.dump(content, file)
     assert memory.of_loading(tmp_path / "old.pkl") < 1.25
+
+
+@pytest.mark.parametrize("name", ["a.pkl", "a.pkl.gz"])
+@pytest.mark.parametrize("n_bytes", [2**20, 2**40, 2**60, 2**64 - 1])
+def test_bytes_that_are_not_there_end_with_the_file(n_bytes: int, name: str, tmp_path: Path) -> None:
+    data = b"\x80\x04\x8e" + n_bytes.to_bytes(8, "little") + b"x" * 2**17
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(ValueError, match=r"not a readable autoencoder file"):
+        pickles.read(tmp_path / name)
