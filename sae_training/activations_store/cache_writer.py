@@ -34,6 +34,7 @@ from sae_training.activations_store.cache import (
     read_manifest,
     to_stored,
 )
+from sae_training.activations_store.cache_parts import check_parts, write_parts
 from sae_training.activations_store.cache_reader import CachedShards, rewrite_advice
 from sae_training.activations_store.finiteness import check_finite, explain_live
 from sae_training.activations_store.shuffle_buffer import MAX_EMPTY_PASSES
@@ -124,6 +125,8 @@ class CacheWriter:
 
     def write(self, stop: StopRequest) -> None:
         """Write what is missing of the cache, or check a finished one; TrainingInterrupted if `stop` asks for it."""
+        if self.has_contexts:
+            write_parts(self.folder, self.manifest, self.store)
         if self.manifest.complete:
             with phase("checking", has_bar=True):
                 self.check(stop)
@@ -150,6 +153,7 @@ class CacheWriter:
 
     def check(self, stop: StopRequest) -> None:
         """Raise ValueError if a shard of the finished cache is missing or damaged."""
+        check_parts(self.folder, self.manifest)
         for form, shards in (("rows", self.manifest.rows), ("contexts", self.manifest.contexts)):
             cached = CachedShards(self.folder, self.manifest, form, [])
             with progress_bar(f"checking {form}", len(shards), "shards") as bar:
