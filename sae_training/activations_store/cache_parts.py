@@ -47,6 +47,11 @@ def write_parts(folder: Path, manifest: Manifest, store: ActivationsStore) -> No
     manifest.save(folder)
 
 
+def bytes_of_parts(store: ActivationsStore) -> int:
+    """Return about how many bytes the file takes."""
+    return sum(tensor.nbytes for tensor in tensors_of(store.model, store.sites.all).values())
+
+
 def check_parts(folder: Path, manifest: Manifest) -> None:
     """Raise ValueError if the content of the file is not what was written."""
     path, written = folder / FILE, manifest.unembedding
