@@ -6,6 +6,7 @@ They are those of the model, in its own precision, so that a file of them is as 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,28 +29,32 @@ def tensors_of(model: Any, sites: Iterable[HookSite]) -> Mapping[str, Tensor]:
     if isinstance(model, ModelParts):
         return model.tensors
     found: dict[str, Tensor] = {}
-    if (W_U := getattr(model, "W_U", None)) is not None:
+    if (W_U := weight_of(model, "W_U")) is not None:
         found["head"] = W_U.T
         found["is_centred"] = torch.tensor(str(model.cfg.normalization_type or "").startswith("LN"))
     norm = getattr(model, "ln_final", None)
-    weight = getattr(norm, "w", None)
-    if weight is None:
-        weight = getattr(norm, "weight", None)
-    if weight is not None:
+    if (weight := weight_of(norm, "w", "weight")) is not None:
         # A bridge has Hugging Face's weights, and Gemma's norms multiply by 1 + weight. HookedTransformer has the sum.
         found["norm"] = weight.float() + (1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0)
     for site in sites:
-        if site.layer is None:
-            continue
-        block = model.blocks[site.layer]
+        block = None if site.layer is None else model.blocks[site.layer]
         if site.name.endswith((*IN_THE_STREAM, "mlp.hook_post")):
-            W_out = getattr(block.mlp, "W_out", None)
-            if isinstance(W_out, Tensor) and W_out.ndim == 2:  # not with experts
+            W_out = weight_of(getattr(block, "mlp", None), "W_out")
+            if W_out is not None and W_out.ndim == 2:  # not of experts
                 found[f"W_out.{site.layer}"] = W_out
-        if site.name.endswith("attn.hook_z"):
-            found[f"W_O.{site.layer}"] = block.attn.W_O
+        if site.name.endswith("attn.hook_z") and (W_O := weight_of(getattr(block, "attn", None), "W_O")) is not None:
+            found[f"W_O.{site.layer}"] = W_O
     # In one order in memory, in which a file has them too: sums round otherwise in another.
     return {name: tensor.detach().contiguous() for name, tensor in found.items()}
+
+
+def weight_of(module: Any, *names: str) -> Tensor | None:
+    """Return the first of these weights that the module has and can show (one of 4 bits it cannot)."""
+    for name in names:
+        with suppress(Exception):  # because TransformerLens raises errors of many kinds
+            if isinstance(found := getattr(module, name), Tensor):
+                return found
+    return None
 
 
 def to_logits(tensors: Mapping[str, Tensor], site: HookSite) -> Tensor | None:

@@ -22,9 +22,9 @@ from transformers import (
 from sae_analysis.logit_lens import logit_lens
 from sae_analysis.of_model import of_model
 from sae_training.demo_data import DEMO_MODEL
-from sae_training.language_model.load import load_language_model
+from sae_training.language_model.load import hooked_transformer_class, load_language_model
 from sae_training.language_model.sites import find_hook_site
-from sae_training.language_model.unembedding import tensors_of, unembedding
+from sae_training.language_model.unembedding import neurons, tensors_of, to_logits, unembedding
 
 
 def test_directions_reach_the_logits_as_in_the_model(demo_model: Any) -> None:
@@ -107,3 +107,22 @@ def test_a_norm_that_multiplies_by_one_more_than_its_weight(model_processing: st
     found = unembedding(tensors_of(load_language_model(str(tmp_path), "cpu", "float32", model_processing), []))
     centred = [table - table.mean(dim=1, keepdim=True) for table in (found, expected)]
     torch.testing.assert_close(*centred, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_neurons_or_unembedding_has_none() -> None:
+    HookedTransformer = hooked_transformer_class()
+    if HookedTransformer is None:
+        pytest.skip("this TransformerLens has no HookedTransformer")
+    from transformer_lens import HookedTransformerConfig
+
+    cfg = HookedTransformerConfig(
+        n_layers=1, d_model=8, n_ctx=8, d_head=4, n_heads=2, d_vocab=9, attn_only=True, normalization_type=None
+    )
+    model = HookedTransformer(cfg)
+    site = find_hook_site(model, "blocks.0.hook_resid_post")
+    tensors = tensors_of(model, [site])
+    assert sorted(tensors) == ["head", "is_centred"]
+    assert neurons(tensors, site) is None
+    torch.testing.assert_close(to_logits(tensors, site), model.W_U)
+    del model.unembed.W_U
+    assert to_logits(tensors_of(model, [site]), site) is None
