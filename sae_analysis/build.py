@@ -62,7 +62,8 @@ def build_analysis(
         `SparseAutoencoder.load_from_pretrained` takes, or (model, sae, store) of the session loader.
     dataset: a path, a name or a `datasets` object in place of the run's own training text.
     output: the folder that gets the analysis; without it the run's own, or `runs/<name of the file>`.
-    cached: a folder of contexts that `sae-training cache` wrote, which replaces the passes of the language model.
+    cached: a folder of contexts that `sae-training cache` wrote, which replaces the language model, effects aside: the
+        folder holds its unembedding, so that of the model only the tokenizer is loaded.
     sizes: how many examples of a latent are kept.
     effects: for how many latents to measure what ablating them does at their top examples (`effects.py`): those that
         the site lists first, or these. An analysis that is there gets those it lacks.
@@ -76,7 +77,9 @@ def build_analysis(
         raise ValueError(f"n_tokens: found {n_tokens}, expected 1 or more.")
     if isinstance(effects, int) and effects < 0:
         raise ValueError(f"effects: found {effects}, expected a number of latents, 0 or more.")
-    found = subjects_of(source, dataset, output, Given(hook_point, layer, **given))
+    n_effects = effects if isinstance(effects, int) else len(effects)
+    in_place = None if cached is None or n_effects else Path(cached).expanduser()  # effects need passes
+    found = subjects_of(source, dataset, output, Given(hook_point, layer, **given), in_place)
     d_sae = min(subject.sae.d_sae for subject in found.subjects)
     if not isinstance(effects, int) and (missing := [i for i in effects if not 0 <= i < d_sae]):
         raise ValueError(f"effects: found latents {missing}, expected 0 to {d_sae - 1}.")

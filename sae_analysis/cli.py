@@ -50,7 +50,7 @@ class Build(LeftOut, Common):
     """Folder that gets the result; without it the run's."""
 
     cached: Path | None = None
-    """Folder of contexts that `sae-training cache --form contexts` wrote, in place of passes of the language model."""
+    """Folder of contexts that `sae-training cache --form contexts` wrote, in place of the language model."""
 
     effects: int = 0
     """For so many latents, what ablating them at their top examples does to the next token's prediction."""

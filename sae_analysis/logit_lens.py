@@ -7,7 +7,7 @@ of the residual stream: its weight, and for LayerNorm the subtraction of the mea
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,20 +37,6 @@ class Lens(NamedTuple):
     """(d_sae, N_BINS): histogram over the vocabulary."""
     edges: np.ndarray
     """(d_sae, 2): its lowest and highest edge; bins are of one width."""
-
-
-def unembedding(model: Any) -> Tensor:
-    """Return (d_model, d_vocab): the final norm's weight times the unembedding."""
-    norm = getattr(model, "ln_final", None)
-    weight = getattr(norm, "w", None)
-    if weight is None:
-        weight = getattr(norm, "weight", None)
-    # A bridge has Hugging Face's weights, and Gemma's norms multiply by 1 + weight. HookedTransformer has the sum.
-    offset = 1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0
-    W_U = model.W_U.detach().float()
-    table = W_U if weight is None else (weight.detach().float() + offset).unsqueeze(1) * W_U
-    is_centred = str(model.cfg.normalization_type or "").startswith("LN")
-    return table - table.mean(dim=0) if is_centred else table
 
 
 @torch.no_grad()

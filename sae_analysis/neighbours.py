@@ -91,24 +91,32 @@ def coactive(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
     """Return the latents that fire most often together: rows where both do, over rows where either does (Jaccard)."""
     fires = matrix.copy()
     fires.data = np.ones_like(fires.data)
-    both = (fires.T @ fires).tocsr()
+    both = products_of_columns(fires)
     counts = both.diagonal()
-    row = np.repeat(np.arange(both.shape[0]), np.diff(both.indptr))
-    both.data = both.data / (counts[row] + counts[both.indices] - both.data)
+    either = np.repeat(counts, np.diff(both.indptr))
+    either += counts[both.indices]
+    either -= both.data
+    both.data /= either
     return nearest_in_rows(both, n)
 
 
 def correlated(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
     """Return the latents with the highest Pearson correlation over the rows, of those that fire on a common row."""
     n_rows = len(matrix.indptr) - 1
-    products = (matrix.T @ matrix).tocsr()
+    products = products_of_columns(matrix)
     means = np.asarray(matrix.sum(axis=0)).ravel() / max(n_rows, 1)
     deviations = np.sqrt(np.maximum(products.diagonal() / max(n_rows, 1) - means**2, 0))
-    row = np.repeat(np.arange(products.shape[0]), np.diff(products.indptr))
+    sizes, others = np.diff(products.indptr), products.indices
     with np.errstate(divide="ignore", invalid="ignore"):
-        covariance = products.data / n_rows - means[row] * means[products.indices]
-        products.data = covariance / (deviations[row] * deviations[products.indices])
+        products.data /= n_rows
+        products.data -= np.repeat(means, sizes) * means[others]
+        products.data /= np.repeat(deviations, sizes) * deviations[others]
     return nearest_in_rows(products, n)
+
+
+def products_of_columns(matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+    """Return (d_sae, d_sae): the product of each two columns; the entries of a row are in no order."""
+    return matrix.T.tocsr() @ matrix  # the product of `matrix.T` as it is would have to be turned over
 
 
 def nearest_in_rows(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
@@ -118,14 +126,13 @@ def nearest_in_rows(matrix: scipy.sparse.csr_array, n: int) -> Nearest:
     for start in range(0, size, step := max(1, CHUNK // max(size, 1))):
         begins = matrix.indptr[start : start + step + 1]
         data: np.ndarray = matrix.data[begins[0] : begins[-1]]
-        others: np.ndarray = matrix.indices[begins[0] : begins[-1]]
-        rows = np.repeat(np.arange(len(begins) - 1), np.diff(begins))
+        places = np.repeat(np.arange(len(begins) - 1) * size, np.diff(begins)) + matrix.indices[begins[0] : begins[-1]]
         dense = np.full((len(begins) - 1, size), -np.inf)
-        counts = np.isfinite(data) & (rows + start != others)
-        dense[rows[counts], others[counts]] = data[counts]
-        places, values = (part.numpy() for part in highest(torch.from_numpy(dense), min(n, size)))
+        dense.ravel()[places] = np.where(np.isfinite(data), data, -np.inf)
+        np.fill_diagonal(dense[:, start:], -np.inf)
+        others, values = (part.numpy() for part in highest(torch.from_numpy(dense), min(n, size)))
         there = np.isfinite(values)
-        found.others[start : start + step, : there.shape[1]] = np.where(there, places, -1)
+        found.others[start : start + step, : there.shape[1]] = np.where(there, others, -1)
         found.values[start : start + step, : there.shape[1]] = np.where(there, values, np.nan)
     return found
 

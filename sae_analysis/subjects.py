@@ -14,13 +14,15 @@ import torch
 
 from sae_analysis.places import folder_of, name_of
 from sae_training.activations_store import ActivationsStore
+from sae_training.activations_store.cache_parts import parts_on_disk
 from sae_training.activations_store.store import without_cache
 from sae_training.config.io import check_known, with_defaults
 from sae_training.config.sweep import is_several, variants
 from sae_training.formats import Given
 from sae_training.formats.loaded import OF_ANOTHER_TEXT
-from sae_training.language_model.load import model_of
-from sae_training.language_model.sites import Sites, find_sites, merged
+from sae_training.language_model.load import LanguageModel, model_of
+from sae_training.language_model.model_parts import ModelParts
+from sae_training.language_model.sites import Sites, find_sites, merged, sites_on_disk
 from sae_training.machine.phases import phase
 from sae_training.run.folder import is_run_folder, read_run_config
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -59,8 +61,12 @@ def subjects_of(
     dataset: Any,
     output: str | Path | None,
     given: Given = Given(),  # noqa: B008 - it is frozen
+    cached: Path | None = None,
 ) -> Subjects:
-    """Load what `source` names. ValueError or FileNotFoundError, as the session loader raises them."""
+    """Load what `source` names. ValueError or FileNotFoundError, as the session loader raises them.
+
+    cached: a folder of activations, whose parts of the language model stand in for it, if it holds them.
+    """
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         with phase("reading the autoencoder"):
@@ -68,8 +74,7 @@ def subjects_of(
         check_positive(found)
         for sae in found.values():
             check_known(sae.cfg, dataset_path=dataset)
-        with phase("loading the language model"):
-            model = model_of(next(iter(found.values())).cfg)
+        model, sites = model_or_parts(found, cached)
         are_several = len(found) > 1 or is_run_of_several(path)
         paths = {name: path / name if are_several else path for name in found}
         folder = Path(output).expanduser() if output is not None else folder_of(path)
@@ -94,6 +99,22 @@ def subjects_of(
         for name, sae in found.items()
     ]
     return Subjects(subjects, store, folder, are_several)
+
+
+def model_or_parts(
+    found: dict[str, SparseAutoencoder], cached: Path | None
+) -> tuple[LanguageModel | ModelParts, dict[str, Sites]]:
+    """Return the language model of autoencoders, or what a cache holds of it, and the sites of each of them."""
+    cfg = next(iter(found.values())).cfg
+    if cached is not None:
+        sites = {name: sites_on_disk(sae.cfg, sae.d_in, sae.W_dec.shape[1]) for name, sae in found.items()}
+        hooks = [site.name for site in merged(sites.values()).all]
+        with phase("reading the unembedding"):
+            if (parts := parts_on_disk(cached, cfg, hooks)) is not None:
+                return parts, sites
+    with phase("loading the language model"):
+        model = model_of(cfg)
+    return model, {name: find_sites(sae.cfg, model) for name, sae in found.items()}
 
 
 def autoencoders_in(path: Path, given: Given) -> dict[str, SparseAutoencoder]:

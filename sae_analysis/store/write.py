@@ -77,8 +77,15 @@ class Writer:
         return connection.execute(counted).scalar_one()
 
     def insert(self, connection: Connection, table: Table, rows: Sequence[dict[str, Any]]) -> None:
-        if rows:
-            connection.execute(insert(table), [{"analysis": self.analysis, **row} for row in rows])
+        """Insert rows that all have the same columns."""
+        if not rows:
+            return
+        # The driver takes them as they are. SQLAlchemy would look at each value, in as much time as the database takes.
+        statement = insert(table).compile(connection, column_keys=["analysis", *rows[0]])
+        values: list[Any] = [{"analysis": self.analysis, **row} for row in rows]
+        if (names := statement.positiontup) is not None:
+            values = [tuple(row[name] for name in names) for row in values]
+        connection.exec_driver_sql(str(statement), values)
 
 
 def rows_of(found: Findings, examples: Examples, some: range) -> list[tuple[Table, list[dict[str, Any]]]]:

@@ -3,6 +3,7 @@
     manifest.json               where the activations come from; size and SHA-256 of each finished shard
     rows/00000.safetensors      shuffled over the whole cache: `tokens` (rows,), each hook (rows, d_in)
     contexts/00000.safetensors  in the order of the text: `tokens` (prompts, context), hooks (prompts, context, d_in)
+    unembedding.safetensors     beside contexts: what an analysis needs of the language model (`cache_parts.py`)
 
 A shard counts once the manifest lists it. Activations are in one of four precisions. With int8 each hook has a float32
 scale for each row, `<hook>.scale`; integers times scale are the activations.
@@ -77,6 +78,8 @@ class Manifest:
     progress: dict[str, Any] = field(default_factory=dict)
     """What continuing after a kill needs; once complete, the position in the text where the cache stops."""
     format: int = FORMAT
+    unembedding: Shard | None = None
+    """What an analysis needs of the language model; None in a cache of an earlier version, or of rows alone."""
 
     def save(self, folder: Path) -> None:
         write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
@@ -95,6 +98,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
         for form in ("rows", "contexts"):
             values[form] = [Shard(**shard) for shard in values[form]]
+        if (part := values.get("unembedding")) is not None:
+            values["unembedding"] = Shard(**part)
         for name in CACHE_FIELDS:  # an older cache was written with the default
             default = getattr(Source, name)
             values["about"].setdefault(name, list(default) if isinstance(default, tuple) else default)

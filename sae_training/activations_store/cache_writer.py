@@ -34,6 +34,7 @@ from sae_training.activations_store.cache import (
     read_manifest,
     to_stored,
 )
+from sae_training.activations_store.cache_parts import bytes_of_parts, check_parts, write_parts
 from sae_training.activations_store.cache_reader import CachedShards, rewrite_advice
 from sae_training.activations_store.finiteness import check_finite, explain_live
 from sae_training.activations_store.shuffle_buffer import MAX_EMPTY_PASSES
@@ -106,6 +107,7 @@ class CacheWriter:
         n_bytes = self.n_passes * self.per_pass * self.record_bytes
         # Beside the rows there is one bucket at most: each is deleted once its shard is written.
         n_bytes = (self.has_rows + self.has_contexts) * n_bytes + self.has_rows * self.shard_bytes
+        n_bytes += self.has_contexts * bytes_of_parts(self.store)
         check_free_disk(self.folder, n_bytes, "the activations need", "cached_activations_path")
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = Manifest(about, self.widths, self.dtype, config)
@@ -125,6 +127,8 @@ class CacheWriter:
     def write(self, stop: StopRequest) -> None:
         """Write what is missing of the cache, or check a finished one; TrainingInterrupted if `stop` asks for it."""
         if self.manifest.complete:
+            if self.has_contexts:  # and an earlier version wrote the cache
+                write_parts(self.folder, self.manifest, self.store)
             with phase("checking", has_bar=True):
                 self.check(stop)
             tqdm.write(f"{self.folder} is complete and undamaged: {self.summary()}.")
@@ -136,6 +140,8 @@ class CacheWriter:
             with phase("shuffling", has_bar=True):
                 self.shuffle(stop)
         shutil.rmtree(self.folder / BUCKETS, ignore_errors=True)
+        if self.has_contexts:
+            write_parts(self.folder, self.manifest, self.store)
         self.manifest.complete = True
         self.manifest.save(self.folder)
         rate = (self.n_passes - first) * self.per_pass / (time.perf_counter() - start)
@@ -150,6 +156,7 @@ class CacheWriter:
 
     def check(self, stop: StopRequest) -> None:
         """Raise ValueError if a shard of the finished cache is missing or damaged."""
+        check_parts(self.folder, self.manifest)
         for form, shards in (("rows", self.manifest.rows), ("contexts", self.manifest.contexts)):
             cached = CachedShards(self.folder, self.manifest, form, [])
             with progress_bar(f"checking {form}", len(shards), "shards") as bar:

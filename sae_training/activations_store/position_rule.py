@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from sae_training.activations_store.finiteness import check_finite, explain_live
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.load import LanguageModel
+from sae_training.language_model.model_parts import ModelParts
 from sae_training.language_model.sites import HookSite
 from sae_training.language_model.tokenizer import tokenizer_of
 from sae_training.text.stream import TokenStream
@@ -71,15 +73,27 @@ def position_rule(
     """
     max_norm = None
     if cfg.max_activation_norm_multiple is not None:
-        contexts = tokens.first_contexts(math.ceil(NORM_TOKENS / cfg.context_size)).to(torch.device(cfg.device))
-        passes = contexts.split(cfg.store_batch_size)
-        found = [harvest(model, prompts, [site], not cfg.pack_sequences)[0] for prompts in passes]
-        every = torch.cat(found)
-        check_finite({site.name: every[contexts >= 0]}, explain_live(model))
-        norms = every.float().norm(dim=-1)
-        max_norm = cfg.max_activation_norm_multiple * norms[contexts >= 0].median().item()
+        max_norm = cfg.max_activation_norm_multiple * median_norms(cfg, model, tokens, [site])[site.name]
     excluded_ids = special_token_ids(model) if cfg.exclude_special_tokens else None
     return PositionRule(excluded_ids, tuple(cfg.seqpos_slice), max_norm, not cfg.pack_sequences)
+
+
+def median_norms(
+    cfg: LanguageModelSAERunnerConfig, model: LanguageModel, tokens: TokenStream, sites: Sequence[HookSite]
+) -> Mapping[str, float]:
+    """Return the median norm at each hook, by its name, over the first tokens of the text."""
+    if isinstance(model, ModelParts):
+        return model.median_norms
+    contexts = tokens.first_contexts(math.ceil(NORM_TOKENS / cfg.context_size)).to(torch.device(cfg.device))
+    passes = [
+        harvest(model, prompts, sites, not cfg.pack_sequences) for prompts in contexts.split(cfg.store_batch_size)
+    ]
+    found: dict[str, float] = {}
+    for site, parts in zip(sites, zip(*passes, strict=True), strict=True):
+        every = torch.cat(parts)
+        check_finite({site.name: every[contexts >= 0]}, explain_live(model))
+        found[site.name] = every.float().norm(dim=-1)[contexts >= 0].median().item()
+    return found
 
 
 def special_token_ids(model: LanguageModel) -> Tensor:

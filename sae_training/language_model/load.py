@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from sae_training.demo_data import bundled_model
+from sae_training.language_model.model_parts import ModelParts
 from sae_training.language_model.tokenizer import for_bridge, give_back, read_tokenizer
 from sae_training.language_model.twins import skip_hook_points
 from sae_training.machine.device import checked
@@ -280,6 +281,8 @@ def fingerprint(model: LanguageModel) -> str:
 
     It does not depend on parameter names and order, which change between library versions.
     """
+    if isinstance(model, ModelParts):
+        return model.fingerprint
     digests: set[bytes] = set()
     for parameter in model.parameters():
         values = parameter.detach().flatten()

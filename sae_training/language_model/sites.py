@@ -206,6 +206,15 @@ def find_sites(cfg: Any, model: LanguageModel, is_trained: bool = False) -> Site
     return Sites((site,), (target_site,))
 
 
+def sites_on_disk(cfg: Any, d_in: int, d_out: int) -> Sites:
+    """Return the hooks of `cfg` without a model, for activations on a disk: their names and widths say all of them."""
+    cfg = with_defaults(cfg)
+    head = cfg.hook_point_head_index
+    name, target = cfg.resolved_hook_point, cfg.resolved_target_hook_point
+    site = HookSite(name, *cheapest_read(name), head, head is not None, d_in)
+    return Sites((site,), (site if target is None else HookSite(target, *cheapest_read(target), None, False, d_out),))
+
+
 def with_widths(cfg: LanguageModelSAERunnerConfig, sites: Sites) -> LanguageModelSAERunnerConfig:
     """Return `cfg` with the widths of its `sites`: d_in and, for a transcoder, d_out."""
     d_out = None if cfg.target_hook_point is None else sites.target.d_in

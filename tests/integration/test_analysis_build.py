@@ -30,8 +30,7 @@ from sae_analysis.export import export
 from sae_analysis.places import name_of
 from sae_analysis.store import write
 from sae_analysis.subjects import check_positive
-from sae_training.cache_activations_runner import cache_activations_runner
-from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
+from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.lm_runner import run_config
 from sae_training.utils import LMSparseAutoencoderSessionloader
 
@@ -140,12 +139,6 @@ def content(path: Path) -> dict[str, list[tuple[Any, ...]]]:
     return found
 
 
-def without_settings(rows: dict[str, list[tuple[Any, ...]]]) -> dict[str, Any]:
-    ((*start, about),) = rows["analyses"]
-    kept = {k: v for k, v in json.loads(about).items() if k not in ("settings", "text", "source")}
-    return rows | {"analyses": [(*start, kept)]}
-
-
 def build_with_many_saves(run: Path, output: Path, kill_at_insert: int | None = None) -> None:
     """Build in small passes, saving after each, and writing few latents at a time; end the process in an insertion."""
     torch.set_num_threads(1)  # in each process, because sums round otherwise on another number of threads
@@ -202,27 +195,6 @@ def test_batches_of_another_size_give_the_same_examples(run: Path, built: Analys
         for kind in ("top", "random", "silent"):
             places = [[(e.context, e.position) for e in a.latent(index).examples(kind)] for a in (built, other)]
             assert places[0] == places[1]
-
-
-def test_a_cache_gives_the_same_without_a_pass(run: Path, built: Analysis, tmp_path: Path, demo_model: Any) -> None:
-    names = (
-        "model_name",
-        "hook_point",
-        "dataset_path",
-        "context_size",
-        "store_batch_size",
-        "lm_dtype",
-        "n_eval_batches",
-    )
-    cfg = CacheActivationsRunnerConfig(
-        **{name: SMALL_RUN[name] for name in names}, exclude_special_tokens=True, form="contexts", dtype="float32",
-        total_training_tokens=N_TOKENS + 200, cached_activations_path=str(tmp_path / "cache"),
-    )  # fmt: skip
-    cache_activations_runner(cfg, demo_model)
-    other = build_analysis(run, N_TOKENS, cached=tmp_path / "cache", output=tmp_path / "out")
-    assert isinstance(other, Analysis)
-    one, two = (without_settings(content(Path(a.reader.url.removeprefix("sqlite:///")))) for a in (built, other))
-    assert one == two
 
 
 def test_several_autoencoders_are_built_from_one_pass(small_config: Callable, demo_model: Any, tmp_path: Path) -> None:

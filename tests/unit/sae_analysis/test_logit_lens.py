@@ -19,11 +19,12 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from sae_analysis.logit_lens import logit_lens, unembedding
+from sae_analysis.logit_lens import logit_lens
 from sae_analysis.of_model import of_model
 from sae_training.demo_data import DEMO_MODEL
-from sae_training.language_model.load import load_language_model
+from sae_training.language_model.load import hooked_transformer_class, load_language_model
 from sae_training.language_model.sites import find_hook_site
+from sae_training.language_model.unembedding import neurons, tensors_of, to_logits, unembedding
 
 
 def test_directions_reach_the_logits_as_in_the_model(demo_model: Any) -> None:
@@ -32,7 +33,7 @@ def test_directions_reach_the_logits_as_in_the_model(demo_model: Any) -> None:
     directions = torch.randn(5, len(weight), generator=torch.Generator().manual_seed(0))
     expected = (directions.double() * weight.double()) @ head.double().T
     expected -= expected.mean(dim=1, keepdim=True)
-    found = logit_lens(directions, unembedding(demo_model), 4)
+    found = logit_lens(directions, unembedding(tensors_of(demo_model, [])), 4)
     np.testing.assert_allclose(found.top_values, expected.topk(4).values, rtol=1e-4)
     assert found.top.tolist() == expected.topk(4).indices.tolist()
     assert found.bottom.tolist() == expected.topk(4, largest=False).indices.tolist()
@@ -56,7 +57,7 @@ def test_layer_norm_is_centred_and_its_weight_counts_once(tmp_path: Any, process
     direction = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     centred = direction - direction.mean(dim=1, keepdim=True)
     expected = (centred * plain.transformer.ln_f.weight) @ plain.lm_head.weight.T
-    found = direction @ unembedding(model)
+    found = direction @ unembedding(tensors_of(model, []))
     # Processing subtracts the mean over the vocabulary from the unembedding, which changes no probability.
     torch.testing.assert_close(
         found - found.mean(1, True), (expected - expected.mean(1, True)).detach(), atol=1e-4, rtol=1e-4
@@ -103,6 +104,25 @@ def test_a_norm_that_multiplies_by_one_more_than_its_weight(model_processing: st
         gemma.model.norm.weight.uniform_(-0.5, 1)
     gemma.save_pretrained(tmp_path)
     expected = ((1 + gemma.model.norm.weight).unsqueeze(1) * gemma.lm_head.weight.T).detach()
-    found = unembedding(load_language_model(str(tmp_path), "cpu", "float32", model_processing))
+    found = unembedding(tensors_of(load_language_model(str(tmp_path), "cpu", "float32", model_processing), []))
     centred = [table - table.mean(dim=1, keepdim=True) for table in (found, expected)]
     torch.testing.assert_close(*centred, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_neurons_or_unembedding_has_none() -> None:
+    HookedTransformer = hooked_transformer_class()
+    if HookedTransformer is None:
+        pytest.skip("this TransformerLens has no HookedTransformer")
+    from transformer_lens import HookedTransformerConfig
+
+    cfg = HookedTransformerConfig(
+        n_layers=1, d_model=8, n_ctx=8, d_head=4, n_heads=2, d_vocab=9, attn_only=True, normalization_type=None
+    )
+    model = HookedTransformer(cfg)
+    site = find_hook_site(model, "blocks.0.hook_resid_post")
+    tensors = tensors_of(model, [site])
+    assert sorted(tensors) == ["head", "is_centred"]
+    assert neurons(tensors, site) is None
+    torch.testing.assert_close(to_logits(tensors, site), model.W_U)
+    del model.unembed.W_U
+    assert to_logits(tensors_of(model, [site]), site) is None
