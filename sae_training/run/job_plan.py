@@ -271,7 +271,8 @@ def memory_of_rank(
     """Return the memory plan of one of `n` ranks; only one process alone harvests ahead."""
     if not job.is_live:
         rows = dataclasses.replace(rows, buffered=0)
-    parts = parts_of(cfg, singles, rows, job.lm, job.on_gpu and n == 1)
+    dense = not all(shape_of(single, job).sparse for single in job.singles.values())
+    parts = parts_of(cfg, singles, rows, job.lm, job.on_gpu and n == 1, dense)
     lm = job.lm.bytes // job.lm_gpus
     in_use = CONTEXT["cuda" if job.on_gpu else "cpu"] + lm
     return MemoryPlan(parts, in_use, int(job.machines.memory) - in_use, lm)

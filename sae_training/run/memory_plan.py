@@ -155,10 +155,12 @@ def parts_of(
     rows: Rows,
     lm: LanguageModelSizes,
     on_gpu: bool,
+    dense: bool = False,
 ) -> tuple[Part, ...]:
     """Return what a process that trains `singles` holds beside the language model; their widths are known.
 
-    The `cfg` of a loaded model has the sizes that are asked for here under the same names.
+    The `cfg` of a loaded model has the sizes that are asked for here under the same names. `dense`: steps are computed
+    the dense way, whatever the architecture.
     """
     weights = [weight_bytes(single) for single in singles]
     # Where training scales its batches, what is evaluated and saved are copies with the scales folded in.
@@ -167,7 +169,7 @@ def parts_of(
     parts = [
         Part(Kind.WEIGHTS, sum(weights), f" of {len(singles)} autoencoders, {each_of(weights)}" * (len(singles) > 1)),
         Part(Kind.OPTIMIZER, int(MOMENTS[cfg.optimizer] * sum(weights))),
-        Part(Kind.STEP, max(step_bytes(single, n) for single, n in zip(singles, weights, strict=True))),
+        Part(Kind.STEP, max(step_bytes(single, n, dense) for single, n in zip(singles, weights, strict=True))),
         Part(Kind.EVALUATION, evaluation),
         Part(Kind.CHECKPOINT, max(weights) // 2 + folded),  # one tensor at a time is copied into order
     ]
@@ -257,13 +259,13 @@ def buffer_bytes(rows: Rows, itemsize: int, on_gpu: bool) -> int:
     return int((1.5 if on_gpu else 1) * rows.buffered * (rows.width * itemsize + PLACE))
 
 
-def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int) -> int:
+def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int, dense: bool = False) -> int:
     """Gradients, tensors of rows, and the code: sparse where k latents are chosen, else dense."""
     d_in, d_sae = sizes(cfg)
     if cfg.dtype.itemsize < FLOAT:
         weights *= 2  # because there are copies of the weights and of their gradients, at half the size
     rows = min(cfg.micro_batch_size or cfg.train_batch_size, cfg.tokens_per_step)
-    if cfg.architecture not in FIXED_K:
+    if dense or cfg.architecture not in FIXED_K:
         codes = CODES_OF_A_DENSE_STEP.get(cfg.architecture, max(CODES_OF_A_DENSE_STEP.values()))
         return weights + (ROWS_OF_A_DENSE_STEP * d_in + codes * d_sae) * rows * FLOAT
     prefixes = MATRYOSHKA_PREFIXES if cfg.architecture == "matryoshka" else 1
