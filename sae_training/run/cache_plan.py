@@ -67,7 +67,7 @@ def plan_cache(
     flops = lm.flops(blocks_run(list(hooks), lm), cfg.context_size)
     one = plan.passes_seconds(tokens, flops, lm.bytes, per_pass, lm.dtype == torch.float32, machines)
     passes = (one if lm_rate is None else tokens / lm_rate) * min(lm_gpus, machines.n) / machines.n
-    disks = machines.disk * machines.nodes
+    disks = machines.disk * machines.nodes * machines.efficiency
     first, shuffle = (of_rows + of_contexts) / disks, 2 * of_rows / disks
     width = sum(hooks.values())
     context = CONTEXT["cpu" if torch.device(cfg.device).type == "cpu" else "cuda"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,14 @@ from sae_training.run.cache_plan import CachePlan
 from sae_training.run.job_plan import BUILT, Job, Way, best, counted, smallest, ways
 from sae_training.run.memory_plan import USABLE_SHARE
 
+WIDTH = 110  # of a line of text
+
 NOTE = "Sums of stated or measured rates, in which nothing overlaps; evaluation, checkpoints and AuxK are left out."
+
+
+def wrapped(text: str) -> list[str]:
+    """Return a long sentence in lines; words with hyphens stay whole."""
+    return textwrap.wrap(text, WIDTH, break_on_hyphens=False)
 
 
 def in_words(job: Job) -> str:
@@ -24,7 +32,7 @@ def in_words(job: Job) -> str:
         lines += ["", *of_gradients(job)]
     chosen = best(found)
     if chosen is None:
-        lines += ["", f"Nothing fits. {what_would(job, found)}"]
+        lines += ["", *wrapped(f"Nothing fits. {what_would(job, found)}")]
     else:
         assert chosen.memory is not None
         lines += [
@@ -35,7 +43,7 @@ def in_words(job: Job) -> str:
             f"Best: {chosen.flags}. {why(chosen, found)}",
         ]
         hours = job.cfg.total_training_tokens / chosen.tokens_per_s / 3600
-        lines.append(f"{job.cfg.total_training_tokens:,} tokens take {hours:,.2f} hours. {NOTE}")
+        lines += wrapped(f"{job.cfg.total_training_tokens:,} tokens take {hours:,.2f} hours. {NOTE}")
         lines.append(f"A checkpoint has {gigabytes(checkpoint_bytes(job))}; {job.cfg.keep_checkpoints} are kept.")
         if chosen.parallel not in BUILT:
             lines.append(f"This version does not train {chosen.flags}: of several GPUs it has --parallel layers.")
@@ -128,10 +136,10 @@ def of_gradients(job: Job) -> list[str]:
         return []
     share = touched_latents(cfg.d_sae or 1, cfg.k, job.rows / n) / (cfg.d_sae or 1)
     wins = "touched rows" if share < touched_wins_below(n) else "a ring over all"
-    return [
+    return wrapped(
         f"Gradients in data: a rank's {job.rows // n:,} rows touch at most {share:.1%} of the latents; rows that are "
         f"touched are less than a ring over all below {touched_wins_below(n):.1%}: {wins}."
-    ]
+    )
 
 
 def why(chosen: Way, found: list[Way]) -> str:

@@ -16,7 +16,7 @@ from sae_training.flags import RECIPE
 def told(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
     assert main(["plan", *words]) == code
     out, err = capsys.readouterr()
-    return err if code else out
+    return err if code else " ".join(out.split())  # long lines are wrapped
 
 
 def in_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
