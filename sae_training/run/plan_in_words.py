@@ -35,13 +35,8 @@ def in_words(job: Job) -> str:
         lines += ["", *wrapped(f"Nothing fits. {what_would(job, found)}")]
     else:
         assert chosen.memory is not None
-        lines += [
-            "",
-            f"Memory of a GPU, {chosen.flags}:",
-            chosen.memory.table(),
-            "",
-            f"Best: {chosen.flags}. {why(chosen, found)}",
-        ]
+        lines += ["", f"Memory of a GPU, {chosen.flags}:", chosen.memory.table(), ""]
+        lines += wrapped(f"Best: {chosen.flags}. {why(chosen, found)}")
         hours = job.cfg.total_training_tokens / chosen.tokens_per_s / 3600
         lines += wrapped(f"{job.cfg.total_training_tokens:,} tokens take {hours:,.2f} hours. {NOTE}")
         lines.append(f"A checkpoint has {gigabytes(checkpoint_bytes(job))}; {job.cfg.keep_checkpoints} are kept.")
