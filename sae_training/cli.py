@@ -1,4 +1,4 @@
-"""The command line: `sae-training train | resume | eval | report | cache | pretokenize | toy | inspect`.
+"""The command line: `sae-training train | resume | eval | report | cache | pretokenize | toy | inspect | plan`.
 
 tyro turns the config's fields into flags, `config.values` reads their values. Parsing is apart from doing: `parse` and
 `parse_train` give values, `main` acts on them. The modules that do the work are imported only inside the verb that
@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, assert_never
+from typing import Annotated, Any, Literal, assert_never
 
 import tyro
-from tyro.conf import FlagConversionOff, Positional, Suppress, arg, subcommand
+from tyro.conf import FlagConversionOff, Positional, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
-from sae_training.config.checks import field_types, fields_marked, plain_value, value_problems
+from sae_training.config.checks import field_types, fields_marked
 from sae_training.config.fields import Origin
-from sae_training.config.files import read_config_values
 from sae_training.config.io import FIELD_NAMES, config_from_dict
 from sae_training.config.left_out import LeftOut
 from sae_training.config.toy import SAEToyModelRunnerConfig
-from sae_training.config.types import OneOrMany
 from sae_training.config.values import (
     check_alone,
     in_one_word,
+    in_our_names,
     is_no_name,
     is_readable,
     metavar,
@@ -36,70 +35,12 @@ from sae_training.config.values import (
     without_retired_flags,
     written,
 )
+from sae_training.flags import RECIPE, Common, ConfigFile, ModelAndText, hiding, train_defaults, with_words
 from sae_training.machine.console import exit_code
 from sae_training.machine.phases import counted_phases, phase, say
-
-# What `train` starts from without a config file; the class itself keeps the defaults of the mats era.
-RECIPE: dict[str, Any] = {
-    "architecture": "topk",
-    "d_in": None,
-    "lr": "auto",
-    "lr_warm_up_steps": "auto",
-    "lr_scheduler_name": "linearwarmupdecay",
-    "auxk_coefficient": "auto",
-    "exclude_special_tokens": True,
-    "is_dataset_tokenized": None,
-    "log_to_wandb": False,
-    "device": "auto",
-}
-
-# A transcoder's input and target have sizes of their own. Demo model, MLP of layer 2, 300k tokens: explained variance
-# 0.65 with scaled batches, 0.56 without. Autoencoders of SmolLM2: 0.923 both, but 176 dead latents in place of 30.
-TRANSCODER_RECIPE = RECIPE | {"normalize_activations": "expected_average_only_in"}
-
-T = TypeVar("T")
+from sae_training.plan_verb import Plan, config_first, planned
 
 RunFolder = Annotated[Path, Positional, arg(metavar="RUN")]
-
-
-@dataclass(kw_only=True)
-class Common:
-    """The flags of every verb."""
-
-    debug: bool = False
-    """Show the traceback of an error."""
-
-
-@dataclass(kw_only=True)
-class ModelAndText:
-    """A language model, a text and layers, as words of their own."""
-
-    model: Annotated[str | None, Positional, arg(metavar="MODEL")] = None
-    """Language model; the same as --model-name, over which it wins."""
-
-    dataset: Annotated[str | None, Positional, arg(metavar="DATASET")] = None
-    """Text; the same as --dataset-path with one path, over which it wins."""
-
-    layers: OneOrMany[int | Literal["all"]] | None = None
-    """Layers for `{layer}` in --hook-point, each its own: 4 8 12, or all."""
-
-
-@dataclass(kw_only=True)
-class ConfigFile:
-    """The flag for other defaults of `train`."""
-
-    config: Annotated[str | None, arg(metavar="FILE")] = None
-    """File of config fields (.yaml or .json). Its values are the defaults; flags win over them."""
-
-
-def hiding(group: type[Any]) -> Callable[[type[T]], type[T]]:
-    """Make a dataclass of flags whose help leaves out the fields of a group; config files may still hold them."""
-
-    def hide(cls: type[T]) -> type[T]:
-        cls.__annotations__ |= {name: Annotated[hint, Suppress] for name, hint in field_types(group).items()}
-        return dataclass(kw_only=True)(cls)
-
-    return hide
 
 
 @hiding(Origin)  # which training takes no other values of than the defaults
@@ -215,7 +156,7 @@ class Inspect(LeftOut, Common):
     """Print one JSON object."""
 
 
-Verb = Train | Resume | Eval | Report | Cache | Pretokenize | Toy | Inspect
+Verb = Train | Resume | Eval | Report | Cache | Pretokenize | Toy | Inspect | Plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -277,6 +218,8 @@ def carry_out(verb: Verb) -> None:
                 from sae_training.formats import inspection
             told = inspection.inspect(verb.path, verb.full, **verb.said())
             sys.stdout.write(inspection.in_json(told) if verb.json else inspection.in_words(told))
+        case Plan():
+            sys.stdout.write(planned(verb))
         case _:
             assert_never(verb)
 
@@ -288,10 +231,13 @@ def parse(argv: Sequence[str]) -> Verb:
     """Return the command that the words say; wrong words leave through SystemExit(2)."""
     name, *words = argv or ["--help"]
     if cls := VERBS.get(name):
-        given, words = words, in_one_word(without_retired_flags(words, cls), field_types(cls))
-        check_alone(given, words, field_types(cls), [n.upper() for n in fields_marked(cls, Positional)])
+        types = field_types(cls)
+        given, words = words, in_one_word(in_our_names(without_retired_flags(words, cls), types), types)
+        words = config_first(words) if cls is Plan else words
+        check_alone(given, words, types, [n.upper() for n in fields_marked(cls, Positional)])
     defaults: dict[str, Mapping[str, Any]] = {
         "train": train_defaults(words) if name == "train" else RECIPE,
+        "plan": {"device": "auto", **train_defaults(words)} if name == "plan" else RECIPE,
         "cache": {"exclude_special_tokens": True, "device": "auto"},
     }
     verbs: Any = typing.Union[  # noqa: UP007 - the parts are not plain classes
@@ -325,45 +271,9 @@ def parse_train(argv: Sequence[str]) -> LanguageModelSAERunnerConfig:
     return config_of(verb)
 
 
-def train_defaults(words: Sequence[str]) -> Mapping[str, Any]:
-    """Return what the flags of `train` default to: the values of the config file, or else the recipe."""
-    given = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
-    if "config" not in given:
-        return TRANSCODER_RECIPE if "target_hook_point" in {name.replace("-", "_") for name in given} else RECIPE
-    values = read_config_values(given["config"])
-    checked = {name: value for name, value in values.items() if (name, value) != ("device", "auto")}
-    if found := value_problems(checked, LanguageModelSAERunnerConfig):
-        raise ValueError("\n".join([f"{given['config']}: these values are wrong", *found.values()]))
-    hints = field_types(LanguageModelSAERunnerConfig)
-    return {name: plain_value(value, hints[name]) for name, value in values.items()}
-
-
 def config_of(train: Train) -> LanguageModelSAERunnerConfig:
     """Return the config that the flags describe, checked, with a device chosen if none was named."""
     return config_from_dict(with_words({name: getattr(train, name) for name in FIELD_NAMES}, train))
-
-
-def with_words(values: dict[str, Any], verb: Train | Cache) -> dict[str, Any]:
-    """Return the values of a config with those of the command line's own words: MODEL, DATASET, layers, device auto."""
-    if verb.layers is not None:
-        hooks = [values["hook_point"], values.get("target_hook_point")]
-        if isinstance(verb.layers, int) and "{layer}" not in str(hooks):
-            raise ValueError(
-                f"layers: found {verb.layers} with hook_point {values['hook_point']!r}, expected {{layer}} where the "
-                "number goes; write for instance blocks.{layer}.hook_resid_post"
-            )
-        values["hook_point_layer"] = verb.layers
-    elif verb.layer_stride != 1 and verb.hook_point_layer == 0:
-        values["hook_point_layer"] = "all"
-    if verb.model is not None:
-        values["model_name"] = verb.model
-    if verb.dataset is not None:
-        values["dataset_path"] = verb.dataset
-    if values["device"] == "auto":
-        from sae_training.machine.device import automatic
-
-        values["device"] = automatic()
-    return values
 
 
 def table(values: Mapping[str, object]) -> str:

@@ -229,6 +229,37 @@ def _values_after(taken: list[str], left: list[str], hint: Any) -> list[str]:
     return taken
 
 
+OF_PEERS = {"distribute_layers": ("parallel", "layers"), "distribute_modules": ("parallel", "layers")}
+"""Switches of sparsify, and the field and value that they stand for here."""
+
+
+def in_our_names(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:
+    """Return the words with a peer's switch as the flag of the field that it stands for, where a verb has that field.
+
+    A switch that says no is left out. ValueError if the field is given as well, with another value.
+    """
+    left, made, meant = list(words), [], {}
+    while left:
+        flag, equals, value = left.pop(0).partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        known = flag.startswith("--") and OF_PEERS.get(name.removeprefix("no_"), ("", ""))[0] in types
+        if not known:
+            made.append(flag + equals + value)
+            continue
+        says = name in OF_PEERS
+        if equals or left and not left[0].startswith("--") and reads_as(left[0], bool):
+            says = bool(read_value(value if equals else left.pop(0), bool))
+        if says:
+            meant[OF_PEERS[name][0]] = (name, OF_PEERS[name][1])
+    for field, (name, value) in meant.items():
+        given = in_one_word(made, types)
+        others = [word for word in given if word.startswith(f"--{field}=") and word != f"--{field}={value}"]
+        if others:
+            raise ValueError(f"{name}: found it with {others[0]}, expected --{field} {value} or none; leave one out")
+        made.append(f"--{field}={value}")
+    return made
+
+
 def without_retired_flags(words: Sequence[str], cls: type[Any]) -> list[str]:
     """Return the words without the flags of retired fields, and their values, which one warning names.
 

@@ -88,7 +88,12 @@ def evaluate_together(
 
 def prompts_of_a_pass(context_size: int, model: LanguageModel, d_sae: int = 0) -> int:
     """Return how many prompts can be evaluated at once, for MAX_LOGITS logits or values of the widest code."""
-    return max(1, MAX_LOGITS // (context_size * max(model.cfg.d_vocab, d_sae)))
+    return prompts_of_width(context_size, max(model.cfg.d_vocab, d_sae))
+
+
+def prompts_of_width(context_size: int, width: int) -> int:
+    """Return how many prompts have MAX_LOGITS values at most, where each position has `width` of them."""
+    return max(1, MAX_LOGITS // (context_size * width))
 
 
 # ------------------------------------------------------------------------------------------------------- one batch

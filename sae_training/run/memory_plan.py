@@ -14,10 +14,12 @@ from typing import Any
 
 from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.fields import Source
 from sae_training.config.types import FIXED_K
+from sae_training.language_model.sizes import LanguageModelSizes
 from sae_training.machine.memory import gigabytes, memory_of
 from sae_training.machine.precision import at_least_float32
-from sae_training.run.evals import prompts_of_a_pass
+from sae_training.run.evals import prompts_of_width
 
 # Optimizer state in units of the weights (float32). 8-bit moments have a scale for each 256 of them.
 MOMENTS = {"adam": 2.0, "adam8bit": 0.52, "signum": 1.0}
@@ -124,30 +126,60 @@ class MemoryPlan:
         return "\n".join(f"  {name:<{width}}  {gigabytes(n):>10}  {note}".rstrip() for name, n, note in rows)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows that a process buffers, and their width at all hooks together; `harvested`: that of a pass."""
+
+    buffered: int
+    width: int
+    harvested: int
+    received: int = 0
+    """Rows that come from other processes while a pass is held."""
+
+
 def plan_memory(
     cfg: LanguageModelSAERunnerConfig, singles: Iterable[LanguageModelSAERunnerConfig], store: ActivationsStore
 ) -> MemoryPlan:
     """Return the plan of a run of `singles` whose process has loaded the language model and nothing else."""
-    singles = list(singles)
-    weights = [weight_bytes(single) for single in singles]
     width = sum(site.d_in for site in store.sites.all)
+    buffer = Rows(store.n_buffered, width, width)
+    parts = parts_of(cfg, list(singles), buffer, store.model.cfg, store.device.type == "cuda")
+    in_use, available = memory_of(store.device)
+    lm = sum(parameter.numel() * parameter.element_size() for parameter in store.model.parameters())
+    return MemoryPlan(parts, in_use, available, lm)
+
+
+def parts_of(
+    cfg: LanguageModelSAERunnerConfig,
+    singles: list[LanguageModelSAERunnerConfig],
+    rows: Rows,
+    lm: LanguageModelSizes,
+    on_gpu: bool,
+    dense: bool = False,
+) -> tuple[Part, ...]:
+    """Return what a process that trains `singles` holds beside the language model; their widths are known.
+
+    The `cfg` of a loaded model has the sizes that are asked for here under the same names. `dense`: steps are computed
+    the dense way, whatever the architecture.
+    """
+    weights = [weight_bytes(single) for single in singles]
     # Where training scales its batches, what is evaluated and saved are copies with the scales folded in.
     folded = sum(weights) if cfg.normalize_activations == "expected_average_only_in" else 0
+    evaluation = 0 if cfg.eval_every == 0 else evaluation_bytes(cfg, singles, rows.width, lm) + folded
     parts = [
         Part(Kind.WEIGHTS, sum(weights), f" of {len(singles)} autoencoders, {each_of(weights)}" * (len(singles) > 1)),
         Part(Kind.OPTIMIZER, int(MOMENTS[cfg.optimizer] * sum(weights))),
-        Part(Kind.STEP, max(step_bytes(single, n) for single, n in zip(singles, weights, strict=True))),
-        Part(Kind.EVALUATION, 0 if cfg.eval_every == 0 else evaluation_bytes(cfg, singles, store, width) + folded),
+        Part(Kind.STEP, max(step_bytes(single, n, dense) for single, n in zip(singles, weights, strict=True))),
+        Part(Kind.EVALUATION, evaluation),
         Part(Kind.CHECKPOINT, max(weights) // 2 + folded),  # one tensor at a time is copied into order
     ]
     if cfg.ema_decay is not None:
         parts.append(Part(Kind.AVERAGES, sum(weights)))
-    if store.n_buffered:
-        buffer = Part(Kind.BUFFER, buffer_bytes(store, width), f", {store.n_buffered:,} rows x {width:,}")
-        parts = [buffer, Part(Kind.PASS, pass_bytes(cfg, store, width)), *parts]
-    in_use, available = memory_of(store.device)
-    lm = sum(parameter.numel() * parameter.element_size() for parameter in store.model.parameters())
-    return MemoryPlan(tuple(parts), in_use, available, lm)
+    if rows.buffered:
+        detail = f", {rows.buffered:,} rows x {rows.width:,}"
+        buffer = Part(Kind.BUFFER, buffer_bytes(rows, lm.dtype.itemsize, on_gpu), detail)
+        parts = [buffer, Part(Kind.PASS, pass_bytes(cfg, rows, lm)), *parts]
+    return tuple(parts)
 
 
 # ------------------------------------------------------------------------------------------------- refusal and advice
@@ -222,19 +254,18 @@ def each_of(weights: list[int]) -> str:
     return f"{gigabytes(low)} each" if low == high else f"{gigabytes(low)} to {gigabytes(high)}"
 
 
-def buffer_bytes(store: ActivationsStore, width: int) -> int:
+def buffer_bytes(rows: Rows, itemsize: int, on_gpu: bool) -> int:
     """Rows in the language model's precision; on a GPU half of them once more, because they are computed ahead."""
-    row_bytes = width * store.model.cfg.dtype.itemsize + PLACE
-    return int((1.5 if store.device.type == "cuda" else 1) * store.n_buffered * row_bytes)
+    return int((1.5 if on_gpu else 1) * rows.buffered * (rows.width * itemsize + PLACE))
 
 
-def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int) -> int:
+def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int, dense: bool = False) -> int:
     """Gradients, tensors of rows, and the code: sparse where k latents are chosen, else dense."""
     d_in, d_sae = sizes(cfg)
     if cfg.dtype.itemsize < FLOAT:
         weights *= 2  # because there are copies of the weights and of their gradients, at half the size
     rows = min(cfg.micro_batch_size or cfg.train_batch_size, cfg.tokens_per_step)
-    if cfg.architecture not in FIXED_K:
+    if dense or cfg.architecture not in FIXED_K:
         codes = CODES_OF_A_DENSE_STEP.get(cfg.architecture, max(CODES_OF_A_DENSE_STEP.values()))
         return weights + (ROWS_OF_A_DENSE_STEP * d_in + codes * d_sae) * rows * FLOAT
     prefixes = MATRYOSHKA_PREFIXES if cfg.architecture == "matryoshka" else 1
@@ -242,22 +273,20 @@ def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int) -> int:
     return int(GRADIENTS_AND_ENCODER * weights) + rows * (tensors + BYTES_OF_AN_ENTRY * cfg.k * prefixes)
 
 
-def pass_bytes(cfg: LanguageModelSAERunnerConfig, store: ActivationsStore, width: int) -> int:
+def pass_bytes(cfg: Source, rows: Rows, lm: LanguageModelSizes) -> int:
     """What a pass harvests, twice while it is copied into the buffer, and what one block computes with."""
-    lm = store.model.cfg
     tokens = cfg.store_batch_size * cfg.context_size
     block = tokens * (3 * lm.d_mlp + 8 * lm.d_model + 3 * lm.n_heads * cfg.context_size)
-    return (2 * tokens * width + block) * lm.dtype.itemsize
+    return (2 * tokens * rows.harvested + rows.received * rows.width + block) * lm.dtype.itemsize
 
 
 def evaluation_bytes(
-    cfg: LanguageModelSAERunnerConfig, singles: list[LanguageModelSAERunnerConfig], store: ActivationsStore, width: int
+    cfg: LanguageModelSAERunnerConfig, singles: list[LanguageModelSAERunnerConfig], width: int, lm: LanguageModelSizes
 ) -> int:
     """Clean and changed logits, five tensors of one prompt's distributions, all activations, and the largest codes."""
-    lm = store.model.cfg
     widest = max(sizes(single)[1] for single in singles)
     n_held_out = max(1, cfg.n_eval_batches * cfg.store_batch_size)
-    tokens = min(prompts_of_a_pass(cfg.context_size, store.model, widest), n_held_out) * cfg.context_size
+    tokens = min(prompts_of_width(cfg.context_size, max(lm.d_vocab, widest)), n_held_out) * cfg.context_size
     logits = 2 * tokens * lm.d_vocab * lm.dtype.itemsize
     distributions = 5 * cfg.context_size * lm.d_vocab * FLOAT
     codes = max(code_bytes(single, tokens) for single in singles)

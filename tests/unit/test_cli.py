@@ -260,6 +260,33 @@ def test_verb(words: list[str], verb: cli.Verb) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "parallel"),
+    [
+        (["--distribute_layers"], "layers"),
+        (["--distribute-layers", "demo", "demo"], "layers"),
+        (["--distribute_layers", "True", "demo"], "layers"),
+        (["--distribute_layers=yes", "--parallel", "layers"], "layers"),
+        (["--distribute_modules"], "layers"),
+        (["--distribute_layers", "False"], "data"),
+        (["--no-distribute_layers"], "data"),
+    ],
+)
+def test_a_switch_of_sparsify_stands_for_our_field(words: list[str], parallel: str) -> None:
+    cfg = parse_train(words)
+    assert cfg.parallel == parallel
+    assert cfg.model_name == ("demo" if "demo" in words else RECIPE.model_name)
+
+
+def test_a_switch_of_sparsify_with_another_value_of_our_field_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="distribute_layers: found it with --parallel=data, expected --parallel layers"
+    ):
+        parse_train(["--distribute_layers", "--parallel", "data"])
+    with pytest.raises(SystemExit):
+        parse(["report", "run", "--distribute_layers"])
+
+
+@pytest.mark.parametrize(
     ("words", "answer"),
     [
         (["train", "--l1-coeficient", "3"], "--l1-coefficient"),
@@ -282,7 +309,7 @@ def test_help_of_every_verb_needs_no_torch() -> None:
     code = (
         "import sys\n"
         "from sae_training.cli import parse\n"
-        "for verb in ([], ['train'], ['resume'], ['eval'], ['report']):\n"
+        "for verb in ([], ['train'], ['resume'], ['eval'], ['report'], ['plan']):\n"
         "    try: parse([*verb, '--help'])\n"
         "    except SystemExit as stop: assert not stop.code\n"
         "print('torch' in sys.modules)\n"

@@ -23,7 +23,8 @@ TEXT = BARE | st.text(st.characters(exclude_categories=["Cs"]))
 FLAGS = [(verb, name, hint) for verb in VERBS for name, hint in field_types(VERBS[verb]).items() if is_readable(hint)]
 # Words of their own (MODEL and DATASET), and --config, which is a file that must be there.
 FLAGS = [flag for flag in FLAGS if flag[1] not in ("model", "dataset", "config")]
-FLAGS = [flag for flag in FLAGS if flag[0] != "train" or flag[1] not in field_types(Origin)]  # which it hides
+HIDING = ("train", "plan")
+FLAGS = [flag for flag in FLAGS if flag[0] not in HIDING or flag[1] not in field_types(Origin)]  # which these hide
 HINTS = list(dict.fromkeys(hint for _, _, hint in FLAGS))
 SWITCHES = [(verb, name) for verb, name, hint in FLAGS if bool in options(hint)]
 
@@ -109,7 +110,8 @@ def test_switches_of_every_verb(flag: tuple[str, str], word: str, upper: bool, j
     verb, name = flag
     spelt = word.upper() if upper else word
     words = [f"--{name}={spelt}"] if joined else [f"--{name}", spelt]
-    own = {"toy": [], "pretokenize": ["m", "d", "o"], "train": ["m", "d"], "cache": ["m", "d"]}.get(verb, ["runs/a"])
+    two = dict.fromkeys(("train", "cache", "plan"), ["m", "d"])
+    own = {"toy": [], "pretokenize": ["m", "d", "o"], **two}.get(verb, ["runs/a"])
     found = parse([verb, *words, *own])
     assert getattr(found, name) is SWITCH[word]
     given_words = [getattr(found, name) for name in ("model", "dataset") if hasattr(found, name)]
