@@ -17,6 +17,7 @@ from tqdm import tqdm
 from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.auto import IN_PROPORTION
+from sae_training.config.io import config_to_dict
 from sae_training.config.sweep import is_several, variants, with_layers
 from sae_training.formats.run_files import SNAPSHOTS
 from sae_training.language_model.compile import compile_blocks
@@ -26,8 +27,9 @@ from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInter
 from sae_training.machine.paths import command, with_absolute_paths
 from sae_training.machine.phases import counted_phases, phase
 from sae_training.machine.precision import encoder_dtype
-from sae_training.parallel.balance import shared_out
-from sae_training.parallel.ranks import agree_on_stops, joined, n_ranks, of_first, rank
+from sae_training.parallel.agreement import check_alike, code
+from sae_training.parallel.division import Division, check_rows, division
+from sae_training.parallel.ranks import agree_on_stops, joined, n_ranks, of_first
 from sae_training.run.finish import finish
 from sae_training.run.folder import (
     RunFolder,
@@ -43,9 +45,10 @@ from sae_training.run.start import Singles, open_run
 from sae_training.run.state import Due, Member, Run, check_finite
 from sae_training.run.watch import evaluate_now, log_norms, log_sparsity
 from sae_training.sparse_autoencoder import SparseAutoencoder
+from sae_training.sparse_autoencoder.dead_latent_losses import n_auxk_rows
 from sae_training.training.metrics import training_metrics
 from sae_training.training.schedules import due, snapshot_steps
-from sae_training.training.trainer import check_trainable
+from sae_training.training.trainer import check_trainable, part_size
 
 RESAMPLE_ROWS = 16_384  # of the buffer, from which resampling draws its directions
 
@@ -131,16 +134,20 @@ def run_in_folder(
     path: Path, cfg: LanguageModelSAERunnerConfig, all_singles: Singles, model: LanguageModel, dataset: Any
 ) -> Run:
     """Begin the run in the folder `path`, or go on with it, and bring it to its end."""
+    check_alike(config_to_dict(cfg) | {"the package's code": code()})
     compile_blocks(model, cfg.compile_lm)
-    weights = {name: (single.d_sae or 0) * (single.d_in or 0) for name, (single, _) in all_singles.items()}
-    of_ranks = shared_out(weights, n_ranks())
-    singles = {name: all_singles[name] for name in of_ranks[rank()]}
+    costs = {name: float((single.d_sae or 0) * (single.d_in or 0)) for name, (single, _) in all_singles.items()}
+    part = division(cfg.parallel, costs)
+    if not part.share.is_all:
+        check_rows(smallest_part(cfg))
+    singles = {name: all_singles[name] for name in part.own_names}
     some_config = next(iter(singles.values()))[0]  # because they differ in nothing that the store asks for
     sites = merged(sites for _, sites in all_singles.values())
-    sites_of_ranks = [merged(all_singles[name][1] for name in names) for names in of_ranks] if n_ranks() > 1 else []
+    sites_of_ranks = [merged(all_singles[name][1] for name in names) for names in part.names] if n_ranks() > 1 else []
     with phase("reading the text"):
         store = ActivationsStore(some_config, model, dataset, sites=sites, sites_of_ranks=sites_of_ranks)
     store.check_buffer_size()
+    check_alike({"the text": store.text.documents.start()})
     plan = plan_memory(cfg, [single for single, _ in singles.values()], store)
     check_memory(plan, cfg, len(singles))
     tqdm.write(f"Memory of {len(singles)} autoencoders:\n{plan.table()}" if is_several(cfg) else plan.line())
@@ -151,7 +158,7 @@ def run_in_folder(
         counted_phases() as phases,
         RunFolder(path, cfg) as folder,
         StopRequest(tqdm.write, by_agreement=n_ranks() > 1) as stop,
-        open_unless_stopped(cfg, singles, list(all_singles), folder, store, held_out, stop) as run,
+        open_unless_stopped(cfg, singles, list(all_singles), folder, store, held_out, stop, part) as run,
     ):
         try:
             with phase("training", has_bar=True):
@@ -165,6 +172,12 @@ def run_in_folder(
     return run
 
 
+def smallest_part(cfg: LanguageModelSAERunnerConfig) -> int:
+    """Return how many rows are computed at once, at least: those that AuxK looks at in the last part of a batch."""
+    size = part_size(cfg)
+    return n_auxk_rows(min(cfg.tokens_per_step, cfg.tokens_per_step % size or size))
+
+
 # --------------------------------------------------------------------------------------------------------- the loop
 
 
@@ -176,10 +189,11 @@ def open_unless_stopped(
     store: ActivationsStore,
     held_out: Tensor,
     stop: StopRequest,
+    part: Division,
 ) -> Run:
     """Begin the run or go on with it. A stop while the first buffer fills costs nothing that was trained."""
     try:
-        return open_run(cfg, singles, names, folder, store, held_out)
+        return open_run(cfg, singles, names, folder, store, held_out, part)
     except StopAsked:
         assert stop.signal is not None
         raise TrainingInterrupted(
@@ -247,7 +261,7 @@ def follow_up(run: Run) -> None:
                 for member, figures in evaluated:
                     member.logger.log(figures, run.step, run.n_training_tokens)
             case "snapshot":
-                for member in run.trained:
+                for member in run.recorded:
                     save_weights_folder(member, member.folder / SNAPSHOTS / f"step_{run.step}")
         run.pending.pop(0)
 

@@ -83,7 +83,10 @@ class LanguageModelSAERunnerConfig(Origin, Records, Optimisation, Autoencoder, S
     """Batches of train_batch_size that make up one optimizer step, one after the other."""
 
     parallel: OnlyWatches[Literal["data", "layers", "latents"]] = "data"
-    """How processes under torchrun share the work; this version: layers (of a run of several)."""
+    """What processes under torchrun share: data (the rows of a batch) or layers (the autoencoders)."""
+
+    parallel_timeout_minutes: OnlyWatches[Positive[float]] = 30
+    """How long a process waits for the others, to come and in each step."""
 
     # Dead latents and evaluation
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from sae_training.kernels import cpu, triton_selection
 from sae_training.kernels.sparse_code import Code, Entries, concatenate, fixed_size_entries, offsets_of
+from sae_training.machine.precision import at_least_float32
+from sae_training.parallel.share import ALONE, Share
 
 TILE_ELEMENTS = 2**21  # of a tile on a CPU
 TILE_LATENTS = {torch.bfloat16: 8192, torch.float16: 8192, torch.float32: 2048, torch.float64: 2048}
@@ -178,25 +180,31 @@ def above(tile: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
 # -------------------------------------------------------------------------------------------------- k to a row, in all
 
 
-def top_k_of_batch(encoder: Encoder, k: int) -> Entries:
+def top_k_of_batch(encoder: Encoder, k: int, share: Share = ALONE) -> Entries:
     """The k * rows largest positive pre-activations of the whole batch (Bussmann et al. 2024).
 
     A few rows give a low estimate of the smallest one to keep. All pre-activations above the estimate are collected,
     and the largest of them kept. If the estimate was too high, everything above 0 is collected instead.
+    The encoder's rows may be a process's `share` of the batch: the largest of all processes are kept.
     """
     n_rows = len(encoder.sae_in)
-    wanted = k * n_rows
+    wanted = k * int(share.summed(torch.tensor(n_rows)))
     _, first = next(encoder.chunks())
     first = first[:SAMPLE_ROWS]
     sample = torch.cat([(tile + bias).flatten() for _, tile, bias in encoder.tiles(first)])
-    low = largest(sample, 2 * k * len(first)).clamp_min(0)
+    exact = at_least_float32(sample.dtype)  # because gloo knows no bfloat16
+    low = share.least(largest(sample, 2 * k * len(first)).clamp_min(0).to(exact)).to(sample.dtype)
     found = collect(encoder, low)
-    if len(found.values) < wanted:
+    if int(share.summed(torch.tensor(len(found.values)))) < wanted:
         found = collect(encoder, torch.zeros_like(low))
     entries = found.at_entries
-    if len(found.values) <= wanted:
+    if len(found.values) <= wanted and share.is_all:
         return entries
-    kept = found.values.topk(wanted, sorted=False).indices.sort().values
+    if share.is_all:
+        kept = found.values.topk(wanted, sorted=False).indices.sort().values
+    else:
+        keys = share.keys(entries.rows * encoder.d_sae + entries.latents, encoder.d_sae)
+        kept = share.largest(found.values.to(exact), keys, wanted)
     return Entries(entries.latents[kept], offsets_of(entries.rows[kept], n_rows), encoder.d_sae)
 
 

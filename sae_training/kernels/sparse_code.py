@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from sae_training.kernels import cpu, triton_products
 from sae_training.machine.precision import at_least_float32
+from sae_training.parallel.share import Share
 
 
 class ByLatent(NamedTuple):
@@ -279,6 +280,16 @@ class CodeFigures:
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else sums
         self.smallest.append(code.smallest_active())
         self.n_rows += code.n_rows
+
+    def of_all(self, share: Share) -> CodeFigures:
+        """Return the figures of all rows, of which these are of a process's share."""
+        if share.is_all:
+            return self
+        everyones = CodeFigures()
+        everyones.n_rows = int(share.summed(torch.tensor(self.n_rows, device=self.sums[0].device)))
+        everyones.sums = [share.summed(value) for value in self.sums]
+        everyones.smallest = [share.least(value) for value in self.smallest]
+        return everyones
 
     def l1(self) -> Tensor:
         return self.sums[0] / self.n_rows

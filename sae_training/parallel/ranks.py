@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from sae_training.machine.device import count
 from sae_training.machine.interrupt import HEEDED
 
 T = TypeVar("T")
-
-TIMEOUT = datetime.timedelta(minutes=30)
-"""How long a rank waits for the others: more than any of them is alone with an evaluation or a checkpoint."""
 
 
 def is_launched() -> bool:
@@ -35,30 +36,35 @@ CONTROL: list[Any] = []
 """The group for what is no tensor: always gloo's, so that no message between processes waits for a GPU."""
 
 
+MEETINGS = itertools.count()
+"""Numbers the runs that a process makes one after the other, of which each meets anew through the same store."""
+
+
 @contextlib.contextmanager
 def joined(cfg: Any) -> Iterator[None]:
     """Meet the other ranks of the job, if there are any and nobody has met them yet; leave them at the end.
 
     On CUDA the ranks exchange tensors by NCCL, elsewhere by gloo. Only the first one's stdout and bars are seen.
-    ValueError if `cfg` does not say how its work is to be shared.
     """
     if not is_launched() or dist.is_initialized():
         yield
         return
-    if cfg.parallel != "layers":
-        raise ValueError(
-            f"parallel: found {cfg.parallel!r} with {os.environ['WORLD_SIZE']} processes, which this version does not "
-            "train; expected 'layers', which shares out the autoencoders of a config that has several."
-        )
     on_gpu = torch.device(cfg.device).type == "cuda"
     if on_gpu:
         use_own_gpu()
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
-    CONTROL.append(dist.new_group(backend="gloo", timeout=TIMEOUT))
+    patience = datetime.timedelta(minutes=cfg.parallel_timeout_minutes)
+    store, number, n = meet(patience)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience, store=store, rank=number, world_size=n)
+    CONTROL.append(dist.new_group(backend="gloo", timeout=patience))
     try:
         with contextlib.nullcontext() if is_first() else quiet():
             yield
     except RuntimeError as error:
+        if "timed out" in str(error).lower():
+            raise TimeoutError(
+                f"rank {rank()}: waited {cfg.parallel_timeout_minutes:g} minutes for the others. A process that says "
+                "nothing of the kind is the one that hangs, or is slow: then raise parallel_timeout_minutes."
+            ) from error
         if is_lost_connection(error):
             raise ConnectionError(
                 f"rank {rank()}: another process of the job has ended, whose own message says why. The same command "
@@ -68,6 +74,36 @@ def joined(cfg: Any) -> Iterator[None]:
     finally:
         CONTROL.pop()
         dist.destroy_process_group()
+
+
+def meet(patience: datetime.timedelta) -> tuple[Store, int, int]:
+    """Wait until all ranks are there; return the store through which they met, this one's rank, and their number.
+
+    ConnectionError if there is no store at torchrun's address, TimeoutError with the ranks that did not come.
+    """
+    address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    late = (
+        f"did not come within {patience.total_seconds() / 60:g} minutes; look at what they say, or raise "
+        "parallel_timeout_minutes."
+    )
+    try:
+        store, number, n = next(rendezvous("env://", timeout=patience))
+    except (RuntimeError, ValueError) as error:
+        if os.environ["RANK"] == "0":
+            raise TimeoutError(f"rank 0: some of the {os.environ['WORLD_SIZE']} ranks {late}") from error
+        raise ConnectionError(
+            f"MASTER_ADDR, MASTER_PORT: found {address}, where no process of the job answers ({error}); expected the "
+            "machine of rank 0 and a port that is open to all; torchrun sets both, with --rdzv_endpoint HOST:PORT."
+        ) from error
+    store = PrefixStore(f"meeting {next(MEETINGS)}", store)
+    places = [f"rank {other}" for other in range(n)]
+    store.set(places[number], socket.gethostname())
+    try:
+        store.wait(places, patience)
+    except RuntimeError as error:
+        missing = [other for other, place in enumerate(places) if not store.check([place])]
+        raise TimeoutError(f"rank {number}: ranks {missing} of {n} {late}") from error
+    return store, number, n
 
 
 def use_own_gpu() -> None:

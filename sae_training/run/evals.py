@@ -30,6 +30,8 @@ from sae_training.language_model.load import LanguageModel, model_of
 from sae_training.language_model.sites import HookSite, Sites
 from sae_training.machine.interrupt import stop_point
 from sae_training.machine.phases import Bar, phase, progress_bar
+from sae_training.parallel.ranks import of_all
+from sae_training.parallel.share import ALONE, Share
 from sae_training.report.in_words import SCORE, why_no_score
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
@@ -68,21 +70,26 @@ def evaluate(sae: SparseAutoencoder, store: ActivationsStore, tokens: Tensor) ->
 
 @torch.no_grad()
 def evaluate_together(
-    saes: Sequence[tuple[SparseAutoencoder, Sites]], store: ActivationsStore, tokens: Tensor
+    saes: Sequence[tuple[SparseAutoencoder, Sites]], store: ActivationsStore, tokens: Tensor, share: Share = ALONE
 ) -> list[dict[str, float]]:
-    """Evaluate several autoencoders, each with its sites, which are among those of the store."""
+    """Evaluate several autoencoders, each with its sites, which are among those of the store.
+
+    With a `share`, this process evaluates its share of the batches, and returns the figures of all.
+    """
     evaluated = [Evaluated(sae, sites) for sae, sites in saes]
     were_training = [sae.training for sae, _ in saes]
     for each in evaluated:
         each.sae.eval()
     n_prompts = prompts_of_a_pass(tokens.shape[1], store.model, max((sae.d_sae for sae, _ in saes), default=0))
-    batches = tokens.split(n_prompts)
+    batches = tokens.split(n_prompts)[share.rank :: share.n]
     n_passes = 1 + len({sites.target for _, sites in saes}) + len(saes)
     with progress_bar("evaluating", len(batches) * n_passes, "passes") as bar:
         for prompts in batches:
             add_batch(evaluated, store, prompts.to(store.device), bar)
     for each, was_training in zip(evaluated, were_training, strict=True):
         each.sae.train(was_training)
+        if not share.is_all:
+            each.add_up(of_all((each.sums, each.moments)))
     return [each.figures(store.model.cfg.d_vocab) for each in evaluated]
 
 
@@ -333,6 +340,13 @@ class Evaluated:
 
     def __post_init__(self) -> None:
         self.moments = RowMoments(self.sae.d_out, self.sae.d_sae)
+
+    def add_up(self, of_ranks: Sequence[tuple[Sums, RowMoments]]) -> None:
+        """Put the sums of all ranks in the place of this one's."""
+        self.sums, self.moments = Sums(), RowMoments(self.sae.d_out, self.sae.d_sae)
+        for sums, moments in of_ranks:
+            for total, theirs in ((vars(self.sums), vars(sums)), (vars(self.moments), vars(moments))):
+                total.update({name: total[name] + value for name, value in theirs.items()})
 
     def figures(self, d_vocab: int) -> dict[str, float]:
         """Return the table of `evaluate`, for a language model of so many tokens."""

@@ -45,7 +45,8 @@ def finish(run: Run) -> None:
         member.logger.log(figures, run.step, run.n_training_tokens)
         evaluations[member.name] = evaluation = recorded(run, member, figures)
         member.trainer.sae.eval()
-        save_weights_folder(member, member.folder / FINAL, evaluation, aliases=("final_model",))
+        if member.is_recorded:
+            save_weights_folder(member, member.folder / FINAL, evaluation, aliases=("final_model",))
     evaluations = together(evaluations)
     evaluations = {name: evaluations[name] for name in run.names if name in evaluations}
     if is_several(run.cfg) and is_first():

@@ -128,6 +128,20 @@ class RunLogger:
             self._file.flush()
 
 
+class UnheardLogger(RunLogger):
+    """Takes what is logged and keeps nothing, because another process logs the same."""
+
+    def __init__(self) -> None:
+        self._file = Path(os.devnull).open("ab")  # noqa: SIM115 - closed by `close`, as the one it stands for
+        self._wandb = WandbMirror(Path(), notify=print)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        pass
+
+    def close(self, exit_code: int = 0) -> None:
+        self._file.close()
+
+
 def cut_back(path: Path, length: int, notify: Notify) -> None:
     """Shorten the file to `length` bytes, or to the last whole line before that."""
     present = path.read_bytes()[:length] if path.exists() else b""

@@ -35,10 +35,12 @@ def save(run: Run, until_final: bool = False) -> Path | None:
     for member in run.trained:
         check_finite(run, member, weights=True)
     own = f"{STORE}-{rank()}" if rank() else STORE
-    parts, texts = {own: run.store.state_dict()}, {}
-    if until_final:
+    recorded = [member for member in run.members if member.is_recorded]
+    parts: dict[str, dict[str, Any]] = {own: run.store.state_dict()} if recorded else {}
+    texts = {}
+    if until_final and recorded:
         parts[own].pop("buffers", None)
-    for member in run.members:
+    for member in recorded:
         sae, trainer_state = member.folded(), member.trainer.state_dict()
         if not member.is_scaled:
             trainer_state.pop("weights")  # because the part "sae" holds the same
@@ -46,9 +48,9 @@ def save(run: Run, until_final: bool = False) -> Path | None:
         parts |= {member.part("sae"): dict(sae.weights()), member.part("trainer"): trainer_state}
         texts[member.part(CONFIG_FILE)] = json.dumps(config_to_dict(sae.cfg), indent=2) + "\n"
     state = {
-        "metrics_bytes": together({member.name: member.logger.position() for member in run.members}),
+        "metrics_bytes": together({member.name: member.logger.position() for member in recorded}),
         "failures": together({member.name: member.failure for member in run.members if member.failure}),
-        "hooks": together({own: [site.name for site in run.store.sites.all]}),
+        "hooks": together({own: [site.name for site in run.store.sites.all]} if recorded else {}),
         "language_model": fingerprint(run.store.model),
         "pending": run.pending,
         "until_final": until_final,

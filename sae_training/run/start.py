@@ -18,13 +18,14 @@ from sae_training.config.types import FIXED_K, ONLY_LOADED
 from sae_training.language_model.load import LanguageModel, fingerprint
 from sae_training.language_model.sites import Sites
 from sae_training.machine.phases import phase
+from sae_training.parallel.division import Division
 from sae_training.parallel.ranks import of_first
 from sae_training.run import checkpoint
 from sae_training.run.folder import RunFolder, write_config
-from sae_training.run.logger import RunLogger
+from sae_training.run.logger import RunLogger, UnheardLogger
 from sae_training.run.progress import Progress
 from sae_training.run.save import STORE
-from sae_training.run.state import Member, Run, tell
+from sae_training.run.state import Member, Run
 from sae_training.run.wandb_mirror import WandbOptions
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.conversions import fold_decoder_norms, fold_input_scale
@@ -47,16 +48,19 @@ def open_run(
     folder: RunFolder,
     store: ActivationsStore,
     held_out: Tensor,
+    part: Division,
 ) -> Run:
     """Return a new run, or the one in `folder` as its newest undamaged checkpoint has it.
 
-    `singles` are trained by this rank, `names` those of all ranks.
+    `singles` are trained by this rank as its `part` says, `names` those of all ranks.
 
     If the run cannot start, a folder that was made for it is removed.
     """
     members: list[Member] = []
     try:
-        trainers = {name: SAETrainer(SparseAutoencoder(single), single) for name, (single, _) in singles.items()}
+        trainers = {
+            name: SAETrainer(SparseAutoencoder(single), single, part.share) for name, (single, _) in singles.items()
+        }
         with phase("reading the checkpoint"):
             latest = of_first(lambda: checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write))
             state = load_state(latest, store) if latest else {}
@@ -67,11 +71,13 @@ def open_run(
             check_room_for_checkpoints(cfg, folder, trainers, store)
         for name, (single, sites) in singles.items():
             path = folder.path / name.replace("/", "_")  # the run's own folder for the only one, whose name is ""
-            if is_several(cfg):
+            if is_several(cfg) and part.is_recorder:
                 write_config(path, single)
-            logger = open_logger(single, folder, path, state["metrics_bytes"][name], members)
+            logger = UnheardLogger()
+            if part.is_recorder:
+                logger = open_logger(single, folder, path, state["metrics_bytes"][name], members)
             failure = state["failures"].get(name)
-            members.append(Member(name, single, path, sites, store, trainers[name], logger, failure))
+            members.append(Member(name, single, path, sites, store, trainers[name], logger, failure, part.is_recorder))
         for member in members:
             if latest:
                 sae, trainer = (checkpoint.read_part(latest, member.part(name)) for name in ("sae", "trainer"))
@@ -176,7 +182,7 @@ def start_weights(member: Member) -> None:
     else:
         sae.initialize_b_dec(sample.x, cfg.b_dec_init_method)
     if remark := start_thresholds(sae, sample.x, sample.target):
-        tell(f"{member.name}: {remark}." if member.name else f"{remark}.")
+        member.tell(f"{member.name}: {remark}." if member.name else f"{remark}.")
 
 
 def start_from_pretrained(member: Member) -> None:

@@ -45,6 +45,8 @@ class Member:
     logger: RunLogger
     failure: str | None = None
     """Why its training was given up, while that of others goes on."""
+    is_recorded: bool = True
+    """Whether this process writes what it leaves; if not, another one does, which trains it too."""
     said: set[str] = field(default_factory=set)
     """The figures of which it has been said that they are wrong."""
 
@@ -68,6 +70,11 @@ class Member:
     def is_scaled(self) -> bool:
         """Whether training scales its batches (`normalize_activations`)."""
         return self.scales != (1.0, 1.0)
+
+    def tell(self, message: str) -> None:
+        """Say something of the autoencoder, on the rank that records it; on all but the first rank stdout is off."""
+        if self.is_recorded:
+            tqdm.write(message, file=sys.stdout if is_first() else sys.stderr)
 
     def part(self, name: str) -> str:
         """Return the name that one of its files has in a checkpoint."""
@@ -112,6 +119,11 @@ class Run:
         return [member for member in self.members if member.failure is None]
 
     @property
+    def recorded(self) -> list[Member]:
+        """Those in training that this process writes down."""
+        return [member for member in self.trained if member.is_recorded]
+
+    @property
     def n_training_tokens(self) -> int:
         return self.step * self.cfg.tokens_per_step
 
@@ -145,11 +157,6 @@ class Run:
         self.progress.write_status(state, self.step, self.last_checkpoint, **figures)
 
 
-def tell(message: str) -> None:
-    """Say something of an autoencoder that this rank alone trains; on all but the first rank stdout is off."""
-    tqdm.write(message, file=sys.stdout if is_first() else sys.stderr)
-
-
 def check_finite(run: Run, member: Member, weights: bool = False) -> None:
     """Raise NonFiniteLoss, saying what to do, if the loss of any step (or, with `weights`, a weight now) is not finite.
 
@@ -165,7 +172,7 @@ def check_finite(run: Run, member: Member, weights: bool = False) -> None:
             f"Lower lr (now {member.trainer.lr(run.step - 1):.3g}), or raise lr_warm_up_steps, and begin anew with "
             'resume="never".'
         )
-        if run.trained == [member] and n_ranks() == 1:
+        if run.trained == [member] and member.trainer.share.n == n_ranks():  # no rank trains another
             raise NonFiniteLoss(message) from error
         member.failure = message
-        tell(f"{member.name} is given up at {message}")
+        member.tell(f"{member.name} is given up at {message}")

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sae_training.machine.phases import phase
+from sae_training.parallel.share import ALONE, Share
 from sae_training.run.evals import evaluate_together
 from sae_training.run.remarks import what_is_wrong
-from sae_training.run.state import Member, Run, tell
+from sae_training.run.state import Member, Run
 from sae_training.training.metrics import sparsity_metrics
 
 NORM_ROWS = 8_192  # of the buffer, whose norms the report shows
@@ -25,11 +26,16 @@ def evaluate_now(run: Run) -> list[tuple[Member, dict[str, float]]]:
         return [(member, {}) for member in run.trained]
     with phase("evaluation", has_bar=True):
         saes = [(member.folded(), member.sites) for member in run.trained]
-        evaluated = list(zip(run.trained, evaluate_together(saes, run.store, run.held_out), strict=True))
+        evaluated = list(zip(run.trained, evaluate_together(saes, run.store, run.held_out, share_of(run)), strict=True))
     if run.step < run.cfg.total_training_steps:  # in the end the summary says it
         for member, figures in evaluated:
             say_what_is_wrong(run, member, figures)
     return evaluated
+
+
+def share_of(run: Run) -> Share:
+    """Return which part of the work on all autoencoders is this process's."""
+    return run.trained[0].trainer.share if run.trained else ALONE
 
 
 def is_evaluated(run: Run) -> bool:
@@ -41,7 +47,7 @@ def say_what_is_wrong(run: Run, member: Member, figures: Mapping[str, float]) ->
     for figure, remark in what_is_wrong(member.cfg, run.step, figures, member.scales[1]).items():
         if figure not in member.said:
             member.said.add(figure)
-            tell(f"{member.name + ': ' if member.name else ''}after step {run.step}, {remark}.")
+            member.tell(f"{member.name + ': ' if member.name else ''}after step {run.step}, {remark}.")
 
 
 def log_norms(run: Run) -> None:

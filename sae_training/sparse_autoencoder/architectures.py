@@ -34,7 +34,8 @@ from torch.autograd import Function
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import WITH_PENALTY
 from sae_training.machine.precision import at_least_float32
-from sae_training.sparse_autoencoder.losses import Reconstruction
+from sae_training.parallel.share import ALONE, Share
+from sae_training.sparse_autoencoder.losses import Reconstruction, Whole
 
 
 def rectangle(u: Tensor) -> Tensor:
@@ -150,11 +151,14 @@ def top_k_mask(pre: Tensor, k: int) -> Tensor:
     return torch.zeros_like(pre, dtype=torch.bool).scatter(-1, indices, True)
 
 
-def batch_top_k_mask(pre: Tensor, k: int) -> Tensor:
-    """Bool mask of the k * rows largest of all rows together."""
+def batch_top_k_mask(pre: Tensor, k: int, share: Share = ALONE) -> Tensor:
+    """Bool mask of the k * rows largest of all rows together, also of those that other processes have."""
     flat = pre.flatten()
-    n = min(k * (pre.numel() // pre.shape[-1]), len(flat))
+    n_rows = int(share.summed(torch.tensor(pre.numel() // pre.shape[-1], device=pre.device)))
+    n = min(k * n_rows, len(flat))
     indices = flat.topk(n, sorted=False).indices
+    if not share.is_all:
+        indices = indices[share.largest(flat[indices], share.keys(indices, pre.shape[-1]), k * n_rows)]
     return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, indices, True).view_as(pre)
 
 
@@ -207,8 +211,9 @@ def sparsity_penalty(
     l1_coefficient: float,
     W_dec: Tensor,
     threshold: Tensor | None,
+    whole: Whole,
 ) -> Tensor:
-    """`l1_coefficient` times the mean over rows of the architecture's penalty, a scalar; 0 if it has none.
+    """`l1_coefficient` times the mean over own rows of the architecture's penalty, a scalar; 0 if it has none.
 
     `threshold` (d_sae,) is needed for jumprelu. With `scale_sparsity_penalty_by_decoder_norm` activations are
     multiplied by the norms of the rows of `W_dec` (d_sae, d_out).
@@ -224,7 +229,11 @@ def sparsity_penalty(
     if cfg.jumprelu_sparsity_loss_mode == "tanh":
         return l1_coefficient * total((cfg.jumprelu_tanh_scale * penalised).tanh()) / acts.n_rows
     l0 = total(step_above(pre.values, pre.at(threshold), cfg.jumprelu_bandwidth)) / acts.n_rows
-    return l1_coefficient * (l0 if cfg.target_l0 is None else (l0 / cfg.target_l0 - 1).pow(2))
+    if cfg.target_l0 is None:
+        return l1_coefficient * l0
+    if not whole.share.is_all:  # the value is that of all rows, the gradient that of the own ones
+        l0 = l0 + (whole.mean(l0) - l0.detach())
+    return l1_coefficient * (l0 / cfg.target_l0 - 1).pow(2)
 
 
 def total(values: Tensor) -> Tensor:

@@ -28,10 +28,11 @@ from sae_training.config.io import with_defaults
 from sae_training.kernels.sparse_code import Code
 from sae_training.machine.device import checked
 from sae_training.machine.precision import at_least_float32, encoder_dtype
+from sae_training.parallel.share import ALONE, Share
 from sae_training.sparse_autoencoder import architectures
 from sae_training.sparse_autoencoder.architectures import sparsity_penalty
 from sae_training.sparse_autoencoder.checks import check_config, check_weights, check_width, matrices_of
-from sae_training.sparse_autoencoder.dead_latent_losses import n_auxk_rows, remedy_loss
+from sae_training.sparse_autoencoder.dead_latent_losses import n_own_auxk_rows, remedy_loss
 from sae_training.sparse_autoencoder.hook_points import HookedRootModule, HookPoint
 from sae_training.sparse_autoencoder.losses import (
     MULTI_TOPK_FACTOR,
@@ -39,6 +40,7 @@ from sae_training.sparse_autoencoder.losses import (
     ForwardOutput,
     Losses,
     Reconstruction,
+    Whole,
     reconstruction_loss,
 )
 from sae_training.sparse_autoencoder.many import Lazily
@@ -187,18 +189,18 @@ class SparseAutoencoder(HookedRootModule):
         """What is subtracted from the input, b_dec (d_in,); None for a transcoder, and where the config says so."""
         return None if self.is_transcoder or not self.full_cfg.apply_b_dec_to_input else self.b_dec
 
-    def code(self, sae_in: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def code(self, sae_in: Tensor, k: int, share: Share = ALONE) -> tuple[Tensor, Tensor]:
         """Pre-activations and latent activations, both (..., d_sae), of the encoder's input (..., d_in)."""
         pre = self.pre_activations(sae_in)
         if self.architecture != "matching_pursuit":
-            return pre, self.activate(pre, k)
+            return pre, self.activate(pre, k, share)
         return pre, self.hook_hidden_post(architectures.matching_pursuit(sae_in, self.W_dec, self.full_cfg))
 
     def pre_activations(self, sae_in: Tensor) -> Tensor:
         return self.hook_hidden_pre(sae_in.to(self.W_enc.dtype) @ self.W_enc + self.b_enc)
 
-    def activate(self, pre: Tensor, k: int) -> Tensor:
-        """Latent activations of all pre-activations (..., d_sae)."""
+    def activate(self, pre: Tensor, k: int, share: Share = ALONE) -> Tensor:
+        """Latent activations of all pre-activations (..., d_sae), which may be a process's `share` of a batch."""
         acts = self.activation(Code(pre))
         match self.choice:
             case "topk" | "abstopk" | "normtopk":
@@ -206,7 +208,7 @@ class SparseAutoencoder(HookedRootModule):
             case "groupmax":
                 acts = acts * architectures.group_max_mask(acts, k)
             case "batchtopk" if self.training:
-                acts = acts * architectures.batch_top_k_mask(acts, k)
+                acts = acts * architectures.batch_top_k_mask(acts, k, share)
             case "batchtopk":
                 acts = acts * (pre > self.inference_threshold)
         return self.hook_hidden_post(acts)
@@ -265,12 +267,12 @@ class SparseAutoencoder(HookedRootModule):
 
         `dead` (d_sae,) bool marks the latents to revive. `training.objective` is a faster way to the same numbers.
         """
-        sae_in, dead = self.sae_input(x), self.to_revive(dead)
-        return self.add_up(self.dense_parts(sae_in, coefficients.k, dead), target, coefficients.l1_coefficient)
+        sae_in, dead, whole = self.sae_input(x), self.to_revive(dead), Whole(target)
+        return self.add_up(self.dense_parts(sae_in, coefficients.k, dead, whole), whole, coefficients.l1_coefficient)
 
-    def dense_parts(self, sae_in: Tensor, k: int, dead: Tensor | None) -> Reconstruction:
-        """All that the losses need of a batch `sae_in` (rows, d_in), from its pre-activations (rows, d_sae)."""
-        pre, acts = self.code(sae_in, k)
+    def dense_parts(self, sae_in: Tensor, k: int, dead: Tensor | None, whole: Whole) -> Reconstruction:
+        """All that the losses need of the own rows `sae_in` (rows, d_in), from their pre-activations (rows, d_sae)."""
+        pre, acts = self.code(sae_in, k, whole.share)
         multi_out = gate_out = error_hat = None
         if self.full_cfg.multi_topk:
             chosen = architectures.top_k_mask(pre, MULTI_TOPK_FACTOR * k)
@@ -278,7 +280,7 @@ class SparseAutoencoder(HookedRootModule):
         if self.architecture == "gated":
             gate_out = pre.relu() @ self.W_dec.detach() + self.baseline(sae_in).detach()
         if dead is not None and self.auxk_coefficient > 0:
-            few = pre[: n_auxk_rows(len(pre))].masked_fill(~dead, -torch.inf)
+            few = pre[: n_own_auxk_rows(whole)].masked_fill(~dead, -torch.inf)
             error_hat = (few.relu() * architectures.top_k_mask(few, self.auxk_k)) @ self.W_dec
         outs = self.dense_outputs(acts, sae_in)
         return Reconstruction(sae_in, Code(pre), Code(acts), outs, dead, multi_out, gate_out, error_hat)
@@ -292,12 +294,12 @@ class SparseAutoencoder(HookedRootModule):
         outs = architectures.prefix_sums(torch.stack(blocks), self.baseline(sae_in))
         return torch.cat([outs[:-1], self.hook_sae_out(outs[-1]).unsqueeze(0)])
 
-    def add_up(self, made: Reconstruction, target: Tensor, l1_coefficient: float, norm: Tensor | None = None) -> Losses:
-        """The losses of a batch, however its parts were made. `norm`: see `losses.reconstruction_loss`."""
+    def add_up(self, made: Reconstruction, whole: Whole, l1_coefficient: float, norm: Tensor | None = None) -> Losses:
+        """The losses of the own rows, however their parts were made. `norm`: see `losses.reconstruction_loss`."""
         threshold = self.threshold if self.architecture == "jumprelu" else None
-        mse_loss = reconstruction_loss(made, target, norm)
-        penalty = sparsity_penalty(made, self.full_cfg, l1_coefficient, self.W_dec, threshold)
-        remedy = remedy_loss(made, target, self.auxk_coefficient, self.W_enc, self.b_enc, self.W_dec)
+        mse_loss = reconstruction_loss(made, whole, norm)
+        penalty = sparsity_penalty(made, self.full_cfg, l1_coefficient, self.W_dec, threshold, whole)
+        remedy = remedy_loss(made, whole, self.auxk_coefficient, self.W_enc, self.b_enc, self.W_dec)
         return Losses(made.sae_outs[-1], made.acts, mse_loss + penalty + remedy, mse_loss, penalty, remedy)
 
     def to_revive(self, dead: Tensor | None) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch.autograd import Function
 
 from sae_training.kernels.sparse_code import Code, CodeFigures
 from sae_training.machine.precision import at_least_float32
+from sae_training.parallel.share import ALONE, Share
 
 MULTI_TOPK_FACTOR, MULTI_TOPK_WEIGHT = 4, 1 / 8
 
@@ -26,6 +27,32 @@ class Coefficients:
 
     l1_coefficient: float
     k: int
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The rows that the losses are over, and which of them are computed here: all of them in one process."""
+
+    target: Tensor
+    """What the reconstructions of all rows should be, (n_rows, d_out)."""
+    share: Share = ALONE
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.target)
+
+    @property
+    def weight(self) -> float:
+        """The part of the rows that are computed here."""
+        return self.share.weight(self.n_rows)
+
+    def mean(self, of_own: Tensor) -> Tensor:
+        """Return the mean over all rows from that over the own rows, without gradient."""
+        return self.share.mean(of_own, self.n_rows)
+
+    def mean_row(self, rows: Tensor) -> Tensor:
+        """Return the mean row (1, d) of all rows from the own ones (n, d)."""
+        return self.mean(rows.mean(dim=0, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -99,12 +126,13 @@ class ForwardOutput(NamedTuple):
 # ------------------------------------------------------------------------------------------------ reconstruction loss
 
 
-def reconstruction_loss(made: Reconstruction, target: Tensor, norm: Tensor | None = None) -> Tensor:
-    """The MSE loss of all reconstructions of `target` (rows, d_out) in `made`, a scalar.
+def reconstruction_loss(made: Reconstruction, whole: Whole, norm: Tensor | None = None) -> Tensor:
+    """The MSE loss of all reconstructions in `made`, which are of the own rows of `whole`, a scalar.
 
-    `norm` (rows, 1) is `centred_norm` of the target's whole batch at these rows; None: the rows are the whole batch.
+    `norm` (rows, 1) is `centred_norm` of these rows in a larger batch, of which `whole` is a part; None: it is all.
     """
-    norm = centred_norm(wide(target)) if norm is None else norm
+    target = whole.share.of(whole.target)
+    norm = whole.share.of(centred_norm(wide(whole.target))) if norm is None else norm
     mse_loss = mean_normalised_error(made.sae_outs, target, norm)
     if made.multi_out is not None:
         mse_loss = mse_loss + MULTI_TOPK_WEIGHT * mean_normalised_error(made.multi_out, target, norm)
@@ -118,24 +146,27 @@ def wide(x: Tensor) -> Tensor:
     return x.to(at_least_float32(x.dtype))
 
 
-def centred_norm(x: Tensor) -> Tensor:
-    """L2 norm of each row of `x` (rows, d) after subtracting the mean row, as (rows, 1).
+def centred_norm(x: Tensor, mean_row: Tensor | None = None) -> Tensor:
+    """L2 norm of each row of `x` (rows, d) after subtracting the mean row (1, d), as (rows, 1).
 
     A row that equals the mean row (always so in a batch of one) has no centred norm: its own norm stands in, or 1.
     """
-    centred = (x - x.mean(dim=0, keepdim=True)).norm(dim=-1, keepdim=True)
+    mean_row = x.mean(dim=0, keepdim=True) if mean_row is None else mean_row
+    centred = (x - mean_row).norm(dim=-1, keepdim=True)
     own = x.norm(dim=-1, keepdim=True)
     scale = torch.where(centred > 1e-6 * own, centred, own)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def normalised_squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
+def normalised_squared_error(x_hat: Tensor, x: Tensor, norm: Tensor | None = None) -> Tensor:
     """Elementwise (x_hat - x)^2 / ||x - mean_batch(x)||_2, shape (rows, d); its mean is the MSE loss.
+
+    `norm` (rows, 1) is `centred_norm` of these rows in their batch; None: the rows are the whole batch.
 
     In float32 at least: in float16 the square of an error of 256 is infinite, which divided by the norm it is not.
     """
     dtype, x = x.dtype, wide(x)
-    return ((x_hat.to(x.dtype) - x).pow(2) / centred_norm(x)).to(dtype)
+    return ((x_hat.to(x.dtype) - x).pow(2) / (centred_norm(x) if norm is None else norm)).to(dtype)
 
 
 class MeanNormalisedError(Function):

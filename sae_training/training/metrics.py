@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_training.sparse_autoencoder.losses import wide
 from sae_training.training.dead_latents import FiringTracker
 from sae_training.training.trainer import StepResult
 
@@ -15,13 +16,13 @@ def explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
     In this form rows of large norm count by their share of the variance. In a mean over rows of each row's own ratio,
     near-constant rows would dominate.
     """
-    x, x_hat = x.float(), x_hat.float()
+    x, x_hat = wide(x), wide(x_hat)
     return 1 - (x_hat - x).pow(2).sum() / (x - x.mean(dim=0)).pow(2).sum()
 
 
 def row_explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
     """For each row, (rows,): 1 - its squared error / its squared distance from the mean row."""
-    x, x_hat = x.float(), x_hat.float()
+    x, x_hat = wide(x), wide(x_hat)
     return 1 - (x_hat - x).pow(2).sum(dim=-1) / (x - x.mean(dim=0)).pow(2).sum(dim=-1)
 
 
@@ -29,13 +30,14 @@ def row_explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
 def training_metrics(result: StepResult, tracker: FiringTracker, n_training_tokens: int) -> dict[str, float]:
     """The figures of a step, read off the device. `losses/l1_loss` is the L1 norm without its coefficient."""
     out = result.out
+    target, sae_out = result.share.gathered(result.target), result.share.gathered(out.sae_out)
     figures = {
         "losses/mse_loss": out.mse_loss,
         "losses/l1_loss": out.code.l1(),
         "losses/ghost_grad_loss": out.ghost_grad_loss,
         "losses/overall_loss": out.loss,
-        "metrics/explained_variance": explained_variance(result.target, out.sae_out),
-        "metrics/explained_variance_std": row_explained_variance(result.target, out.sae_out).std(),
+        "metrics/explained_variance": explained_variance(target, sae_out),
+        "metrics/explained_variance_std": row_explained_variance(target, sae_out).std(),
         "metrics/l0": out.code.l0(),
         "sparsity/mean_passes_since_fired": tracker.steps_since_fired.float().mean(),
         "sparsity/dead_features": tracker.dead().sum(),

@@ -24,15 +24,15 @@ from sae_training.kernels.sparse_code import (
     pre_activations_at,
 )
 from sae_training.sparse_autoencoder import SparseAutoencoder, architectures
-from sae_training.sparse_autoencoder.dead_latent_losses import n_auxk_rows
-from sae_training.sparse_autoencoder.losses import MULTI_TOPK_FACTOR, Coefficients, Losses, Reconstruction
+from sae_training.sparse_autoencoder.dead_latent_losses import n_own_auxk_rows
+from sae_training.sparse_autoencoder.losses import MULTI_TOPK_FACTOR, Coefficients, Losses, Reconstruction, Whole
 from sae_training.training.mixed_precision import in_dtype
 
 
 def objective(
     sae: SparseAutoencoder,
     x: Tensor,
-    target: Tensor,
+    target: Tensor | Whole,
     coefficients: Coefficients,
     dead: Tensor | None = None,
     norm: Tensor | None = None,
@@ -41,24 +41,26 @@ def objective(
 
     On a CPU the sparse way stays in the weights' own precision, because it is several times faster than the dense way
     in bfloat16: 206 ms against 1,841 for topk (d_in 512, d_sae 8192, 2,048 rows, on a processor with bfloat16).
-    `norm`: see `losses.reconstruction_loss`.
+    `target`: (rows, d_out), or a `Whole` of which `x` (rows, d_in) are the own rows; then the mean of all processes'
+    losses and gradients, by its `weight`, is that of the whole. `norm`: see `losses.reconstruction_loss`.
     """
     sae_in, dead = sae.sae_input(x), sae.to_revive(dead)
-    entries = choose(sae, sae_in.detach(), coefficients.k)
+    whole = target if isinstance(target, Whole) else Whole(target)
+    entries = choose(sae, sae_in.detach(), coefficients.k, whole)
 
     def losses(sae: SparseAutoencoder) -> Losses:
         if entries is None:
-            made = sae.dense_parts(sae_in, coefficients.k, dead)
+            made = sae.dense_parts(sae_in, coefficients.k, dead, whole)
         else:
-            made = sparse_parts(sae, sae_in, entries, coefficients.k, dead)
-        return sae.add_up(made, target, coefficients.l1_coefficient, norm)
+            made = sparse_parts(sae, sae_in, entries, coefficients.k, dead, whole)
+        return sae.add_up(made, whole, coefficients.l1_coefficient, norm)
 
     stays = entries is not None and sae.device.type == "cpu"
     return in_dtype(sae.dtype if stays else sae.full_cfg.dtype, sae, losses)
 
 
-def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
-    """The active latents of a batch `sae_in` (rows, d_in), or None if the device or the batch needs the dense way."""
+def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int, whole: Whole) -> Entries | None:
+    """The active latents of the own rows `sae_in` (rows, d_in), or None where the dense way is needed."""
     n = min(MULTI_TOPK_FACTOR * k if sae.full_cfg.multi_topk else k, sae.d_sae)
     if not has_sparse_way(sae, n):
         return None
@@ -67,7 +69,7 @@ def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int) -> Entries | None:
         case "topk":
             return top_k_of_rows(encoder, n)
         case "batchtopk":
-            return top_k_of_batch(encoder, k)
+            return top_k_of_batch(encoder, k, whole.share)
         case "jumprelu":  # entries just below the threshold have no activation, but give the threshold a gradient
             limit = (sae.threshold - sae.full_cfg.jumprelu_bandwidth / 2).detach()
             # The margin keeps a rounded product from missing entries; entries too many do no harm.
@@ -103,15 +105,15 @@ def has_sparse_way(sae: SparseAutoencoder, n_active: int) -> bool:
 
 
 def sparse_parts(
-    sae: SparseAutoencoder, sae_in: Tensor, entries: Entries, k: int, dead: Tensor | None
+    sae: SparseAutoencoder, sae_in: Tensor, entries: Entries, k: int, dead: Tensor | None, whole: Whole
 ) -> Reconstruction:
-    """All that the losses need of a batch `sae_in` (rows, d_in), from its pre-activations at `entries`."""
+    """All that the losses need of the own rows `sae_in` (rows, d_in), from their pre-activations at `entries`."""
     encoder_in = sae_in.detach().to(sae.W_enc.dtype)
     # AuxK's entries are more rows of the same code, so that all weight gradients come from one pass.
     aux = None
     if dead is not None and sae.auxk_coefficient > 0:
         choose_dead = dead_entries if dead.device.type == "cpu" else dead_entries_of_all
-        aux = choose_dead(sae, encoder_in, dead)
+        aux = choose_dead(sae, encoder_in[: n_own_auxk_rows(whole)], dead)
     encoded, encoder_rows = [entries], [encoder_in]
     if aux is not None:
         encoded.append(aux)
@@ -148,10 +150,9 @@ def sparse_parts(
 
 
 def dead_entries(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) -> Entries:
-    """The k_aux dead latents with the largest pre-activations on each of AuxK's rows."""
+    """The k_aux dead latents with the largest pre-activations on each of some rows."""
     numbers = dead.nonzero().flatten()
-    few = sae_in[: n_auxk_rows(len(sae_in))]
-    encoder = encoder_of(sae, few, sae.W_enc.detach()[:, numbers], sae.b_enc.detach()[numbers])
+    encoder = encoder_of(sae, sae_in, sae.W_enc.detach()[:, numbers], sae.b_enc.detach()[numbers])
     among_dead = top_k_of_rows(encoder, sae.auxk_k)
     return Entries(numbers[among_dead.latents], among_dead.offsets, sae.d_sae)
 
@@ -162,7 +163,7 @@ def dead_entries_of_all(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) ->
     Each row has k_aux entries; if fewer latents are dead, the others are live ones.
     """
     bias = sae.b_enc.detach().masked_fill(~dead, -torch.inf)
-    encoder = encoder_of(sae, sae_in[: n_auxk_rows(len(sae_in))], sae.W_enc.detach(), bias)
+    encoder = encoder_of(sae, sae_in, sae.W_enc.detach(), bias)
     return top_k_of_rows(encoder, sae.auxk_k)
 
 

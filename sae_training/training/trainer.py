@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple, cast
 
 import torch
@@ -12,9 +13,11 @@ from sae_training.config.rules import check_for_training
 from sae_training.config.types import WITH_PENALTY
 from sae_training.kernels.sparse_code import Code, CodeFigures
 from sae_training.machine.allocator import keep_freed_memory
+from sae_training.parallel.share import ALONE, Share
 from sae_training.sparse_autoencoder import SparseAutoencoder
-from sae_training.sparse_autoencoder.losses import Coefficients, Losses, centred_norm, wide
+from sae_training.sparse_autoencoder.losses import Coefficients, Losses, Whole, centred_norm, wide
 from sae_training.training.dead_latents import FiringTracker
+from sae_training.training.gradient_exchange import GradientExchange
 from sae_training.training.mixed_precision import check_dtype
 from sae_training.training.objective import objective
 from sae_training.training.optim import check_installed, make_optimizer, moments, step_unless
@@ -27,10 +30,12 @@ class StepResult(NamedTuple):
     """What logging needs of a step. The tensors are detached, and nothing has been read off the device."""
 
     target: Tensor
-    """The activations to reconstruct, (rows, d_out), as `SparseAutoencoder.normalize` returns them."""
+    """The activations to reconstruct, (rows, d_out), as `SparseAutoencoder.normalize` returns them: the own rows."""
     out: Losses
+    """Those of the whole batch; `sae_out` of the own rows."""
     lr: float
     l1_coefficient: float
+    share: Share = ALONE
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -38,9 +43,13 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class SAETrainer:
-    """Trains `sae` on batches. Moments, counters and averages are its state; all else is a function of the step."""
+    """Trains `sae` on batches. Moments, counters and averages are its state; all else is a function of the step.
 
-    def __init__(self, sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig) -> None:
+    `share`: the rows of each batch that this process computes. Every process gets the whole batch, and makes the same
+    step as one that computes all of it, up to the order of sums.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig, share: Share = ALONE) -> None:
         if not isinstance(sae, SparseAutoencoder):
             raise TypeError(
                 f"sae: found a {type(sae).__name__}, expected a SparseAutoencoder; a Crosscoder is read from files and "
@@ -50,6 +59,8 @@ class SAETrainer:
         check_dtype(cfg.dtype)
         self.sae = sae
         self.cfg = cfg
+        self.share = share
+        self.exchange = GradientExchange(dict(sae.named_parameters()), share)
         self.masters = {name: in_memory_order(p) for name, p in sae.named_parameters()}
         """The parameters as the optimizer sees them: over the same memory, with W_enc as (d_sae, d_in)."""
         betas = (cfg.adam_beta1, cfg.adam_beta2)
@@ -92,7 +103,7 @@ class SAETrainer:
         self.update_average(step)
         track_inference_threshold(self.sae, out.code, step)
         self.tracker.update(out.code)
-        return StepResult(target, out, lr, coefficients.l1_coefficient)
+        return StepResult(self.own(target), out, lr, coefficients.l1_coefficient, self.share)
 
     def backward(self, x: Tensor, target: Tensor, coefficients: Coefficients) -> Losses:
         """Compute the losses of a batch, and leave their gradients in the parameters.
@@ -101,22 +112,31 @@ class SAETrainer:
         Parts give the gradient of the whole batch, because they use its row norms, with two exceptions: batchtopk
         chooses k latents a row within each part, and remedies for dead latents see each part alone.
         """
-        dead = self.tracker.dead()
-        size = self.cfg.micro_batch_size or (self.cfg.train_batch_size if self.cfg.grad_acc_steps > 1 else len(x))
-        if size >= len(x):
+        dead, size, own = self.tracker.dead(), min(part_size(self.cfg), len(x)), self.share.of
+        if size == len(x) and self.share.is_all:
             out = objective(self.sae, x, target, coefficients, dead)
             out.loss.backward()
             return out.detach()
-        outs, scalars, code = [], [], CodeFigures()
+        outs, scalars, code, n_done = [], [], CodeFigures(), 0
         for rows, wanted, norm in zip(*(t.split(size) for t in (x, target, centred_norm(wide(target)))), strict=True):
-            part = objective(self.sae, rows, wanted, coefficients, dead, norm=norm)
-            share = len(rows) / len(x)
-            (part.loss * share).backward()
+            whole = Whole(wanted, self.share)
+            part = objective(self.sae, own(rows), whole, coefficients, dead, norm=own(norm))
+            weight = self.share.count(len(rows)) / len(x)
+            n_done += len(rows)
+            with self.exchange.exchanged(is_last=n_done == len(x)):
+                (part.loss * weight).backward()
             part = part.detach()
             outs.append(part.sae_out)
-            scalars.append(torch.stack(part.scalars()) * share)
+            scalars.append(torch.stack(part.scalars()) * weight)
             code.add(cast("Code", part.code))
-        return Losses(torch.cat(outs), code, *torch.stack(scalars).sum(dim=0))
+        scalars = self.share.summed(torch.stack(scalars).sum(dim=0))
+        return Losses(torch.cat(outs), code.of_all(self.share), *scalars)
+
+    def own(self, rows: Tensor) -> Tensor:
+        """The rows that this process computes, in the order in which `backward` does."""
+        if self.share.is_all:
+            return rows
+        return torch.cat([self.share.of(part) for part in rows.split(min(part_size(self.cfg), len(rows)))])
 
     def resample(self, x: Tensor, target: Tensor, step: int) -> int:
         """Give dead latents new directions from rows `x` (n, d_in) and their `target` (n, d_out); return how many.
@@ -225,6 +245,11 @@ class SAETrainer:
         self.target_l0.load_state_dict(state.get("target_l0", {}))
         for name, average in self.average.items():
             average.copy_(state["average"][name])
+
+
+def part_size(cfg: LanguageModelSAERunnerConfig) -> int:
+    """Return how many rows of a batch go through at once, at most."""
+    return cfg.micro_batch_size or (cfg.train_batch_size if cfg.grad_acc_steps > 1 else sys.maxsize)
 
 
 def check_trainable(cfg: LanguageModelSAERunnerConfig) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae_training.sparse_autoencoder.dead_latent_losses import auxk_loss, ghost_grad_loss
-from sae_training.sparse_autoencoder.losses import centred_norm, mean_normalised_error, normalised_squared_error
+from sae_training.sparse_autoencoder.losses import Whole, centred_norm, mean_normalised_error, normalised_squared_error
 
 
 def test_normalised_squared_error_by_hand() -> None:
@@ -55,7 +55,7 @@ def ghost(case: dict[str, torch.Tensor], masked: bool = False) -> torch.Tensor:
     dead_pre, W_dec = case["hidden_pre"][:, DEAD], case["W_dec"][DEAD]
     if masked:
         dead_pre, W_dec = case["hidden_pre"].masked_fill(~DEAD, -torch.inf), case["W_dec"]
-    return ghost_grad_loss(case["x"], case["sae_out"], dead_pre, W_dec)
+    return ghost_grad_loss(Whole(case["x"]), case["sae_out"], dead_pre, W_dec)
 
 
 def test_ghost_grad_loss_has_the_value_of_the_mse_loss() -> None:
@@ -126,7 +126,7 @@ def auxk(case: dict[str, torch.Tensor]) -> torch.Tensor:
     """AuxK with the most active of the dead latents 0 and 2 on each row."""
     dead_pre = case["hidden_pre"].masked_fill(~AUXK_DEAD, -torch.inf)
     chosen = dead_pre == dead_pre.max(dim=1, keepdim=True).values
-    return auxk_loss(case["x"], case["x"] - case["sae_out"], (dead_pre.relu() * chosen) @ case["W_dec"])
+    return auxk_loss(Whole(case["x"]), case["x"] - case["sae_out"], (dead_pre.relu() * chosen) @ case["W_dec"])
 
 
 def test_auxk_loss_by_hand() -> None:

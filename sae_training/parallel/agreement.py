@@ -1,0 +1,34 @@
+"""What all processes of a job must have alike: the config, the code, the text. A difference names the rank."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from sae_training.parallel.ranks import n_ranks, of_all
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def check_alike(facts: Mapping[str, object]) -> None:
+    """Raise ValueError, on every rank alike, if one of the facts differs from that of the first rank."""
+    if n_ranks() == 1:
+        return
+    everyones = of_all((socket.gethostname(), {name: repr(value) for name, value in facts.items()}))
+    (_, first), *others = everyones
+    for number, (host, theirs) in enumerate(others, 1):
+        if different := [name for name in first if theirs[name] != first[name]]:
+            lines = [f"  {name}: rank 0 has {first[name]}, rank {number} {theirs[name]}" for name in different]
+            raise ValueError("\n".join([f"rank {number} ({host}) differs from rank 0; give all the same:", *lines]))
+
+
+@cache
+def code() -> str:
+    """Return a hash of the package's source files, which is another for any change of them."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,151 @@
+"""Processes that share the rows of each batch under torchrun: the run of one process, whatever stops them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import SMALL_RUN
+from test_parallel_layers import files_of, ranks, torchrun
+
+from sae_training import cli
+
+# A choice among all rows, a remedy with rows of its own, resampling, parts of a batch, and an odd number of rows.
+RUN: dict[str, Any] = {
+    **SMALL_RUN,
+    "architecture": "batchtopk",
+    "k": 8,
+    "auxk_coefficient": 1 / 32,
+    "feature_sampling_method": "anthropic",
+    "checkpoint_every_steps": 3,
+    "normalize_activations": "expected_average_only_in",
+    "train_batch_size": 63,
+    "total_training_tokens": 756,
+    "micro_batch_size": 40,
+    "eval_every_steps": 6,
+    "n_eval_batches": 3,
+    "dtype": "float64",
+    "lm_dtype": "float32",
+}
+
+
+def arguments(folder: Path, **changes: Any) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    file = folder / "run.json"
+    file.write_text(json.dumps({**RUN, "run_dir": str(folder), **changes}))
+    return ["train", "--config", str(file)]
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_same_run(found: Path, expected: Path) -> None:
+    """The same rows of the log, up to the order of sums."""
+    rows, expected_rows = metrics_of(found), metrics_of(expected)
+    assert [row.keys() for row in rows] == [row.keys() for row in expected_rows]
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        for key, value in expected_row.items():
+            if isinstance(value, dict):
+                assert row[key]["counts"] == value["counts"]
+            else:
+                assert row[key] == pytest.approx(value, rel=1e-9, abs=1e-9, nan_ok=True), key
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert cli.main(arguments(folder)) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two, by torchrun."""
+    folder = tmp_path_factory.mktemp("shared")
+    process = torchrun(2, *arguments(folder))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.count("Run folder:") == 1  # one of them speaks
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_run_of_one(alone: Path, shared: Path) -> None:
+    check_same_run(shared, alone)
+    assert {*files_of(shared)} == {*files_of(alone)}
+    assert (shared / "report.html").is_file()
+    assert json.loads((shared / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "codes", "words", "n_after"),
+    [
+        (signal.SIGKILL, [1, -9], "error: rank 0: another process of the job has ended", 2),
+        (signal.SIGTERM, [143, 143], "Stopped by SIGTERM after step", 3),
+        (signal.SIGTERM, [143, 143], "Stopped by SIGTERM after step", 1),
+    ],
+)
+def test_a_stopped_job_goes_on(
+    number: signal.Signals, codes: list[int], words: str, n_after: int, alone: Path, shared: Path, tmp_path: Path
+) -> None:
+    job = ranks(2, tmp_path, *arguments(tmp_path))
+    run = tmp_path / "run"
+    while not (run / "checkpoints" / "step_3" / "manifest.json").is_file():
+        assert job[0].poll() is None, job[0].communicate()
+        time.sleep(0.05)
+    job[1].send_signal(number)
+    said = [process.communicate(timeout=60)[1] for process in job]
+    assert [process.returncode for process in job] == codes, said
+    assert words in said[0] and "Traceback" not in said[0]
+    assert not (run / "final").exists()
+    for process in ranks(n_after, tmp_path, "resume", str(run)):
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    if n_after == 2:
+        assert files_of(run) == files_of(shared)
+    check_same_run(run, alone)
+
+
+@pytest.mark.parametrize(
+    ("of_second", "words"),
+    [
+        ({"k": 9}, ["rank 1 (", "differs from rank 0", "k: rank 0 has 8, rank 1 9"]),
+        ({"dataset_path": "OTHER"}, ["rank 1 (", "differs from rank 0", "dataset_path: rank 0 has"]),
+    ],
+)
+def test_processes_that_differ_are_told_where(of_second: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    if "dataset_path" in of_second:
+        of_second = {"dataset_path": str(tmp_path / "other.jsonl")}
+        Path(of_second["dataset_path"]).write_text('{"text": "All that glitters is not gold. "}\n' * 500)
+    first, second = arguments(tmp_path / "a"), arguments(tmp_path / "b", run_dir=str(tmp_path / "a"), **of_second)
+    for process in ranks(2, tmp_path, *first, of_second=second):
+        _, err = process.communicate()
+        assert process.returncode == 1 and all(word in err for word in words), err
+    assert not (tmp_path / "a" / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "error: rank 0: some of the 2 ranks did not come within 0.05 minutes"),
+        (1, "error: MASTER_ADDR, MASTER_PORT: found localhost:"),
+    ],
+)
+def test_a_process_that_nobody_meets_says_so(number: int, words: str, tmp_path: Path) -> None:
+    process = ranks(2, tmp_path, *arguments(tmp_path, parallel_timeout_minutes=0.05), started=[number])[0]
+    _, err = process.communicate()
+    assert process.returncode == 1 and words in err
+
+
+def test_more_processes_than_rows_are_refused(tmp_path: Path) -> None:
+    for process in ranks(2, tmp_path, *arguments(tmp_path, train_batch_size=1, micro_batch_size=None)):
+        _, err = process.communicate()
+        assert process.returncode == 1
+        assert "error: parallel: found 2 ranks for 1 rows that are computed at once, expected as many at most" in err
