@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from sae_training.config.types import MAY_BE_NEGATIVE
 from sae_training.formats.found import Found
 from sae_training.formats.loaded import Loaded
 
@@ -189,7 +190,9 @@ def of_circuit_tracer(found: Found, loaded: Loaded) -> Iterator[str]:
 
 
 def of_openai(found: Found, loaded: Loaded) -> Iterator[str]:
-    if loaded.values.get("architecture") == "standard":
+    if loaded.values.get("architecture") in MAY_BE_NEGATIVE:
+        yield "Identity in place of ReLU: activations may be below 0"
+    if "k" not in loaded.values:
         yield "the input is used as it is: only TopK files (version 5) normalise rows"
     else:
         yield (

@@ -201,7 +201,7 @@ class SparseAutoencoder(HookedRootModule):
         """Latent activations of all pre-activations (..., d_sae)."""
         acts = self.activation(Code(pre))
         match self.choice:
-            case "topk" | "abstopk" | "normtopk":
+            case "topk" | "abstopk" | "normtopk" | "lineartopk":
                 acts = acts * architectures.top_k_mask(architectures.scores(self.choice, pre, self.W_dec), k)
             case "groupmax":
                 acts = acts * architectures.group_max_mask(acts, k)
@@ -219,7 +219,7 @@ class SparseAutoencoder(HookedRootModule):
             case "gated":
                 at = pre.at
                 return architectures.gated_activation(pre.values, at(self.b_enc), at(self.r_mag), at(self.b_mag))
-            case "abstopk":
+            case "abstopk" | "linear" | "lineartopk":
                 return pre.values
             case "standard" if self.full_cfg.activation_fn == "tanh-relu":
                 return pre.values.relu().tanh()
