@@ -70,9 +70,6 @@ FAMILIES = (
 )
 """The first that recognises a thing reads it. native is the last: it says what is missing where there is nothing."""
 
-WITH_NORM_FACTOR = (saelens, llama_scope)
-"""Those that read norm_factor themselves, and refuse it where it means nothing."""
-
 ENDINGS = (*PICKLES, ".safetensors", ".npz")
 MOST_FOLDERS = 20_000
 MOST_LOOKED_AT = 200  # of the folders below one that is no autoencoder, for an error's message
@@ -100,8 +97,6 @@ def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008
             if family.recognises(found):
                 plain = given.without_place()
                 ones = {name: completed(one, plain, path) for name, one in family.read(found, plain).items()}
-                if given.norm_factor is not None and family in WITH_NORM_FACTOR:
-                    ones = {name: dataclasses.replace(one, takes_norm_factor=True) for name, one in ones.items()}
                 return {
                     name: dataclasses.replace(one, at=partial(read_again, family.read, found, name))
                     for name, one in ones.items()

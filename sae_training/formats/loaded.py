@@ -95,7 +95,7 @@ class Loaded:
     problem: str | None = None
     """Why this one of many cannot be read as things are. The others can."""
     takes_norm_factor: bool = False
-    """The caller's norm_factor is part of the weights."""
+    """The caller's norm_factor is part of the weights, or says that a norm is in them."""
     at: Callable[[Given], Loaded] | None = None
     """Reads it again, as being at the place that the caller names, where its files do not name it."""
 

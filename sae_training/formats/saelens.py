@@ -80,8 +80,9 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         values |= {"target_hook_point": target, "d_out": d_out, "skip_connection": "W_skip" in header.shapes}
         values["apply_b_dec_to_input"] = True  # of autoencoders only: nothing is subtracted here
     factor = norm_factor(found, cfg, given)
-    name = found.folder.absolute().name
-    return {name: Loaded(values, partial(weights, found, cfg, factor), remarks(cfg, factor), convention(cfg))}
+    made, is_given = partial(weights, found, cfg, factor), given.norm_factor is not None
+    one = Loaded(values, made, remarks(cfg, factor), convention(cfg), takes_norm_factor=is_given)
+    return {found.folder.absolute().name: one}
 
 
 def check_tensors(cfg: dict[str, Any], shapes: dict[str, tuple[int, ...]], found: Found) -> None:

@@ -109,6 +109,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clt-layertopk": {"act_fn": "layertopk", "norm_activation": "inference"},
     "clt-batchtopk": {"act_fn": "batchtopk", "norm_activation": "inference"},
     "clt-batchlayertopk": {"act_fn": "batchlayertopk", "norm_activation": "dataset-wise"},
+    "crosscoder-jumprelu-folded": {"act_fn": "jumprelu", "norm_activation": "dataset-wise", "fold": True},
+    "clt-jumprelu-folded": {"act_fn": "jumprelu", "norm_activation": "dataset-wise", "fold": True},
+    "clt-topk-folded-after-its-config": {
+        "act_fn": "topk",
+        "norm_activation": "dataset-wise",
+        "fold": "after the config",
+    },
 }
 
 
@@ -117,7 +124,8 @@ def llamascopium(root: Path) -> None:
     from llamascopium.models.crosscoder import Crosscoder, CrosscoderConfig
 
     for number, (name, options) in enumerate(VARIANTS.items()):
-        numbers, folder = Numbers(20 + number), fresh(root, f"llamascopium-{name}")
+        numbers, folder, options = Numbers(20 + number), fresh(root, f"llamascopium-{name}"), dict(options)
+        fold = options.pop("fold", False)
         is_clt = name.startswith("clt")
         reads = [f"blocks.{i + 2}.{'hook_resid_mid' if is_clt else 'hook_resid_post'}" for i in range(N)]
         writes = [f"blocks.{i + 2}.hook_mlp_out" for i in range(N)] if is_clt else reads
@@ -130,8 +138,11 @@ def llamascopium(root: Path) -> None:
         if options["norm_activation"] == "dataset-wise":
             norms = {place: float(numbers.between(1.5, 6, 1)) for place in dict.fromkeys(reads + writes)}
             made.set_dataset_average_activation_norm(norms)
+        if fold != "after the config":
+            made.save_pretrained(folder, fold_activation_scale=bool(fold))
         made.cfg.save_hyperparameters(folder)
-        made.save_pretrained(folder)
+        if fold == "after the config":  # as its train_clt does
+            made.save_pretrained(folder, fold_activation_scale=True)
         x = numbers.rows()
         batch = dict(zip(reads, x.unbind(1), strict=True))
         batch |= {place: torch.ones(N_ROWS, D_IN) for place in writes if place not in batch}
@@ -139,7 +150,9 @@ def llamascopium(root: Path) -> None:
         acts = made.encode(made.prepare_input(scaled)[0])
         out = made.decode(acts, **({"batch_first": True} if is_clt else {}))
         out = torch.stack([out[:, i] / factors[place] for i, place in enumerate(writes)], dim=1)
-        facts = {"package": f"llamascopium {version('llamascopium')}", "by": "llamascopium"}
+        facts: dict[str, Any] = {"package": f"llamascopium {version('llamascopium')}", "by": "llamascopium"}
+        if fold == "after the config":
+            facts["given"] = {"norm_factor": 1.0}
         save(folder, x, acts, out, facts)
 
 
@@ -270,7 +283,7 @@ def layouts(root: Path) -> None:
         save(folder, x, acts, out, facts | {"path": path})
 
 
-def save(folder: Path, x: Tensor, acts: Tensor, out: Tensor, facts: dict[str, str]) -> None:
+def save(folder: Path, x: Tensor, acts: Tensor, out: Tensor, facts: dict[str, Any]) -> None:
     variant = folder.name.partition("-")[2].replace("-", " ")
     save_expected(folder, x, acts, out, {"path": "", "variant": variant, "torch": torch.__version__, **facts})
 
