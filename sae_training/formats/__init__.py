@@ -272,7 +272,7 @@ def is_used(loaded: Loaded, name: str, value: Any) -> bool:
     if name == "k":
         return values.get("architecture") in WITH_K and values.get("k") == value
     if name == "target_hook_point":
-        return values.get("target_hook_point") in (value, transformer_lens_name(value))
+        return values.get("target_hook_point") in (value, transformer_lens_name(value, values.get("model_name")))
     return True  # a context_size, and places, which `the_one` compares
 
 
@@ -366,7 +366,8 @@ def is_at(loaded: Loaded, given: Given) -> bool | None:
         wanted = {given.layer, layer_of(given.hook_point or "")} - {None}
         return wanted == {layer} if wanted and layer is not None else None
     hook_points = (hook_point, hook_point.replace("{layer}", str(layer)))
-    if given.hook_point is not None and transformer_lens_name(given.hook_point) not in hook_points:
+    wanted_hook = given.hook_point and transformer_lens_name(given.hook_point, loaded.values.get("model_name"))
+    if wanted_hook is not None and wanted_hook not in hook_points:
         return False
     return None if given.layer is not None and layer is None else given.layer in (None, layer)
 

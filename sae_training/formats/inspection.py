@@ -165,7 +165,8 @@ def is_wanted(config: Mapping[str, Any], given: Given) -> bool:
     if hook_point == UNKNOWN:
         return layer in (given.layer, None if named is None else layer_of(named))
     hook_points = (hook_point, hook_point.replace("{layer}", str(layer)))
-    return (named is None or transformer_lens_name(named) in hook_points) and given.layer in (None, layer)
+    wanted = named and transformer_lens_name(named, config.get("model_name"))
+    return (wanted is None or wanted in hook_points) and given.layer in (None, layer)
 
 
 def inspect_one(found: Found, full: bool, given: Given = Given(), alone: bool = True) -> dict[str, dict[str, Any]]:  # noqa: B008
