@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sae_training.config.types import MAY_BE_NEGATIVE
+from sae_training.formats import dictionary_learning
 from sae_training.formats.found import Found
 from sae_training.formats.loaded import Loaded
 
@@ -98,11 +99,9 @@ def of_sparsify(found: Found, loaded: Loaded) -> Iterator[str]:
 
 def of_dictionary_learning(found: Found, loaded: Loaded) -> Iterator[str]:
     name = str(loaded.values["file_format"]).rpartition(" ")[2]
-    file = "ae.pt" if found.is_folder else found.path.name
-    content = found.pickle(file)
-    is_backup = isinstance(content, dict) and {"ae", "optimizer"} <= content.keys()
-    state = content["ae"] if is_backup else content
-    if is_backup:
+    file = dictionary_learning.file_of(found) or ""
+    state = dictionary_learning.state_at(found, file)
+    if dictionary_learning.is_backup(dictionary_learning.content_of(found, file)):
         yield "a backup of training: its biases and thresholds are multiplied by norm_factor here, as at the end there"
     if name == "AutoEncoder":
         yield "decoder rows may have any norm (the April update trains so): then only activations times norms compare"

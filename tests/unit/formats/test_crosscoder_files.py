@@ -274,30 +274,6 @@ def test_a_crosscoder_between_models_is_told_to_need_factors_and_takes_them() ->
         load(path, norm_factors=[1.0, 2.0])
 
 
-def test_a_decoupled_crosscoder_with_a_normaliser_is_refused(tmp_path: Path) -> None:
-    path = copy_of("dictionary_learning_fork-batchtopk-decoupled", tmp_path)
-    state = load_file(path / "model.safetensors")
-    zeros = torch.zeros_like(state["activation_mean"])
-    save_file(state | {"activation_mean": zeros, "activation_std": zeros.clone()}, path / "model.safetensors")
-    with pytest.raises(ValueError, match="normalises its input twice"):
-        load(path)
-
-
-@pytest.mark.parametrize("missing", ["activation_global_scale", "activation_std", "activation_mean"])
-def test_a_part_of_a_normaliser_is_refused(missing: str, tmp_path: Path) -> None:
-    path = copy_of("dictionary_learning_fork-normalised", tmp_path) / "model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(path).items() if name != missing}, path)
-    with pytest.raises(ValueError, match=rf"activation_\w+.* without {missing}, expected all of them, or none"):
-        load(path.parent)
-
-
-def test_a_normaliser_of_nan_is_none_even_without_its_scale(tmp_path: Path) -> None:
-    path = copy_of("dictionary_learning_fork-crosscoder", tmp_path) / "model.safetensors"
-    before = load(path.parent).b_enc
-    save_file({name: tensor for name, tensor in load_file(path).items() if name != "activation_global_scale"}, path)
-    assert torch.equal(load(path.parent).b_enc, before)
-
-
 def test_an_encoder_may_read_some_places_only(tmp_path: Path) -> None:
     path = copy_of("dictionary_learning_fork-crosscoder", tmp_path)
     state, x = load_file(path / "model.safetensors"), load_file(path / "expected.safetensors")["x"]
