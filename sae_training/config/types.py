@@ -91,6 +91,12 @@ FIXED_K = ("topk", "batchtopk", "matryoshka")
 WITH_K = (*FIXED_K, "abstopk", "normtopk", "groupmax", "lineartopk")
 """Architectures that have a k."""
 
+HOOKS_WITH_HEADS = (
+    "_z", "hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_result", "hook_attn_in", "hook_q_input",
+    "hook_k_input", "hook_v_input",
+)  # fmt: skip
+"""Endings of hooks whose tensors are (..., heads, width of one)."""
+
 UNKNOWN = "unknown"
 """The name of a model, a place or a text that an autoencoder's files do not give."""
 

@@ -128,6 +128,10 @@ def remarks(cfg: dict[str, Any], factor: float | None) -> tuple[str, ...]:
             "normalize_activations is expected_average_only_in without a factor, as in files whose weights have it; if "
             "the weights were trained on scaled activations and not folded, give norm_factor=..."
         )
+    if cfg.get("reshape_activations") == "hook_z" and cfg["metadata"].get("hook_name") is None:
+        found.append(
+            "reshape_activations is hook_z without a hook_name: give hook_point=..., or rows with heads side by side"
+        )
     if cfg["architecture"] in TRANSCODERS and cfg["normalize_activations"] in ("layer_norm", "constant_norm_rescale"):
         found.append("the transcoder's input is normalised row by row, and its output is not brought back to any size")
     return tuple(found)

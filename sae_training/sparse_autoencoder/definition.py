@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sae_training import formats
 from sae_training.config.io import with_defaults
+from sae_training.config.types import HOOKS_WITH_HEADS
 from sae_training.kernels.sparse_code import Code
 from sae_training.machine.device import checked
 from sae_training.machine.precision import at_least_float32, encoder_dtype
@@ -46,7 +47,6 @@ from sae_training.sparse_autoencoder.name import name_of
 from sae_training.sparse_autoencoder.normalization import BY_ROW, normalize, restore
 from sae_training.sparse_autoencoder.start_values import centre, centred_encoder, initial_weights
 
-HOOKS_WITH_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")
 CACHED_ROWS = 1024  # of the decoder, that stay in the processor's cache between two passes over them
 
 
