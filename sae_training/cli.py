@@ -23,7 +23,7 @@ from sae_training.config.checks import field_types, fields_marked, plain_value, 
 from sae_training.config.fields import Origin
 from sae_training.config.files import read_config_values
 from sae_training.config.io import FIELD_NAMES, config_from_dict
-from sae_training.config.left_out import LeftOut
+from sae_training.config.left_out import LeftOut, Measured
 from sae_training.config.toy import SAEToyModelRunnerConfig
 from sae_training.config.types import OneOrMany
 from sae_training.config.values import (
@@ -128,7 +128,7 @@ class Resume(Common):
 
 
 @dataclass(kw_only=True)
-class Eval(LeftOut, Common):
+class Eval(Measured, Common):
     """Measure a trained autoencoder on held-out text.
 
     Of a run of this program, or of the files of another: flags say what these leave out.

@@ -25,6 +25,7 @@ from sae_analysis.analysis import open_analysis
 from sae_training import cli
 from sae_training.demo_data import DEMO_MODEL
 from sae_training.formats import Given, config_at
+from sae_training.run.evals import evaluate_run
 
 D_IN, N_BLOCKS, CONTEXT_SIZE = 8, 4, 8  # the files' own width; one block more than the last of most files
 
@@ -137,6 +138,23 @@ def test_a_dictionary_of_every_family_goes_through_eval_and_build(
     cfg = config_at(path, Given(hook_point=about["hook_point"], k=k))
     of_processed_models = ("saelens-v3", "e2e_sae", "attention_saes")
     assert cfg.model_processing == ("default" if name.startswith(of_processed_models) else "none")
+
+
+@pytest.mark.parametrize("name", ["sparsify-skip-transcoder", "openai-v5-topk-tied"])
+def test_more_or_less_text_is_measured_on_request(
+    name: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warnings.simplefilter("ignore")
+    path, words = copy_of(name, tmp_path), flags(model, name)
+    given: dict[str, Any] = {"model_name": model, "dataset_path": "demo", "context_size": CONTEXT_SIZE}
+    by_batches = {n: evaluate_run(path, n_eval_batches=n, **given) for n in (1, 2)}
+    assert {n: figures["base/contexts"] for n, figures in by_batches.items()} == {1: 32, 2: 64}
+    shown = evaluated(path, [*words, "--n_eval_batches", "2"], capsys)
+    assert float(shown["metrics/ce_loss_with_sae"]) == pytest.approx(
+        by_batches[2]["metrics/ce_loss_with_sae"], rel=1e-3
+    )
+    assert cli.main(["eval", str(path), *words, "--n-eval-batches", "-1"]) == 1
+    assert "n_eval_batches: found -1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", NEGATIVE)
