@@ -129,7 +129,8 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     normaliser = normaliser_of(state, d_in)
     told = remarks(name, state) + unreadable + (normaliser.remarks if normaliser else ())
     read_state = partial(whole_state, found, file.name, state)
-    made = partial(weights, read_state, names, norm_factor_of(content, file), normaliser)
+    counts_norms = file.name == OF_FORKS and architecture in ("gated", "jumprelu")  # as encode of forks has it
+    made = partial(weights, read_state, names, norm_factor_of(content, file), normaliser, counts_norms)
     is_of_folder = found.is_folder or file.name == OF_FORKS
     name_of_one = file.parent.absolute().name if is_of_folder else file.stem
     return {name_of_one: Loaded(values, made, told, convention(name))}
@@ -228,6 +229,7 @@ def weights(
     names: dict[str, str],
     norm_factor: float | None,
     normaliser: Normaliser | None,
+    counts_norms: bool,
 ) -> dict[str, Tensor]:
     state = read_state()
     ours: dict[str, Tensor] = {}
@@ -238,11 +240,26 @@ def weights(
     if norm_factor is not None:
         for name in ours.keys() & {*SCALED_WITH_ACTIVATIONS}:
             ours[name] *= norm_factor
+    if counts_norms:
+        multiply_by_norms(ours)
     if "log_threshold" in ours:
         ours["log_threshold"] = folding.log_thresholds(ours["log_threshold"])
     if normaliser is not None:
         folding.fold_normaliser(ours, normaliser.mean, normaliser.scale, LEAST)
     return ours
+
+
+def multiply_by_norms(ours: dict[str, Tensor]) -> None:
+    """Activations times the norms of decoder rows, as forks report them of gated and jumprelu; the output stays."""
+    norms = ours["W_dec"].norm(dim=1)
+    norms = torch.where(norms > 0, norms, 1.0)
+    ours["W_dec"] /= norms.unsqueeze(1)
+    if "r_mag" in ours:
+        ours["r_mag"] += norms.log()
+        ours["b_mag"] *= norms
+        return
+    for name in ("W_enc", "b_enc", "log_threshold"):  # which are thresholds still
+        ours[name] *= norms
 
 
 def remarks(name: str, state: dict[str, Tensor]) -> tuple[str, ...]:

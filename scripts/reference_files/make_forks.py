@@ -19,7 +19,13 @@ from typing import Any
 
 import torch
 from common import D_IN, D_SAE, save_expected
-from dictionary_learning.dictionary import BatchTopKCrossCoder, BatchTopKSAE, CrossCoder
+from dictionary_learning.dictionary import (
+    BatchTopKCrossCoder,
+    BatchTopKSAE,
+    CrossCoder,
+    GatedAutoEncoder,
+    JumpReluAutoEncoder,
+)
 from make_crosscoders import K, N, Numbers
 from torch import Tensor
 
@@ -44,6 +50,8 @@ VARIANTS: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
         "sae": (BatchTopKSAE, {}),
         "sae-normalised": (BatchTopKSAE, {"target_rms": 2.5}),
         "sae-pickle": (BatchTopKSAE, {"target_rms": 2.5, "file": "model_final.pt"}),
+        "gated": (GatedAutoEncoder, {}),
+        "jumprelu": (JumpReluAutoEncoder, {}),
     },
     "48debb2": {
         "normalised-together": (CrossCoder, {"target_rms": 2.5}),
@@ -63,7 +71,7 @@ def values(name: str, tensor: Tensor, numbers: Numbers) -> Tensor:
 
 
 def write(root: Path, name: str, kind: Any, options: dict[str, Any], seed: int, commit: str) -> None:
-    is_sae, options = kind is BatchTopKSAE, dict(options)
+    is_sae, options = kind not in (CrossCoder, BatchTopKCrossCoder), dict(options)
     folder = root / ("reference_files" if is_sae else "reference_crosscoders") / f"dictionary_learning_fork-{name}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -75,7 +83,7 @@ def write(root: Path, name: str, kind: Any, options: dict[str, Any], seed: int, 
         options["activation_std"] = numbers.between(0.2, 1, *x.shape[1:])
     sizes = {"activation_dim": D_IN, "dict_size": D_SAE}
     sizes |= {} if is_sae else {"num_layers": N}
-    sizes |= {"k": K} if kind is not CrossCoder else {}
+    sizes |= {"k": K} if kind in (BatchTopKSAE, BatchTopKCrossCoder) else {}
     made = kind(**sizes, **options)
     made.load_state_dict({part: values(part, tensor, numbers) for part, tensor in made.state_dict().items()})
     if name == "compiled":  # as of before normalisers and code_normalization
