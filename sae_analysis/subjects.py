@@ -18,6 +18,7 @@ from sae_training.activations_store.cache_parts import parts_on_disk
 from sae_training.activations_store.store import without_cache
 from sae_training.config.io import check_known, with_defaults
 from sae_training.config.sweep import is_several, variants
+from sae_training.config.types import MAY_BE_NEGATIVE
 from sae_training.formats import Given
 from sae_training.formats.loaded import OF_ANOTHER_TEXT
 from sae_training.language_model.load import LanguageModel, model_of
@@ -128,10 +129,11 @@ def autoencoders_in(path: Path, given: Given) -> dict[str, SparseAutoencoder]:
 def check_positive(found: dict[str, SparseAutoencoder]) -> None:
     """Raise ValueError for an autoencoder whose activations may be negative: "fires" means above 0 everywhere here."""
     for name, sae in found.items():
-        if sae.architecture == "abstopk":
+        if sae.architecture in MAY_BE_NEGATIVE:
             raise ValueError(
-                f"{name}: architecture: found abstopk, whose activations may be below 0, and an analysis counts a "
-                "latent as active above 0 only; nothing was analysed. `sae-training eval` takes this autoencoder."
+                f"{name}: architecture: found {sae.architecture}, whose activations may be below 0, and an analysis "
+                "counts a latent as active above 0 only; nothing was analysed. `sae-training eval` takes this "
+                "autoencoder."
             )
 
 

@@ -22,7 +22,7 @@ from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERu
 from sae_training.config.checks import field_types, fields_marked
 from sae_training.config.fields import Origin
 from sae_training.config.io import FIELD_NAMES, config_from_dict
-from sae_training.config.left_out import LeftOut
+from sae_training.config.left_out import LeftOut, Measured
 from sae_training.config.toy import SAEToyModelRunnerConfig
 from sae_training.config.values import (
     check_alone,
@@ -69,7 +69,7 @@ class Resume(Common):
 
 
 @dataclass(kw_only=True)
-class Eval(LeftOut, Common):
+class Eval(Measured, Common):
     """Measure a trained autoencoder on held-out text.
 
     Of a run of this program, or of the files of another: flags say what these leave out.

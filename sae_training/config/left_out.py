@@ -39,3 +39,16 @@ class LeftOut:
     def said(self) -> dict[str, Any]:
         """Return what is given, by the names of the arguments of `SparseAutoencoder.load_from_pretrained`."""
         return {name: value for name in field_types(LeftOut) if (value := getattr(self, name)) is not None}
+
+
+@dataclass(kw_only=True)
+class Measured(LeftOut):
+    """The same, and on how much text it is measured."""
+
+    n_eval_batches: int | None = None
+    """Held-out batches of store_batch_size contexts, in place of what the run had; 10 for other files."""
+
+    def said(self) -> dict[str, Any]:
+        """Return what is given, by the names of the arguments of `evaluate_run`."""
+        amount = {} if self.n_eval_batches is None else {"n_eval_batches": self.n_eval_batches}
+        return super().said() | amount

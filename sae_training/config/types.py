@@ -60,10 +60,15 @@ Architecture = Literal[
     "normtopk",
     "groupmax",
     "matching_pursuit",
+    "linear",
+    "lineartopk",
 ]
 
-ONLY_LOADED = ("abstopk", "normtopk", "groupmax", "matching_pursuit")
+ONLY_LOADED = ("abstopk", "normtopk", "groupmax", "matching_pursuit", "linear", "lineartopk")
 """Architectures of other programs' files, which are read and used, and not trained."""
+
+MAY_BE_NEGATIVE = ("abstopk", "linear", "lineartopk")
+"""Architectures whose activations may be below 0."""
 
 SchedulerName = Literal[
     "constant",
@@ -83,8 +88,14 @@ PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 FIXED_K = ("topk", "batchtopk", "matryoshka")
 """Architectures whose code is a fixed number of the largest pre-activations."""
 
-WITH_K = (*FIXED_K, "abstopk", "normtopk", "groupmax")
+WITH_K = (*FIXED_K, "abstopk", "normtopk", "groupmax", "lineartopk")
 """Architectures that have a k."""
+
+HOOKS_WITH_HEADS = (
+    "_z", "hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_result", "hook_attn_in", "hook_q_input",
+    "hook_k_input", "hook_v_input",
+)  # fmt: skip
+"""Endings of hooks whose tensors are (..., heads, width of one)."""
 
 UNKNOWN = "unknown"
 """The name of a model, a place or a text that an autoencoder's files do not give."""

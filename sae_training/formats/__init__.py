@@ -20,7 +20,7 @@ from torch import Tensor
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_from_dict
 from sae_training.config.types import WITH_K
-from sae_training.formats import llama_scope, native, saelens
+from sae_training.formats import native
 from sae_training.formats.chosen import the_one
 from sae_training.formats.doubts import blamed_on, check_finite, printable, swapped_axes
 from sae_training.formats.families import FAMILIES, is_one, unknown
@@ -34,9 +34,6 @@ __all__ = [
     "Facts", "Given", "Loaded", "blamed_on", "config_at", "config_of", "load", "native", "read", "read_many",
     "the_crosscoder", "warn_of", "weights_of",
 ]  # fmt: skip
-
-WITH_NORM_FACTOR = (saelens, llama_scope)
-"""Those that read norm_factor themselves, and refuse it where it means nothing."""
 
 
 def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008 - it is frozen
@@ -60,8 +57,6 @@ def read(path: Path, given: Given = Given()) -> dict[str, Loaded]:  # noqa: B008
             if family.recognises(found):
                 plain = given.without_place()
                 ones = {name: completed(one, plain, path) for name, one in family.read(found, plain).items()}
-                if given.norm_factor is not None and family in WITH_NORM_FACTOR:
-                    ones = {name: dataclasses.replace(one, takes_norm_factor=True) for name, one in ones.items()}
                 return {
                     name: dataclasses.replace(one, at=partial(read_again, family.read, found, name))
                     for name, one in ones.items()
@@ -190,7 +185,7 @@ def is_used(loaded: Loaded, name: str, value: Any) -> bool:
     if name == "k":
         return values.get("architecture") in WITH_K and values.get("k") == value
     if name == "target_hook_point":
-        return values.get("target_hook_point") in (value, transformer_lens_name(value))
+        return values.get("target_hook_point") in (value, transformer_lens_name(value, values.get("model_name")))
     return True  # a context_size, and places, which `the_one` compares
 
 

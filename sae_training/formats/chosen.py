@@ -59,6 +59,7 @@ def is_at(values: Mapping[str, Any], given: Given) -> bool | None:
         wanted = {given.layer, layer_of(given.hook_point or "")} - {None}
         return wanted == {layer} if wanted and layer is not None else None
     hook_points = (hook_point, hook_point.replace("{layer}", str(layer)))
-    if given.hook_point is not None and transformer_lens_name(given.hook_point) not in hook_points:
+    wanted_hook = given.hook_point and transformer_lens_name(given.hook_point, values.get("model_name"))
+    if wanted_hook is not None and wanted_hook not in hook_points:
         return False
     return None if given.layer is not None and layer is None else given.layer in (None, layer)

@@ -12,27 +12,41 @@ The tensors tell the class, but for top-k and batch top-k, which have the same: 
 | JumpReluAutoEncoder             | above the thresholds, nothing subtracted                                          |
 
 A backup (step, ae, optimizer, config, norm_factor) holds the weights of scaled activations; its biases are multiplied
-by norm_factor, as the package does at the end of training.
+by norm_factor, as the package does at the end of training. Forks save model.safetensors too, and a normaliser of
+activations with a BatchTopKSAE, which becomes part of the weights.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sae_training.formats import folding
 from sae_training.formats.found import Found
 from sae_training.formats.hook_names import output_of_module
 from sae_training.formats.json_files import read_above, read_object
-from sae_training.formats.loaded import Given, Loaded, fitting_batch, needed, place_and_text, precisions, sizes
+from sae_training.formats.loaded import (
+    Given,
+    Loaded,
+    factor_in,
+    fitting_batch,
+    needed,
+    place_and_text,
+    precisions,
+    sizes,
+)
+from sae_training.formats.normaliser import LEAST, NAMES, Normaliser, check_normaliser, normaliser_in
 from sae_training.formats.pickles import copied
 
-WEIGHTS, CONFIG = "ae.pt", "config.json"
+WEIGHTS, OF_FORKS, CONFIG = "ae.pt", "model.safetensors", "config.json"
 COMPILED = "_orig_mod."  # torch.compile puts it before the names of tensors
 
 LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
@@ -61,6 +75,7 @@ CLASSES: dict[str, tuple[str, dict[str, str]]] = {
 
 NOT_CENTRED = ("AutoEncoderNew", "JumpReluAutoEncoder")
 NOT_WEIGHTS = ("k", "threshold", "group_sizes")
+MOST_READ = 2**20  # values of these, and of a normaliser; other tensors are read when they are used
 SCALED_WITH_ACTIVATIONS = ("b_enc", "b_mag", "b_dec", "log_threshold", "inference_threshold")
 
 PLACES = {"resid": "hook_resid_post", "attn": "hook_attn_out", "attention": "hook_attn_out", "mlp": "hook_mlp_out"}
@@ -68,16 +83,25 @@ PLACES = {"resid": "hook_resid_post", "attn": "hook_attn_out", "attention": "hoo
 
 
 def recognises(found: Found) -> bool:
+    if found.is_folder and WEIGHTS in found.names:
+        return True
+    file = file_of(found)
+    return file is not None and class_by_tensors(state_at(found, file)) is not None
+
+
+def file_of(found: Found) -> str | None:
+    """The file of weights of a folder, or the file itself; None if it is of another kind."""
     if found.is_folder:
-        return WEIGHTS in found.names
-    return found.is_pickle and class_by_tensors(state_of(found.pickle())) is not None
+        return next((name for name in (WEIGHTS, OF_FORKS) if name in found.names), None)
+    return found.path.name if found.is_pickle or found.path.name == OF_FORKS else None
 
 
 def read(found: Found, given: Given) -> dict[str, Loaded]:
-    """The dictionary of a folder with ae.pt, or of one file. ValueError for what is missing or of no known class."""
-    file = found.folder / WEIGHTS if found.is_folder else found.path
-    content = found.pickle(file.name)
-    state = state_of(content)
+    """The dictionary of a folder, or of one file. ValueError for what is missing or of no known class."""
+    name_of_file = file_of(found)
+    assert name_of_file is not None, "recognises() was true"
+    file, content = found.folder / name_of_file, content_of(found, name_of_file)
+    state = state_at(found, name_of_file)
     config, trainer, unreadable = config_of(file, content)
     name = class_of(state, trainer, file)
     architecture, names = CLASSES[name]
@@ -102,10 +126,57 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         values["matryoshka_widths"] = tuple(accumulate(state["group_sizes"].tolist()))
     if "inference_threshold" in names.values() and "threshold" not in state:
         raise ValueError(f"{file}: threshold is missing, without which {name} is no function of single rows.")
-    factor = content.get("norm_factor") if is_backup(content) else None
-    told = remarks(name, state) + unreadable
-    loaded = Loaded(values, partial(weights, state, names, factor), told, convention(name))
-    return {file.parent.name if found.is_folder else file.stem: loaded}
+    normaliser = normaliser_of(state, d_in)
+    told = remarks(name, state) + unreadable + (normaliser.remarks if normaliser else ())
+    read_state = partial(whole_state, found, file.name, state)
+    counts_norms = file.name == OF_FORKS and architecture in ("gated", "jumprelu")  # as encode of forks has it
+    made = partial(weights, read_state, names, norm_factor_of(content, file), normaliser, counts_norms)
+    is_of_folder = found.is_folder or file.name == OF_FORKS
+    name_of_one = file.parent.absolute().name if is_of_folder else file.stem
+    return {name_of_one: Loaded(values, made, told, convention(name))}
+
+
+def content_of(found: Found, file: str) -> Any:
+    """What a pickle holds; {} of a .safetensors, which has nothing but tensors."""
+    return {} if file == OF_FORKS else found.pickle(file)
+
+
+def state_at(found: Found, file: str) -> dict[str, Tensor]:
+    """The tensors by name; of a .safetensors those of weights without their values."""
+    if file != OF_FORKS:
+        return state_of(found.pickle(file))
+    head = found.header(file)
+    state: dict[str, Tensor] = {}
+    for theirs, shape in head.shapes.items():
+        name, dtype = theirs.removeprefix(COMPILED), getattr(torch, head.dtypes[theirs], None)
+        is_read = name in (*NOT_WEIGHTS, *NAMES) and math.prod(shape) <= MOST_READ
+        parts = (part for _, part in found.slices(file, theirs)) if is_read else ()
+        state[name] = torch.cat([*parts]).reshape(shape) if is_read else torch.empty(shape, dtype=dtype, device="meta")
+    return state
+
+
+def whole_state(found: Found, file: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with their values; those of a pickle are in the file until they are used."""
+    if file != OF_FORKS:
+        return dict(state)
+    return {name.removeprefix(COMPILED): tensor for name, tensor in found.tensors(file).items()}
+
+
+def normaliser_of(state: dict[str, Tensor], d_in: int) -> Normaliser | None:
+    found = {name: state[name] for name in NAMES if name in state}
+    check_normaliser({name: tuple(tensor.shape) for name, tensor in found.items()}, (d_in,))
+    return normaliser_in(found, (d_in,))
+
+
+def norm_factor_of(content: Any, file: Path) -> float | None:
+    """What a backup's training divided activations by; None: nothing. ValueError unless it is a number above 0."""
+    if not is_backup(content):
+        return None
+    config = content.get("config") if isinstance(content.get("config"), dict) else {}
+    factor = content.get("norm_factor", config.get("norm_factor"))
+    if isinstance(factor, Tensor) and factor.numel() == 1:
+        factor = factor.item()
+    return None if factor is None else factor_in(factor, f"{file}: norm_factor")
 
 
 def state_of(content: Any) -> dict[str, Tensor]:
@@ -117,12 +188,18 @@ def state_of(content: Any) -> dict[str, Tensor]:
     return {str(name).removeprefix(COMPILED): part for name, part in state.items()} if is_state else {}
 
 
-def is_backup(content: dict[str, Any]) -> bool:
-    return {"ae", "optimizer"} <= content.keys()
+def is_backup(content: Any) -> bool:
+    return isinstance(content, dict) and {"ae", "optimizer"} <= content.keys()
 
 
 def class_by_tensors(state: dict[str, Tensor]) -> str | None:
-    """The first class whose tensors these are. Of AutoEncoderTopK and BatchTopKSAE it is the former."""
+    """The first class whose tensors these are. Of AutoEncoderTopK and BatchTopKSAE it is the former.
+
+    A normaliser is part of a BatchTopKSAE only.
+    """
+    if not state.keys().isdisjoint(NAMES):
+        rest = class_by_tensors({name: tensor for name, tensor in state.items() if name not in NAMES})
+        return "BatchTopKSAE" if rest == "AutoEncoderTopK" and "threshold" in state else None
     for name, (_, names) in CLASSES.items():
         optional = {*NOT_WEIGHTS} - {"threshold"} if name == "JumpReluAutoEncoder" else {*NOT_WEIGHTS}
         has_groups = ("group_sizes" in state) == (name == "MatryoshkaBatchTopKSAE")
@@ -147,18 +224,42 @@ def class_of(state: dict[str, Tensor], trainer: dict[str, Any], file: Path) -> s
     return stated
 
 
-def weights(state: dict[str, Tensor], names: dict[str, str], norm_factor: float | None) -> dict[str, Tensor]:
+def weights(
+    read_state: Callable[[], dict[str, Tensor]],
+    names: dict[str, str],
+    norm_factor: float | None,
+    normaliser: Normaliser | None,
+    counts_norms: bool,
+) -> dict[str, Tensor]:
+    state = read_state()
     ours: dict[str, Tensor] = {}
     for theirs, name in names.items():
         is_other_way = theirs in ("decoder.weight", "W_enc")  # than it lies in our memory
-        tensor = copied(state[theirs], is_other_way)
+        tensor = copied(state.pop(theirs), is_other_way)
         ours[name] = tensor.T if name == "W_enc" else tensor
     if norm_factor is not None:
         for name in ours.keys() & {*SCALED_WITH_ACTIVATIONS}:
             ours[name] *= norm_factor
+    if counts_norms:
+        multiply_by_norms(ours)
     if "log_threshold" in ours:
         ours["log_threshold"] = folding.log_thresholds(ours["log_threshold"])
+    if normaliser is not None:
+        folding.fold_normaliser(ours, normaliser.mean, normaliser.scale, LEAST)
     return ours
+
+
+def multiply_by_norms(ours: dict[str, Tensor]) -> None:
+    """Activations times the norms of decoder rows, as forks report them of gated and jumprelu; the output stays."""
+    norms = ours["W_dec"].norm(dim=1)
+    norms = torch.where(norms > 0, norms, 1.0)
+    ours["W_dec"] /= norms.unsqueeze(1)
+    if "r_mag" in ours:
+        ours["r_mag"] += norms.log()
+        ours["b_mag"] *= norms
+        return
+    for name in ("W_enc", "b_enc", "log_threshold"):  # which are thresholds still
+        ours[name] *= norms
 
 
 def remarks(name: str, state: dict[str, Tensor]) -> tuple[str, ...]:
@@ -187,6 +288,8 @@ def config_of(file: Path, content: Any) -> tuple[dict[str, Any], dict[str, Any],
             config, unreadable = (read_object(folder / CONFIG), ()) if is_beside else read_above(folder / CONFIG)
             if isinstance(config.get("trainer"), dict):
                 return config, config["trainer"], ()
+            if is_beside and file.name == OF_FORKS:  # arguments of the class
+                return {}, config, ()
     in_backup = content.get("config") if isinstance(content, dict) else None
     return {}, in_backup if isinstance(in_backup, dict) else {}, unreadable
 

@@ -76,6 +76,20 @@ def fold_whitening(tensors: Tensors, mean: Tensor, matrix: Tensor, inverse: Tens
 
 
 @torch.no_grad()
+def fold_normaliser(tensors: Tensors, mean: Tensor, scale: Tensor, least: float) -> None:
+    """For a program that gives (x - mean) * scale to these weights, and returns output / (scale + least) + mean.
+
+    b_dec is subtracted from the input there and here.
+    """
+    factor = scale.double() + least
+    rest = tensors["b_dec"].double() * (scale.double() / factor - 1)  # of b_dec, by what both factors differ
+    tensors["b_enc"].add_(rest.to(tensors["b_enc"]) @ tensors["W_enc"])
+    tensors["W_enc"].mul_(scale)
+    tensors["W_dec"].div_(factor)
+    tensors["b_dec"].div_(factor).add_(mean)
+
+
+@torch.no_grad()
 def log_thresholds(threshold: Tensor) -> Tensor:
     """The log_threshold (d_sae,) of thresholds: the least whose exp is not below the threshold.
 

@@ -15,10 +15,20 @@ OUTPUTS = {
 }
 """Modules in a block of transformers, and the hook that has the module's output."""
 
-NORMS_AFTER_MODULES = re.compile(r"gemma-?[234](?![\db])")  # gemma-2-2b and gemma-3-1b, but not gemma-2b
-"""Models whose blocks have a norm after attention and MLP."""
+NOT_WHAT_IS_ADDED = re.compile(
+    r"gemma|olmo[-_ ]?(?:[23]|hybrid)|flex[-_]?olmo|molmo|glm[-_]?(?:[4z]|ocr|image)|exaone[-_]?4|trinity|afmoe|"
+    r"hyperclova|ouro|lfm[-_]?3|kolibri|beam-\d|muse-(?:glimmer|spark)|inkling|bloom"
+)
+"""Models whose blocks have a norm after attention and MLP (in Bloom: whose modules add the residual stream themselves).
 
-BEFORE_NORM = {"hook_mlp_out": "mlp.hook_out", "hook_attn_out": "attn.hook_out"}
+By parts of names, as the files hold nothing else. A model that is taken for one by mistake loses nothing: its
+mlp.hook_out has the same values as its hook_mlp_out.
+"""
+
+FIRST_GEMMA = re.compile(r"(?:^|[^a-z]|code)gemma[-_ ]?(?:1[.]|2b|7b)")
+"""gemma-2b and codegemma-7b, but not gemma-2-2b, medgemma-4b (a Gemma 3) or shieldgemma-2b (a Gemma 2)."""
+
+OF_MODULES = {"hook_mlp_out": "mlp.hook_out", "hook_attn_out": "attn.hook_out"}
 
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
 
@@ -32,8 +42,9 @@ def layer_of(hook_point: str) -> int | None:
 def transformer_lens_name(name: str, model_name: str | None = None) -> str:
     """The hook that has the output of a module of transformers: model.layers.3 is blocks.3.hook_resid_post.
 
-    Names of other kinds stay as they are. In a model with a norm after the module (Gemma 2 and later), hook_mlp_out and
-    hook_attn_out have what comes after that norm, and the module's output is mlp.hook_out or attn.hook_out.
+    Names of other kinds stay as they are. In a model with a norm after the module (Gemma 2, OLMo 2, GLM-4-0414 and
+    later), hook_mlp_out and hook_attn_out have what comes after that norm, which is added to the residual stream, and
+    the module's output is mlp.hook_out or attn.hook_out.
     """
     path = re.sub(r"^(?:model|transformer|gpt_neox|language_model)\.", "", name)
     if path in EMBEDDINGS:
@@ -45,6 +56,7 @@ def transformer_lens_name(name: str, model_name: str | None = None) -> str:
 
 
 def output_of_module(hook: str, model_name: str | None) -> str:
-    """hook_mlp_out or hook_attn_out, or in a model with a norm after it the hook before that norm."""
-    has_norm_after = model_name is not None and NORMS_AFTER_MODULES.search(model_name.lower()) is not None
-    return BEFORE_NORM.get(hook, hook) if has_norm_after else hook
+    """hook_mlp_out or hook_attn_out, or in a model with a norm after the module the hook before that norm."""
+    name = (model_name or "").lower()
+    is_apart = NOT_WHAT_IS_ADDED.search(name) is not None and FIRST_GEMMA.search(name) is None
+    return OF_MODULES.get(hook, hook) if is_apart else hook

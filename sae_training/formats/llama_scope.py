@@ -158,9 +158,10 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         values["normalize_activations"] = "constant_norm_rescale"
     if plan.is_transcoder:
         values |= {"target_hook_point": transformer_lens_name(config["hook_point_out"]), "d_out": d_out}
-    name = where.parent.absolute().name
-    made = partial(weights, found, file, plan)
-    return {name: Loaded(values, made, remarks(found, where, config, plan, given), convention(plan, values))}
+    made, is_given = partial(weights, found, file, plan), given.norm_factor is not None
+    told = remarks(where, config, plan, given)
+    one = Loaded(values, made, told, convention(plan, values), takes_norm_factor=is_given)
+    return {where.parent.absolute().name: one}
 
 
 def default_norm(written: str) -> str:
@@ -291,15 +292,10 @@ def place(where: Path, config: dict[str, Any], given: Given) -> dict[str, Any]:
     return place_and_text(given, model, hook_point, layer_of(hook_point or ""))
 
 
-def remarks(found: Found, where: Path, config: dict[str, Any], plan: Plan, given: Given) -> tuple[str, ...]:
+def remarks(where: Path, config: dict[str, Any], plan: Plan, given: Given) -> tuple[str, ...]:
     told = []
-    is_result = plan.written == "2" and where.parent.parent.name != BELOW
-    if is_result and plan.factors is not None and given.norm_factor is None:
-        told.append(
-            "norm_activation is dataset-wise, and weights are read as such; but llamascopium's train_sae writes "
-            f"{CONFIG} before it folds the norm into the weights that it saves (fold_activation_scale, its default): "
-            "if they come from it, give norm_factor=1"
-        )
+    if plan.written == "2" and plan.factors is not None and given.norm_factor is None:
+        told.extend(remarks_of_folding(where, "train_sae"))
     if plan.activation == "topk" and plan.threshold > 0:
         told.append(
             f"act_fn is topk with jump_relu_threshold {plan.threshold}: OpenMOSS's loader says that it converts such a "
@@ -308,6 +304,17 @@ def remarks(found: Found, where: Path, config: dict[str, Any], plan: Plan, given
     if plan.is_transcoder and config.get("norm_activation", default_norm(plan.written)) == "token-wise":
         told.append("the transcoder's output is in the units of targets of norm sqrt(d_out), and not brought back")
     return tuple(told)
+
+
+def remarks_of_folding(where: Path, trained_by: str) -> tuple[str, ...]:
+    """For files of norm_activation dataset-wise that llamascopium wrote; none of a checkpoint's."""
+    if where.parent.parent.name == BELOW:
+        return ()
+    return (
+        f"norm_activation is dataset-wise, and weights are read as such; but llamascopium's {trained_by} writes "
+        f"{CONFIG} before it folds the norm into the weights that it saves (fold_activation_scale, its default): "
+        "if they come from it, give norm_factor=1",
+    )
 
 
 def convention(plan: Plan, values: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from sae_training.formats.found import Found
+from sae_training.formats.llama_scope import remarks_of_folding
 from sae_training.formats.loaded import Given, Loaded, needed, precisions
 from sae_training.formats.several_places import (
     CROSS_LAYER,
@@ -101,8 +102,26 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         k = needed(given.k, config.get("top_k"), "top_k", "k", path)
         values["k"] = k * n if across_sets and not is_clt else k
     by_norm = config.get("sparsity_include_decoder_norm", True)
-    read_weights = partial(weights, found, values, is_clt, by_norm, norm == "dataset-wise")
-    return {found.folder.absolute().name: loaded_crosscoder(given, values, read_weights, remarks(by_batch))}
+    is_scaled = norm == "dataset-wise" and given.norm_factor is None
+    check_norm_factor(found, norm, given)
+    told = remarks(by_batch)
+    if is_scaled:
+        told += remarks_of_folding(found.folder / CONFIG, "train_clt" if is_clt else "train_crosscoder")
+    read_weights = partial(weights, found, values, is_clt, by_norm, is_scaled)
+    is_given = given.norm_factor is not None
+    return {
+        found.folder.absolute().name: loaded_crosscoder(given, values, read_weights, told, takes_norm_factor=is_given)
+    }
+
+
+def check_norm_factor(found: Found, norm: str, given: Given) -> None:
+    """ValueError for another norm_factor than 1, which says that the norms are in the weights already."""
+    if given.norm_factor is None or (given.norm_factor == 1 and norm == "dataset-wise"):
+        return
+    raise ValueError(
+        f"{found.folder / CONFIG}: norm_factor: found {given.norm_factor:g} with norm_activation {norm}, expected "
+        + ("1, as each place has a factor of its own; give 1 or none." if norm == "dataset-wise" else "none.")
+    )
 
 
 def places(config: dict[str, Any], key: str, path: Path) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ class Loaded:
     problem: str | None = None
     """Why this one of many cannot be read as things are. The others can."""
     takes_norm_factor: bool = False
-    """The caller's norm_factor is part of the weights."""
+    """The caller's norm_factor is part of the weights, or says that a norm is in them."""
     at: Callable[[Given], Loaded] | None = None
     """Reads it again, as being at the place that the caller names, where its files do not name it."""
 
@@ -119,7 +119,7 @@ def place_and_text(
     """The fields that say where activations come from. What nobody knows is UNKNOWN, or left out, never a default."""
     return {
         "model_name": given.model_name or model_name or UNKNOWN,
-        "hook_point": hook_point or transformer_lens_name(given.hook_point or UNKNOWN),
+        "hook_point": hook_point or transformer_lens_name(given.hook_point or UNKNOWN, given.model_name or model_name),
         **layer_fields(layer if layer is not None else layer_given(given)),
         "dataset_path": given.dataset_path or dataset_path or UNKNOWN,
         "is_dataset_tokenized": None,
@@ -159,7 +159,7 @@ def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
         values |= fitting_batch(given.context_size)
     for name, place in (("hook_point", given.hook_point), ("target_hook_point", given.target_hook_point)):
         if place is not None and values.get(name) == UNKNOWN:
-            values[name] = transformer_lens_name(place)
+            values[name] = transformer_lens_name(place, values.get("model_name"))
     if given.norm_factor is not None and values.get("normalize_activations") == "expected_average_only_in":
         if values.get("target_hook_point") or values.get("architecture") == "matching_pursuit":
             raise ValueError(f"{path}: norm_factor: a transcoder or matching_pursuit cannot take one; leave it out.")

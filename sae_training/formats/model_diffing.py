@@ -24,6 +24,7 @@ from torch import Tensor
 from sae_training.formats.found import Found
 from sae_training.formats.json_files import read_object
 from sae_training.formats.loaded import Given, Loaded, precisions
+from sae_training.formats.normaliser import LEAST, MEAN, NAMES, Normaliser, check_normaliser, normaliser_in
 from sae_training.formats.pickles import copied, tensors_by_name
 from sae_training.formats.several_places import (
     CROSSCODER,
@@ -40,8 +41,7 @@ from sae_training.formats.several_places import (
 
 TRAINED, CONFIG = "ae.pt", "config.json"
 FILES = ("model.safetensors", "cc_weights.pt", TRAINED)
-NORMALISER = ("activation_mean", "activation_std", "activation_global_scale", "target_rms")
-BESIDE = ("code_normalization_id", "k", "threshold", *NORMALISER)
+BESIDE = ("code_normalization_id", "k", "threshold", *NAMES)
 COMPILED = "_orig_mod."
 NORMALIZATIONS = ("CROSSCODER", "SAE", "MIXED", "NONE", "DECOUPLED")
 """By code_normalization_id, which begins at 1."""
@@ -170,7 +170,6 @@ def read_fork(found: Found, path: Path, shapes: dict[str, tuple[int, ...]], give
     kept = {name: shape for name, shape in shapes.items() if name not in BESIDE}
     expected = {"encoder.weight": (n_read, d, d_sae), "encoder.bias": (d_sae,)}
     check_shapes(path, kept, expected | {"decoder.weight": (n, d_sae, d), "decoder.bias": (n, d)})
-    check_normaliser(found, path, shapes)
     normalization = normalization_of(found, path, shapes, config)
     is_decoupled = normalization == "DECOUPLED" and "threshold" in shapes
     layers = next((config[key] for key in ("encoder_layers", "encoder_layers_indices") if config.get(key)), None)
@@ -187,10 +186,24 @@ def read_fork(found: Found, path: Path, shapes: dict[str, tuple[int, ...]], give
         "file_format": f"crosscoder_learning {'BatchTopK' if 'threshold' in shapes else ''}CrossCoder",
         "model_name": model_name if isinstance(model_name, str) else None,
     }
+    normaliser = normaliser_of(found, path, shapes, (len(names), d), is_decoupled)
     alphas = [float(config.get(key, usual)) for key, usual in ALPHAS.items()]
-    read_weights = partial(fork_weights, found, path.name, values, normalization, alphas)
+    read_weights = partial(fork_weights, found, path.name, values, normalization, alphas, normaliser)
     convention = "activations are those that decode takes; get_activations there multiplies them by decoder norms"
-    return loaded_crosscoder(given, values, read_weights, convention=convention)
+    return loaded_crosscoder(
+        given, values, read_weights, normaliser.remarks if normaliser else (), convention=convention
+    )
+
+
+def normaliser_of(
+    found: Found, path: Path, shapes: dict[str, tuple[int, ...]], shape: tuple[int, ...], is_decoupled: bool
+) -> Normaliser | None:
+    """ValueError for one that is incomplete, and for that of a decoupled crosscoder, which normalises twice."""
+    check_normaliser(shapes, shape)
+    normaliser = normaliser_in({n: small_tensor(found, path.name, n) for n in NAMES if n in shapes}, shape)
+    if normaliser and is_decoupled:
+        raise ValueError(f"{path}: {MEAN}: of a DECOUPLED crosscoder, whose program normalises its input twice.")
+    return normaliser
 
 
 def normalization_of(found: Found, path: Path, shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> str:
@@ -205,17 +218,6 @@ def normalization_of(found: Found, path: Path, shapes: dict[str, tuple[int, ...]
     return stated
 
 
-def check_normaliser(found: Found, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """ValueError for a part of a normaliser, by which that program scales rows, without the rest of it."""
-    statistics = [name for name in NORMALISER[:2] if name in shapes]
-    missing = [name for name in NORMALISER[:3] if name not in shapes]
-    if statistics and missing and not any(small_tensor(found, path.name, n).isnan().any() for n in statistics):
-        raise ValueError(
-            f"{path}: {', '.join(statistics)} without {', '.join(missing)}, expected all of them, or none: activations "
-            "were normalised in training, and these files do not say how; use a complete copy."
-        )
-
-
 def small_tensor(found: Found, file: str, name: str) -> Tensor:
     """A scalar or a short tensor of the file, without reading the others."""
     if not file.endswith(".safetensors"):
@@ -225,7 +227,14 @@ def small_tensor(found: Found, file: str, name: str) -> Tensor:
     return next(part for _, part in found.slices(file, name))
 
 
-def fork_weights(found: Found, file: str, values: dict[str, Any], normalization: str, alphas: list[float]) -> Tensors:
+def fork_weights(
+    found: Found,
+    file: str,
+    values: dict[str, Any],
+    normalization: str,
+    alphas: list[float],
+    normaliser: Normaliser | None,
+) -> Tensors:
     state = state_in(found, file)
     made = {f"W_enc.0.{j}": W for j, W in enumerate(state["encoder.weight"])}
     is_decoupled = values["shares_encoder"]
@@ -235,7 +244,8 @@ def fork_weights(found: Found, file: str, values: dict[str, Any], normalization:
     if "threshold" in state:
         threshold = state["threshold"].reshape(-1, 1)
         made["threshold"] = thresholds(threshold, norms_of_code(made, values, normalization, alphas))
-    fold_normaliser(made, state, values)
+    if normaliser is not None:
+        fold_normaliser(made, normaliser, values)
     return made
 
 
@@ -257,23 +267,14 @@ def norms_of_code(made: Tensors, values: dict[str, Any], normalization: str, alp
 
 
 @torch.no_grad()
-def fold_normaliser(made: Tensors, state: Tensors, values: dict[str, Any]) -> None:
-    """Make (x - mean) * scale of inputs, and out / (scale + 1e-8) + mean of outputs, part of the weights.
-
-    A mean of NaN stands for no normaliser. ValueError for one of a decoupled crosscoder, which normalises twice.
-    """
-    mean, scale = state.get("activation_mean"), state.get("activation_global_scale")
-    if mean is None or scale is None or bool(mean.isnan().any()) or bool(state["activation_std"].isnan().any()):
-        return
-    if values["shares_encoder"]:
-        raise ValueError("activation_mean: of a DECOUPLED crosscoder, whose program normalises its input twice.")
-    if mean.shape != (len(values["reads"]), values["d_in"]) or scale.shape != mean.shape[:1]:
-        raise ValueError(f"activation_mean: found shape {tuple(mean.shape)}, expected one row for each place.")
+def fold_normaliser(made: Tensors, normaliser: Normaliser, values: dict[str, Any]) -> None:
+    """Make (x - mean) * scale of inputs, and out / (scale + 1e-8) + mean of outputs, part of the weights."""
+    mean, scale = normaliser.mean.to(made["b_dec"]), normaliser.scale.to(made["b_dec"])
     (reads, writes), *_ = values["latents"]
     for j, place in enumerate(reads):
         W = made[f"W_enc.0.{j}"].mul_(scale[place])
         made["b_enc"][0].sub_(mean[place] @ W)
     for j, place in enumerate(writes):
-        factor = scale[place] + 1e-8
+        factor = scale[place] + LEAST
         made[f"W_dec.0.{j}"].div_(factor)
         made["b_dec"][place].div_(factor).add_(mean[place])

@@ -3,7 +3,8 @@
 Versions 1 and 4 are ReLU on raw activations. Version 5 is TopK on rows that are normalised first, (x - mean) / (std +
 1e-5) with the deviation of a sample, and brought back by mean and std. The path names the place and the layer, not the
 function: this is told by the content, so that versions 2 and 3, of which no files are public, are read by the same
-rules. A file that names no activation is ReLU, as those before June 2024.
+rules. A file that names no activation is ReLU, as those before June 2024. Identity, alone or after TopK, keeps what is
+below 0. OpenAI's loader takes all other names for ReLU without a word; they are refused here.
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ DECODERS = ("decoder.weight", "decoder.linear.weight")
 
 COUNTERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 """Tensors of training that compute nothing."""
+
+ARCHITECTURES = {
+    ("ReLU", "none"): "standard",
+    ("Identity", "none"): "linear",
+    ("TopK", "ReLU"): "topk",
+    ("TopK", "Identity"): "lineartopk",
+}
+"""By `activation`, and by `postact_fn` of a TopK."""
 
 PLACES = {
     "mlp_post_act": "mlp.hook_post",
@@ -52,7 +61,7 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
     values = sizes(d_in, d_sae) | place(path, given) | activation(content, path, given)
     dtype = str(content["encoder.weight"].dtype).removeprefix("torch.")
     values |= {"model_processing": "none", "file_format": "openai", **precisions(dtype)}
-    about = "activations are in the units of normalised rows" if values["architecture"] == "topk" else Loaded.convention
+    about = "activations are in the units of normalised rows" if "k" in values else Loaded.convention
     return {path.name.split(".")[0]: Loaded(values, partial(weights, content, decoder), convention=about)}
 
 
@@ -65,16 +74,19 @@ def check_others(content: dict[str, Any], decoder: str, path: Path) -> None:
 
 
 def activation(content: dict[str, Any], path: Path, given: Given) -> dict[str, Any]:
+    """The function by the names of its parts; only TopK normalises rows. ValueError for names that are not known."""
     name, state = content.get("activation", "ReLU"), content.get("activation_state_dict") or {}
-    if name == "ReLU":
-        return {"architecture": "standard"}
-    if name != "TopK" or state.get("postact_fn", "ReLU") != "ReLU":
+    after = state.get("postact_fn", "ReLU") if name == "TopK" else "none"
+    architecture = ARCHITECTURES.get((name, after))
+    if architecture is None:
         raise ValueError(
-            f"{path}: activation: found {name} with postact_fn {state.get('postact_fn')}, expected ReLU, or TopK with "
-            "postact_fn ReLU: the k largest would keep values below 0, which nothing here does."
+            f"{path}: activation: found {name} with postact_fn {after}, expected ReLU, Identity, or TopK with one of "
+            "these as postact_fn; other names do not say what is computed (OpenAI's loader takes them for ReLU)."
         )
+    if name != "TopK":
+        return {"architecture": architecture}
     k = needed(given.k, state.get("k"), "activation_state_dict.k", "k", path)
-    return {"architecture": "topk", "k": k, "normalize_activations": "layer_norm_unbiased"}
+    return {"architecture": architecture, "k": k, "normalize_activations": "layer_norm_unbiased"}
 
 
 def place(path: Path, given: Given) -> dict[str, Any]:

@@ -80,8 +80,9 @@ def read(found: Found, given: Given) -> dict[str, Loaded]:
         values |= {"target_hook_point": target, "d_out": d_out, "skip_connection": "W_skip" in header.shapes}
         values["apply_b_dec_to_input"] = True  # of autoencoders only: nothing is subtracted here
     factor = norm_factor(found, cfg, given)
-    name = found.folder.absolute().name
-    return {name: Loaded(values, partial(weights, found, cfg, factor), remarks(cfg, factor), convention(cfg))}
+    made, is_given = partial(weights, found, cfg, factor), given.norm_factor is not None
+    one = Loaded(values, made, remarks(cfg, factor), convention(cfg), takes_norm_factor=is_given)
+    return {found.folder.absolute().name: one}
 
 
 def check_tensors(cfg: dict[str, Any], shapes: dict[str, tuple[int, ...]], found: Found) -> None:
@@ -126,6 +127,10 @@ def remarks(cfg: dict[str, Any], factor: float | None) -> tuple[str, ...]:
         found.append(
             "normalize_activations is expected_average_only_in without a factor, as in files whose weights have it; if "
             "the weights were trained on scaled activations and not folded, give norm_factor=..."
+        )
+    if cfg.get("reshape_activations") == "hook_z" and cfg["metadata"].get("hook_name") is None:
+        found.append(
+            "reshape_activations is hook_z without a hook_name: give hook_point=..., or rows with heads side by side"
         )
     if cfg["architecture"] in TRANSCODERS and cfg["normalize_activations"] in ("layer_norm", "constant_norm_rescale"):
         found.append("the transcoder's input is normalised row by row, and its output is not brought back to any size")

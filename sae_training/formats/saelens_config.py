@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from sae_training.config.types import HOOKS_WITH_HEADS
 from sae_training.formats.hook_names import layer_of, transformer_lens_name
 from sae_training.formats.loaded import Given, fitting_batch, place_and_text
 
@@ -92,6 +93,7 @@ def check_known(cfg: Mapping[str, Any], where: str) -> None:
         )
     if activation not in ("relu", "tanh-relu") or activation != "relu" and architecture != "standard":
         raise ValueError(f"{where}: activation_fn: found {activation!r} with {architecture}, expected relu.")
+    check_reshaping(cfg, where)
     if cfg["normalize_activations"] not in NORMALIZATIONS:
         raise ValueError(
             f"{where}: normalize_activations: found {cfg['normalize_activations']!r}, expected one of "
@@ -100,6 +102,18 @@ def check_known(cfg: Mapping[str, Any], where: str) -> None:
     if architecture in TRANSCODERS and cfg.get("apply_b_dec_to_input"):
         raise ValueError(
             f"{where}: apply_b_dec_to_input: found True, expected False: {architecture} has another output."
+        )
+
+
+def check_reshaping(cfg: Mapping[str, Any], where: str) -> None:
+    """ValueError for heads put side by side at a hook that has none, and for ways of reshaping that are not known."""
+    reshaping, hook_name = cfg.get("reshape_activations") or "none", cfg["metadata"].get("hook_name")
+    if reshaping not in ("none", "hook_z"):
+        raise ValueError(f"{where}: reshape_activations: found {reshaping!r}, expected none or hook_z.")
+    if reshaping == "hook_z" and hook_name is not None and not str(hook_name).endswith(HOOKS_WITH_HEADS):
+        raise ValueError(
+            f"{where}: reshape_activations: found hook_z with hook_name {hook_name!r}, expected a hook with an axis of "
+            "heads, which are put side by side; SAELens refuses it too; correct one of them."
         )
 
 

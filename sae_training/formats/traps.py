@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from sae_training.config.types import MAY_BE_NEGATIVE
+from sae_training.formats import dictionary_learning
 from sae_training.formats.found import Found
 from sae_training.formats.loaded import Loaded
 
@@ -97,11 +99,9 @@ def of_sparsify(found: Found, loaded: Loaded) -> Iterator[str]:
 
 def of_dictionary_learning(found: Found, loaded: Loaded) -> Iterator[str]:
     name = str(loaded.values["file_format"]).rpartition(" ")[2]
-    file = "ae.pt" if found.is_folder else found.path.name
-    content = found.pickle(file)
-    is_backup = isinstance(content, dict) and {"ae", "optimizer"} <= content.keys()
-    state = content["ae"] if is_backup else content
-    if is_backup:
+    file = dictionary_learning.file_of(found) or ""
+    state = dictionary_learning.state_at(found, file)
+    if dictionary_learning.is_backup(dictionary_learning.content_of(found, file)):
         yield "a backup of training: its biases and thresholds are multiplied by norm_factor here, as at the end there"
     if name == "AutoEncoder":
         yield "decoder rows may have any norm (the April update trains so): then only activations times norms compare"
@@ -134,10 +134,27 @@ def of_several_places(found: Found, loaded: Loaded) -> Iterator[str]:
     if file_format == "llamascopium crosscoder":
         yield "each place has activations of its own: its decoder norms decide there which latents are active"
         yield "fold_activation_scale there changes the function of a crosscoder; here the scales are folded exactly"
-    if file_format.startswith("llamascopium") and found.json("config.json").get("norm_activation") == "inference":
-        yield "dataset_average_activation_norm is not used: norm_activation is inference, and its values may be chance"
+    if file_format.startswith("llamascopium"):
+        yield from of_folded_places(found, loaded)
     if file_format.startswith("crosscoder_learning BatchTopK"):
         yield "the threshold is compared with activations times decoder norms, and decode takes them without"
+
+
+def of_folded_places(found: Found, loaded: Loaded) -> Iterator[str]:
+    """Of a crosscoder of llamascopium whose norms are in its weights."""
+    config, file_format = found.json("config.json"), str(loaded.values["file_format"])
+    is_inference = config.get("norm_activation") == "inference"
+    if is_inference:
+        yield "dataset_average_activation_norm is not used: norm_activation is inference, and its values may be chance"
+    if not is_inference and not loaded.takes_norm_factor:
+        return
+    if file_format == "llamascopium crosscoder":
+        yield "norms are folded into the biases and not into the matrices: another function than in training"
+    elif loaded.values["activation"] != "relu" and config.get("sparsity_include_decoder_norm", True):
+        yield (
+            "norms are folded into the weights, which changes the decoder norms that decide which latents are active: "
+            "others than in training"
+        )
 
 
 def of_gemma_scope_1(found: Found, loaded: Loaded) -> Iterator[str]:
@@ -189,7 +206,9 @@ def of_circuit_tracer(found: Found, loaded: Loaded) -> Iterator[str]:
 
 
 def of_openai(found: Found, loaded: Loaded) -> Iterator[str]:
-    if loaded.values.get("architecture") == "standard":
+    if loaded.values.get("architecture") in MAY_BE_NEGATIVE:
+        yield "Identity in place of ReLU: activations may be below 0"
+    if "k" not in loaded.values:
         yield "the input is used as it is: only TopK files (version 5) normalise rows"
     else:
         yield (
@@ -238,10 +257,17 @@ def of_llama_scope(found: Found, loaded: Loaded) -> Iterator[str]:
 def of_llamascopium(found: Found, loaded: Loaded) -> Iterator[str]:
     folder = found if found.is_folder else Found(found.folder)
     config = folder.json("config.json") if "config.json" in folder.names else {}
-    if config.get("norm_activation") == "inference" and loaded.values["architecture"] == "jumprelu":
+    norm = config.get("norm_activation", "dataset-wise")
+    if loaded.values["architecture"] == "jumprelu" and (norm == "inference" or loaded.takes_norm_factor):
         yield (
-            "norm_activation is inference: llamascopium folded a norm into the weights and not into the thresholds, so "
-            "that other latents are active than in training; an unfolded copy is better"
+            "norm_activation is inference, or norm_factor is given, so a norm is in the weights: llamascopium folds it "
+            "into the pre-activations and not into the thresholds that these are compared with, so that other latents "
+            "are active than in training; it is read as its own loader does, and an unfolded copy is better"
+        )
+    elif loaded.values["architecture"] == "jumprelu" and norm == "dataset-wise":
+        yield (
+            "llamascopium's analyses load it with fold_activation_scale=True, which scales pre-activations and not the "
+            "thresholds that these are compared with: other latents are active there than in training, and here"
         )
     if loaded.values["architecture"] == "normtopk":
         yield "the k largest are chosen by pre-activations times the norms of decoder rows"

@@ -8,6 +8,7 @@ Sums are taken over all tokens before any ratio, so that no figure is a mean of 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -376,16 +377,30 @@ class Evaluated:
 
 @torch.no_grad()
 def evaluate_run(
-    path: str | Path, hook_point: str | None = None, layer: int | None = None, **given: Unpack[Facts]
+    path: str | Path,
+    hook_point: str | None = None,
+    layer: int | None = None,
+    n_eval_batches: int | None = None,
+    **given: Unpack[Facts],
 ) -> dict[str, float]:
     """Evaluate the autoencoder in the run folder `path` on its held-out text, as the run itself did at its end.
 
-    `path` may also be a checkpoint, or what else `SparseAutoencoder.load_from_pretrained` takes, whose arguments the
-    others are. ValueError if the language model, the place or the text is known from neither.
+    `path` may also be a checkpoint, or what else `SparseAutoencoder.load_from_pretrained` takes, whose arguments are
+    the others but `n_eval_batches`: how many batches of store_batch_size contexts, in place of the run's number (10
+    for files of other programs). ValueError if the language model, the place or the text is known from neither, and
+    for more batches than a run here held out of the text that it trained on.
     """
     with phase("reading the autoencoder"):
         sae = SparseAutoencoder.load_from_pretrained(path, None, hook_point, layer, **given)
     check_known(sae.cfg)
+    if n_eval_batches is not None:
+        is_other_text = given.get("dataset_path") is not None or sae.cfg.eval_dataset_path is not None
+        if n_eval_batches > sae.cfg.n_eval_batches and sae.cfg.file_format is None and not is_other_text:
+            raise ValueError(
+                f"n_eval_batches: found {n_eval_batches}, expected at most {sae.cfg.n_eval_batches}, which this run "
+                "held out; it trained on the text after them. Lower it, or give dataset_path."
+            )
+        sae.cfg = dataclasses.replace(sae.cfg, n_eval_batches=n_eval_batches)
     with phase("loading the language model"):
         model = model_of(sae.cfg)
     with phase("reading the text"):

@@ -61,10 +61,12 @@ def what_is_wrong(
     return found
 
 
-def record_of(figures: Mapping[str, float], path: Path, **given: Any) -> dict[str, Any]:
+def record_of(
+    figures: Mapping[str, float], path: Path, n_eval_batches: int | None = None, **given: Any
+) -> dict[str, Any]:
     """Return the figures of an evaluation with what is over them and what is wrong: of a run as in its final/.
 
-    `path` and `given` are what `evaluate_run` took.
+    `path`, `n_eval_batches` and `given` are what `evaluate_run` took.
     """
     if f"{BASE}rows" not in figures:
         return to_record(figures, {})

@@ -9,13 +9,15 @@
 | jumprelu     | pre > threshold of the latent   | pre                    | L0; its distance from a target; tanh |
 | gated        | pre > 0 (the gate)              | `gated_activation`     | L1 of ReLU(pre)                      |
 
-Four more are read from files and not trained (`config.types.ONLY_LOADED`):
+Six more are read from files and not trained (`config.types.ONLY_LOADED`):
 
 | architecture     | active                                                    | activation                      |
 |------------------|-----------------------------------------------------------|---------------------------------|
 | abstopk          | the k of a row with the largest abs(pre)                  | pre, which may be below 0       |
 | normtopk         | the k of a row with the largest pre * norm of W_dec's row | ReLU(pre)                       |
 | groupmax         | the largest of each of k groups of neighbours             | ReLU(pre)                       |
+| linear           | all                                                       | pre, which may be below 0       |
+| lineartopk       | the k largest of a row                                    | pre, which may be below 0       |
 | matching_pursuit | chosen one after the other, see `matching_pursuit`        | the residual's part along W_dec |
 
 `pre` are pre-activations, (rows, d_sae), or (n,) at the entries of a sparse code. All functions take both forms: a

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sae_training import formats
 from sae_training.config.io import with_defaults
+from sae_training.config.types import HOOKS_WITH_HEADS
 from sae_training.kernels.sparse_code import Code
 from sae_training.machine.device import checked
 from sae_training.machine.precision import at_least_float32, encoder_dtype
@@ -48,7 +49,6 @@ from sae_training.sparse_autoencoder.name import name_of
 from sae_training.sparse_autoencoder.normalization import BY_ROW, normalize, restore
 from sae_training.sparse_autoencoder.start_values import centre, centred_encoder, initial_weights
 
-HOOKS_WITH_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")
 CACHED_ROWS = 1024  # of the decoder, that stay in the processor's cache between two passes over them
 
 
@@ -203,7 +203,7 @@ class SparseAutoencoder(HookedRootModule):
         """Latent activations of all pre-activations (..., d_sae), which may be a process's `share` of a batch."""
         acts = self.activation(Code(pre))
         match self.choice:
-            case "topk" | "abstopk" | "normtopk":
+            case "topk" | "abstopk" | "normtopk" | "lineartopk":
                 acts = acts * architectures.top_k_mask(architectures.scores(self.choice, pre, self.W_dec), k)
             case "groupmax":
                 acts = acts * architectures.group_max_mask(acts, k)
@@ -221,7 +221,7 @@ class SparseAutoencoder(HookedRootModule):
             case "gated":
                 at = pre.at
                 return architectures.gated_activation(pre.values, at(self.b_enc), at(self.r_mag), at(self.b_mag))
-            case "abstopk":
+            case "abstopk" | "linear" | "lineartopk":
                 return pre.values
             case "standard" if self.full_cfg.activation_fn == "tanh-relu":
                 return pre.values.relu().tanh()

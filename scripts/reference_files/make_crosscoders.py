@@ -5,6 +5,8 @@ V/bin/pip install circuit-tracer==0.5.0 (or llamascopium==2.0.0b34) in a venv V 
 V/bin/python scripts/reference_files/make_crosscoders.py tests/reference_crosscoders circuit_tracer
 V/bin/python scripts/reference_files/make_crosscoders.py tests/reference_crosscoders llamascopium
 python scripts/reference_files/make_crosscoders.py tests/reference_crosscoders layouts
+
+Those of dictionary_learning's forks are made by make_forks.py.
 """
 
 from __future__ import annotations
@@ -109,6 +111,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clt-layertopk": {"act_fn": "layertopk", "norm_activation": "inference"},
     "clt-batchtopk": {"act_fn": "batchtopk", "norm_activation": "inference"},
     "clt-batchlayertopk": {"act_fn": "batchlayertopk", "norm_activation": "dataset-wise"},
+    "crosscoder-jumprelu-folded": {"act_fn": "jumprelu", "norm_activation": "dataset-wise", "fold": True},
+    "clt-jumprelu-folded": {"act_fn": "jumprelu", "norm_activation": "dataset-wise", "fold": True},
+    "clt-topk-folded-after-its-config": {
+        "act_fn": "topk",
+        "norm_activation": "dataset-wise",
+        "fold": "after the config",
+    },
 }
 
 
@@ -117,7 +126,8 @@ def llamascopium(root: Path) -> None:
     from llamascopium.models.crosscoder import Crosscoder, CrosscoderConfig
 
     for number, (name, options) in enumerate(VARIANTS.items()):
-        numbers, folder = Numbers(20 + number), fresh(root, f"llamascopium-{name}")
+        numbers, folder, options = Numbers(20 + number), fresh(root, f"llamascopium-{name}"), dict(options)
+        fold = options.pop("fold", False)
         is_clt = name.startswith("clt")
         reads = [f"blocks.{i + 2}.{'hook_resid_mid' if is_clt else 'hook_resid_post'}" for i in range(N)]
         writes = [f"blocks.{i + 2}.hook_mlp_out" for i in range(N)] if is_clt else reads
@@ -130,8 +140,11 @@ def llamascopium(root: Path) -> None:
         if options["norm_activation"] == "dataset-wise":
             norms = {place: float(numbers.between(1.5, 6, 1)) for place in dict.fromkeys(reads + writes)}
             made.set_dataset_average_activation_norm(norms)
+        if fold != "after the config":
+            made.save_pretrained(folder, fold_activation_scale=bool(fold))
         made.cfg.save_hyperparameters(folder)
-        made.save_pretrained(folder)
+        if fold == "after the config":  # as its train_clt does
+            made.save_pretrained(folder, fold_activation_scale=True)
         x = numbers.rows()
         batch = dict(zip(reads, x.unbind(1), strict=True))
         batch |= {place: torch.ones(N_ROWS, D_IN) for place in writes if place not in batch}
@@ -139,7 +152,9 @@ def llamascopium(root: Path) -> None:
         acts = made.encode(made.prepare_input(scaled)[0])
         out = made.decode(acts, **({"batch_first": True} if is_clt else {}))
         out = torch.stack([out[:, i] / factors[place] for i, place in enumerate(writes)], dim=1)
-        facts = {"package": f"llamascopium {version('llamascopium')}", "by": "llamascopium"}
+        facts: dict[str, Any] = {"package": f"llamascopium {version('llamascopium')}", "by": "llamascopium"}
+        if fold == "after the config":
+            facts["given"] = {"norm_factor": 1.0}
         save(folder, x, acts, out, facts)
 
 
@@ -192,53 +207,6 @@ def kissane(folder: Path, numbers: Numbers, x: Tensor) -> tuple[str, Tensor, Ten
     return "", acts, torch.einsum("bn,nmd->bmd", acts, state["W_dec"]) + state["b_dec"]
 
 
-def fork(
-    folder: Path, numbers: Numbers, x: Tensor, code: str | None = None, is_normalised: bool = False, old: bool = False
-) -> tuple[str, Tensor, Tensor]:
-    """CrossCoder, and with `code`, its code_normalization, BatchTopKCrossCoder; `old` is a compiled one in a .pt."""
-    state = {
-        "encoder.weight": numbers.tensor(N, D_IN, D_SAE),
-        "encoder.bias": numbers.tensor(D_SAE, size=0.3),
-        "decoder.weight": numbers.decoder(N, D_SAE, D_IN, axis=1) * numbers.between(0.5, 1.5, N, 1, 1),
-        "decoder.bias": numbers.tensor(N, D_IN, size=0.3),
-    }
-    mean, scale = torch.zeros(N, D_IN), torch.ones(N)
-    kept = state
-    if not old:
-        names = ("CROSSCODER", "SAE", "MIXED", "NONE", "DECOUPLED")
-        empty = torch.full((N, D_IN), torch.nan)
-        kept = state | {"code_normalization_id": torch.tensor(names.index(code or "CROSSCODER") + 1)}
-        if is_normalised:
-            mean, scale = numbers.tensor(N, D_IN), numbers.between(0.8, 2, N)
-        std = numbers.between(0.5, 1, N, D_IN) if is_normalised else empty
-        kept |= {"activation_mean": mean if is_normalised else empty.clone(), "activation_std": std}
-        kept |= {"activation_global_scale": scale, "target_rms": torch.tensor(1.0)}
-    threshold = numbers.between(0.5, 2, *([N] if code == "DECOUPLED" else []))
-    if code:
-        kept |= {"k": torch.tensor(K, dtype=torch.int), "threshold": threshold}
-    if old:
-        torch.save({f"_orig_mod.{name}": tensor for name, tensor in kept.items()}, folder / "model_final.pt")
-    else:
-        save_file(kept, folder / "model.safetensors")
-        config = {"activation_dim": D_IN, "dict_size": D_SAE, "num_layers": N}
-        config |= {"code_normalization": code, "k": K} if code else {}
-        (folder / "config.json").write_text(json.dumps(config))
-
-    normal = (x - mean) * scale.view(1, -1, 1)
-    acts = (torch.einsum("bld,ldn->bn", normal, state["encoder.weight"]) + state["encoder.bias"]).relu()
-    norms = state["decoder.weight"].norm(dim=2)  # (places, n)
-    together = state["decoder.weight"].norm(dim=(0, 2))
-    if code == "DECOUPLED":
-        acts = acts.unsqueeze(1) * (acts.unsqueeze(1) * norms > threshold.view(1, -1, 1))
-        out = torch.einsum("bln,lnd->bld", acts, state["decoder.weight"])
-    else:
-        weights = {"SAE": together, "MIXED": together + 0.1 * norms.sum(0), "NONE": 1.0, "CROSSCODER": norms.sum(0)}
-        acts = acts * (acts * weights[code] > threshold) if code else acts
-        out = torch.einsum("bn,lnd->bld", acts, state["decoder.weight"])
-    out = (out + state["decoder.bias"]) / (scale.view(1, -1, 1) + 1e-8) + mean
-    return "model_final.pt" if old else "", acts, out
-
-
 LAYOUTS: dict[str, tuple[Callable[..., tuple[str, Tensor, Tensor]], dict[str, Any]]] = {
     "gemma_scope_2-crosscoder": (
         gemma,
@@ -250,14 +218,6 @@ LAYOUTS: dict[str, tuple[Callable[..., tuple[str, Tensor, Tensor]], dict[str, An
         {"place": "gemma-scope-2-1b-pt/clt/width_262k_l0_big_affine", "is_affine": True},
     ),
     "kissane-crosscoder": (kissane, {}),
-    "dictionary_learning_fork-crosscoder": (fork, {}),
-    "dictionary_learning_fork-compiled": (fork, {"old": True}),
-    "dictionary_learning_fork-normalised": (fork, {"is_normalised": True}),
-    "dictionary_learning_fork-batchtopk": (fork, {"code": "CROSSCODER", "is_normalised": True}),
-    "dictionary_learning_fork-batchtopk-sae": (fork, {"code": "SAE"}),
-    "dictionary_learning_fork-batchtopk-mixed": (fork, {"code": "MIXED"}),
-    "dictionary_learning_fork-batchtopk-none": (fork, {"code": "NONE"}),
-    "dictionary_learning_fork-batchtopk-decoupled": (fork, {"code": "DECOUPLED"}),
 }
 
 
@@ -270,7 +230,7 @@ def layouts(root: Path) -> None:
         save(folder, x, acts, out, facts | {"path": path})
 
 
-def save(folder: Path, x: Tensor, acts: Tensor, out: Tensor, facts: dict[str, str]) -> None:
+def save(folder: Path, x: Tensor, acts: Tensor, out: Tensor, facts: dict[str, Any]) -> None:
     variant = folder.name.partition("-")[2].replace("-", " ")
     save_expected(folder, x, acts, out, {"path": "", "variant": variant, "torch": torch.__version__, **facts})
 

@@ -44,6 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "topk-transcoder": {"act_fn": "topk", "top_k": 4, **TRANSCODER},
     "topk-transcoder-folded": {"act_fn": "topk", "top_k": 4, **TRANSCODER, "fold": True},
     "topk-folded-after-its-config": {"act_fn": "topk", "top_k": 4, "fold": "after the config"},
+    "jumprelu-folded-after-its-config": {"act_fn": "jumprelu", "fold": "after the config"},
+    "jumprelu-transcoder-folded": {"act_fn": "jumprelu", **TRANSCODER, "fold": True},
+    "jumprelu-folded-bfloat16": {"act_fn": "jumprelu", "dtype": torch.bfloat16, "fold": True},
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from common import D_IN, D_SAE, inputs, random_tensors, save_expected
-from sparse_autoencoder.model import Autoencoder, TopK
+from sparse_autoencoder.model import ACTIVATIONS_CLASSES, Autoencoder, TopK
 
 BY = "sparse_autoencoder of OpenAI at 4965b94"
 TIED = "decoder.linear.weight"
@@ -32,6 +32,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "v5-topk": ("resid_post_mlp_v5_32k", {"k": 4}),
     "v5-topk-tied": ("resid_post_attn_v5_128k", {"k": 4, "tied": True}),
     "v5-topk-more-than-positive": ("resid_delta_attn_v5_32k", {"k": 14}),
+    "v1-identity": ("resid_delta_mlp", {"postact": "Identity"}),
+    "v5-topk-identity": ("resid_post_mlp_v5_128k", {"k": 14, "postact": "Identity"}),
 }
 
 
@@ -45,10 +47,12 @@ def write(
     tied: bool = False,
     dtype: torch.dtype = torch.float32,
     says_activation: bool = True,
+    postact: str = "ReLU",
 ) -> None:
     folder = root / f"openai-{name}"
     shutil.rmtree(folder, ignore_errors=True)
-    activation = torch.nn.ReLU() if k is None else TopK(k)
+    above = ACTIVATIONS_CLASSES[postact]()
+    activation = above if k is None else TopK(k, above)
     model = Autoencoder(D_SAE, D_IN, activation, tied=tied, normalize=k is not None)
     parameters = {name: part for name, part in model.named_parameters() if name != TIED}
     for part_name, made in random_tensors(parameters, seed).items():

@@ -123,11 +123,11 @@ def dictionary_learning(path: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     return acts, dictionary.decode(acts)
 
 
-def llamascopium(path: Path, x: Tensor) -> tuple[Tensor, Tensor]:
+def llamascopium(path: Path, x: Tensor, fold: bool = False) -> tuple[Tensor, Tensor]:
     from llamascopium.models.sae import SparseAutoEncoder
     from make_llamascopium import run
 
-    return run(SparseAutoEncoder.from_pretrained(str(path)), x)
+    return run(SparseAutoEncoder.from_pretrained(str(path), fold_activation_scale=fold), x)
 
 
 def made_skip_transcoder(references: Path, root: Path) -> Path:
@@ -206,6 +206,14 @@ CASES: list[tuple[str, str, str | Maker, str, Peer]] = [
     (
         "llamascopium", "llamascopium", partial(made_as_by_train_sae, "llama_scope-jumprelu"),
         "jumprelu as train_sae saves it", llamascopium,
+    ),
+    (
+        "llamascopium", "llamascopium", "llama_scope-jumprelu", "jumprelu as its analyses load it, folded",
+        partial(llamascopium, fold=True),
+    ),
+    (
+        "llamascopium", "llamascopium", "llama_scope-jumprelu-transcoder",
+        "a jumprelu transcoder as its analyses load it, folded", partial(llamascopium, fold=True),
     ),
 ]  # fmt: skip
 

@@ -25,6 +25,7 @@ from sae_analysis.analysis import open_analysis
 from sae_training import cli
 from sae_training.demo_data import DEMO_MODEL
 from sae_training.formats import Given, config_at
+from sae_training.run.evals import evaluate_run
 
 D_IN, N_BLOCKS, CONTEXT_SIZE = 8, 4, 8  # the files' own width; one block more than the last of most files
 
@@ -49,7 +50,13 @@ GIVEN: dict[str, list[str]] = {
 }
 """What the files leave out beside the text, as flags."""
 
-NEGATIVE = ("saelens-abstopk", "sparsify-legacy-signed")
+NEGATIVE = {
+    "saelens-abstopk": ("abstopk", 4),
+    "sparsify-legacy-signed": ("abstopk", 4),
+    "openai-v1-identity": ("linear", 16),
+    "openai-v5-topk-identity": ("lineartopk", 14),
+}
+"""Their architectures, and how many latents of a row are active."""
 
 
 @pytest.fixture(scope="module")
@@ -133,14 +140,31 @@ def test_a_dictionary_of_every_family_goes_through_eval_and_build(
     assert cfg.model_processing == ("default" if name.startswith(of_processed_models) else "none")
 
 
+@pytest.mark.parametrize("name", ["sparsify-skip-transcoder", "openai-v5-topk-tied"])
+def test_more_or_less_text_is_measured_on_request(
+    name: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warnings.simplefilter("ignore")
+    path, words = copy_of(name, tmp_path), flags(model, name)
+    given: dict[str, Any] = {"model_name": model, "dataset_path": "demo", "context_size": CONTEXT_SIZE}
+    by_batches = {n: evaluate_run(path, n_eval_batches=n, **given) for n in (1, 2)}
+    assert {n: figures["base/contexts"] for n, figures in by_batches.items()} == {1: 32, 2: 64}
+    shown = evaluated(path, [*words, "--n_eval_batches", "2"], capsys)
+    assert float(shown["metrics/ce_loss_with_sae"]) == pytest.approx(
+        by_batches[2]["metrics/ce_loss_with_sae"], rel=1e-3
+    )
+    assert cli.main(["eval", str(path), *words, "--n-eval-batches", "-1"]) == 1
+    assert "n_eval_batches: found -1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", NEGATIVE)
 def test_activations_below_0_are_evaluated_and_not_analysed(
     name: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = copy_of(name, tmp_path)
+    path, (architecture, n_active) = copy_of(name, tmp_path), NEGATIVE[name]
     figures = evaluated(path, flags(model, name), capsys)
-    assert float(figures["metrics/eval_l0"]) == 4  # k, whatever the signs
+    assert float(figures["metrics/eval_l0"]) == n_active  # whatever the signs
     assert analysis_cli.main(["build", str(path), *flags(model, name), "--output", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert "found abstopk" in error
+    assert f"found {architecture}" in error
     assert "sae-training eval" in error

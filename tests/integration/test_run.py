@@ -203,6 +203,18 @@ def test_evaluate_run_repeats_the_final_evaluation(small_config: MakeConfig, dem
     assert list(phases.seconds) == ["other", "reading the autoencoder", *of_training]
 
 
+def test_evaluate_run_takes_less_of_its_held_out_text_and_no_text_that_it_trained_on(
+    small_config: MakeConfig, demo_model: Any
+) -> None:
+    run = run_config(small_config(n_eval_batches=2), demo_model)
+    n_contexts = small_config().store_batch_size
+    assert evaluate_run(run.folder.path)["base/contexts"] == 2 * n_contexts
+    assert evaluate_run(run.folder.path, n_eval_batches=1)["base/contexts"] == n_contexts
+    with pytest.raises(ValueError, match="n_eval_batches: found 3, expected at most 2, which this run held out"):
+        evaluate_run(run.folder.path, n_eval_batches=3)
+    assert evaluate_run(run.folder.path, n_eval_batches=3, dataset_path="demo")["base/contexts"] == 3 * n_contexts
+
+
 def test_run_that_holds_out_no_text_trains_without_an_evaluation(small_config: MakeConfig, demo_model: Any) -> None:
     run = run_config(small_config(n_eval_batches=0), demo_model)
     assert len(run.held_out) == 0

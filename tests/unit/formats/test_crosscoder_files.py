@@ -185,6 +185,54 @@ def test_an_average_norm_that_is_missing_or_no_number_is_named(tmp_path: Path) -
         load(path)
 
 
+DATASET_WISE = [
+    folder.name
+    for folder in reference.CROSSCODERS
+    if folder.name.startswith("llamascopium")
+    and json.loads((folder / "config.json").read_text())["norm_activation"] == "dataset-wise"
+]
+
+
+@pytest.mark.parametrize("name", DATASET_WISE)
+def test_norms_that_may_be_folded_after_the_config_was_written_are_warned_of(name: str) -> None:
+    path = path_of(name)
+    with pytest.warns(UserWarning, match="give norm_factor=1"):
+        scaled = Crosscoder.load_from_pretrained(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*norm_factor")
+        plain = Crosscoder.load_from_pretrained(path, norm_factor=1.0)
+    x = load_file(path / "expected.safetensors")["x"]
+    assert not torch.allclose(scaled(x), plain(x), atol=0.1)
+    with pytest.raises(ValueError, match=r"norm_factor: found 2 with norm_activation dataset-wise, expected 1"):
+        load(path, norm_factor=2.0)
+
+
+def test_a_checkpoint_of_llamascopium_has_its_norms_apart(tmp_path: Path) -> None:
+    path = Path(shutil.copytree(path_of("llamascopium-clt-relu"), tmp_path / "checkpoints" / "100"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*norm_factor")
+        Crosscoder.load_from_pretrained(path)
+
+
+@pytest.mark.parametrize("name", ["llamascopium-clt-jumprelu-folded", "kissane-crosscoder", "gemma_scope_2-clt"])
+def test_a_norm_factor_that_says_nothing_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="norm_factor: found 1"):
+        load(path_of(name), norm_factor=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("llamascopium-crosscoder-jumprelu-folded", "into the biases and not into the matrices"),
+        ("llamascopium-clt-jumprelu-folded", "changes the decoder norms"),
+        ("llamascopium-clt-layertopk", "changes the decoder norms"),
+    ],
+)
+def test_folded_norms_are_told_to_make_another_function(name: str, words: str) -> None:
+    (one,) = inspect(path_of(name))["autoencoders"].values()
+    assert any(words in text for text in one["warnings"])
+
+
 def test_k_that_is_missing_is_asked_for(tmp_path: Path) -> None:
     path = copy_of("llamascopium-clt-topk", tmp_path)
     config = json.loads((path / "config.json").read_text())
@@ -224,30 +272,6 @@ def test_a_crosscoder_between_models_is_told_to_need_factors_and_takes_them() ->
     torch.testing.assert_close(folded(x), plain(x * scale) / scale)
     with pytest.raises(ValueError, match="norm_factors: found 2"):
         load(path, norm_factors=[1.0, 2.0])
-
-
-def test_a_decoupled_crosscoder_with_a_normaliser_is_refused(tmp_path: Path) -> None:
-    path = copy_of("dictionary_learning_fork-batchtopk-decoupled", tmp_path)
-    state = load_file(path / "model.safetensors")
-    zeros = torch.zeros_like(state["activation_mean"])
-    save_file(state | {"activation_mean": zeros, "activation_std": zeros.clone()}, path / "model.safetensors")
-    with pytest.raises(ValueError, match="normalises its input twice"):
-        load(path)
-
-
-@pytest.mark.parametrize("missing", ["activation_global_scale", "activation_std", "activation_mean"])
-def test_a_part_of_a_normaliser_is_refused(missing: str, tmp_path: Path) -> None:
-    path = copy_of("dictionary_learning_fork-normalised", tmp_path) / "model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(path).items() if name != missing}, path)
-    with pytest.raises(ValueError, match=rf"activation_\w+.* without {missing}, expected all of them, or none"):
-        load(path.parent)
-
-
-def test_a_normaliser_of_nan_is_none_even_without_its_scale(tmp_path: Path) -> None:
-    path = copy_of("dictionary_learning_fork-crosscoder", tmp_path) / "model.safetensors"
-    before = load(path.parent).b_enc
-    save_file({name: tensor for name, tensor in load_file(path).items() if name != "activation_global_scale"}, path)
-    assert torch.equal(load(path.parent).b_enc, before)
 
 
 def test_an_encoder_may_read_some_places_only(tmp_path: Path) -> None:

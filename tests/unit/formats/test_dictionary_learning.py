@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -109,6 +110,35 @@ def test_the_output_of_a_module_of_gemma_2_is_that_before_its_norm(
 ) -> None:
     folder = copy_of("autoencoder", tmp_path, {"io": "out"}, submodule_name=submodule, lm_name="google/gemma-2-2b")
     assert load(folder).cfg.hook_point == hook_point
+
+
+def backup_with(tmp_path: Path, name: str = "gated", **changes: Any) -> Path:
+    source = reference.ROOT / f"dictionary_learning-backup-{name}"
+    path = source / reference.facts_of(source)["path"]
+    content = torch.load(path / "ae.pt" if path.is_dir() else path, weights_only=True) | changes
+    torch.save({key: value for key, value in content.items() if value is not ...}, tmp_path / "ae.pt")
+    return tmp_path / "ae.pt"
+
+
+@pytest.mark.parametrize("factor", [0, 0.0, -2.5, math.nan, math.inf, "3.5", True, [3.5], torch.tensor([1.0, 2.0])])
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "gated", "jumprelu"])
+def test_a_factor_of_a_backup_that_is_no_number_above_0_is_refused(name: str, factor: Any, tmp_path: Path) -> None:
+    path = backup_with(tmp_path, name, norm_factor=factor)
+    message = r"ae\.pt: norm_factor: found .*, expected a finite number above 0"
+    with pytest.raises(ValueError, match=message):
+        load(path)
+    (one,) = inspect(path)["autoencoders"].values()
+    assert re.search(message, one["problem"])
+
+
+@pytest.mark.parametrize(
+    "given", [{"norm_factor": torch.tensor(3.5)}, {"norm_factor": ..., "config": {"norm_factor": 3.5}}]
+)
+def test_a_factor_of_a_backup_may_be_a_scalar_or_in_its_config(given: dict[str, Any], tmp_path: Path) -> None:
+    plain, other = load(backup_with(tmp_path, norm_factor=3.5)), load(backup_with(tmp_path, **given))
+    none = load(backup_with(tmp_path, norm_factor=None))
+    assert torch.equal(plain.b_enc, other.b_enc)
+    torch.testing.assert_close(plain.b_enc, 3.5 * none.b_enc)
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "backup-jumprelu"])

@@ -19,6 +19,12 @@ from sae_training.sparse_autoencoder import SparseAutoencoder
 OF_2024 = "2024-jumprelu"
 
 
+UNFOLDED = (
+    "relu", "topk", "topk-norms-not-counted", "topk-transcoder", "relu-norms-not-counted",
+    "jumprelu", "jumprelu-norms-not-counted", "jumprelu-transcoder",
+)  # fmt: skip
+
+
 def copy_of(name: str, folder: Path, config: str = "config.json", **changes: Any) -> Path:
     """A copy of a reference dictionary with another config; ... takes a key away."""
     shutil.copytree(reference.ROOT / f"llama_scope-{name}", folder, dirs_exist_ok=True)
@@ -217,6 +223,8 @@ def test_values_of_other_types_load_or_are_refused(
         (OF_2024, "in other units than SAELens'"),
         ("2025-jumprelu", "which SAELens' loader leaves out"),
         ("jumprelu-folded", "not into the thresholds"),
+        ("jumprelu-transcoder-folded", "not into the thresholds"),
+        ("jumprelu-norms-not-counted", "which scales pre-activations and not the thresholds"),
         ("topk-token-wise", "chosen by pre-activations times the norms"),
         ("2024-topk-with-threshold", "goes on to choose the k largest"),
         ("jumprelu", "give norm_factor=1"),
@@ -226,6 +234,40 @@ def test_known_traps_are_told(name: str, words: str) -> None:
     told = inspect(reference.ROOT / f"llama_scope-{name}")["autoencoders"]["."]
     assert told["problem"] is None
     assert any(words in text for text in told["warnings"])
+
+
+def test_a_norm_that_the_caller_says_is_folded_has_the_trap_of_a_folded_one() -> None:
+    name, words = "llama_scope-jumprelu-folded-after-its-config", "not into the thresholds"
+    told = inspect(reference.ROOT / name, norm_factor=1.0)["autoencoders"]["."]
+    assert any(words in text for text in told["warnings"])
+    plain = inspect(reference.ROOT / name)["autoencoders"]["."]
+    assert not any(words in text for text in plain["warnings"])
+    assert any("give norm_factor=1" in text for text in plain["warnings"])
+
+
+@pytest.mark.parametrize("name", [name for name in UNFOLDED if "jumprelu" not in name])
+def test_folding_is_the_same_function_without_thresholds(name: str, tmp_path: Path) -> None:
+    check_folded(name, tmp_path, is_same=True)
+
+
+@pytest.mark.parametrize("name", [name for name in UNFOLDED if "jumprelu" in name])
+def test_folding_as_llamascopium_does_is_another_function_with_thresholds(name: str, tmp_path: Path) -> None:
+    check_folded(name, tmp_path, is_same=False)
+
+
+def check_folded(name: str, tmp_path: Path, is_same: bool) -> None:
+    """Fold the norms as `standardize_parameters_of_dataset_norm` does: b_E, b_D and W_D, and no thresholds."""
+    folder = copy_of(name, tmp_path, norm_activation="inference")
+    state, config = load_file(folder / "sae_weights.safetensors"), json.loads((folder / "config.json").read_text())
+    sides = [f"dataset_average_activation_norm.{config[key]}" for key in ("hook_point_in", "hook_point_out")]
+    s_in, s_out = (len(state["W_E"]) ** 0.5 / float(state[side]) for side in sides)
+    state["b_E"], state["b_D"] = state["b_E"] / s_in, state["b_D"] / s_out
+    state["W_D"] = state["W_D"] * (s_in / s_out)
+    save_file(state, folder / "sae_weights.safetensors")
+    folded, x = SparseAutoencoder.load_from_pretrained(folder), expected(name)["x"]
+    active = (folded.encode(x) > 0) == (expected(name)["acts"] > 0)
+    assert bool(active.all()) == is_same
+    assert torch.allclose(folded.reconstruct(x), expected(name)["out"], atol=1e-5) == is_same
 
 
 @pytest.mark.parametrize("name", [OF_2024, "2024-jumprelu-pickle", "jumprelu-pickle", "topk"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+from safetensors.torch import load_file
 
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
@@ -21,6 +22,8 @@ from sae_training.sparse_autoencoder import SparseAutoencoder
         ("v4-relu-tied", "blocks.8.hook_mlp_out", "standard"),
         ("v5-topk", "blocks.8.hook_resid_post", "topk"),
         ("v5-topk-tied", "blocks.8.hook_resid_mid", "topk"),
+        ("v1-identity", "blocks.8.hook_mlp_out", "linear"),
+        ("v5-topk-identity", "blocks.8.hook_resid_post", "lineartopk"),
     ],
 )
 def test_the_path_names_the_place(name: str, hook_point: str, architecture: str) -> None:
@@ -43,12 +46,25 @@ def test_a_file_out_of_its_folder_names_no_place(tmp_path: Path) -> None:
     assert (cfg.hook_point, cfg.model_name) == ("unknown", "unknown")
 
 
-def test_a_top_k_that_keeps_values_below_0_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["v1-identity", "v5-topk-identity"])
+def test_without_a_relu_activations_below_0_are_kept(name: str) -> None:
+    sae = reference.loaded(reference.ROOT / f"openai-{name}")
+    acts = sae.encode(load_file(reference.ROOT / f"openai-{name}" / "expected.safetensors")["x"])
+    assert acts.min() < 0 < acts.max()
+    n_active = sae.d_sae if name.startswith("v1") else sae.k
+    assert ((acts != 0).sum(dim=1) == n_active).all()
+
+
+@pytest.mark.parametrize(("activation", "postact"), [("TopK", "GELU"), ("TopK", "TopK"), ("GELU", None)])
+def test_activations_whose_function_the_name_does_not_tell_are_refused(
+    activation: str, postact: str | None, tmp_path: Path
+) -> None:
     folder = reference.ROOT / "openai-v5-topk"
     content = torch.load(folder / reference.facts_of(folder)["path"], weights_only=True)
-    content["activation_state_dict"]["postact_fn"] = "Identity"
+    content["activation"] = activation
+    content["activation_state_dict"]["postact_fn"] = postact
     torch.save(content, tmp_path / "8.pt")
-    with pytest.raises(ValueError, match="found TopK with postact_fn Identity"):
+    with pytest.raises(ValueError, match=f"activation: found {activation} with postact_fn {postact or 'none'}"):
         SparseAutoencoder.load_from_pretrained(tmp_path / "8.pt")
 
 

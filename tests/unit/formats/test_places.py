@@ -11,6 +11,7 @@ import reference
 import torch
 from safetensors.torch import save_file
 
+from sae_training.formats.inspection import inspect
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 load = SparseAutoencoder.load_from_pretrained
@@ -42,6 +43,32 @@ def test_one_of_unknown_place_among_others_is_at_no_place(place: dict, tmp_path:
     with pytest.raises(ValueError, match=r"experts \(unknown\), layers\.1 \(blocks\.1\.hook_resid_post\)\) 0 are at"):
         load(tmp_path, **place)
     assert load(tmp_path, layer=1).cfg.hook_point == "blocks.1.hook_resid_post"
+
+
+@pytest.mark.parametrize("model", ["google/gemma-2-2b", "OLMo-2-1124-7B", "GLM-4-9B-0414", "EXAONE-4.0"])
+@pytest.mark.parametrize("asked", ["layers.3.mlp", "model.layers.3.mlp", "blocks.3.mlp.hook_out"])
+@pytest.mark.parametrize("is_given", [False, True])
+def test_a_module_is_found_by_its_name_in_models_with_a_norm_after_it(
+    model: str, asked: str, is_given: bool, tmp_path: Path
+) -> None:
+    for place in ("layers.3", "layers.3.mlp", "layers.4.mlp"):
+        sparsify(tmp_path / place)
+    (tmp_path / "config.json").write_text(json.dumps({"model": "unnamed" if is_given else model, "dataset": "text"}))
+    given = {"model_name": model} if is_given else {}
+    assert load(tmp_path, hook_point=asked, **given).cfg.hook_point == "blocks.3.mlp.hook_out"
+    (found,) = inspect(tmp_path, hook_point=asked, **given)["autoencoders"].values()
+    assert found["config"]["hook_point"] == "blocks.3.mlp.hook_out"
+    with pytest.raises(ValueError, match="0 are at"):
+        load(tmp_path, hook_point="blocks.3.hook_mlp_out", **given)
+    (tmp_path / "alone").mkdir()
+    cfg = load(sparsify(tmp_path / "alone" / "x"), hook_point=asked, model_name=model).cfg
+    assert cfg.hook_point == "blocks.3.mlp.hook_out"
+
+
+def test_a_module_is_that_of_a_model_without_such_norms(tmp_path: Path) -> None:
+    sparsify(tmp_path / "layers.3.mlp")
+    for model in ("EleutherAI/pythia-70m", "google/gemma-2b", "google/codegemma-7b-it", "allenai/OLMo-7B-0724-hf"):
+        assert load(tmp_path, hook_point="layers.3.mlp", model_name=model).cfg.hook_point == "blocks.3.hook_mlp_out"
 
 
 def test_the_only_one_is_at_the_place_that_is_given(tmp_path: Path) -> None:

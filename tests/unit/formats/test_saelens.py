@@ -120,6 +120,7 @@ def test_bfloat16_files_are_computed_in_float32_and_say_what_they_were() -> None
         ("standard", {"normalize_activations": "covariance_whitening"}, "activation_whitening.safetensors"),
         ("transcoder", {"apply_b_dec_to_input": True}, "apply_b_dec_to_input: found True"),
         ("v5-finetuned", {"finetuning_scaling_factor": False}, "finetuning_scaling_factor"),
+        ("standard", {"reshape_activations": "heads"}, "reshape_activations: found 'heads', expected none or hook_z"),
         ("v4-gated", {"activation_fn_str": "tanh-relu"}, "activation_fn: found 'tanh-relu' with gated"),
     ],
 )
@@ -190,6 +191,46 @@ def test_rows_of_heads_and_flat_rows_are_the_same() -> None:
     assert torch.equal(sae.encode(x), sae.encode(x.flatten(-2)))
     assert sae(x).sae_out.shape == x.shape
     assert torch.equal(sae(x.flatten(-2)).sae_out.view_as(x), sae(x).sae_out)
+
+
+def about_place(name: str, hook_name: str | None) -> dict[str, Any]:
+    cfg = json.loads((reference.ROOT / f"saelens-{name}" / "cfg.json").read_text())
+    return {"metadata": cfg["metadata"] | {"hook_name": hook_name}}
+
+
+@pytest.mark.parametrize("hook", ["q", "k", "v", "z", "result", "rot_q", "q_input"])
+@pytest.mark.parametrize("name", ["standard-hook-z", "topk", "jumprelu-layer-norm", "gated-constant-norm-rescale"])
+def test_heads_of_any_hook_that_has_them_are_put_side_by_side(name: str, hook: str, tmp_path: Path) -> None:
+    place = f"blocks.3.attn.hook_{hook}"
+    folder = folder_of(name, tmp_path, **about_place(name, place), reshape_activations="hook_z")
+    sae, expected = load(folder), load_file(reference.ROOT / f"saelens-{name}" / "expected.safetensors")
+    rows = expected["x"].reshape(-1, sae.d_in)
+    heads = rows.unflatten(-1, (2, -1))
+    acts = sae.encode(heads)
+    torch.testing.assert_close(acts, expected["acts"].reshape(acts.shape), atol=1e-5, rtol=0)
+    out = sae.decode(acts, heads)
+    assert out.shape == heads.shape
+    torch.testing.assert_close(out.flatten(-2), expected["out"].reshape(rows.shape), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "hook_name", ["blocks.3.hook_resid_post", "model.layers.3.self_attn.o_proj", "blocks.3.hook_mlp_out"]
+)
+def test_heads_at_a_hook_without_any_are_refused(hook_name: str, tmp_path: Path) -> None:
+    folder = folder_of("standard", tmp_path, **about_place("standard", hook_name), reshape_activations="hook_z")
+    with pytest.raises(ValueError, match=f"reshape_activations: found hook_z with hook_name '{hook_name}'"):
+        load(folder)
+
+
+def test_heads_of_a_hook_that_is_not_named_are_asked_for(tmp_path: Path) -> None:
+    folder = folder_of("standard-hook-z", tmp_path, **about_place("standard-hook-z", None))
+    with pytest.warns(UserWarning, match="hook_z without a hook_name: give hook_point="):
+        sae = load(folder)
+    x = load_file(reference.ROOT / "saelens-standard-hook-z" / "expected.safetensors")["x"]
+    with pytest.raises(ValueError, match="activations: found shape"):
+        sae.encode(x)
+    placed = load(folder, hook_point="blocks.3.attn.hook_z")
+    assert torch.equal(placed.encode(x), sae.encode(x.flatten(-2)))
 
 
 @pytest.mark.parametrize("name", ["abstopk", "v3-tanh-relu"])
