@@ -14,7 +14,8 @@ from sae_training.activations_store import ActivationsStore
 from sae_training.demo_data import DEMO_HELD_OUT_TEXT, DEMO_MODEL
 from sae_training.language_model.harvest import harvest
 from sae_training.run import evals
-from sae_training.run.evals import compare_predictions, evaluate, pattern_kl_sum
+from sae_training.run.eval_sums import compare_predictions, pattern_kl_sum
+from sae_training.run.evals import evaluate
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 LAYER = 1
