@@ -21,10 +21,12 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def whole(path): told = inspect(path, full=True); in_words(told); in_json(told)
 def many(path): [one for one in SparseAutoencoder.load_many(path).values()]
 def session(path):
-    from sae_training.utils import LMSparseAutoencoderSessionloader
     LMSparseAutoencoderSessionloader.load_session_from_pretrained(path)
 def late(*_): raise TimeoutError
 looks = {look.__name__: look for look in (SparseAutoencoder.load_from_pretrained, many, inspect, whole, session)}
+if "session" in sys.argv[3]:  # its imports take seconds, which are not the file's
+    import transformer_lens
+    from sae_training.utils import LMSparseAutoencoderSessionloader
 signal.signal(signal.SIGALRM, late)
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), int(sys.argv[1])))
 held = peak()

@@ -32,7 +32,8 @@ def in_a_line(one: Mapping[str, Any]) -> str:
         sets, d_in, d_sae = cfg.get("sets_of_latents", 1), cfg["d_in"], cfg["d_sae"]
         words += [cfg["architecture"], f"{d_in} -> {d_sae if sets == 1 else f'{sets} x {d_sae}'}"]
         words += [cfg["hook_point"] if "hook_point" in cfg else f"{cfg['reads'][0]} to {cfg['reads'][-1]}"]
-    words += [f"{len(one['warnings'])} warnings"] if one.get("warnings") else []
+    n = len(one.get("warnings", ()))
+    words += [f"{n} warning{'s' * (n > 1)}"] if n else []
     words += [f"problem: {one['problem']}"] if one["problem"] else []
     return ", ".join(words)
 
@@ -61,7 +62,7 @@ def about(one: Mapping[str, Any]) -> Iterator[str]:
     if "convention" in one:
         yield f"convention   {one['convention']}"
     if one.get("missing"):
-        yield f"not said     {', '.join(one['missing'])}; give them when you load the model with it"
+        yield f"not said     {', '.join(one['missing'])}; needed to load the model with it"
     for name, value in one.get("config", {}).items():
         yield f"  {name:<22} {', '.join(value) if name in ('reads', 'writes') else value}"
     for text in one.get("warnings", []):
