@@ -31,11 +31,11 @@ class Shard(Peers):
     """The number of all latents."""
 
     def over(self, d_sae: int) -> Shard:
-        """Return the same rank's latents of a dictionary of `d_sae`. ValueError if there are not enough for all."""
-        if d_sae < self.n:
+        """Return the same rank's latents of a dictionary of `d_sae`. ValueError if a rank would not have two."""
+        if self.n > 1 and d_sae < 2 * self.n:  # because a matrix with a single latent lies in memory both ways
             raise ValueError(
-                f"parallel: found {self.n} ranks for {d_sae} latents, expected as many at most; start fewer processes "
-                "(--nproc_per_node)."
+                f"parallel: found {self.n} ranks for {d_sae} latents, expected half as many at most; start fewer "
+                "processes (--nproc_per_node), or raise expansion_factor."
             )
         return dataclasses.replace(self, d_sae=d_sae)
 

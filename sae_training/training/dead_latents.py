@@ -94,11 +94,13 @@ class FiringTracker:
             "tokens_since_fired": self.tokens_since_fired,
             "fired": self.fired,
             "fired_last_window": self.fired_last_window,
-            "revived": self.revived,
+            "revived": self.n_revived(),
             "window_tokens": torch.tensor([self.window_tokens, self.last_window_tokens]),
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name in ("steps_since_fired", "tokens_since_fired", "fired", "fired_last_window", "revived"):
             getattr(self, name).copy_(state[name])
+        if self.shard.rank > 0:  # because the first counts what all have revived so far
+            self.revived.zero_()
         self.window_tokens, self.last_window_tokens = state["window_tokens"].tolist()
