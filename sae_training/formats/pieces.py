@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ def fill(path: Path, tensors: Mapping[str, Tensor], shard: Shard) -> None:
                 for offset, data in stretches(name, tensor, shard):
                     file.seek(starts[name] + offset)
                     file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # because who completes the checkpoint may be another machine
 
 
 def stretches(name: str, tensor: Tensor, shard: Shard) -> Iterator[tuple[int, bytes]]:

@@ -19,7 +19,7 @@ from sae_training.formats import pieces
 from sae_training.formats.native import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE
 from sae_training.formats.run_files import EVALUATION_FILE
 from sae_training.language_model.load import fingerprint
-from sae_training.machine.files import step_number, write_safetensors, write_text
+from sae_training.machine.files import disk_named, step_number, write_safetensors, write_text
 from sae_training.machine.phases import phase
 from sae_training.parallel.ranks import is_first, rank, together, wait_for_all
 from sae_training.parallel.shard import Shard
@@ -163,7 +163,8 @@ def save_weights_folder(
     else:
         fill = functools.partial(pieces.fill, partial / WEIGHTS_FILE, weights, shard)
         first, last = (begin, complete) if member.is_recorded else (None, None)
-        checkpoint.one_after_another(first, fill, last)
+        with disk_named(partial.parent):
+            checkpoint.one_after_another(first, fill, last)
 
     name = member.trainer.sae.get_name()
     files, sparsity = [folder / WEIGHTS_FILE, folder / CONFIG_FILE], [folder / SPARSITY_FILE]

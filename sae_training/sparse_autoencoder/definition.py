@@ -361,7 +361,7 @@ class SparseAutoencoder(HookedRootModule):
 
     def save_model(self, path: str | Path) -> None:
         """Save to a folder (cfg.json + sae.safetensors), or to one file if `path` ends in .safetensors."""
-        formats.native.write(Path(path), dict(self.weights()), self.cfg)
+        formats.native.write(Path(path), dict(self.weights()), self.cfg, self.shard)
 
     @classmethod
     def load_from_pretrained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,9 +117,7 @@ def check_state(expected: dict[str, dict[str, torch.Tensor]], of_ranks: list[dic
     for part, tensors in expected.items():
         for name, value in tensors.items():
             found = [state[part][name] for state in of_ranks]
-            if name == "revived":
-                assert sum(found) == value
-            elif found[0].shape == value.shape:
+            if found[0].shape == value.shape:
                 assert all(torch.equal(each, found[0]) for each in found), name
                 torch.testing.assert_close(found[0], value, rtol=1e-8, atol=1e-8)
             else:
@@ -158,6 +157,13 @@ def test_of_equal_values_the_lowest_latents_are_chosen() -> None:
     assert [[i for i, is_chosen in enumerate(row) if is_chosen] for row in found] == [[1, 2, 3], [0, 1, 2], [0, 5, 6]]
 
 
-def test_more_ranks_than_latents_are_refused() -> None:
-    with pytest.raises(ValueError, match="parallel: found 5 ranks for 4 latents, expected as many at most"):
-        Shard(0, 5).over(4)
+def test_more_ranks_than_pairs_of_latents_are_refused() -> None:
+    with pytest.raises(ValueError, match="parallel: found 3 ranks for 5 latents, expected half as many at most"):
+        Shard(0, 3).over(5)
+
+
+def test_a_part_is_not_saved_as_if_it_were_all(tmp_path: Path) -> None:
+    sae = SparseAutoencoder(config(), shard=Shard(1, 3))
+    with pytest.raises(ValueError, match="this process holds latents 10 to 20 of 32"):
+        sae.save_model(tmp_path / "part")
+    assert not (tmp_path / "part").exists()
