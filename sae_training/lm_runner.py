@@ -143,6 +143,8 @@ def run_in_folder(
         check_rows(smallest_part(cfg))
     if not part.shard.is_all:
         check_optimizer(single.optimizer for single, _ in all_singles.values())
+        for single, _ in all_singles.values():
+            part.shard.over(single.d_sae or 0)
     singles = {name: all_singles[name] for name in part.own_names}
     some_config = next(iter(singles.values()))[0]  # because they differ in nothing that the store asks for
     sites = merged(sites for _, sites in all_singles.values())

@@ -3,10 +3,11 @@
     language model --pass after pass--> contexts/ (a shard whenever one is full)
     the same passes --each row to a random bucket--> buckets/ --each bucket shuffled--> rows/ (a shard each)
 
-Rows put into random buckets, each of which is then shuffled, are in a uniformly random order over the whole cache (Rao
-1961; Sandelius 1962). This takes two passes over the disk and never more than one bucket in memory. Progress is saved
-at each commit, whenever the buckets have grown by about a shard. A resumed job truncates whatever was written after the
-last commit.
+Progress is saved at each commit, whenever the buckets have grown by about a shard. A resumed job truncates whatever was
+written after the last commit.
+
+Several processes share the passes, and commit together. Each writes shards of contexts of its own, from as many passes
+in a row as a shard holds, so that these files are those of one process. Without contexts they take turns at each pass.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from sae_training.activations_store.cache import (
     read_manifest,
     to_stored,
 )
+from sae_training.activations_store.cache_buckets import Buckets
 from sae_training.activations_store.cache_reader import CachedShards, rewrite_advice
 from sae_training.activations_store.finiteness import check_finite, explain_live
 from sae_training.activations_store.shuffle_buffer import MAX_EMPTY_PASSES
@@ -48,8 +50,10 @@ from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInter
 from sae_training.machine.paths import same_or_moved
 from sae_training.machine.phases import phase, progress_bar
 from sae_training.machine.precision import dtype_name
+from sae_training.parallel.ranks import agree_on_stops, is_first, n_ranks, of_all, of_first, rank, wait_for_all
 
 BUCKETS = "buckets"
+OTHER_RANKS = "bucket_bytes_of_other_ranks"  # of the progress
 PASSES_AHEAD = 2  # how many may wait for the disk
 
 Stored = tuple[Tensor, Tensor | None]
@@ -74,9 +78,19 @@ class CacheWriter:
         self.n_buckets = max(1, math.ceil(self.n_passes * self.per_pass * self.record_bytes / self.shard_bytes))
         self.passes_per_commit = max(1, self.shard_bytes // (self.per_pass * self.record_bytes))
         self.has_rows, self.has_contexts = cfg.form in ("rows", "both"), cfg.form in ("contexts", "both")
+        self.buckets = Buckets(folder / BUCKETS, self.n_buckets, self.record_bytes, cfg.seed)
+        self.passes_in_a_row = self.passes_per_commit if self.has_contexts else 1
+        """How many passes a process makes before it is the next one's turn."""
+        self.groups_before = 0
+        """How many shards of contexts other processes write, in this turn, of passes before this one's."""
         self.kept: list[tuple[Tensor, list[Stored]]] = []
         """Tokens and activations of the passes that will be the next shard of contexts."""
-        self.manifest = self.open(about)
+        self.manifest = of_first(lambda: self.open(about))
+        if not self.folder.is_dir():
+            raise FileNotFoundError(
+                f"cached_activations_path: rank {rank()} does not see {self.folder}, which the first rank has made; "
+                "give a folder that all machines share."
+            )
 
     def open(self, about: dict[str, Any]) -> Manifest:
         """Return the manifest of the cache in the folder, if there is one of this config, else a new one."""
@@ -135,9 +149,10 @@ class CacheWriter:
         if self.has_rows:
             with phase("shuffling", has_bar=True):
                 self.shuffle(stop)
-        shutil.rmtree(self.folder / BUCKETS, ignore_errors=True)
+        if is_first():
+            shutil.rmtree(self.folder / BUCKETS, ignore_errors=True)
         self.manifest.complete = True
-        self.manifest.save(self.folder)
+        self.save_manifest()
         rate = (self.n_passes - first) * self.per_pass / (time.perf_counter() - start)
         tqdm.write(f"{self.folder}: {self.summary()}, {rate:,.0f} tokens/s.")
 
@@ -153,7 +168,7 @@ class CacheWriter:
         for form, shards in (("rows", self.manifest.rows), ("contexts", self.manifest.contexts)):
             cached = CachedShards(self.folder, self.manifest, form, [])
             with progress_bar(f"checking {form}", len(shards), "shards") as bar:
-                for shard in shards:
+                for shard in shards[rank() :: n_ranks()]:
                     try:
                         cached.check(shard)
                     except FileNotFoundError as error:
@@ -161,12 +176,16 @@ class CacheWriter:
                         raise ValueError(f"{path}: no such file; {rewrite_advice(self.folder)}") from error
                     except StopAsked:
                         self.stop_here(stop)
-                    bar.update(1)
+                    bar.update(n_ranks())
+        wait_for_all()
 
     def harvest(self, stop: StopRequest) -> None:
         """Make the missing passes; a thread writes each of them while the next ones are computed."""
         progress = self.manifest.progress
-        self.cut_back()
+        if is_first():
+            sizes = [progress["bucket_bytes"], *progress.get(OTHER_RANKS, [])]
+            self.buckets.cut_back(sizes, len(self.manifest.rows), rewrite_advice(self.folder))
+        wait_for_all()
         self.store.text.tokens.load_state_dict(position_from_json(progress["tokens"]))
         done = progress["passes"] * self.per_pass
         bar = progress_bar("caching", self.n_passes * self.per_pass, "tok", initial=done, leave=True)
@@ -178,10 +197,15 @@ class CacheWriter:
                 except Exception:  # a bad row, or a network that fails: what has been computed is not lost
                     self.commit_waiting(waiting, i)
                     raise
-                with compiled_blocks():
-                    activations = harvest(self.store.model, tokens, self.store.sites.all, self.store.padded)
-                commits = (i + 1) % self.passes_per_commit == 0 or i + 1 == self.n_passes or stop.signal is not None
-                waiting.append(thread.submit(self.write_pass, i, tokens, activations))
+                if self.is_own(i):
+                    with compiled_blocks():
+                        activations = harvest(self.store.model, tokens, self.store.sites.all, self.store.padded)
+                    waiting.append(thread.submit(self.write_pass, i, tokens, activations))
+                is_last = i + 1 == self.n_passes
+                if is_last or (i + 1) % (self.passes_in_a_row * n_ranks()) == 0:  # each has had its turn
+                    agree_on_stops()
+                ends = (i + 1) % (self.passes_per_commit * n_ranks()) == 0
+                commits = is_last or ends or stop.signal is not None
                 while len(waiting) > (0 if commits else PASSES_AHEAD):
                     waiting.pop(0).result()
                 if commits:  # nothing waits any more
@@ -190,11 +214,15 @@ class CacheWriter:
                 if stop.signal is not None:
                     self.stop_here(stop)
 
+    def is_own(self, i: int) -> bool:
+        """Return whether pass number `i` is this process's to make."""
+        return i // self.passes_in_a_row % n_ranks() == rank()
+
     def commit_waiting(self, waiting: list[Future[None]], passes: int) -> None:
         """Save the progress of the first `passes` passes, some of which still wait for the disk."""
         for future in waiting:
             future.result()
-        if passes > self.manifest.progress["passes"]:
+        if n_ranks() == 1 and passes > self.manifest.progress["passes"]:
             self.commit(passes)
 
     def write_pass(self, i: int, tokens: Tensor, activations: list[Tensor]) -> None:
@@ -206,96 +234,80 @@ class CacheWriter:
         check_finite({hook: of_hook[counts] for hook, of_hook in by_hook.items()}, self.explain)
         stored = [to_stored(of_hook, self.dtype) for of_hook in activations]
         if keep is not None:
-            self.to_buckets(i, tokens, keep, stored)
+            self.buckets.append(i, to_records(tokens, stored)[keep.flatten().cpu().numpy()])
         if self.has_contexts:
             self.kept.append((tokens, stored))
-
-    def to_buckets(self, i: int, tokens: Tensor, keep: Tensor, stored: list[Stored]) -> None:
-        """Append each row of pass number `i` where the mask `keep` (prompts, context) is true to a random bucket."""
-        records = to_records(tokens, stored)[keep.flatten().cpu().numpy()]
-        bucket = np.random.default_rng([self.cfg.seed, i]).integers(self.n_buckets, size=len(records))
-        order = np.argsort(bucket, kind="stable")
-        edges = np.searchsorted(bucket[order], np.arange(self.n_buckets + 1))
-        records = records[order]
-        (self.folder / BUCKETS).mkdir(exist_ok=True)
-        for b in range(self.n_buckets):
-            if edges[b] < edges[b + 1]:
-                with self.bucket(b).open("ab") as file:
-                    file.write(records[edges[b] : edges[b + 1]].tobytes())
 
     def commit(self, passes: int) -> None:
         """Save the progress: a kill after this loses nothing of the first `passes` passes."""
         progress = self.manifest.progress
         if self.has_contexts:
-            self.write_contexts()
+            first = progress["passes"] // self.passes_in_a_row
+            turns = -(-passes // self.passes_in_a_row) - first
+            self.groups_before = (rank() - first) % n_ranks()
+            shards = of_all(self.write_contexts())
+            self.manifest.contexts += [shard for n in range(turns) if (shard := shards[(first + n) % n_ranks()])]
         if self.has_rows:
-            buckets = (self.bucket(b) for b in range(self.n_buckets))
-            progress["bucket_bytes"] = [path.stat().st_size if path.exists() else 0 for path in buckets]
-            if not any(progress["bucket_bytes"]) and (passes == self.n_passes or passes >= MAX_EMPTY_PASSES):
+            sizes = of_all(self.buckets.sizes())
+            progress["bucket_bytes"] = sizes[0]
+            if others := sizes[1:] + progress.get(OTHER_RANKS, [])[n_ranks() - 1 :]:  # and of those that are gone
+                progress[OTHER_RANKS] = others
+            is_empty = not any(map(sum, [progress["bucket_bytes"], *others]))
+            if is_empty and (passes == self.n_passes or passes >= MAX_EMPTY_PASSES):
                 raise ValueError(
                     "exclude_special_tokens, seqpos_slice, max_activation_norm_multiple: found no activation to keep "
                     f"in {passes} passes of the language model, expected some; relax one of them, and delete "
                     f"{self.folder}."
                 )
         progress |= {"passes": passes, "tokens": self.position()}
-        self.manifest.save(self.folder)
+        self.save_manifest()
 
-    def write_contexts(self) -> None:
-        """Write the passes that were kept as a shard."""
+    def write_contexts(self) -> Shard | None:
+        """Write the passes that were kept as a shard, if there are any."""
         passes, self.kept = self.kept, []
+        if not passes:
+            return None
         tensors = {"tokens": torch.cat([tokens for tokens, _ in passes]).cpu().to(torch.int32)}
         for j, hook in enumerate(self.widths):
             tensors[hook] = torch.cat([stored[j][0] for _, stored in passes]).cpu()
             if scales := [scale for _, stored in passes if (scale := stored[j][1]) is not None]:
                 tensors[f"{hook}.scale"] = torch.cat(scales).cpu()
-        self.add_shard("contexts", tensors)
+        return self.new_shard("contexts", len(self.manifest.contexts) + self.groups_before, tensors)
 
-    def add_shard(self, form: str, tensors: dict[str, Tensor]) -> None:
-        """Write a shard, then list it in the manifest (which is not saved yet)."""
-        listed = self.manifest.rows if form == "rows" else self.manifest.contexts
-        path = self.folder / form / f"{len(listed):05d}.safetensors"
+    def new_shard(self, form: str, number: int, tensors: dict[str, Tensor]) -> Shard:
+        """Write a shard, which counts once it is listed in the manifest."""
+        path = self.folder / form / f"{number:05d}.safetensors"
         path.parent.mkdir(exist_ok=True)
         write_safetensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
         flush_to_disk(path)
-        shard = Shard(str(path.relative_to(self.folder)), len(tensors["tokens"]), path.stat().st_size, sha256(path))
-        listed.append(shard)
+        return Shard(str(path.relative_to(self.folder)), len(tensors["tokens"]), path.stat().st_size, sha256(path))
+
+    def save_manifest(self) -> None:
+        """Save the manifest, of which every process has the same; nobody goes on before it is on the disk."""
+        if is_first():
+            self.manifest.save(self.folder)
+        wait_for_all()
 
     def shuffle(self, stop: StopRequest) -> None:
-        """Write each bucket, shuffled, as a shard, and delete the bucket."""
+        """Write each bucket, shuffled, as a shard, and delete the bucket. Of several processes each takes one."""
         done = len(self.manifest.rows)
         with progress_bar("shuffling", self.n_buckets, "shards", initial=done) as bar:
-            for b in range(done, self.n_buckets):
-                raw = np.fromfile(self.bucket(b), dtype=np.uint8) if self.bucket(b).exists() else np.empty(0, np.uint8)
-                records = raw.reshape(-1, self.record_bytes)
-                records = records[np.random.default_rng([self.cfg.seed, self.n_passes, b]).permutation(len(records))]
-                del raw  # because a bucket can be large
+            for first in range(done, self.n_buckets, n_ranks()):
+                b = first + rank()
+                records = self.buckets.shuffled(b, self.n_passes) if b < self.n_buckets else None
+                agree_on_stops()
                 if stop.signal is not None:
                     self.stop_here(stop)
-                self.add_shard("rows", from_records(records, self.fields))
-                self.manifest.save(self.folder)
-                self.bucket(b).unlink(missing_ok=True)
-                bar.update(1)
-
-    def cut_back(self) -> None:
-        """Truncate what was written after the last commit. Raise ValueError if some of the rest is missing."""
-        for b, size in enumerate(self.manifest.progress["bucket_bytes"]):
-            if b < len(self.manifest.rows):  # it is a shard now
-                continue
-            found = self.bucket(b).stat().st_size if self.bucket(b).exists() else 0
-            if found < size:
-                raise ValueError(
-                    f"{self.bucket(b)}: found {found} bytes, expected at least {size}; {rewrite_advice(self.folder)}"
-                )
-            if found > size:
-                with self.bucket(b).open("r+b") as file:
-                    file.truncate(size)
+                shard = None if records is None else self.new_shard("rows", b, from_records(records, self.fields))
+                self.manifest.rows += [of_rank for of_rank in of_all(shard) if of_rank is not None]
+                self.save_manifest()
+                if records is not None:
+                    self.buckets.remove(b)
+                bar.update(min(n_ranks(), self.n_buckets - first))
 
     def position(self) -> dict[str, Any]:
         """Return the position in the text in JSON types."""
         return position_to_json(self.store.text.tokens.state_dict())
-
-    def bucket(self, b: int) -> Path:
-        return self.folder / BUCKETS / f"{b:05d}.bin"
 
     def stop_here(self, stop: StopRequest) -> None:
         assert stop.signal is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from sae_training.machine.device import count
@@ -33,6 +34,10 @@ def is_launched() -> bool:
 
 CONTROL: list[Any] = []
 """The group for what is no tensor: always gloo's, so that no message between processes waits for a GPU."""
+
+
+MEETINGS = itertools.count()
+"""Numbers the runs that a process makes one after the other, of which each meets anew through the same store."""
 
 
 @contextlib.contextmanager
@@ -90,7 +95,8 @@ def meet(patience: datetime.timedelta) -> tuple[Store, int, int]:
             f"MASTER_ADDR, MASTER_PORT: found {address}, where no process of the job answers ({error}); expected the "
             "machine of rank 0 and a port that is open to all; torchrun sets both, with --rdzv_endpoint HOST:PORT."
         ) from error
-    places = [f"sae_training/rank {other}" for other in range(n)]
+    store = PrefixStore(f"meeting {next(MEETINGS)}", store)
+    places = [f"rank {other}" for other in range(n)]
     store.set(places[number], socket.gethostname())
     try:
         store.wait(places, patience)

@@ -21,7 +21,7 @@ from sae_training.formats.run_files import EVALUATION_FILE
 from sae_training.language_model.load import fingerprint
 from sae_training.machine.files import disk_named, step_number, write_safetensors, write_text
 from sae_training.machine.phases import phase
-from sae_training.parallel.ranks import is_first, rank, together, wait_for_all
+from sae_training.parallel.ranks import is_first, of_all, rank, together, wait_for_all
 from sae_training.parallel.shard import Shard
 from sae_training.run import checkpoint
 from sae_training.run.state import Member, Run, check_finite
@@ -37,6 +37,7 @@ def save(run: Run, until_final: bool = False) -> Path | None:
     """
     for member in run.trained:
         check_finite(run, member, weights=True)
+        check_same_weights(member)
     own = f"{STORE}-{rank()}" if rank() else STORE
     recorded = [member for member in run.members if member.is_recorded]
     parts: dict[str, dict[str, Any]] = {own: run.store.state_dict()} if recorded else {}
@@ -79,6 +80,23 @@ def save(run: Run, until_final: bool = False) -> Path | None:
         checkpoint.delete_old(run.folder.checkpoints, run.cfg.keep_checkpoints)
     run.write_status("training")
     return saved
+
+
+def check_same_weights(member: Member) -> None:
+    """Raise ArithmeticError unless all processes that train an autoencoder together have the same weights.
+
+    Each makes the same updates. Where processors round otherwise, copies drift apart; b_dec, which every row changes,
+    shows it first. It is the weight of which those that share latents have copies.
+    """
+    if member.trainer.share.is_all and member.shard.is_all:
+        return
+    everyones = of_all(member.trainer.sae.b_dec.detach().cpu().numpy().tobytes())
+    others = [number for number, theirs in enumerate(everyones) if theirs != everyones[0]]
+    if others:
+        raise ArithmeticError(
+            f"parallel: ranks {others} have other weights than rank 0, because their machines round otherwise; go on "
+            "from the last checkpoint on machines of one kind."
+        )
 
 
 def saved_now(run: Run) -> Path | None:

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.cache import DTYPES, from_stored, read_manifest, to_stored
+from sae_training.activations_store.cache_buckets import Buckets
 from sae_training.activations_store.cache_reader import CachedReader, CachedShards
-from sae_training.activations_store.cache_writer import CacheWriter, from_records
+from sae_training.activations_store.cache_writer import from_records
 from sae_training.activations_store.open_source import ThenLive
 from sae_training.cache_activations_runner import cache_activations_runner
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
@@ -368,15 +369,15 @@ def test_a_damaged_cache_is_refused(
 
 
 def test_a_failed_write_is_not_committed(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real, failed = CacheWriter.to_buckets, []
+    real, failed = Buckets.append, []
 
-    def fails_once(self: CacheWriter, i: int, *rest: Any) -> None:
+    def fails_once(self: Buckets, i: int, *rest: Any) -> None:
         if i == 20 and not failed:
             failed.append(i)
             raise OSError("no space left on device")
         real(self, i, *rest)
 
-    monkeypatch.setattr(CacheWriter, "to_buckets", fails_once)
+    monkeypatch.setattr(Buckets, "append", fails_once)
     with pytest.raises(OSError, match="no space"):
         write(shard_size_mb=1)
     write(shard_size_mb=1)

@@ -125,6 +125,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "resume": "auto",
     "wandb_mode": None,
     "parallel": "data",
+    "parallel_timeout_minutes": 30,
     "grad_acc_steps": 1,
     "micro_batch_size": None,
 }
