@@ -32,9 +32,10 @@ class Peers:
     def reduced(self, value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if self.is_all:
             return value
-        out = value.detach().clone(memory_format=torch.contiguous_format)
+        is_narrow = value.dtype in (torch.bfloat16, torch.float16)  # which gloo cannot add, or no network exactly
+        out = value.detach().to(torch.float32 if is_narrow else value.dtype, copy=True).contiguous()
         dist.all_reduce(out, operation)
-        return out
+        return out.to(value.dtype)
 
     def gathered(self, rows: Tensor) -> Tensor:
         """Return the rows (n, ...) of all ranks, one rank's after the other's, which may have different numbers."""

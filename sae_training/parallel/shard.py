@@ -125,7 +125,7 @@ class Added(Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, shard: Shard) -> Any:
-        return shard.summed(value.to(at_least_float32(value.dtype))).to(value.dtype)
+        return shard.summed(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
