@@ -28,7 +28,7 @@ from sae_training.machine.paths import command, with_absolute_paths
 from sae_training.machine.phases import counted_phases, phase
 from sae_training.machine.precision import encoder_dtype
 from sae_training.parallel.agreement import check_alike, code
-from sae_training.parallel.division import Division, check_rows, division
+from sae_training.parallel.division import Division, check_optimizer, check_rows, division
 from sae_training.parallel.ranks import agree_on_stops, joined, n_ranks, of_first
 from sae_training.run.finish import finish
 from sae_training.run.folder import (
@@ -59,7 +59,8 @@ def language_model_sae_runner(
     """Train the autoencoder that `cfg` describes, or continue its unfinished run, and return it.
 
     A config with lists describes several autoencoders, which are trained together from one pass over the language model
-    and come back by name; of several processes under torchrun, each returns those that it has trained. `model` (a
+    and come back by name; of several processes under torchrun, each returns what it has trained: with parallel layers
+    its own autoencoders, with latents its latents of each, as autoencoders that work on all ranks together. `model` (a
     HookedTransformer or TransformerBridge) and `dataset` (a `datasets` object) stand in for those that the config
     names. The run's folder is `runs/<run name>`; `run.folder.choose_run_folder` says when a run is continued.
     """
@@ -140,6 +141,10 @@ def run_in_folder(
     part = division(cfg.parallel, costs)
     if not part.share.is_all:
         check_rows(smallest_part(cfg))
+    if not part.shard.is_all:
+        check_optimizer(single.optimizer for single, _ in all_singles.values())
+        for single, _ in all_singles.values():
+            part.shard.over(single.d_sae or 0)
     singles = {name: all_singles[name] for name in part.own_names}
     some_config = next(iter(singles.values()))[0]  # because they differ in nothing that the store asks for
     sites = merged(sites for _, sites in all_singles.values())

@@ -21,11 +21,6 @@ from sae_training.config.types import FIXED_K, WITH_K, WITH_PENALTY
 
 Rule = Callable[..., str | None]
 
-# The options of which this version trains only some values.
-BUILT: dict[str, tuple[object, ...]] = {
-    "parallel": ("data", "layers"),
-}
-
 
 def check(cfg: Any, own_rules: Iterable[Rule] = ()) -> None:
     """Store the fields of a new config in plain types; ValueError with all problems at once.
@@ -43,11 +38,6 @@ def problems(cfg: Any, own_rules: Iterable[Rule] = ()) -> list[str]:
     """Return one line per problem."""
     values = plain_values(cfg)
     found = value_problems(values, type(cfg))
-    for name, built in BUILT.items():
-        if name in values.keys() - found.keys() and values[name] not in built:
-            available = ", ".join(str(option) for option in built)
-            advice = "choose one" if len(built) > 1 else "leave the field out"
-            found[name] = f"{name}: {values[name]!r} is not trained by this version; available: {available}; {advice}"
     if is_several(cfg):
         return list(found.values()) or problems_of_several(cfg, values)
     return list(broken_together(cfg, values, found, own_rules).values())

@@ -21,6 +21,7 @@ from sae_training.formats.json_files import parse_object, read_object
 from sae_training.formats.loaded import Given, Loaded
 from sae_training.formats.run_files import CHECKPOINTS, FINAL
 from sae_training.machine.files import step_number, write_safetensors, write_text
+from sae_training.parallel.shard import WHOLE, Shard
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
@@ -85,8 +86,13 @@ def weights_folder(path: Path) -> Path:
     )
 
 
-def write(path: Path, tensors: dict[str, Tensor], cfg: Any) -> None:
+def write(path: Path, tensors: dict[str, Tensor], cfg: Any, shard: Shard = WHOLE) -> None:
     """Write to the folder `path`, or to one file if `path` ends in .safetensors."""
+    if not shard.is_all:
+        raise ValueError(
+            f"save_model: this process holds latents {shard.first} to {shard.end - 1} of {shard.d_sae}; the folder of "
+            "the run (final/, snapshots/, checkpoints/) holds all of them: load that."
+        )
     if path.name.endswith((".pt", ".pkl", ".pkl.gz")):
         raise ValueError(
             f"save_model: {path} asks for a pickle, which can run code when it is loaded; give a folder, or a name "

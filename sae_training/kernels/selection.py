@@ -16,6 +16,7 @@ from torch import Tensor
 from sae_training.kernels import cpu, triton_selection
 from sae_training.kernels.sparse_code import Code, Entries, concatenate, fixed_size_entries, offsets_of
 from sae_training.machine.precision import at_least_float32
+from sae_training.parallel.shard import WHOLE, Shard
 from sae_training.parallel.share import ALONE, Share
 
 TILE_ELEMENTS = 2**21  # of a tile on a CPU
@@ -52,7 +53,8 @@ class Encoder:
         self.bias = b_enc
         self.d_sae = W_enc.shape[1]
         on_gpu = sae_in.is_cuda
-        self.tile_latents = min(self.d_sae, tile_latents or (self.d_sae if on_gpu else TILE_LATENTS[dtype]))
+        most = max(1, self.d_sae)  # there are none where no latent here is dead
+        self.tile_latents = min(most, tile_latents or (most if on_gpu else TILE_LATENTS[dtype]))
         self.tile_rows = tile_rows or max(1, (GPU_TILE_ELEMENTS if on_gpu else TILE_ELEMENTS) // self.tile_latents)
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
@@ -73,27 +75,41 @@ class Encoder:
 # --------------------------------------------------------------------------------------------------- k of each row
 
 
-def top_k_of_rows(encoder: Encoder, k: int) -> Entries:
-    """The k latents with the largest pre-activations on each row."""
+def top_k_of_rows(encoder: Encoder, k: int, shard: Shard = WHOLE) -> Entries:
+    """The k latents with the largest pre-activations on each row; of a `shard`, those that are among all ranks' k."""
+    if not shard.is_all:
+        found = [best_latents(encoder, rows, k) for _, rows in encoder.chunks()]
+        latents, order = torch.cat([latents for latents, _ in found]).sort(dim=1)
+        values = torch.cat([values for _, values in found]).gather(1, order)
+        return entries_where(shard.among_largest(values, k), latents, encoder.d_sae)
     if triton_selection.supports(encoder.sae_in, encoder.d_sae, k):
         chunks = [triton_selection.encode_top_k(rows, encoder.table, encoder.bias, k) for _, rows in encoder.chunks()]
         return fixed_size_entries(torch.cat(chunks), encoder.d_sae)
-    chosen = [best_latents(encoder, rows, k) for _, rows in encoder.chunks()]
+    chosen = [best_latents(encoder, rows, k)[0] for _, rows in encoder.chunks()]
     return fixed_size_entries(torch.cat(chosen), encoder.d_sae)
 
 
-def best_latents(encoder: Encoder, rows: Tensor, k: int) -> Tensor:
-    """The k latents with the largest pre-activations on each of some rows, (rows, k)."""
-    latents, values = [], []
+def best_latents(encoder: Encoder, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k latents with the largest pre-activations on each of some rows, and these, (rows, k); all if they are fewer.
+
+    The pre-activations are in the precision of the encoder's product.
+    """
+    latents, values = [rows.new_empty(len(rows), 0, dtype=torch.int64)], [encoder.bias.new_empty(len(rows), 0)]
     for first_latent, tile, bias in encoder.tiles(rows):
         places = top_k(tile, bias, k)
         latents.append(places + first_latent)
-        if encoder.tile_latents < encoder.d_sae:  # the k best of the row are among the k best of each tile
-            values.append(tile.gather(1, places) + bias[places])
-    if not values:
-        return latents[0]
-    together = torch.cat(values, dim=1)
-    return torch.cat(latents, dim=1).gather(1, top_k(together, together.new_zeros(together.shape[1]), k))
+        values.append(tile.gather(1, places) + bias[places])
+    if len(values) <= 2:
+        return latents[-1], values[-1]
+    together = torch.cat(values, dim=1)  # the k best of the row are among the k best of each tile
+    places = top_k(together, together.new_zeros(together.shape[1]), k)
+    return torch.cat(latents, dim=1).gather(1, places), together.gather(1, places)
+
+
+def entries_where(chosen: Tensor, latents: Tensor, d_sae: int) -> Entries:
+    """The entries of `latents` (rows, n) that are `chosen` (rows, n)."""
+    counts = chosen.sum(dim=1)
+    return Entries(latents[chosen], torch.cat([counts.new_zeros(1), counts.cumsum(dim=0)]), d_sae)
 
 
 def top_k(tile: Tensor, bias: Tensor, k: int) -> Tensor:
@@ -135,16 +151,20 @@ def top_k_by_groups(x: Tensor, k: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------- by a threshold
 
 
-def above_threshold(encoder: Encoder, threshold: Tensor | float) -> Entries | None:
+def above_threshold(encoder: Encoder, threshold: Tensor | float, shard: Shard = WHOLE) -> Entries | None:
     """All latents with a pre-activation above `threshold`, a number or one for each latent (d_sae,).
 
-    None if they are so many that dense products are faster, judged by the first chunk of rows (a random sample).
+    None if they are so many that dense products are faster, judged by the first chunk of rows (a random sample), on all
+    ranks of a `shard` alike.
     """
     parts = []
     for first_row, rows in encoder.chunks():
         parts.append(rows_above(encoder, rows, threshold).at_entries)
-        if first_row == 0 and len(parts[0].latents) > TOO_DENSE * len(rows) * encoder.d_sae:
-            return None
+        if first_row == 0:
+            seen = [len(parts[0].latents), len(rows) * encoder.d_sae]
+            n_active, n_possible = shard.summed(torch.tensor(seen, device=rows.device)).tolist()
+            if n_active > TOO_DENSE * n_possible:
+                return None
     return concatenate(parts)
 
 
@@ -180,20 +200,21 @@ def above(tile: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
 # -------------------------------------------------------------------------------------------------- k to a row, in all
 
 
-def top_k_of_batch(encoder: Encoder, k: int, share: Share = ALONE) -> Entries:
+def top_k_of_batch(encoder: Encoder, k: int, share: Share | Shard = ALONE) -> Entries:
     """The k * rows largest positive pre-activations of the whole batch (Bussmann et al. 2024).
 
     A few rows give a low estimate of the smallest one to keep. All pre-activations above the estimate are collected,
     and the largest of them kept. If the estimate was too high, everything above 0 is collected instead.
-    The encoder's rows may be a process's `share` of the batch: the largest of all processes are kept.
+    The encoder may have a process's `share` of the rows, or of the latents: the largest of all processes are kept.
     """
     n_rows = len(encoder.sae_in)
-    wanted = k * int(share.summed(torch.tensor(n_rows)))
+    wanted = k * share.n_rows(n_rows, encoder.bias.device)
     _, first = next(encoder.chunks())
     first = first[:SAMPLE_ROWS]
     sample = torch.cat([(tile + bias).flatten() for _, tile, bias in encoder.tiles(first)])
     exact = at_least_float32(sample.dtype)  # because gloo knows no bfloat16
-    low = share.least(largest(sample, 2 * k * len(first)).clamp_min(0).to(exact)).to(sample.dtype)
+    most = largest(share.sample(sample.to(exact), 2 * k * len(first)), 2 * k * len(first))
+    low = share.least(most.clamp_min(0)).to(sample.dtype)
     found = collect(encoder, low)
     if int(share.summed(torch.tensor(len(found.values)))) < wanted:
         found = collect(encoder, torch.zeros_like(low))

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from sae_training.kernels import cpu, triton_products
 from sae_training.machine.precision import at_least_float32
+from sae_training.parallel.shard import Shard
 from sae_training.parallel.share import Share
 
 
@@ -289,6 +290,17 @@ class CodeFigures:
         everyones.n_rows = int(share.summed(torch.tensor(self.n_rows, device=self.sums[0].device)))
         everyones.sums = [share.summed(value) for value in self.sums]
         everyones.smallest = [share.least(value) for value in self.smallest]
+        return everyones
+
+    def of_all_latents(self, shard: Shard) -> CodeFigures:
+        """Return the figures of all latents, but `counts` of those of the shard, to which these belong."""
+        if shard.is_all:
+            return self
+        everyones = CodeFigures()
+        everyones.n_rows = self.n_rows
+        n_active = shard.summed(self.sums[2].sum())  # a whole number, so that l0 has the bits of one process
+        everyones.sums = [shard.summed(self.sums[0]), n_active.float(), self.sums[2]]
+        everyones.smallest = [shard.least(value) for value in self.smallest]
         return everyones
 
     def l1(self) -> Tensor:

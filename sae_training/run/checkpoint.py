@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sae_training.formats import pieces
 from sae_training.machine.files import check_free_disk, disk_named, flush_to_disk, sha256, step_number
 from sae_training.parallel.ranks import is_first, of_all
+from sae_training.parallel.shard import WHOLE, Shard
 
 MANIFEST = "manifest.json"
 
@@ -29,19 +31,28 @@ STATE = "state.json"
 
 
 def save_checkpoint(
-    parent: Path, step: int, parts: dict[str, dict[str, Any]], state: dict[str, Any], extra_files: dict[str, str]
+    parent: Path,
+    step: int,
+    parts: dict[str, dict[str, Any]],
+    state: dict[str, Any],
+    extra_files: dict[str, str],
+    in_pieces: Mapping[str, tuple[dict[str, Any], Shard]] | None = None,
 ) -> Path:
     """Write parent/step_<step> and return it.
 
     `parts` maps the name of a file (without its ending; a/b is b in the folder a) to a nested dict whose leaves are
     tensors or JSON values. `state` is plain JSON, `extra_files` are texts to put beside the rest. Several ranks give
-    each its own parts and extra files; the first one's state is written. Raises OSError if the disk of any of them is
-    full; then nothing is left of it.
+    each its own parts and extra files; the first one's state is written. Of `in_pieces` each gives its shard of the
+    same parts. Raises OSError if the disk of any of them is full; then nothing is left of it.
     """
-    tensors, leaves = {}, {}
+    tensors, cut, leaves = {}, {}, {}
     for part, content in parts.items():
         tensors[part], leaves[part] = split(content)
-    n_bytes = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
+    for part, (content, shard) in (in_pieces or {}).items():
+        piece, leaves[part] = split(content)
+        cut[part] = piece, shard
+    held = [*tensors.values(), *(piece for piece, _ in cut.values())]
+    n_bytes = sum(t.numel() * t.element_size() for part in held for t in part.values())
     n_bytes, leaves = sum(of_all(n_bytes)), {part: of for some in of_all(leaves) for part, of in some.items()}
     final, partial = parent / f"step_{step}", parent / f"step_{step}.tmp"
 
@@ -49,8 +60,13 @@ def save_checkpoint(
         check_free_disk(parent, n_bytes)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        for part, (piece, shard) in cut.items():
+            (partial / part).parent.mkdir(exist_ok=True)
+            pieces.begin(partial / f"{part}.safetensors", piece, shard)
 
     def write_parts() -> None:
+        for part, (piece, shard) in cut.items():
+            pieces.fill(partial / f"{part}.safetensors", piece, shard)
         for part, content in tensors.items():
             (partial / part).parent.mkdir(exist_ok=True)
             save_file(
@@ -104,10 +120,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def read_part(folder: Path, part: str) -> dict[str, Any]:
-    """Return one of the `parts` that `save_checkpoint` was given, without verifying it."""
+def read_part(folder: Path, part: str, shard: Shard = WHOLE) -> dict[str, Any]:
+    """Return one of the `parts` that `save_checkpoint` was given, or the shard's piece of it, without verifying it."""
     leaves = json.loads((folder / STATE).read_text(encoding="utf-8"))["leaves"]
-    return join(load_file(folder / f"{part}.safetensors"), leaves[part])
+    path = folder / f"{part}.safetensors"
+    return join(load_file(path) if shard.is_all else pieces.read(path, shard), leaves[part])
 
 
 def complete_checkpoints(parent: Path) -> list[Path]:

@@ -79,7 +79,7 @@ def evaluate_together(
     were_training = [sae.training for sae, _ in saes]
     for each in evaluated:
         each.sae.eval()
-    n_prompts = prompts_of_a_pass(tokens.shape[1], store.model, max((sae.d_sae for sae, _ in saes), default=0))
+    n_prompts = prompts_of_a_pass(tokens.shape[1], store.model, max((sae.shard.d_sae for sae, _ in saes), default=0))
     batches = tokens.split(n_prompts)[share.rank :: share.n]
     n_passes = 1 + len({sites.target for _, sites in saes}) + len(saes)
     with progress_bar("evaluating", len(batches) * n_passes, "passes") as bar:
@@ -89,6 +89,9 @@ def evaluate_together(
         each.sae.train(was_training)
         if not share.is_all:
             each.add_up(of_all((each.sums, each.moments)))
+        if not each.sae.shard.is_all:  # what was counted is of the latents here
+            l0, fired = zip(*of_all((each.moments.l0, each.moments.fired)), strict=True)
+            each.moments.l0, each.moments.fired = sum(l0), torch.cat(fired)
     return [each.figures(store.model.cfg.d_vocab) for each in evaluated]
 
 

@@ -41,11 +41,11 @@ def finish(run: Run) -> None:
         member.trainer.take_average()
     evaluations: dict[str, dict[str, Any]] = {}
     for member, figures in last_evaluation(run):
-        figures |= {"sparsity/dead_features": int(member.trainer.tracker.dead().sum())}
+        figures |= {"sparsity/dead_features": int(member.trainer.tracker.n_dead())}
         member.logger.log(figures, run.step, run.n_training_tokens)
         evaluations[member.name] = evaluation = recorded(run, member, figures)
         member.trainer.sae.eval()
-        if member.is_recorded:
+        if member in run.recorded:
             save_weights_folder(member, member.folder / FINAL, evaluation, aliases=("final_model",))
     evaluations = together(evaluations)
     evaluations = {name: evaluations[name] for name in run.names if name in evaluations}
@@ -59,7 +59,7 @@ def finish(run: Run) -> None:
         tqdm.write(comparison_table(run.folder.path, evaluations))
         return
     ((member,), (evaluation,)) = run.trained, evaluations.values()
-    tqdm.write(summary(run.folder.path, evaluation, member.trainer.sae.d_sae))
+    tqdm.write(summary(run.folder.path, evaluation, member.shard.d_sae))
 
 
 def last_evaluation(run: Run) -> list[tuple[Member, dict[str, float]]]:

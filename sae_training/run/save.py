@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -14,12 +15,14 @@ from typing import Any
 from tqdm import tqdm
 
 from sae_training.config.io import config_to_dict
+from sae_training.formats import pieces
 from sae_training.formats.native import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE
 from sae_training.formats.run_files import EVALUATION_FILE
 from sae_training.language_model.load import fingerprint
-from sae_training.machine.files import step_number, write_safetensors, write_text
+from sae_training.machine.files import disk_named, step_number, write_safetensors, write_text
 from sae_training.machine.phases import phase
 from sae_training.parallel.ranks import is_first, of_all, rank, together, wait_for_all
+from sae_training.parallel.shard import Shard
 from sae_training.run import checkpoint
 from sae_training.run.state import Member, Run, check_finite
 
@@ -41,13 +44,21 @@ def save(run: Run, until_final: bool = False) -> Path | None:
     texts = {}
     if until_final and recorded:
         parts[own].pop("buffers", None)
-    for member in recorded:
+    in_pieces: dict[str, tuple[dict[str, Any], Shard]] = {}
+    for member in run.members:
+        if not member.is_recorded and member.shard.is_all:
+            continue
         sae, trainer_state = member.folded(), member.trainer.state_dict()
         if not member.is_scaled:
             trainer_state.pop("weights")  # because the part "sae" holds the same
         # Loaders read the part "sae". A run continues from the weights of "trainer" where these are others.
-        parts |= {member.part("sae"): dict(sae.weights()), member.part("trainer"): trainer_state}
-        texts[member.part(CONFIG_FILE)] = json.dumps(config_to_dict(sae.cfg), indent=2) + "\n"
+        of_member = {member.part("sae"): dict(sae.weights()), member.part("trainer"): trainer_state}
+        if member.shard.is_all:
+            parts |= of_member
+        else:
+            in_pieces |= {part: (content, member.shard) for part, content in of_member.items()}
+        if member.is_recorded:
+            texts[member.part(CONFIG_FILE)] = json.dumps(config_to_dict(sae.cfg), indent=2) + "\n"
     state = {
         "metrics_bytes": together({member.name: member.logger.position() for member in recorded}),
         "failures": together({member.name: member.failure for member in run.members if member.failure}),
@@ -58,7 +69,7 @@ def save(run: Run, until_final: bool = False) -> Path | None:
     }
     try:
         with phase("saving"):
-            saved = checkpoint.save_checkpoint(run.folder.checkpoints, run.step, parts, state, extra_files=texts)
+            saved = checkpoint.save_checkpoint(run.folder.checkpoints, run.step, parts, state, texts, in_pieces)
     except OSError as error:
         tqdm.write(f"Checkpoint not saved; the last one is {run.last_checkpoint or 'none'}. {error}")
         return None
@@ -72,12 +83,12 @@ def save(run: Run, until_final: bool = False) -> Path | None:
 
 
 def check_same_weights(member: Member) -> None:
-    """Raise ArithmeticError unless all processes that share the rows of batches have the same weights.
+    """Raise ArithmeticError unless all processes that train an autoencoder together have the same weights.
 
     Each makes the same updates. Where processors round otherwise, copies drift apart; b_dec, which every row changes,
-    shows it first.
+    shows it first. It is the weight of which those that share latents have copies.
     """
-    if member.trainer.share.is_all:
+    if member.trainer.share.is_all and member.shard.is_all:
         return
     everyones = of_all(member.trainer.sae.b_dec.detach().cpu().numpy().tobytes())
     others = [number for number, theirs in enumerate(everyones) if theirs != everyones[0]]
@@ -141,19 +152,39 @@ def save_weights_folder(
 ) -> None:
     """Save weights, config, log10 firing frequencies and an evaluation in `folder`, whole or not at all, and in wandb.
 
-    wandb gets them as two artifacts, of the weights and of the frequencies, with `aliases`.
+    wandb gets them as two artifacts, of the weights and of the frequencies, with `aliases`. Of an autoencoder whose
+    latents several processes hold, each writes its part of the weights.
     """
     partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    member.folded().save_model(partial)
-    log_frequency = member.trainer.tracker.log_frequency()
-    write_safetensors(partial / SPARSITY_FILE, {"log_feature_sparsity": log_frequency})
-    if evaluation is not None:
-        write_text(partial / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    sae, log_frequency, shard = member.folded(), member.trainer.tracker.log_frequency(), member.shard
+    weights = dict(sae.weights())
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        if shard.is_all:
+            sae.save_model(partial)
+            return
+        partial.mkdir(parents=True)
+        write_text(partial / CONFIG_FILE, json.dumps(config_to_dict(sae.cfg), indent=2) + "\n")
+        pieces.begin(partial / WEIGHTS_FILE, weights, shard)
+
+    def complete() -> None:
+        write_safetensors(partial / SPARSITY_FILE, {"log_feature_sparsity": log_frequency})
+        if evaluation is not None:
+            write_text(partial / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+
+    if shard.is_all:
+        begin()
+        complete()
+    else:
+        fill = functools.partial(pieces.fill, partial / WEIGHTS_FILE, weights, shard)
+        first, last = (begin, complete) if member.is_recorded else (None, None)
+        with disk_named(partial.parent):
+            checkpoint.one_after_another(first, fill, last)
 
     name = member.trainer.sae.get_name()
-    weights, sparsity = [folder / WEIGHTS_FILE, folder / CONFIG_FILE], [folder / SPARSITY_FILE]
-    member.logger.log_artifact(name, "model", weights, metadata=config_to_dict(member.cfg), aliases=aliases)
+    files, sparsity = [folder / WEIGHTS_FILE, folder / CONFIG_FILE], [folder / SPARSITY_FILE]
+    member.logger.log_artifact(name, "model", files, metadata=config_to_dict(member.cfg), aliases=aliases)
     member.logger.log_artifact(f"{name}_log_feature_sparsity", "log_feature_sparsity", sparsity, aliases=aliases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_to_dict
 from sae_training.config.sweep import is_several
 from sae_training.config.types import FIXED_K, ONLY_LOADED
+from sae_training.formats import pieces
 from sae_training.language_model.load import LanguageModel, fingerprint
 from sae_training.language_model.sites import Sites
 from sae_training.machine.phases import phase
@@ -59,7 +61,8 @@ def open_run(
     members: list[Member] = []
     try:
         trainers = {
-            name: SAETrainer(SparseAutoencoder(single), single, part.share) for name, (single, _) in singles.items()
+            name: SAETrainer(SparseAutoencoder(single, shard=part.shard), single, part.share)
+            for name, (single, _) in singles.items()
         }
         with phase("reading the checkpoint"):
             latest = of_first(lambda: checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write))
@@ -80,7 +83,8 @@ def open_run(
             members.append(Member(name, single, path, sites, store, trainers[name], logger, failure, part.is_recorder))
         for member in members:
             if latest:
-                sae, trainer = (checkpoint.read_part(latest, member.part(name)) for name in ("sae", "trainer"))
+                read = partial(checkpoint.read_part, latest, shard=member.shard)
+                sae, trainer = (read(member.part(name)) for name in ("sae", "trainer"))
                 member.trainer.load_state_dict({"weights": sae, **trainer})
             else:
                 store.sample(1)  # fills the buffer, which is a phase of its own
@@ -152,7 +156,8 @@ def check_room_for_checkpoints(
     """Raise NotEnoughDisk if the checkpoints of this run, at their largest, cannot fit."""
     if cfg.checkpoint_every_minutes is None and cfg.checkpoint_every_steps is None:
         return
-    weights = sum(p.numel() * p.element_size() for trainer in trainers.values() for p in trainer.sae.parameters())
+    saes = [trainer.sae for trainer in trainers.values()]
+    weights = sum(sae.shard.n * p.numel() * p.element_size() for sae in saes for p in sae.parameters())
     width = sum(site.d_in for site in store.sites.all)
     buffers = store.n_buffered * (width * store.model.cfg.dtype.itemsize + 8)
     # Each holds weights and Adam's two moments, and where batches are scaled the weights for raw activations too. A new
@@ -194,6 +199,7 @@ def start_from_pretrained(member: Member) -> None:
     except (OSError, ValueError) as error:
         raise type(error)(f"from_pretrained_path: {error}") from error
     check_fits(saved, tensors, cfg, sae)
+    tensors = {name: pieces.own_part(name, tensor, tensor.shape, sae.shard) for name, tensor in tensors.items()}
     sae.load_state_dict(tensors)
     scale, target_scale = member.scales
     in_training = fold_input_scale(sae, 1 / scale, 1 / target_scale)
@@ -228,7 +234,7 @@ def check_fits(
     if saved.architecture in ONLY_LOADED:
         raise ValueError(f"from_pretrained_path: its architecture is {saved.architecture}, which is not trained.")
     for name, sizes in (("W_enc", "(d_in, d_sae)"), ("W_dec", "(d_sae, d_out)")):
-        found, expected = tuple(tensors[name].shape), tuple(sae.state_dict()[name].shape)
+        found, expected = tuple(tensors[name].shape), pieces.whole_shape(name, sae.state_dict()[name], sae.shard)
         if found != expected:
             raise ValueError(
                 f"from_pretrained_path: its {name} is {found}, this config's {expected} {sizes}; set expansion_factor "

@@ -20,6 +20,7 @@ from sae_training.language_model.sites import Sites
 from sae_training.machine.files import NotEnoughDisk
 from sae_training.machine.paths import command
 from sae_training.parallel.ranks import is_first, n_ranks
+from sae_training.parallel.shard import Shard
 from sae_training.run.folder import RunFolder
 from sae_training.run.logger import RunLogger
 from sae_training.run.progress import Progress
@@ -76,6 +77,11 @@ class Member:
         if self.is_recorded:
             tqdm.write(message, file=sys.stdout if is_first() else sys.stderr)
 
+    @property
+    def shard(self) -> Shard:
+        """The latents that this process holds: all of them, or a part of those of the processes that train it."""
+        return self.trainer.sae.shard
+
     def part(self, name: str) -> str:
         """Return the name that one of its files has in a checkpoint."""
         return (PurePosixPath(self.name) / name).as_posix()
@@ -120,8 +126,8 @@ class Run:
 
     @property
     def recorded(self) -> list[Member]:
-        """Those in training that this process writes down."""
-        return [member for member in self.trained if member.is_recorded]
+        """Those in training that this process writes down, or its part of them."""
+        return [member for member in self.trained if member.is_recorded or not member.shard.is_all]
 
     @property
     def n_training_tokens(self) -> int:
@@ -172,7 +178,7 @@ def check_finite(run: Run, member: Member, weights: bool = False) -> None:
             f"Lower lr (now {member.trainer.lr(run.step - 1):.3g}), or raise lr_warm_up_steps, and begin anew with "
             'resume="never".'
         )
-        if run.trained == [member] and member.trainer.share.n == n_ranks():  # no rank trains another
+        if run.trained == [member] and max(member.trainer.share.n, member.shard.n) == n_ranks():  # none trains another
             raise NonFiniteLoss(message) from error
         member.failure = message
         member.tell(f"{member.name} is given up at {message}")

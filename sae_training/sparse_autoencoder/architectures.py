@@ -36,6 +36,7 @@ from torch.autograd import Function
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import WITH_PENALTY
 from sae_training.machine.precision import at_least_float32
+from sae_training.parallel.shard import WHOLE, Shard
 from sae_training.parallel.share import ALONE, Share
 from sae_training.sparse_autoencoder.losses import Reconstruction, Whole
 
@@ -147,16 +148,21 @@ def scores(architecture: str, pre: Tensor, W_dec: Tensor) -> Tensor:
             return pre
 
 
-def top_k_mask(pre: Tensor, k: int) -> Tensor:
-    """Bool mask of the k largest of each row."""
+def top_k_mask(pre: Tensor, k: int, shard: Shard = WHOLE) -> Tensor:
+    """Bool mask of the k largest of each row; of a `shard`, of those that are among all ranks' k."""
     indices = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False).indices
+    if not shard.is_all:
+        indices = indices.sort(dim=-1).values
+        candidates = pre.gather(-1, indices)
+        chosen = shard.among_largest(candidates.reshape(-1, candidates.shape[-1]), k).view_as(candidates)
+        return torch.zeros_like(pre, dtype=torch.bool).scatter(-1, indices, chosen)
     return torch.zeros_like(pre, dtype=torch.bool).scatter(-1, indices, True)
 
 
-def batch_top_k_mask(pre: Tensor, k: int, share: Share = ALONE) -> Tensor:
-    """Bool mask of the k * rows largest of all rows together, also of those that other processes have."""
+def batch_top_k_mask(pre: Tensor, k: int, share: Share | Shard = ALONE) -> Tensor:
+    """Bool mask of the k * rows largest of all rows together, also of the rows or latents that other processes have."""
     flat = pre.flatten()
-    n_rows = int(share.summed(torch.tensor(pre.numel() // pre.shape[-1], device=pre.device)))
+    n_rows = share.n_rows(pre.numel() // pre.shape[-1], pre.device)
     n = min(k * n_rows, len(flat))
     indices = flat.topk(n, sorted=False).indices
     if not share.is_all:
@@ -223,14 +229,18 @@ def sparsity_penalty(
     pre, acts = made.pre, made.acts
     if cfg.architecture not in WITH_PENALTY:
         return torch.zeros((), dtype=at_least_float32(acts.values.dtype), device=acts.values.device)
+
+    def summed(values: Tensor) -> Tensor:
+        return whole.shard.added(total(values))
+
     penalised = pre.values.relu() if cfg.architecture == "gated" else acts.values
     if cfg.scale_sparsity_penalty_by_decoder_norm:
         penalised = penalised * acts.at(W_dec.norm(dim=1))
     if threshold is None:
-        return l1_coefficient * total(lp_penalty(penalised, cfg.lp_norm)) / acts.n_rows
+        return l1_coefficient * summed(lp_penalty(penalised, cfg.lp_norm)) / acts.n_rows
     if cfg.jumprelu_sparsity_loss_mode == "tanh":
-        return l1_coefficient * total((cfg.jumprelu_tanh_scale * penalised).tanh()) / acts.n_rows
-    l0 = total(step_above(pre.values, pre.at(threshold), cfg.jumprelu_bandwidth)) / acts.n_rows
+        return l1_coefficient * summed((cfg.jumprelu_tanh_scale * penalised).tanh()) / acts.n_rows
+    l0 = summed(step_above(pre.values, pre.at(threshold), cfg.jumprelu_bandwidth)) / acts.n_rows
     if cfg.target_l0 is None:
         return l1_coefficient * l0
     if not whole.share.is_all:  # the value is that of all rows, the gradient that of the own ones

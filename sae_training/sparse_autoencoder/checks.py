@@ -9,6 +9,8 @@ from torch import Tensor
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.sparse_autoencoder.normalization import BY_ROW
 
+HOOKS_WITH_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")
+
 
 def check_config(cfg: LanguageModelSAERunnerConfig) -> None:
     """ValueError for a config that no autoencoder can be built from."""
@@ -25,6 +27,12 @@ def check_config(cfg: LanguageModelSAERunnerConfig) -> None:
         raise ValueError(
             f"k: found {cfg.k} with {cfg.d_sae} latents, expected a divisor: groupmax has groups of a size."
         )
+
+
+def without_heads(x: Tensor, hook_point: str, d_in: int) -> Tensor:
+    """Activations (..., d_in) of a hook with heads, such as hook_z, from (..., heads, d_head); others as is."""
+    has_heads = hook_point.endswith(HOOKS_WITH_HEADS) and isinstance(x, Tensor) and x.ndim > 1
+    return x.flatten(-2) if has_heads and x.shape[-1] != d_in == x.shape[-1] * x.shape[-2] else x
 
 
 def check_width(x: Tensor, name: str, width: int) -> None:

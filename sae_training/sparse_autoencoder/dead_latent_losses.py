@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sae_training.machine.precision import at_least_float32
 from sae_training.sparse_autoencoder.losses import Reconstruction, Whole, centred_norm, normalised_squared_error, wide
@@ -40,15 +41,15 @@ def remedy_loss(
     if dead is None:
         return torch.zeros((), dtype=target.dtype, device=target.device)
     if made.error_hat is not None:
-        n, few = len(made.error_hat), Whole(whole.target[: n_auxk_rows(whole.n_rows)], whole.share)
+        n, few = len(made.error_hat), Whole(whole.target[: n_auxk_rows(whole.n_rows)], whole.share, whole.shard)
         loss = auxk_loss(few, (target[:n] - sae_out[:n]).detach(), made.error_hat) * (few.weight / whole.weight)
-        return auxk_coefficient * loss * dead.any()
+        return auxk_coefficient * loss * whole.shard.any(dead.any())
     if dead.device.type == "cpu":
         dead_pre, W_dec = sae_in @ W_enc[:, dead] + b_enc[dead], W_dec[dead]
     else:  # picking the dead ones would wait for the device
         all_pre = made.pre.values if made.pre.entries is None else sae_in @ W_enc + b_enc
         dead_pre = all_pre.masked_fill(~dead, -torch.inf)
-    return ghost_grad_loss(whole, sae_out, dead_pre, W_dec) * dead.any()
+    return ghost_grad_loss(whole, sae_out, dead_pre, W_dec) * whole.shard.any(dead.any())
 
 
 def ghost_grad_loss(whole: Whole, sae_out: Tensor, dead_pre: Tensor, W_dec: Tensor) -> Tensor:
@@ -72,8 +73,8 @@ def ghost_grad_loss(whole: Whole, sae_out: Tensor, dead_pre: Tensor, W_dec: Tens
     dead_pre = dead_pre.to(exact)
     # exp() overflows above 88 in float32. A factor common to a row drops out of step 2, so large rows are shifted down;
     # the 1e-6 shrinks with them, which keeps the value exactly that of the unshifted formula.
-    shift = dead_pre.detach().amax(dim=-1, keepdim=True).clamp_min(0)
-    ghost = (dead_pre - shift).exp() @ W_dec.to(exact)
+    shift = whole.shard.greatest(F.pad(dead_pre.detach(), (0, 1)).amax(dim=-1, keepdim=True))  # at least 0
+    ghost = whole.shard.added((dead_pre - shift).exp() @ W_dec.to(exact))
     ghost_norm = ghost.detach().norm(dim=-1, keepdim=True)
     scale = residual.norm(dim=-1, keepdim=True) / (1e-6 * (-shift).exp() + 2 * ghost_norm)
     residual_norm = centred_norm(residual, whole.mean_row(residual))

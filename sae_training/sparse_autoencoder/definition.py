@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from sae_training import formats
 from sae_training.config.io import with_defaults
-from sae_training.config.types import HOOKS_WITH_HEADS
 from sae_training.kernels.sparse_code import Code
 from sae_training.machine.device import checked
 from sae_training.machine.precision import at_least_float32, encoder_dtype
+from sae_training.parallel.shard import WHOLE, Shard
 from sae_training.parallel.share import ALONE, Share
 from sae_training.sparse_autoencoder import architectures
 from sae_training.sparse_autoencoder.architectures import sparsity_penalty
-from sae_training.sparse_autoencoder.checks import check_config, check_weights, check_width, matrices_of
+from sae_training.sparse_autoencoder.checks import check_config, check_weights, check_width, matrices_of, without_heads
 from sae_training.sparse_autoencoder.dead_latent_losses import n_own_auxk_rows, remedy_loss
 from sae_training.sparse_autoencoder.hook_points import HookedRootModule, HookPoint
 from sae_training.sparse_autoencoder.losses import (
@@ -60,20 +60,22 @@ class SparseAutoencoder(HookedRootModule):
     d_out is d_in except for transcoders. jumprelu has log_threshold (d_sae,) too, gated r_mag and b_mag (d_sae,), and a
     skip connection W_skip (d_in, d_out). W_enc lies in memory latent by latent, as W_dec does, so that a latent's
     weights are one stretch of memory. All are float32, or float64 if `cfg.dtype` is. A narrower dtype is the one that
-    training computes in (`training.mixed_precision`); for inference in it, call `to(dtype)`.
+    training computes in (`training.mixed_precision`); for inference in it, call `to(dtype)`. Of a `shard`, there are
+    the weights of its latents; `d_sae` is their number, and all ranks call the same methods.
     """
 
     inference_threshold: Tensor
     """batchtopk: the pre-activation above which a latent is active outside training, a scalar."""
 
-    def __init__(self, cfg: Any, weights: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, cfg: Any, weights: Mapping[str, Tensor] | None = None, shard: Shard = WHOLE) -> None:
         """Start with the random weights of `cfg.seed`, or take over `weights` by name, as `weights()` gives them."""
         super().__init__()
         self.cfg = cfg
         self.full_cfg = known = with_defaults(cfg)
         check_config(known)
         self.d_in: int = cfg.d_in
-        self.d_sae: int = cfg.d_sae
+        self.shard = shard.over(cfg.d_sae)
+        self.d_sae: int = self.shard.size
         self.is_transcoder = known.target_hook_point is not None
         self.d_out = (known.d_out if self.is_transcoder else None) or self.d_in
         self.architecture = known.architecture
@@ -81,15 +83,15 @@ class SparseAutoencoder(HookedRootModule):
         self.k = known.k
         self.auxk_coefficient = known.resolved_auxk_coefficient
         self.auxk_k = known.resolved_auxk_k
-        self.matryoshka_widths = architectures.matryoshka_widths(known, self.d_sae)
+        self.matryoshka_widths = tuple(map(self.shard.below, architectures.matryoshka_widths(known, cfg.d_sae)))
         self.choice = known.matryoshka_selection if known.architecture == "matryoshka" else known.architecture
         """How the active latents are chosen: by the architecture, or in one of matryoshka's two ways."""
         device = checked(known.device)
         self.encoder_dtype = encoder_dtype(known.encoder_matmul_dtype, known.dtype, device)
 
         sizes = (self.d_in, self.d_sae, self.d_out)
-        start = (known.architecture, self.is_transcoder, known.seed)
-        W_enc, W_dec = initial_weights(*sizes, *start) if weights is None else matrices_of(weights, *sizes)
+        start = (self.d_in, self.shard, self.d_out, known.architecture, self.is_transcoder, known.seed)
+        W_enc, W_dec = initial_weights(*start) if weights is None else matrices_of(weights, *sizes)
         placed = {"dtype": at_least_float32(known.dtype), "device": device}
         self.W_enc = nn.Parameter(W_enc.T.contiguous().to(**placed).T)
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, **placed))
@@ -117,7 +119,6 @@ class SparseAutoencoder(HookedRootModule):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
         return self.b_dec.dtype
 
     @property
@@ -140,12 +141,11 @@ class SparseAutoencoder(HookedRootModule):
         """
         check_width(feature_acts, "d_sae", self.d_sae)
         flat = None if x is None else self.flat(x)
-        return self.shaped(self.restore(self.hook_sae_out(feature_acts @ self.W_dec + self.baseline(flat)), flat), x)
+        out = self.hook_sae_out(self.shard.added(feature_acts @ self.W_dec) + self.baseline(flat))
+        return self.shaped(self.restore(out, flat), x)
 
     def flat(self, x: Tensor) -> Tensor:
-        """Activations (..., d_in) of a hook with heads, such as hook_z, from (..., heads, d_head); others as is."""
-        has_heads = self.full_cfg.hook_point.endswith(HOOKS_WITH_HEADS) and isinstance(x, Tensor) and x.ndim > 1
-        return x.flatten(-2) if has_heads and x.shape[-1] != self.d_in == x.shape[-1] * x.shape[-2] else x
+        return without_heads(x, self.full_cfg.hook_point, self.d_in)
 
     def shaped(self, out: Tensor, x: Tensor | None) -> Tensor:
         """Reconstructions (..., d_out) with the axis of heads that the activations `x` had, if they had one."""
@@ -187,7 +187,8 @@ class SparseAutoencoder(HookedRootModule):
     @property
     def input_bias(self) -> Tensor | None:
         """What is subtracted from the input, b_dec (d_in,); None for a transcoder, and where the config says so."""
-        return None if self.is_transcoder or not self.full_cfg.apply_b_dec_to_input else self.b_dec
+        subtracts = not self.is_transcoder and self.full_cfg.apply_b_dec_to_input
+        return self.shard.lent(self.b_dec) if subtracts else None
 
     def code(self, sae_in: Tensor, k: int, share: Share = ALONE) -> tuple[Tensor, Tensor]:
         """Pre-activations and latent activations, both (..., d_sae), of the encoder's input (..., d_in)."""
@@ -201,14 +202,14 @@ class SparseAutoencoder(HookedRootModule):
 
     def activate(self, pre: Tensor, k: int, share: Share = ALONE) -> Tensor:
         """Latent activations of all pre-activations (..., d_sae), which may be a process's `share` of a batch."""
-        acts = self.activation(Code(pre))
+        acts, shard = self.activation(Code(pre)), self.shard
         match self.choice:
             case "topk" | "abstopk" | "normtopk" | "lineartopk":
-                acts = acts * architectures.top_k_mask(architectures.scores(self.choice, pre, self.W_dec), k)
+                acts = acts * architectures.top_k_mask(architectures.scores(self.choice, pre, self.W_dec), k, shard)
             case "groupmax":
                 acts = acts * architectures.group_max_mask(acts, k)
             case "batchtopk" if self.training:
-                acts = acts * architectures.batch_top_k_mask(acts, k, share)
+                acts = acts * architectures.batch_top_k_mask(acts, k, share if shard.is_all else shard)
             case "batchtopk":
                 acts = acts * (pre > self.inference_threshold)
         return self.hook_hidden_post(acts)
@@ -267,31 +268,29 @@ class SparseAutoencoder(HookedRootModule):
 
         `dead` (d_sae,) bool marks the latents to revive. `training.objective` is a faster way to the same numbers.
         """
-        sae_in, dead, whole = self.sae_input(x), self.to_revive(dead), Whole(target)
+        sae_in, dead, whole = self.sae_input(x), self.to_revive(dead), Whole(target, shard=self.shard)
         return self.add_up(self.dense_parts(sae_in, coefficients.k, dead, whole), whole, coefficients.l1_coefficient)
 
     def dense_parts(self, sae_in: Tensor, k: int, dead: Tensor | None, whole: Whole) -> Reconstruction:
         """All that the losses need of the own rows `sae_in` (rows, d_in), from their pre-activations (rows, d_sae)."""
-        pre, acts = self.code(sae_in, k, whole.share)
+        (pre, acts), shard = self.code(sae_in, k, whole.share), self.shard
         multi_out = gate_out = error_hat = None
         if self.full_cfg.multi_topk:
-            chosen = architectures.top_k_mask(pre, MULTI_TOPK_FACTOR * k)
-            multi_out = (pre.relu() * chosen) @ self.W_dec + self.baseline(sae_in)
+            chosen = architectures.top_k_mask(pre, MULTI_TOPK_FACTOR * k, shard)
+            multi_out = shard.added((pre.relu() * chosen) @ self.W_dec) + self.baseline(sae_in)
         if self.architecture == "gated":
-            gate_out = pre.relu() @ self.W_dec.detach() + self.baseline(sae_in).detach()
+            gate_out = shard.added(pre.relu() @ self.W_dec.detach()) + self.baseline(sae_in).detach()
         if dead is not None and self.auxk_coefficient > 0:
             few = pre[: n_own_auxk_rows(whole)].masked_fill(~dead, -torch.inf)
-            error_hat = (few.relu() * architectures.top_k_mask(few, self.auxk_k)) @ self.W_dec
+            error_hat = shard.added((few.relu() * architectures.top_k_mask(few, self.auxk_k, shard)) @ self.W_dec)
         outs = self.dense_outputs(acts, sae_in)
         return Reconstruction(sae_in, Code(pre), Code(acts), outs, dead, multi_out, gate_out, error_hat)
 
     def dense_outputs(self, acts: Tensor, sae_in: Tensor) -> Tensor:
         """The reconstruction (1, rows, d_out), or matryoshka's (prefixes, rows, d_out) from ever more latents."""
-        if not self.matryoshka_widths:
-            return self.hook_sae_out(acts @ self.W_dec + self.baseline(sae_in)).unsqueeze(0)
-        edges = (0, *self.matryoshka_widths)
+        edges = (0, *(self.matryoshka_widths or (self.d_sae,)))
         blocks = [acts[:, i:j] @ self.W_dec[i:j] for i, j in zip(edges, edges[1:], strict=False)]
-        outs = architectures.prefix_sums(torch.stack(blocks), self.baseline(sae_in))
+        outs = architectures.prefix_sums(self.shard.added(torch.stack(blocks)), self.baseline(sae_in))
         return torch.cat([outs[:-1], self.hook_sae_out(outs[-1]).unsqueeze(0)])
 
     def add_up(self, made: Reconstruction, whole: Whole, l1_coefficient: float, norm: Tensor | None = None) -> Losses:
@@ -305,7 +304,7 @@ class SparseAutoencoder(HookedRootModule):
     def to_revive(self, dead: Tensor | None) -> Tensor | None:
         """`dead` (d_sae,) if a remedy has work with it, else None. Off the CPU it always has, as asking would wait."""
         has_remedy = self.training and (self.full_cfg.use_ghost_grads or self.auxk_coefficient > 0)
-        if dead is None or not has_remedy or (dead.device.type == "cpu" and not dead.any()):
+        if dead is None or not has_remedy or (dead.device.type == "cpu" and not self.shard.any(dead.any())):
             return None
         return dead
 
@@ -353,7 +352,7 @@ class SparseAutoencoder(HookedRootModule):
 
     def get_name(self) -> str:
         """sparse_autoencoder_{model}_{hook}_{d_sae}; see `name.name_of`."""
-        return name_of(with_defaults(self.cfg), self.d_sae)
+        return name_of(with_defaults(self.cfg), self.cfg.d_sae)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """All that is saved, by name: the parameters and, for batchtopk, the threshold of inference."""
@@ -361,7 +360,7 @@ class SparseAutoencoder(HookedRootModule):
 
     def save_model(self, path: str | Path) -> None:
         """Save to a folder (cfg.json + sae.safetensors), or to one file if `path` ends in .safetensors."""
-        formats.native.write(Path(path), dict(self.weights()), self.cfg)
+        formats.native.write(Path(path), dict(self.weights()), self.cfg, self.shard)
 
     @classmethod
     def load_from_pretrained(

@@ -16,6 +16,7 @@ from torch.autograd import Function
 
 from sae_training.kernels.sparse_code import Code, CodeFigures
 from sae_training.machine.precision import at_least_float32
+from sae_training.parallel.shard import WHOLE, Shard
 from sae_training.parallel.share import ALONE, Share
 
 MULTI_TOPK_FACTOR, MULTI_TOPK_WEIGHT = 4, 1 / 8
@@ -31,11 +32,17 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Whole:
-    """The rows that the losses are over, and which of them are computed here: all of them in one process."""
+    """The rows that the losses are over, and which of them, and of the latents, are here: in one process all."""
 
     target: Tensor
     """What the reconstructions of all rows should be, (n_rows, d_out)."""
     share: Share = ALONE
+    shard: Shard = WHOLE
+
+    @property
+    def peers(self) -> Share | Shard:
+        """The processes among whose values the largest of a batch are chosen."""
+        return self.share if self.shard.is_all else self.shard
 
     @property
     def n_rows(self) -> int:

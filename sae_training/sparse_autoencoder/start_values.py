@@ -5,24 +5,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sae_training.parallel.shard import Shard
+
+DRAWN_AT_ONCE = 2**24  # random numbers, 64 MB, of which a shard keeps its part
+
 
 def initial_weights(
-    d_in: int, d_sae: int, d_out: int, architecture: str, is_transcoder: bool, seed: int
+    d_in: int, shard: Shard, d_out: int, architecture: str, is_transcoder: bool, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Kaiming-uniform W_enc (d_in, d_sae) and W_dec (d_sae, d_out), decoder rows of unit norm, in float32 on the CPU.
 
     The encoder starts as the decoder's transpose (Gao et al. 2024), which leaves far fewer latents dead. For standard
-    the two are independent, as in mats. For a transcoder they are too, with encoder columns of unit norm.
+    the two are independent, as in mats. For a transcoder they are too, with encoder columns of unit norm. A shard has
+    the weights that its latents have in the whole.
     """
     generator = torch.Generator().manual_seed(seed)
-    W_enc = nn.init.kaiming_uniform_(torch.empty(d_in, d_sae), generator=generator)
-    W_dec = nn.init.kaiming_uniform_(torch.empty(d_sae, d_out), generator=generator)
+    everything = slice(None)
+    own = everything if shard.is_all else shard.own
+    W_enc = part_of_uniform(d_in, shard.d_sae, everything, own, generator)
+    W_dec = part_of_uniform(shard.d_sae, d_out, own, everything, generator)
     W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
     if is_transcoder:
         W_enc = W_enc / W_enc.norm(dim=0)
     elif architecture != "standard":
         W_enc = W_dec.T.clone()
     return W_enc, W_dec
+
+
+def part_of_uniform(n: int, d: int, rows: slice, columns: slice, generator: torch.Generator) -> Tensor:
+    """Some rows and columns of a Kaiming-uniform matrix (n, d), of which only some rows are held at a time.
+
+    It is drawn row after row, and its range follows from d alone, so that all of it is drawn alike in pieces.
+    """
+    if columns == rows == slice(None) or n * d <= DRAWN_AT_ONCE:
+        return nn.init.kaiming_uniform_(torch.empty(n, d), generator=generator)[rows, columns]
+    first, end, _ = rows.indices(n)
+    at_once, kept = max(1, DRAWN_AT_ONCE // d), []
+    for start in range(0, n, at_once):
+        piece = nn.init.kaiming_uniform_(torch.empty(min(at_once, n - start), d), generator=generator)
+        kept.append(piece[max(first - start, 0) : max(end - start, 0), columns].clone())
+    return torch.cat(kept)
 
 
 def centred_encoder(W_enc: Tensor, x: Tensor, centred_target: Tensor, method: str) -> tuple[Tensor, Tensor]:

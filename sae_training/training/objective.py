@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_training.kernels import triton_products
-from sae_training.kernels.selection import Encoder, above_threshold, top_k_of_batch, top_k_of_rows
+from sae_training.kernels.selection import Encoder, above_threshold, entries_where, top_k_of_batch, top_k_of_rows
 from sae_training.kernels.sparse_code import (
     Code,
     Entries,
@@ -23,6 +23,7 @@ from sae_training.kernels.sparse_code import (
     offsets_of,
     pre_activations_at,
 )
+from sae_training.parallel.shard import WHOLE, Shard
 from sae_training.sparse_autoencoder import SparseAutoencoder, architectures
 from sae_training.sparse_autoencoder.dead_latent_losses import n_own_auxk_rows
 from sae_training.sparse_autoencoder.losses import MULTI_TOPK_FACTOR, Coefficients, Losses, Reconstruction, Whole
@@ -45,7 +46,7 @@ def objective(
     losses and gradients, by its `weight`, is that of the whole. `norm`: see `losses.reconstruction_loss`.
     """
     sae_in, dead = sae.sae_input(x), sae.to_revive(dead)
-    whole = target if isinstance(target, Whole) else Whole(target)
+    whole = target if isinstance(target, Whole) else Whole(target, shard=sae.shard)
     entries = choose(sae, sae_in.detach(), coefficients.k, whole)
 
     def losses(sae: SparseAutoencoder) -> Losses:
@@ -61,22 +62,22 @@ def objective(
 
 def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int, whole: Whole) -> Entries | None:
     """The active latents of the own rows `sae_in` (rows, d_in), or None where the dense way is needed."""
-    n = min(MULTI_TOPK_FACTOR * k if sae.full_cfg.multi_topk else k, sae.d_sae)
+    n, shard = min(MULTI_TOPK_FACTOR * k if sae.full_cfg.multi_topk else k, sae.shard.d_sae), whole.shard
     if not has_sparse_way(sae, n):
         return None
     encoder = encoder_of(sae, sae_in, sae.W_enc.detach(), sae.b_enc.detach())
     match sae.choice:
         case "topk":
-            return top_k_of_rows(encoder, n)
+            return top_k_of_rows(encoder, n, shard)
         case "batchtopk":
-            return top_k_of_batch(encoder, k, whole.share)
+            return top_k_of_batch(encoder, k, whole.peers)
         case "jumprelu":  # entries just below the threshold have no activation, but give the threshold a gradient
             limit = (sae.threshold - sae.full_cfg.jumprelu_bandwidth / 2).detach()
             # The margin keeps a rounded product from missing entries; entries too many do no harm.
             margin = 2 * torch.finfo(sae.encoder_dtype).eps * (limit.abs() + sae.b_enc.detach().abs())
-            return above_threshold(encoder, limit - margin)
+            return above_threshold(encoder, limit - margin, shard)
         case "standard" | "gated":
-            return above_threshold(encoder, 0.0)
+            return above_threshold(encoder, 0.0, shard)
         case _:
             return None
 
@@ -129,7 +130,7 @@ def sparse_parts(
 
     multi = None
     if sae.full_cfg.multi_topk:
-        multi, pre = pre, top_k_of_entries(pre, k)
+        multi, pre = pre, top_k_of_entries(pre, k, whole.shard)
     acts = pre.with_values(sae.activation(pre))
     to_decode = [by_prefix(acts, sae.matryoshka_widths)]
     if multi is not None:
@@ -137,7 +138,7 @@ def sparse_parts(
     if aux is not None and dead is not None:
         # The factor removes live latents, which `dead_entries_of_all` may have chosen.
         to_decode.append(Code(aux_pre.relu() * dead[aux.latents], aux))
-    outs = decode_together(to_decode, sae.W_dec)
+    outs = decode_together(to_decode, sae.W_dec, whole.shard)
 
     baseline = sae.baseline(sae_in)
     sae_outs = architectures.prefix_sums(outs.pop(0).view(-1, len(sae_in), sae.W_dec.shape[1]), baseline)
@@ -145,7 +146,7 @@ def sparse_parts(
     error_hat = outs.pop(0) if aux is not None else None
     gate_out = None
     if sae.architecture == "gated":
-        gate_out = pre.with_values(pre.values.relu()).decode(sae.W_dec.detach()) + baseline.detach()
+        gate_out = whole.shard.added(pre.with_values(pre.values.relu()).decode(sae.W_dec.detach())) + baseline.detach()
     return Reconstruction(sae_in, pre, acts, sae_outs, dead, multi_out, gate_out, error_hat)
 
 
@@ -153,7 +154,7 @@ def dead_entries(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) -> Entrie
     """The k_aux dead latents with the largest pre-activations on each of some rows."""
     numbers = dead.nonzero().flatten()
     encoder = encoder_of(sae, sae_in, sae.W_enc.detach()[:, numbers], sae.b_enc.detach()[numbers])
-    among_dead = top_k_of_rows(encoder, sae.auxk_k)
+    among_dead = top_k_of_rows(encoder, sae.auxk_k, sae.shard)
     return Entries(numbers[among_dead.latents], among_dead.offsets, sae.d_sae)
 
 
@@ -164,16 +165,35 @@ def dead_entries_of_all(sae: SparseAutoencoder, sae_in: Tensor, dead: Tensor) ->
     """
     bias = sae.b_enc.detach().masked_fill(~dead, -torch.inf)
     encoder = encoder_of(sae, sae_in, sae.W_enc.detach(), bias)
-    return top_k_of_rows(encoder, sae.auxk_k)
+    return top_k_of_rows(encoder, sae.auxk_k, sae.shard)
 
 
-def top_k_of_entries(code: Code, k: int) -> Code:
-    """The k largest entries of each row of a code with the same number of entries on every row."""
+def top_k_of_entries(code: Code, k: int, shard: Shard = WHOLE) -> Code:
+    """The k largest entries of each row of a code with the same number of entries on every row, on all ranks together.
+
+    Of a `shard`, those that are among them.
+    """
     entries = code.at_entries
+    if not shard.is_all:
+        return among_top_k(code, k, shard)
     per_row = code.values.view(entries.n_rows, -1)
     values, places = per_row.topk(k, dim=1, sorted=False)
     latents = entries.latents.view_as(per_row).gather(1, places)
     return Code(values.flatten(), fixed_size_entries(latents, entries.d_sae))
+
+
+def among_top_k(code: Code, k: int, shard: Shard) -> Code:
+    """Of a shard's code, the entries that are among the k largest of their row on all ranks."""
+    entries, n = code.at_entries, len(code.values)
+    counts = entries.offsets.diff()
+    place_in_row = torch.arange(n, device=counts.device) - entries.offsets[entries.rows]
+    is_entry = torch.arange(int(counts.max()), device=counts.device) < counts.unsqueeze(1)
+    values = torch.full(is_entry.shape, -torch.inf, dtype=code.values.dtype, device=counts.device)
+    values[entries.rows, place_in_row] = code.values.detach()
+    latents = torch.zeros_like(values, dtype=torch.int64)
+    latents[entries.rows, place_in_row] = entries.latents
+    chosen = shard.among_largest(values, k) & is_entry
+    return Code(code.values[chosen[is_entry]], entries_where(chosen, latents, entries.d_sae))
 
 
 def by_prefix(code: Code, widths: tuple[int, ...]) -> Code:
@@ -190,7 +210,7 @@ def by_prefix(code: Code, widths: tuple[int, ...]) -> Code:
     return Code(code.values.index_select(0, order), Entries(entries.latents[order], offsets, entries.d_sae))
 
 
-def decode_together(codes: list[Code], W_dec: Tensor) -> list[Tensor]:
-    """The reconstructions (rows, d_out) of several codes, without baseline, from one product."""
+def decode_together(codes: list[Code], W_dec: Tensor, shard: Shard) -> list[Tensor]:
+    """The reconstructions (rows, d_out) of several codes, without baseline, from one product and all ranks' latents."""
     together = Code(torch.cat([code.values for code in codes]), concatenate([code.at_entries for code in codes]))
-    return list(together.decode(W_dec).split([code.n_rows for code in codes]))
+    return list(shard.added(together.decode(W_dec)).split([code.n_rows for code in codes]))

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sae_training.config.types import FIXED_K
 from sae_training.machine.precision import in_float64
+from sae_training.parallel.shard import BY_LATENT
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
-NOT_BY_LATENT = ("b_dec", "W_skip")  # the parameters that do not belong to latents
 ENCODER_NORM_SHARE = 0.2  # of the live latents' mean encoder norm
 ROWS_AT_A_TIME = 512  # because their errors are found the dense way
 
@@ -29,6 +29,8 @@ def resample(
 ) -> Tensor:
     """Give each dead latent (`dead`, (d_sae,) bool) a new direction from rows `x` (n, d_in); return their numbers.
 
+    Of a shard of latents, `dead` says which of them are dead, and the numbers are those among all latents.
+
     For each latent a row is drawn without replacement, with a probability proportional to its squared error ("l2") or
     to the square of that ("anthropic"). Then, where u is the unit vector along row - b_dec:
 
@@ -42,7 +44,8 @@ def resample(
     `by_latent` holds the optimizer's moments (d_sae, ...), which become 0 for these latents, and averaged weights by
     name, which take the new values. If fewer rows have an error than latents are dead, only the first latents get one.
     """
-    numbers = dead.nonzero().flatten()
+    shard = sae.shard
+    numbers = shard.gathered(dead).nonzero().flatten()
     if len(numbers) == 0:
         return numbers
     x, target = sae.normalize(x), sae.normalize(target)  # `reconstruct` repeats it, which changes roundings only
@@ -57,23 +60,25 @@ def resample(
     directions, directions_out = unit_rows(x[drawn] - centre), unit_rows(target[drawn] - sae.baseline(x[drawn]))
 
     share = 1.0 if sae.architecture in FIXED_K else ENCODER_NORM_SHARE
-    live = sae.W_enc[:, ~dead].norm(dim=0)
+    live = shard.gathered(sae.W_enc[:, ~dead].norm(dim=0))
     norm = live.mean() if len(live) else torch.ones((), dtype=sae.dtype, device=x.device)
-    sae.W_dec[numbers] = directions_out
-    sae.W_enc[:, numbers] = (directions * share * norm).T
-    sae.b_enc[numbers] = -(centre @ sae.W_enc[:, numbers]) if sae.is_transcoder else 0
-    if sae.architecture == "jumprelu" and len(live):
-        sae.log_threshold[numbers] = sae.log_threshold[~dead].median()
+    thresholds = shard.gathered(sae.log_threshold[~dead]) if sae.architecture == "jumprelu" else None
+    is_own, own = shard.holds(numbers), shard.own_numbers(numbers)
+    sae.W_dec[own] = directions_out[is_own]
+    sae.W_enc[:, own] = (directions[is_own] * share * norm).T
+    sae.b_enc[own] = -(centre @ sae.W_enc[:, own]) if sae.is_transcoder else 0
+    if thresholds is not None and len(live):
+        sae.log_threshold[own] = thresholds.median()
     if sae.architecture == "gated":
-        sae.r_mag[numbers] = 0
-        sae.b_mag[numbers] = sae.b_enc[numbers]
+        sae.r_mag[own] = 0
+        sae.b_mag[own] = sae.b_enc[own]
 
     moments, averages = by_latent
     for moment in moments:
-        moment[numbers] = 0
+        moment[own] = 0
     for name, average in averages.items():
-        place = (slice(None), numbers) if name == "W_enc" else numbers
-        if name not in NOT_BY_LATENT:
+        place = (slice(None), own) if name == "W_enc" else own
+        if name in BY_LATENT:
             average[place] = getattr(sae, name)[place]
     return numbers
 

@@ -53,18 +53,19 @@ def start_thresholds(sae: SparseAutoencoder, x: Tensor, target: Tensor | None = 
     if sae.architecture != "jumprelu":
         return None
     x, target = sae.normalize(x), sae.normalize(x if target is None else target)
-    pre = sae.pre_activations(sae.sae_input(x[: max(1, MAX_ELEMENTS // sae.d_sae)])).flatten()
+    d_sae = sae.shard.d_sae
+    pre = sae.shard.gathered(sae.pre_activations(sae.sae_input(x[: max(1, MAX_ELEMENTS // d_sae)])).flatten())
     if starts_from_data(cfg):
         l0 = cfg.target_l0 if cfg.jumprelu_init_l0 == "auto" else cfg.jumprelu_init_l0
         if l0 is not None:
-            first = threshold_of_l0(pre, sae.d_sae, float(l0))
+            first = threshold_of_l0(pre, d_sae, float(l0))
         else:
-            lowest, highest = (threshold_of_l0(pre, sae.d_sae, n) for n in (MAX_SHARE_ACTIVE * sae.d_sae, 1.0))
+            lowest, highest = (threshold_of_l0(pre, d_sae, n) for n in (MAX_SHARE_ACTIVE * d_sae, 1.0))
             first = break_even(target, cfg.l1_coefficient).to(pre.dtype).clamp(lowest, highest)
         sae.log_threshold.fill_(first.clamp_min(torch.finfo(pre.dtype).tiny).log())
     if cfg.target_l0 is None:
         return costs_more_than_it_saves(sae, x, target, cfg)
-    return too_far(sae.log_threshold[0].item(), threshold_of_l0(pre, sae.d_sae, cfg.target_l0).item(), cfg)
+    return too_far(sae.log_threshold[0].item(), threshold_of_l0(pre, d_sae, cfg.target_l0).item(), cfg)
 
 
 def threshold_of_l0(pre: Tensor, d_sae: int, l0: float) -> Tensor:

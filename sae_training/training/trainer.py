@@ -13,6 +13,7 @@ from sae_training.config.rules import check_for_training
 from sae_training.config.types import WITH_PENALTY
 from sae_training.kernels.sparse_code import Code, CodeFigures
 from sae_training.machine.allocator import keep_freed_memory
+from sae_training.parallel.shard import BY_LATENT
 from sae_training.parallel.share import ALONE, Share
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.losses import Coefficients, Losses, Whole, centred_norm, wide
@@ -21,7 +22,7 @@ from sae_training.training.gradient_exchange import GradientExchange
 from sae_training.training.mixed_precision import check_dtype
 from sae_training.training.objective import objective
 from sae_training.training.optim import check_installed, make_optimizer, moments, step_unless
-from sae_training.training.resampling import NOT_BY_LATENT, resample
+from sae_training.training.resampling import resample
 from sae_training.training.schedules import annealed_k, lr_at, warm_up_factor
 from sae_training.training.thresholds import THRESHOLDS, TargetL0, groups_of, threshold_lr
 
@@ -45,8 +46,8 @@ class NonFiniteLoss(ArithmeticError):
 class SAETrainer:
     """Trains `sae` on batches. Moments, counters and averages are its state; all else is a function of the step.
 
-    `share`: the rows of each batch that this process computes. Every process gets the whole batch, and makes the same
-    step as one that computes all of it, up to the order of sums.
+    `share`: the rows of each batch that this process computes; `sae.shard`: the latents that it holds. Every process
+    gets the whole batch, and makes the same step as one that computes all of it, up to the order of sums.
     """
 
     def __init__(self, sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig, share: Share = ALONE) -> None:
@@ -70,6 +71,7 @@ class SAETrainer:
             cfg.dead_feature_window,
             cfg.dead_feature_window_tokens,
             sae.device,
+            sae.shard,
         )
         self.target_l0 = TargetL0(cfg, sae.device)
         self.average = {} if cfg.ema_decay is None else {name: p.detach().clone() for name, p in sae.named_parameters()}
@@ -93,9 +95,9 @@ class SAETrainer:
         if self.sae.has_unit_norm_decoder:
             self.sae.remove_gradient_parallel_to_decoder_directions()
         if self.cfg.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.cfg.clip_grad_norm)
+            clip_gradients(self.sae, self.cfg.clip_grad_norm)
 
-        not_finite = ~torch.isfinite(out.loss.detach() + self.gradient_sum())
+        not_finite = ~torch.isfinite(out.loss.detach() + self.sae.shard.summed(self.gradient_sum()))
         self.update(lr, not_finite)
         if self.sae.has_unit_norm_decoder:
             self.sae.set_decoder_norm_to_unit_norm(unless=not_finite)
@@ -112,14 +114,14 @@ class SAETrainer:
         Parts give the gradient of the whole batch, because they use its row norms, with two exceptions: batchtopk
         chooses k latents a row within each part, and remedies for dead latents see each part alone.
         """
-        dead, size, own = self.tracker.dead(), min(part_size(self.cfg), len(x)), self.share.of
-        if size == len(x) and self.share.is_all:
+        dead, size, own, shard = self.tracker.dead(), min(part_size(self.cfg), len(x)), self.share.of, self.sae.shard
+        if size == len(x) and self.share.is_all and shard.is_all:
             out = objective(self.sae, x, target, coefficients, dead)
             out.loss.backward()
             return out.detach()
         outs, scalars, code, n_done = [], [], CodeFigures(), 0
         for rows, wanted, norm in zip(*(t.split(size) for t in (x, target, centred_norm(wide(target)))), strict=True):
-            whole = Whole(wanted, self.share)
+            whole = Whole(wanted, self.share, shard)
             part = objective(self.sae, own(rows), whole, coefficients, dead, norm=own(norm))
             weight = self.share.count(len(rows)) / len(x)
             n_done += len(rows)
@@ -130,7 +132,7 @@ class SAETrainer:
             scalars.append(torch.stack(part.scalars()) * weight)
             code.add(cast("Code", part.code))
         scalars = self.share.summed(torch.stack(scalars).sum(dim=0))
-        return Losses(torch.cat(outs), code.of_all(self.share), *scalars)
+        return Losses(torch.cat(outs), code.of_all(self.share).of_all_latents(shard), *scalars)
 
     def own(self, rows: Tensor) -> Tensor:
         """The rows that this process computes, in the order in which `backward` does."""
@@ -147,12 +149,12 @@ class SAETrainer:
         assert method is not None
         generator = torch.Generator().manual_seed(self.cfg.seed + step)
         numbers = resample(self.sae, self.by_latent(), self.tracker.dead(), x, target, method, generator)
-        self.tracker.restart(numbers)
+        self.tracker.restart(self.sae.shard.own_numbers(numbers))
         return len(numbers)
 
     def by_latent(self) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Values that belong to latents beside their weights: moments (d_sae, ...), and averaged weights by name."""
-        masters = {name: master for name, master in self.masters.items() if name not in NOT_BY_LATENT}
+        masters = {name: master for name, master in self.masters.items() if name in BY_LATENT}
         found = [value for master in masters.values() for value in moments(self.optimizer, master).values()]
         return [moment for moment in found if moment.ndim], self.average
 
@@ -205,7 +207,7 @@ class SAETrainer:
     def check_weights(self) -> None:
         """Raise NonFiniteLoss if a weight is not finite, because an update can overflow before a loss shows it."""
         for name, weight in self.sae.weights():
-            if not weight.isfinite().all():
+            if self.sae.shard.any(~weight.isfinite().all()):
                 raise NonFiniteLoss(f"{name} holds values that are not finite (NaN or infinite)")
 
     def lr(self, step: int) -> float:
@@ -217,7 +219,7 @@ class SAETrainer:
         return self.cfg.l1_coefficient * warm_up_factor(step, self.cfg.l1_warm_up_steps)
 
     def k(self, step: int) -> int:
-        return annealed_k(step, self.cfg.k, self.sae.d_sae, self.cfg.k_anneal_steps)
+        return annealed_k(step, self.cfg.k, self.sae.shard.d_sae, self.cfg.k_anneal_steps)
 
     # ------------------------------------------------------------------------------------------------------ state
 
@@ -245,6 +247,18 @@ class SAETrainer:
         self.target_l0.load_state_dict(state.get("target_l0", {}))
         for name, average in self.average.items():
             average.copy_(state["average"][name])
+
+
+def clip_gradients(sae: SparseAutoencoder, largest: float) -> None:
+    """Scale all gradients so that their norm together, over all latents, is at most `largest`."""
+    if sae.shard.is_all:
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), largest)
+        return
+    squares = {name: p.grad.pow(2).sum() for name, p in sae.named_parameters() if p.grad is not None}
+    by_latent = torch.stack([square for name, square in squares.items() if name in BY_LATENT]).sum()
+    others = [square for name, square in squares.items() if name not in BY_LATENT]
+    norm = torch.stack([sae.shard.summed(by_latent), *others]).sum().sqrt()
+    torch.nn.utils.clip_grads_with_norm_(sae.parameters(), largest, norm)
 
 
 def part_size(cfg: LanguageModelSAERunnerConfig) -> int:

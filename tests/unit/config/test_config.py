@@ -18,7 +18,7 @@ from sae_training.config import CacheActivationsRunnerConfig
 from sae_training.config import LanguageModelSAERunnerConfig as Config
 from sae_training.config.checks import field_types, list_types
 from sae_training.config.io import FIELD_NAMES, config_from_dict, config_to_dict
-from sae_training.config.rules import BUILT, OF_LISTS, OF_SINGLE, parameters, problems
+from sae_training.config.rules import OF_LISTS, OF_SINGLE, parameters, problems
 from sae_training.config.types import LABELS
 
 MATS_DEFAULTS: dict[str, Any] = {
@@ -446,18 +446,6 @@ def test_separator_is_refused_where_no_documents_are_joined(separator: Any) -> N
     assert line.startswith(f"sequence_separator_token: found {separator!r} with pack_sequences False, expected auto")
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "available"),
-    [
-        ("parallel", "latents", "data, layers; choose one"),
-    ],
-)
-def test_option_that_is_not_built_is_refused(name: str, value: Any, available: str) -> None:
-    assert only_problem(**{name: value}) == (
-        f"{name}: {value!r} is not trained by this version; available: {available}"
-    )
-
-
 def test_list_is_no_value_of_a_field_that_takes_one() -> None:
     assert only_problem(context_size=[64, 128]) == (
         "context_size: found [64, 128] (list), expected a whole number; give one value "
@@ -510,7 +498,7 @@ def test_finished_config_has_no_problems() -> None:
 
 
 def test_rules_ask_only_for_fields_and_all_are_asked_of_a_run() -> None:
-    named = {*BUILT, *(name for rule in (*OF_SINGLE, *OF_LISTS) for name in parameters(rule))}
+    named = {name for rule in (*OF_SINGLE, *OF_LISTS) for name in parameters(rule)}
     assert named <= {*FIELD_NAMES, "d_sae"}
 
 

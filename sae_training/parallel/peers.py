@@ -1,0 +1,68 @@
+"""What processes that do one piece of work together tell each other. One alone is told nothing, and waits for none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Peers:
+    """`n` processes, of which this is the `rank`-th. All of them must call the same methods in the same order."""
+
+    rank: int = 0
+    n: int = 1
+
+    @property
+    def is_all(self) -> bool:
+        """Whether this process has no others beside it."""
+        return self.n == 1
+
+    def summed(self, value: Tensor) -> Tensor:
+        """Return the sum over the ranks, with the same bits on each, without gradient."""
+        return self.reduced(value, dist.ReduceOp.SUM)
+
+    def least(self, value: Tensor) -> Tensor:
+        """Return the smallest of the ranks' values, element by element."""
+        return self.reduced(value, dist.ReduceOp.MIN)
+
+    def reduced(self, value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.is_all:
+            return value
+        is_narrow = value.dtype in (torch.bfloat16, torch.float16)  # which gloo cannot add, or no network exactly
+        out = value.detach().to(torch.float32 if is_narrow else value.dtype, copy=True).contiguous()
+        dist.all_reduce(out, operation)
+        return out.to(value.dtype)
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Return the rows (n, ...) of all ranks, one rank's after the other's, which may have different numbers."""
+        return rows if self.is_all else torch.cat(self.of_each(rows))
+
+    def of_each(self, rows: Tensor) -> list[Tensor]:
+        """Return the rows (n, ...) of each rank, which may have different numbers."""
+        n_rows = torch.tensor([len(rows)], device=rows.device)
+        sizes = [torch.empty_like(n_rows) for _ in range(self.n)]
+        dist.all_gather(sizes, n_rows)
+        counts = torch.cat(sizes).tolist()
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])  # because gloo's messages have one size
+        padded[: len(rows)] = rows
+        found = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(found, padded)
+        return [of_rank[:count] for of_rank, count in zip(found, counts, strict=True)]
+
+    def largest(self, values: Tensor, keys: Tensor, wanted: int) -> Tensor:
+        """Return the places of those `values` (n,) that are among the `wanted` largest of all ranks, ascending.
+
+        Of equal values those with the lowest `keys` (n,) count, which are different for all values of all ranks.
+        """
+        everyones = self.gathered(values)
+        if len(everyones) <= wanted:
+            return torch.arange(len(values), device=values.device)
+        limit = everyones.topk(wanted, sorted=False).values.amin()
+        above, equal = values > limit, values == limit
+        n_equal = wanted - int((everyones > limit).sum())
+        last_key = self.gathered(keys[equal]).sort().values[n_equal - 1]
+        return (above | (equal & (keys <= last_key))).nonzero().flatten()

@@ -1,0 +1,118 @@
+"""Processes that hold the latents of one dictionary together under torchrun: the run of one, whatever stops them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_parallel_data import RUN, check_same_run
+from test_parallel_layers import files_of, ranks, torchrun
+
+from sae_training import cli
+from sae_training.sparse_autoencoder import SparseAutoencoder
+
+NOT_OF_JUMPRELU = ("k", "auxk_coefficient", "normalize_activations", "micro_batch_size")
+JUMPRELU: dict[str, Any] = {
+    **{name: value for name, value in RUN.items() if name not in NOT_OF_JUMPRELU},
+    "architecture": "jumprelu",
+    "expansion_factor": [2, 3],
+    "target_l0": 10,
+    "ema_decay": 0.9,
+    "clip_grad_norm": 0.1,
+    "n_checkpoints": 2,
+}
+
+
+def latents_of(folder: Path, run: dict[str, Any] = RUN, **changes: Any) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    file = folder / "run.json"
+    file.write_text(json.dumps({**run, "parallel": "latents", "run_dir": str(folder), **changes}))
+    return ["train", "--config", str(file)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert cli.main(latents_of(folder)) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two, by torchrun."""
+    folder = tmp_path_factory.mktemp("sharded")
+    process = torchrun(2, *latents_of(folder))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.count("Run folder:") == 1  # one of them speaks
+    return folder / "run"
+
+
+def check_same_tensors(found: Path, expected: Path) -> None:
+    """The same names and values in the files of two runs, up to the order of sums."""
+    for path in sorted(expected.rglob("*.safetensors")):
+        tensors, theirs = load_file(path), load_file(found / path.relative_to(expected))
+        assert tensors.keys() == theirs.keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-8, atol=1e-8, msg=f"{path} {name}")
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_run_of_one(alone: Path, sharded: Path) -> None:
+    check_same_run(sharded, alone)
+    assert {*files_of(sharded)} == {*files_of(alone)}
+    check_same_tensors(sharded, alone)
+    ours, theirs = (SparseAutoencoder.load_from_pretrained(run) for run in (sharded, alone))
+    assert ours.d_sae == theirs.d_sae
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "n_after"), [(signal.SIGKILL, 2), (signal.SIGTERM, 2), (signal.SIGTERM, 1), (signal.SIGTERM, 3)]
+)
+def test_a_stopped_job_goes_on(
+    number: signal.Signals, n_after: int, alone: Path, sharded: Path, tmp_path: Path
+) -> None:
+    job = ranks(2, tmp_path, *latents_of(tmp_path))
+    run = tmp_path / "run"
+    while not (run / "checkpoints" / "step_3" / "manifest.json").is_file():
+        assert job[0].poll() is None, job[0].communicate()
+        time.sleep(0.05)
+    job[1].send_signal(number)
+    said = [process.communicate(timeout=120)[1] for process in job]
+    assert [process.returncode for process in job] == ([1, -9] if number == signal.SIGKILL else [143, 143]), said
+    assert not (run / "final").exists()
+    for process in ranks(n_after, tmp_path, "resume", str(run)):
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    if n_after == 2:
+        assert files_of(run) == files_of(sharded)
+    check_same_run(run, alone)
+    check_same_tensors(run, alone)
+
+
+@pytest.mark.slow
+def test_three_processes_train_two_autoencoders_of_different_widths(tmp_path: Path) -> None:
+    assert cli.main(latents_of(tmp_path / "alone", JUMPRELU)) == 0
+    for process in ranks(3, tmp_path, *latents_of(tmp_path / "sharded", JUMPRELU)):
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    alone, sharded = (tmp_path / name / "run" for name in ("alone", "sharded"))
+    check_same_tensors(sharded, alone)
+    for final in alone.glob("*/final"):
+        check_same_run(sharded / final.parent.name, final.parent)
+    assert len([*sharded.glob("*/snapshots/*/sae.safetensors")]) == 4
+
+
+def test_an_optimizer_whose_moments_cannot_be_cut_is_refused(tmp_path: Path) -> None:
+    for process in ranks(2, tmp_path, *latents_of(tmp_path, optimizer="adam8bit")):
+        _, err = process.communicate()
+        assert process.returncode == 1
+        assert "optimizer: " in err
