@@ -47,6 +47,8 @@ def test_there_is_a_file_for_each_kind_of_job() -> None:
     assert [path.name for path in FILES] == [
         "cache_then_train.sh", "many_nodes.sbatch", "one_node.sbatch", "requeued.sbatch",
     ]  # fmt: skip
+    page = (FOLDER.parents[1] / "docs" / "how-to" / "cluster.md").read_text(encoding="utf-8")
+    assert all(f"| `{path.name}` |" in page for path in FILES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
