@@ -129,7 +129,7 @@ def test_training_waits_for_the_cache(tmp_path: Path) -> None:
 
 
 def test_nodes_meet_on_the_first(tmp_path: Path) -> None:
-    stub(tmp_path, "scontrol", "printf 'n1\\nn2\\n'")
+    stub(tmp_path, "scontrol", "echo n1; sleep 0.2; echo n2")  # slowly, as of many nodes
     stub(tmp_path, "srun", f"printf '%s\\n' \"$@\" > '{tmp_path}/said'")
     subprocess.run(["bash", str(FOLDER / "many_nodes.sbatch")], env=environment(tmp_path), check=True)
     said = (tmp_path / "said").read_text().splitlines()
