@@ -62,8 +62,11 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 PLANNED: dict[str, dict[str, Any]] = {
     "data, topk": {"parallel": "data", "architecture": "topk", "expansion_factor": 64},
-    "data, topk, d_sae 32,768": {"parallel": "data", "architecture": "topk", "expansion_factor": 256},
+    "data, topk, wide": {"parallel": "data", "architecture": "topk", "expansion_factor": 256},
     "data, batchtopk": {"parallel": "data", "architecture": "batchtopk", "expansion_factor": 64},
+    "data, batchtopk, no BOS": {
+        "parallel": "data", "architecture": "batchtopk", "expansion_factor": 64, "exclude_special_tokens": True,
+    },
     "data, standard": {"parallel": "data", "architecture": "standard", "expansion_factor": 16, "l1_coefficient": 1e-3},
     "data, two layers": {
         "parallel": "data", "architecture": "topk", "expansion_factor": 64,
