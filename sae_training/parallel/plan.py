@@ -7,15 +7,14 @@ rank receives; it sends as much.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-FLOAT = 4  # bytes of a gradient, of a partial reconstruction
-CANDIDATE = 8  # bytes of a candidate of the choice: its value and its latent
+FLOAT = 4  # bytes of a gradient, of a partial reconstruction, of a candidate of a choice
+COUNT = 8  # bytes of a latent's firing count
 GIGA = 1e9
 
-MOVES = 1.0
-"""How often a row is sent in `data` and `latents` before it is served: once from where it was made."""
+SAMPLED = 2
+"""How many times the entries that it keeps a choice among all rows looks at, where a sample gives its lower limit."""
 
 BYTES_PER_WEIGHT = {"adam": 36, "adam8bit": 24, "signum": 28}
 """Bytes that an optimizer step moves for each weight: weight and moments read and written, gradient written and read
@@ -77,8 +76,6 @@ class Shape:
     """Bytes of a number of the step."""
     active: float
     """Active latents of a row among these: k, or the share of k that a shard of the latents has."""
-    centred: bool = True
-    """Whether b_dec is subtracted from the input, and so has a gradient by way of the encoder."""
 
 
 # ------------------------------------------------------------------------------------------------------------- compute
@@ -128,27 +125,12 @@ def passes_seconds(
 # ------------------------------------------------------------------------------------------------- bytes between ranks
 
 
-def rows_received_by_owner(rows: float, width: int, itemsize: int, n: int) -> float:
-    """`layers`: rows * w * s * (N - 1) / N, where w is the width at the rank's own hooks.
+def rows_received(rows: float, width: int, itemsize: int, n: int) -> float:
+    """rows * w * s * (N - 1) / N: a rank makes 1 / N of the passes, and gets all other rows at the hooks it needs.
 
-    Each rank makes 1 / N of the passes; what it makes itself is not sent.
+    In `layers` w is the width at the rank's own hooks, in `data` and `latents` at all of them.
     """
     return rows * width * itemsize * (n - 1) / n
-
-
-def rows_received_by_server(rows: float, width: int, itemsize: int, n: int, moves: float = MOVES) -> float:
-    """`data`, `latents`: moves * rows / N * w * s * (N - 1) / N, because a rank serves 1 / N of the rows."""
-    return moves * rows_received_by_owner(rows / n, width, itemsize, n)
-
-
-def batch_gathered(rows: float, width: int, itemsize: int, n: int) -> float:
-    """`latents`: rows * w * s * (N - 1) / N: every rank of a group gets the whole batch, of which it served 1 / N."""
-    return rows_received_by_owner(rows, width, itemsize, n)
-
-
-def candidates_gathered(rows: float, k: int, n: int) -> float:
-    """`latents`: (N - 1) * rows * k * 8: each rank's k best, with their latents."""
-    return (n - 1) * rows * k * CANDIDATE
 
 
 def ring_all_reduce(n_bytes: float, n: int) -> float:
@@ -156,31 +138,33 @@ def ring_all_reduce(n_bytes: float, n: int) -> float:
     return 2 * (n - 1) / n * n_bytes
 
 
-def reconstructions_reduced(rows: float, sae: Shape, n: int) -> float:
-    """`latents`: a ring over rows * d_out * 4 forward, and over rows * d_in * 4 backward if b_dec is subtracted."""
-    width = sae.d_out + (sae.d_in if sae.centred else 0)
-    return ring_all_reduce(rows * width * FLOAT, n)
-
-
-def touched_latents(d_sae: int, active: float, rows: float) -> float:
-    """d_sae * (1 - exp(-rows * active / d_sae)): those that some row chooses, if all are as likely; else fewer."""
-    return d_sae * (1 - math.exp(-rows * active / d_sae)) if active else d_sae
-
-
-def touched_gathered(sae: Shape, rows: float, n: int) -> float:
-    """`data`: (N - 1) * touched * ((d_in + d_out + 1) * 4 + 8): what others have touched of W_enc, W_dec and b_enc."""
-    touched = touched_latents(sae.d_sae, sae.active, rows / n)
-    return (n - 1) * touched * ((sae.d_in + sae.d_out + 1) * FLOAT + CANDIDATE)
-
-
-def touched_wins_below(n: int) -> float:
-    """2 / N: the share of touched latents below which their exchange sends less than the ring over all gradients."""
-    return 2 / n
-
-
 def counts_reduced(d_sae: int, n: int) -> float:
-    """`data`: a ring over d_sae * 8, the firing counts of the global batch (int64)."""
-    return ring_all_reduce(8 * d_sae, n)
+    """`data`: a ring over d_sae * 8, the firing counts of all rows."""
+    return ring_all_reduce(d_sae * COUNT, n)
+
+
+def choice_of_batch_gathered(rows: float, k: int, n: int, sampled: bool) -> float:
+    """(N - 1) / N * rows * 2 k * 4: what others offer to a choice of rows * k entries among all rows and latents.
+
+    If no limit is sampled, each rank offers as many as are chosen: (N - 1) * rows * k * 4.
+    """
+    offered = SAMPLED * rows * k / n if sampled else rows * k
+    return (n - 1) * offered * FLOAT
+
+
+def choice_of_rows_gathered(rows: float, k: int, n: int) -> float:
+    """`latents`: (N - 1) * rows * k * 4: the k largest of each row of each rank."""
+    return (n - 1) * rows * k * FLOAT
+
+
+def reconstructions_reduced(rows: float, d_out: int, n: int) -> float:
+    """`latents`: a ring over rows * d_out * 4, to which each rank adds what its latents contribute."""
+    return ring_all_reduce(rows * d_out * FLOAT, n)
+
+
+def logged_gathered(rows: float, d_out: int, n: int, every: int) -> float:
+    """`data`: (N - 1) / N * rows * 2 d_out * 4 / every: targets and reconstructions, at steps that are logged."""
+    return (n - 1) / n * rows * 2 * d_out * FLOAT / every
 
 
 # ------------------------------------------------------------------------------------------------------- over the links

@@ -22,7 +22,7 @@ SHARDS_IN_MEMORY = 3  # of a writer, on the host
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Bytes and seconds of a cache. Each rank writes what it makes, so that ranks send each other nothing."""
+    """Bytes and seconds of a cache. Each rank writes shards of its own, so that ranks send each other nothing."""
 
     rows: int
     """Activations of each hook, in the rows form those that are kept."""
@@ -41,6 +41,9 @@ class CachePlan:
     of_host: float
     """Bytes of a node's main memory that shards take."""
     fits: bool
+    form: str
+    passes_in_turn: int
+    """How many passes a process makes before it is the next one's turn."""
 
 
 def plan_cache(
@@ -73,15 +76,17 @@ def plan_cache(
     context = CONTEXT["cpu" if torch.device(cfg.device).type == "cpu" else "cuda"]
     of_gpu = context + lm.bytes / lm_gpus + pass_bytes(cfg, Rows(0, width, width), lm)
     loading = context + lm.n_params * plan.FLOAT / lm_gpus
-    shard = cfg.shard_size_mb * 2**20
+    shard, copies = cfg.shard_size_mb * 2**20, machines.n // lm_gpus or 1
     return CachePlan(
         rows=kept if of_rows else tokens,
         bytes=of_rows + of_contexts,
-        peak=of_rows + of_contexts + (shard if of_rows else 0),
+        peak=of_rows + of_contexts + (shard * copies if of_rows else 0),
         passes=passes,
         disk=first + shuffle,
         seconds=max(passes, first) + shuffle,
         of_gpu=max(of_gpu, loading),
-        of_host=SHARDS_IN_MEMORY * shard * machines.gpus,
+        of_host=SHARDS_IN_MEMORY * shard * max(1, machines.gpus // lm_gpus),
         fits=max(of_gpu, loading) <= USABLE_SHARE * machines.memory,
+        form=cfg.form,
+        passes_in_turn=max(1, shard // (per_pass * record)) if of_contexts else 1,
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config import LanguageModelSAERunnerConfig, rules
 from sae_training.config.types import FIXED_K
 from sae_training.kernels.triton_products import SPARSE_FROM
 from sae_training.language_model.sizes import LanguageModelSizes, blocks_run
@@ -23,11 +23,11 @@ from sae_training.machine.precision import at_least_float32
 from sae_training.parallel import plan
 from sae_training.parallel.balance import shared_out
 from sae_training.parallel.plan import Machines, Shape
-from sae_training.run.memory_plan import MemoryPlan, Rows, parts_of, weight_bytes
+from sae_training.run.memory_plan import MATRYOSHKA_PREFIXES, MemoryPlan, Rows, parts_of, weight_bytes
 
 Singles = Mapping[str, LanguageModelSAERunnerConfig]
 
-BUILT = ("one GPU", "layers")
+BUILT = ("one GPU", *map(str, rules.BUILT["parallel"]))
 """The ways that this version trains; the others are planned, and refused under torchrun."""
 
 CONTEXT = {"cuda": 2 * 2**30, "cpu": 800 * 2**20}
@@ -111,6 +111,8 @@ class Way:
     step: float = 0.0
     exchange: float = 0.0
     received: Mapping[str, float] = field(default_factory=dict)
+    read: float = 0.0
+    """Bytes of a cache of rows that a rank reads in a step. None sends rows of a cache to another."""
     tokens_per_s: float = 0.0
 
     @property
@@ -154,7 +156,7 @@ def shape_of(cfg: LanguageModelSAERunnerConfig, job: Job) -> Shape:
     sparse = job.triton and of_rows and cfg.d_sae >= SPARSE_FROM[precision] * cfg.k if job.on_gpu else has_k
     return Shape(
         cfg.d_in, cfg.d_out or cfg.d_in, cfg.d_sae, cfg.k if has_k else 0, weight_bytes(cfg), cfg.optimizer, sparse,
-        cfg.dtype.itemsize, active=cfg.k if has_k else 0, centred=cfg.target_hook_point is None,
+        cfg.dtype.itemsize, active=cfg.k if has_k else 0,
     )  # fmt: skip
 
 
@@ -209,16 +211,18 @@ def by_layers(job: Job, n: int) -> Way:
         for own, width in zip(owned, widths, strict=True)
     ]
     itemsize = job.lm.dtype.itemsize
-    received = plan.rows_received_by_owner(job.rows, max(widths), itemsize, n) if job.is_live else 0.0
+    read = 0.0 if job.is_live else job.rows * max(widths) * itemsize
+    received = plan.rows_received(job.rows, max(widths), itemsize, n) if job.is_live else 0.0
     steps = [sum(step_of(shape_of(cfg, job), job, job.rows) for cfg in own.values()) for own in owned]
     return timed(
-        job, Way("layers", (1, n), memory=max(memories, key=lambda m: m.needed), received={"rows": received}),
+        job,
+        Way("layers", (1, n), memory=max(memories, key=lambda m: m.needed), received={"rows": received}, read=read),
         n, max(steps), plan.all_to_all_seconds(received, job.machines, n),
     )  # fmt: skip
 
 
 def shared(job: Job, name: str, groups: int, of_group: int) -> Way:
-    """Share the rows among groups, and the latents among the ranks of a group; each rank has a part of all."""
+    """Share the rows among groups, and the latents among the ranks of a group; each rank gets and buffers all rows."""
     n, machines, itemsize = groups * of_group, job.machines, job.lm.dtype.itemsize
     cfg = copy.copy(job.cfg)
     cfg.train_batch_size, cfg.grad_acc_steps = min(cfg.train_batch_size, math.ceil(job.rows / groups)), 1
@@ -227,34 +231,58 @@ def shared(job: Job, name: str, groups: int, of_group: int) -> Way:
     if job.rows < n or of_group > narrowest:
         few = f"{job.rows:,} rows a step" if job.rows < n else f"{narrowest:,} latents"
         return Way(name, (groups, of_group), f"{few} for {n} GPUs")
-    width, rows_of_group = sum(job.hooks.values()), job.rows / groups
-    per_pass = job.cfg.store_batch_size * job.cfg.context_size
-    rows = Rows(math.ceil(job.cfg.buffer_rows / n), width, width, per_pass if n > 1 else 0)
-    received, seconds = {}, 0.0
-    if n > 1 and job.is_live:
-        received["rows"] = plan.rows_received_by_server(job.rows, width, itemsize, n)
-        seconds += plan.all_to_all_seconds(received["rows"], machines, n)
+    width, per_pass = sum(job.hooks.values()), job.cfg.store_batch_size * job.cfg.context_size
+    rows = Rows(job.cfg.buffer_rows, width, width, (n - 1) * per_pass)
     shards = [shape_of_part(*pair, job) for pair in zip(singles, job.singles.values(), strict=True)]
-    if of_group > 1:
-        own = {
-            "batch": plan.batch_gathered(rows_of_group, width, itemsize, of_group),
-            "candidates": sum(plan.candidates_gathered(rows_of_group, shard.k, of_group) for shard in shards),
-            "reconstructions": sum(plan.reconstructions_reduced(rows_of_group, shard, of_group) for shard in shards),
-        }
-        received |= own
-        seconds += plan.ring_seconds(sum(own.values()), machines, of_group)
-    if groups > 1:
-        ring = [plan.ring_all_reduce(shard.weights, groups) for shard in shards]
-        touched = [plan.touched_gathered(shard, job.rows, groups) for shard in shards]
-        own = {
-            "gradients": sum(map(min, ring, touched)),
-            "counts": sum(plan.counts_reduced(shard.d_sae, groups) for shard in shards),
-        }
-        received |= own
-        seconds += plan.ring_seconds(sum(own.values()), machines, n)
-    step = sum(step_of(shard, job, rows_of_group) for shard in shards)
+    of_latents = sent_for_latents(job, shards, job.rows / groups, of_group) if of_group > 1 else {}
+    of_rows = sent_for_rows(job, shards, groups) if groups > 1 else {}
+    received = {**of_latents, **of_rows}
+    seconds = plan.ring_seconds(sum(of_latents.values()), machines, of_group)
+    seconds += plan.ring_seconds(sum(of_rows.values()), machines, n)
+    if n > 1 and job.is_live:
+        received["rows"] = plan.rows_received(job.rows, width, itemsize, n)
+        seconds += plan.all_to_all_seconds(received["rows"], machines, n)
+    read = 0.0 if job.is_live else job.rows * width * itemsize
+    step = sum(step_of(shard, job, job.rows / groups) for shard in shards)
     memory = memory_of_rank(job, cfg, singles, rows, n)
-    return timed(job, Way(name, (groups, of_group), memory=memory, received=received), n, step, seconds)
+    return timed(job, Way(name, (groups, of_group), memory=memory, received=received, read=read), n, step, seconds)
+
+
+def sent_for_latents(job: Job, shards: list[Shape], rows: float, n: int) -> dict[str, float]:
+    """Return the bytes that a rank receives in a step on so many rows, where N ranks share the latents."""
+    choice = 0.0
+    for shard, cfg in zip(shards, job.singles.values(), strict=True):
+        if chooses_by_batch(cfg):
+            choice += plan.choice_of_batch_gathered(rows, cfg.k, n, sampled=not job.on_gpu)
+        else:
+            choice += plan.choice_of_rows_gathered(rows, shard.k, n)
+    outs = [n_outs(cfg) * shard.d_out for shard, cfg in zip(shards, job.singles.values(), strict=True)]
+    return {"choice": choice, "reconstructions": plan.reconstructions_reduced(rows, sum(outs), n)}
+
+
+def sent_for_rows(job: Job, shards: list[Shape], n: int) -> dict[str, float]:
+    """Return the bytes that a rank receives in a step, beside rows of activations, where N ranks share the rows."""
+    ks = [cfg.k for cfg in job.singles.values() if chooses_by_batch(cfg)]
+    every = job.cfg.wandb_log_frequency
+    return {
+        "gradients": sum(plan.ring_all_reduce(shard.weights, n) for shard in shards),
+        "counts": sum(plan.counts_reduced(shard.d_sae, n) for shard in shards),
+        "choice": sum(plan.choice_of_batch_gathered(job.rows, k, n, sampled=not job.on_gpu) for k in ks),
+        "logged": sum(plan.logged_gathered(job.rows, shard.d_out, n, every) for shard in shards),
+    }
+
+
+def chooses_by_batch(cfg: LanguageModelSAERunnerConfig) -> bool:
+    """Return whether the k * rows largest of a whole batch are active, and not the k largest of each row."""
+    is_matryoshka = cfg.architecture == "matryoshka" and cfg.matryoshka_selection == "batchtopk"
+    return cfg.architecture == "batchtopk" or is_matryoshka
+
+
+def n_outs(cfg: LanguageModelSAERunnerConfig) -> int:
+    """Return how many reconstructions of a row a step makes, AuxK's left out."""
+    if cfg.architecture == "matryoshka":
+        return MATRYOSHKA_PREFIXES
+    return 2 if cfg.architecture == "gated" or cfg.multi_topk else 1
 
 
 def a_part(cfg: LanguageModelSAERunnerConfig, rows: int, ranks: int) -> LanguageModelSAERunnerConfig:

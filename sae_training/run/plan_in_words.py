@@ -9,7 +9,7 @@ from typing import Any
 
 from sae_training.machine.memory import gigabytes
 from sae_training.machine.precision import dtype_name
-from sae_training.parallel.plan import GIGA, Machines, touched_latents, touched_wins_below
+from sae_training.parallel.plan import GIGA, Machines
 from sae_training.run.cache_plan import CachePlan
 from sae_training.run.job_plan import BUILT, Job, Way, best, counted, smallest, ways
 from sae_training.run.memory_plan import USABLE_SHARE
@@ -28,8 +28,6 @@ def in_words(job: Job) -> str:
     """Return the plan of a run: what there is, a row for each way to share it, and the best with its memory."""
     found, machines = ways(job), job.machines
     lines = [of_job(job), of_machines(machines), "", *table(found)]
-    if machines.n > 1:
-        lines += ["", *of_gradients(job)]
     chosen = best(found)
     if chosen is None:
         lines += ["", *wrapped(f"Nothing fits. {what_would(job, found)}")]
@@ -39,9 +37,12 @@ def in_words(job: Job) -> str:
         lines += wrapped(f"Best: {chosen.flags}. {why(chosen, found)}")
         hours = job.cfg.total_training_tokens / chosen.tokens_per_s / 3600
         lines += wrapped(f"{job.cfg.total_training_tokens:,} tokens take {hours:,.2f} hours. {NOTE}")
+        if chosen.read and machines.n > 1:
+            rate = chosen.read / job.rows * chosen.tokens_per_s / GIGA
+            lines += wrapped(f"Each GPU reads its rows of the cache by itself, {rate:,.2f} GB/s: none is sent.")
         lines.append(f"A checkpoint has {gigabytes(checkpoint_bytes(job))}; {job.cfg.keep_checkpoints} are kept.")
         if chosen.parallel not in BUILT:
-            lines.append(f"This version does not train {chosen.flags}: of several GPUs it has --parallel layers.")
+            lines += wrapped(instead(chosen, found))
     return "\n".join(lines) + "\n"
 
 
@@ -74,6 +75,7 @@ def way_in_json(way: Way) -> dict[str, Any]:
         "memory": memory,
         "seconds_per_step": seconds,
         "bytes_received_per_step": dict(way.received),
+        "bytes_read_per_step": way.read,
         "tokens_per_s": way.tokens_per_s,
     }
 
@@ -124,19 +126,6 @@ def table(found: list[Way]) -> list[str]:
     return lines
 
 
-def of_gradients(job: Job) -> list[str]:
-    """Return a line on what `data` sends of gradients: all by a ring, or the touched rows."""
-    n, cfg = job.machines.n, next(iter(job.singles.values()))
-    if cfg.architecture not in ("topk", "batchtopk", "matryoshka"):
-        return []
-    share = touched_latents(cfg.d_sae or 1, cfg.k, job.rows / n) / (cfg.d_sae or 1)
-    wins = "touched rows" if share < touched_wins_below(n) else "a ring over all"
-    return wrapped(
-        f"Gradients in data: a rank's {job.rows // n:,} rows touch at most {share:.1%} of the latents; rows that are "
-        f"touched are less than a ring over all below {touched_wins_below(n):.1%}: {wins}."
-    )
-
-
 def why(chosen: Way, found: list[Way]) -> str:
     """Return why this way: how the others are slower, or do not fit."""
     if len(found) == 1:
@@ -158,6 +147,13 @@ def why(chosen: Way, found: list[Way]) -> str:
     fastest = max(way.tokens_per_s for way in found if way.fits)
     is_it = "the fastest that fits" if chosen.tokens_per_s == fastest else "as fast as any that fits, and simpler"
     return f"It is {is_it}, with {chosen.tokens_per_s:,.0f} tokens/s; " + "; ".join(reasons) + "."
+
+
+def instead(chosen: Way, found: list[Way]) -> str:
+    """Return that this version does not train the chosen way, and which of those that it trains is best."""
+    own = best([way for way in found if way.parallel in BUILT])
+    rest = f"use {own.flags}, with {own.tokens_per_s:,.0f} tokens/s" if own else "none that it trains fits"
+    return f"This version does not train {chosen.flags}: {rest}."
 
 
 def what_would(job: Job, found: list[Way]) -> str:
@@ -199,7 +195,18 @@ def cache_in_words(plan: CachePlan, machines: Machines, hooks: Mapping[str, int]
         f"({plan.rows / plan.seconds:,.0f} rows/s)\n"
         f"a GPU needs {gigabytes(plan.of_gpu)} of {gigabytes(machines.memory)}: {room}; shards take "
         f"{gigabytes(plan.of_host)} of a node's main memory\n"
+    ) + "".join(f"{line}\n" for line in wrapped(turns(plan)) if machines.n > 1)
+
+
+def turns(plan: CachePlan) -> str:
+    """Return how several processes share the writing."""
+    buckets = (
+        "append the rows to buckets of their own; the files of a bucket are shuffled together by one of them, into a "
+        "shard of rows"
     )
+    contexts = "write these as a shard of contexts"
+    does = {"rows": buckets, "contexts": contexts, "both": f"{contexts}, and {buckets}"}[plan.form]
+    return f"Processes make passes in turn, {plan.passes_in_turn:,} each, and {does}."
 
 
 def cache_in_json(plan: CachePlan, machines: Machines) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""Compare runs of several processes with that of one, and two ways to exchange gradients. Prints JSON.
+"""Compare runs of several processes with that of one and with their plan, and ways to exchange gradients. Prints JSON.
 
     python scripts/benchmarks/bench_parallel.py same --parallel data --ranks 2 3 --dtype float64
     python scripts/benchmarks/bench_parallel.py exchange
+    python scripts/benchmarks/bench_parallel.py plan
 
 `same` trains each of CASES on the demo model under torchrun (gloo, one thread a process), and compares the log of each
 step with that of one process. `exchange` sums gradients of W_dec over two processes as a whole, or only the rows of the
-latents that were active.
+latents that were active. `plan` trains each of PLANNED over two processes, for fewer and for more steps, and compares
+what a process receives in a step, by its own TCP sockets, and its peak memory with what `sae-training plan` says.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +31,7 @@ from machine import ROOT, machine_facts
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.formats.run_files import METRICS_FILE
 from sae_training.lm_runner import language_model_sae_runner
+from sae_training.parallel.ranks import is_first, joined, of_all
 
 CASES: dict[str, dict[str, Any]] = {
     "standard": {"architecture": "standard", "l1_coefficient": 1e-3},
@@ -56,6 +60,34 @@ BASE: dict[str, Any] = {
     "dead_feature_window": 20, "lr_warm_up_steps": 10, "wandb_log_frequency": 1, "eval_every_steps": 0,
     "log_to_wandb": False, "lm_dtype": "float32", "encoder_matmul_dtype": "float32",
 }  # fmt: skip
+PLANNED: dict[str, dict[str, Any]] = {
+    "data, topk": {"parallel": "data", "architecture": "topk", "expansion_factor": 64},
+    "data, topk, wide": {"parallel": "data", "architecture": "topk", "expansion_factor": 256},
+    "data, batchtopk": {"parallel": "data", "architecture": "batchtopk", "expansion_factor": 64},
+    "data, batchtopk, no BOS": {
+        "parallel": "data", "architecture": "batchtopk", "expansion_factor": 64, "exclude_special_tokens": True,
+    },
+    "data, standard": {"parallel": "data", "architecture": "standard", "expansion_factor": 16, "l1_coefficient": 1e-3},
+    "data, two layers": {
+        "parallel": "data", "architecture": "topk", "expansion_factor": 64,
+        "hook_point": "blocks.{layer}.hook_resid_post", "hook_point_layer": [0, 2],
+    },
+    "layers, topk": {
+        "parallel": "layers", "architecture": "topk", "expansion_factor": 64,
+        "hook_point": "blocks.{layer}.hook_resid_post", "hook_point_layer": [0, 2, 4],
+    },
+    "layers, standard": {
+        "parallel": "layers", "architecture": "standard", "expansion_factor": 16, "l1_coefficient": 1e-3,
+        "hook_point": "blocks.{layer}.hook_resid_post", "hook_point_layer": [0, 2],
+    },
+}  # fmt: skip
+OF_PLANNED: dict[str, Any] = {
+    "train_batch_size": 2048, "store_batch_size": 16, "context_size": 128, "n_batches_in_buffer": 8,
+    "wandb_log_frequency": 10, "auxk_coefficient": 0.0, "k": 32, "device": "cpu", "exclude_special_tokens": False,
+}  # fmt: skip
+RECEIVED = slice(128, 136)
+"""Where Linux's `struct tcp_info` has tcpi_bytes_received: of a connection, without headers and repetitions."""
+
 FIRST_STEPS = 20
 LOSSES = ("losses/mse_loss", "losses/l1_loss", "losses/ghost_grad_loss", "losses/overall_loss")
 
@@ -70,15 +102,25 @@ def main() -> None:
     same.add_argument("--steps", type=int, default=200)
     exchange = verbs.add_parser("exchange")
     exchange.add_argument("--d", type=int, default=512)
+    plan = verbs.add_parser("plan")
+    plan.add_argument("--steps", type=int, nargs=2, default=[16, 48])
+    plan.add_argument("--cases", nargs="+", default=list(PLANNED), choices=PLANNED)
     worker = verbs.add_parser("worker")
     worker.add_argument("what")
     worker.add_argument("request")
     given = parser.parse_args()
     if given.verb == "worker":
-        {"train": train_all, "exchange": time_exchanges}[given.what](json.loads(given.request))
+        {"train": train_all, "exchange": time_exchanges, "measured": measured}[given.what](json.loads(given.request))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        found = compare(given, Path(folder)) if given.verb == "same" else exchanges(given.d)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        match given.verb:
+            case "same":
+                found = compare(given, folder)
+            case "plan":
+                found = {case: against_plan(PLANNED[case], given.steps, folder / case) for case in given.cases}
+            case _:
+                found = exchanges(given.d)
     print(json.dumps(machine_facts() | {"arguments": vars(given), "found": found}, indent=2))
 
 
@@ -180,6 +222,63 @@ def of_touched_rows(gradient: torch.Tensor, touched: torch.Tensor) -> int:
     dist.all_reduce(rows)
     gradient.index_copy_(0, numbers, rows)
     return rows.nbytes + anywhere.nbytes
+
+
+# ----------------------------------------------------------------------------------------------------- against the plan
+
+
+def against_plan(changes: dict[str, Any], steps: list[int], folder: Path) -> dict[str, Any]:
+    """Return bytes of a step and peak memory, as planned and as measured of the process with the most of each."""
+    fields, found = {**BASE, **OF_PLANNED, **changes, "run_dir": str(folder)}, []
+    for n in steps:
+        fields |= {"total_training_tokens": n * fields["train_batch_size"], "run_name": str(n)}
+        out = folder / f"{n}.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        torchrun(2, "measured", {"fields": fields, "out": str(out)})
+        found.append(json.loads(out.read_text(encoding="utf-8")))
+    per_step = [(b - a) / (steps[1] - steps[0]) for a, b in zip(*(of["received"] for of in found), strict=True)]
+    config = folder / "config.json"
+    config.write_text(json.dumps(fields), encoding="utf-8")
+    said = subprocess.run(
+        [sys.executable, "-m", "sae_training", "plan", str(config), "--gpus", "2", "--json"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    way = next(way for way in json.loads(said.stdout)["ways"] if way["parallel"] == changes["parallel"])
+    planned = {"bytes": sum(way["bytes_received_per_step"].values()), "peak": way["memory"]["peak"]}
+    measured = {"bytes": max(per_step), "peak": max(found[1]["peak"])}
+    off = {f"{name} off by": round(measured[name] / planned[name] - 1, 4) for name in planned}
+    parts = {"of bytes": way["bytes_received_per_step"], "of memory": way["memory"]}
+    return {"planned": planned, "measured": measured, **off, "bytes of each": per_step, **parts}
+
+
+def measured(request: dict[str, Any]) -> None:
+    """Train, and let the first process write what each has received, and the most memory that each has held."""
+    cfg = LanguageModelSAERunnerConfig(**request["fields"])
+    with joined(cfg):
+        language_model_sae_runner(cfg)
+        found = {"received": of_all(bytes_received()), "peak": of_all(peak_memory())}
+        if is_first():
+            Path(request["out"]).write_text(json.dumps(found), encoding="utf-8")
+
+
+def bytes_received() -> int:
+    """Return the bytes that this process has received over the TCP connections that it has now."""
+    total = 0
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            connection = socket.socket(fileno=os.dup(int(fd)))
+        except OSError:  # closed by now, or no socket
+            continue
+        with connection:
+            if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, RECEIVED.stop)
+                total += int.from_bytes(info[RECEIVED], sys.byteorder)
+    return total
+
+
+def peak_memory() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

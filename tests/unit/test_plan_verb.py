@@ -10,6 +10,7 @@ import pytest
 from small import D_IN, D_SAE, N_LAYERS, SMALL_RUN
 
 from sae_training.cli import main
+from sae_training.config import rules
 from sae_training.flags import RECIPE
 
 
@@ -52,7 +53,7 @@ def test_json_has_bytes_seconds_and_the_best_way(capsys: pytest.CaptureFixture[s
     assert plan["autoencoders"]["n"] == plan["gpus"] == N_LAYERS
     names = ["one GPU", "layers", "data", "latents"]
     assert [way["parallel"] for way in plan["ways"]] == names  # a prime number makes no mesh
-    assert [way["built"] for way in plan["ways"]] == [True, True, False, False]
+    assert [way["built"] for way in plan["ways"]] == [way in ("one GPU", *rules.BUILT["parallel"]) for way in names]
     for way in plan["ways"]:
         assert way["memory"]["peak"] > way["memory"]["in_use"] > 0
         assert way["tokens_per_s"] == pytest.approx(plan["rows_per_step"] / sum(way["seconds_per_step"].values()))
@@ -108,4 +109,16 @@ def test_a_cache_is_planned_by_its_bytes(capsys: pytest.CaptureFixture[str]) -> 
     both = in_json(capsys, *LAYERS, *words, "--form", "both", "--stored_dtype", "int8", "--gpus", "2")
     assert both["bytes"] == (plan["rows"] + 1280) * (4 + N_LAYERS * (D_IN + 4))
     assert both["passes"] == pytest.approx(plan["passes"] / 2)
-    assert "GB on disk" in told(capsys, *LAYERS, *words)
+    text = told(capsys, *LAYERS, *words)
+    assert "GB on disk" in text and "Processes" not in text
+
+
+def test_a_cache_says_how_processes_share_it(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--cache", "--gpus", "2", "--store_batch_size", "2", "--context_size", "16", *LAYERS)
+    rows = told(capsys, *words)
+    assert "Processes make passes in turn, 1 each, and append the rows to buckets of their own" in rows
+    n = 256 * 2**20 // (2 * 16 * (4 + N_LAYERS * D_IN * 2))
+    contexts = told(capsys, *words, "--form", "contexts")
+    assert f"in turn, {n:,} each, and write these as a shard of contexts." in contexts
+    both = told(capsys, *words, "--form", "both")
+    assert f"{n:,} each, and write these as a shard of contexts, and append the rows" in both

@@ -38,3 +38,12 @@ def test_the_steps_of_the_first_job_add_up() -> None:
     assert f"{1000 * (products + gathers + adam):.1f}" in BLOCKS[0][1]
     for part in ("= 142 ms", "= 226 ms", "= 92 ms"):
         assert part in PAGE
+
+
+def test_the_bytes_of_the_second_job_add_up() -> None:
+    ranks, rows, d_in, k = 128, 65_536, 8192, 128
+    choice = (ranks - 1) * rows * k * 4
+    reconstructions = 2 * (ranks - 1) / ranks * rows * d_in * 4
+    assert [round(n / 1e9, 1) for n in (choice, reconstructions)] == [4.3, 4.3]
+    assert f"{(choice + reconstructions) / 1e6:,.1f}" in BLOCKS[2][1]
+    assert f"{1000 * (choice + reconstructions) / 25e9:.0f} ms" in PAGE

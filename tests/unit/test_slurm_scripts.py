@@ -47,6 +47,8 @@ def test_there_is_a_file_for_each_kind_of_job() -> None:
     assert [path.name for path in FILES] == [
         "cache_then_train.sh", "many_nodes.sbatch", "one_node.sbatch", "requeued.sbatch",
     ]  # fmt: skip
+    page = (FOLDER.parents[1] / "docs" / "how-to" / "cluster.md").read_text(encoding="utf-8")
+    assert all(f"| `{path.name}` |" in page for path in FILES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -127,7 +129,7 @@ def test_training_waits_for_the_cache(tmp_path: Path) -> None:
 
 
 def test_nodes_meet_on_the_first(tmp_path: Path) -> None:
-    stub(tmp_path, "scontrol", "printf 'n1\\nn2\\n'")
+    stub(tmp_path, "scontrol", "echo n1; sleep 0.2; echo n2")  # slowly, as of many nodes
     stub(tmp_path, "srun", f"printf '%s\\n' \"$@\" > '{tmp_path}/said'")
     subprocess.run(["bash", str(FOLDER / "many_nodes.sbatch")], env=environment(tmp_path), check=True)
     said = (tmp_path / "said").read_text().splitlines()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,22 +48,19 @@ def by_name(job: Job) -> dict[str, Any]:
 
 
 def test_bytes_between_ranks_by_hand() -> None:
-    assert plan.rows_received_by_owner(rows=100, width=8, itemsize=2, n=4) == 100 * 8 * 2 * 3 / 4
-    assert plan.rows_received_by_server(rows=100, width=8, itemsize=2, n=4) == 100 / 4 * 8 * 2 * 3 / 4
-    assert plan.batch_gathered(rows=100, width=8, itemsize=2, n=4) == 1200
-    assert plan.candidates_gathered(rows=100, k=4, n=4) == 3 * 100 * 4 * 8
+    assert plan.rows_received(rows=100, width=8, itemsize=2, n=4) == 100 * 8 * 2 * 3 / 4
     assert plan.ring_all_reduce(1000, 4) == 1500
-    assert plan.reconstructions_reduced(100, SAE, 4) == 1.5 * 100 * 16 * 4
-    assert plan.reconstructions_reduced(100, dataclasses.replace(SAE, centred=False), 4) == 1.5 * 100 * 8 * 4
-    touched = 64 * (1 - math.exp(-25 * 4 / 64))
-    assert plan.touched_gathered(SAE, 100, 4) == pytest.approx(3 * touched * (17 * 4 + 8))
     assert plan.counts_reduced(64, 4) == 1.5 * 64 * 8
+    assert plan.choice_of_batch_gathered(rows=100, k=4, n=4, sampled=True) == 3 * (100 / 4) * (2 * 4) * 4
+    assert plan.choice_of_batch_gathered(rows=100, k=4, n=4, sampled=False) == 3 * 100 * 4 * 4
+    assert plan.choice_of_rows_gathered(rows=100, k=4, n=4) == 3 * 100 * 4 * 4
+    assert plan.reconstructions_reduced(rows=100, d_out=8, n=4) == 1.5 * 100 * 8 * 4
+    assert plan.logged_gathered(rows=100, d_out=8, n=4, every=10) == 100 * 3 / 4 * 2 * 8 * 4 / 10
 
 
 def test_what_one_rank_alone_receives_is_nothing() -> None:
-    n_bytes = (plan.rows_received_by_owner, plan.rows_received_by_server, plan.batch_gathered)
-    assert not any(received(100, 8, 2, 1) for received in n_bytes)
-    assert plan.ring_all_reduce(1000, 1) == plan.candidates_gathered(100, 4, 1) == 0
+    assert plan.rows_received(100, 8, 2, 1) == plan.ring_all_reduce(1000, 1) == plan.logged_gathered(100, 8, 1, 1) == 0
+    assert plan.choice_of_batch_gathered(100, 4, 1, True) == plan.choice_of_rows_gathered(100, 4, 1) == 0
     assert plan.ring_seconds(1000, MACHINES, 1) == plan.all_to_all_seconds(1000, MACHINES, 1) == 0
 
 
@@ -168,8 +164,31 @@ def test_what_ranks_share_falls_with_their_number(job_of: Callable) -> None:
         assert way.passes == pytest.approx(found["one GPU"].passes / (1 if way.flags == "one GPU" else 2))
     rows = 64 * 4 * D_IN * 4  # of a step at four hooks, float32
     assert found["--parallel layers"].received == {"rows": rows / 2 / 2}
-    assert found["--parallel data"].received["rows"] == rows / 2 / 2
-    assert found["--parallel latents"].received["batch"] == rows / 2
+    weights = alone["weights"]
+    assert found["--parallel data"].received == {
+        "rows": rows / 2, "gradients": weights, "counts": 4 * D_SAE * 8, "choice": 0, "logged": rows / 2,
+    }  # fmt: skip
+    choice = 4 * 64 * 32 * 4  # k is 32 by default
+    assert found["--parallel latents"].received == {"rows": rows / 2, "choice": choice, "reconstructions": rows}
+    assert parts["--parallel layers"]["buffer"] == pytest.approx(alone["buffer"] / 2, rel=0.01)
+    assert parts["--parallel data"]["buffer"] == parts["--parallel latents"]["buffer"] == alone["buffer"]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka", "standard"])
+def test_a_choice_among_all_rows_is_sent_and_a_choice_by_row_is_not(architecture: str, job_of: Callable) -> None:
+    job = job_of(dataclasses.replace(MACHINES, gpus=2), architecture=architecture)
+    sent = 64 / 2 * 2 * job.cfg.k * 4 if architecture in ("batchtopk", "matryoshka") else 0
+    assert by_name(job)["--parallel data"].received["choice"] == sent
+
+
+def test_rows_of_a_cache_are_read_by_each_rank_and_not_sent(job_of: Callable, tmp_path: Any) -> None:
+    cached = {"use_cached_activations": True, "cached_activations_path": str(tmp_path)}
+    layers = {"hook_point": "blocks.{layer}.hook_resid_post", "hook_point_layer": [0, 1]}
+    found = by_name(job_of(dataclasses.replace(MACHINES, gpus=2), **cached, **layers))
+    rows = 64 * D_IN * 4
+    assert found["--parallel data"].read == found["one GPU"].read == 2 * rows
+    assert found["--parallel layers"].read == rows
+    assert not any(way.received.get("rows") for way in found.values())
 
 
 def test_a_mesh_is_between_its_two_sides(job_of: Callable) -> None:
