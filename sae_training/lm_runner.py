@@ -42,7 +42,7 @@ from sae_training.run.folder import (
 from sae_training.run.memory_plan import check_memory, plan_memory
 from sae_training.run.save import save, save_weights_folder, saved_first, saved_now
 from sae_training.run.start import Singles, open_run
-from sae_training.run.state import Due, Member, Run, check_finite
+from sae_training.run.state import Due, Member, Run, check_any_left, check_finite
 from sae_training.run.watch import evaluate_now, log_norms, log_sparsity
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.dead_latent_losses import n_auxk_rows
@@ -231,14 +231,15 @@ def train(run: Run, stop: StopRequest) -> None:
                 rate = {"details/tokens_per_second": run.progress.tokens_per_s(run.step)}
                 member.logger.log_timing(rate, run.step)
         if logs:
+            check_any_left(run)
             run.progress.show(shown)
             run.write_status("training")
         run.pending = due_now(run, snapshots)
         follow_up(run)
-        agree_on_stops()
+        is_overdue = agree_on_stops(time_is_up(run))
         if stop.signal is not None:
             stop_here(run, stop)
-        if checkpoint_is_due(run):
+        if is_overdue or due(run.step, cfg.checkpoint_every_steps):
             save(run)
         run.progress.advance()
 
@@ -281,10 +282,10 @@ def close_window(run: Run) -> None:
         resample_dead_latents(run, member)
 
 
-def checkpoint_is_due(run: Run) -> bool:
+def time_is_up(run: Run) -> bool:
+    """Return whether the last checkpoint is old enough for another one, by the clock of this process."""
     minutes = run.cfg.checkpoint_every_minutes
-    by_time = minutes is not None and time.monotonic() - run.last_checkpoint_time >= 60 * minutes
-    return by_time or due(run.step, run.cfg.checkpoint_every_steps)
+    return minutes is not None and time.monotonic() - run.last_checkpoint_time >= 60 * minutes
 
 
 def stop_here(run: Run, stop: StopRequest) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sae_training.activations_store.finiteness import PassesChecked
 from sae_training.activations_store.passes import Passes, n_rows_of
 from sae_training.machine.interrupt import stop_point
-from sae_training.parallel.ranks import agree_on_stops, exchanged, n_ranks, of_all, rank
+from sae_training.parallel.ranks import agree_on_stops, exchanged, n_ranks, of_all, raise_together, rank
 
 Made = tuple[dict[str, Any], dict[str, Tensor]]
 """The state of the passes before a pass, and its rows at the hooks of this rank."""
@@ -43,7 +43,7 @@ class SharedPasses:
         """Make one pass on each rank, and exchange the rows."""
         agree_on_stops()
         stop_point()
-        states, own = [self.passes.state_dict()], {}
+        states, own, error = [self.passes.state_dict()], {}, None
         try:
             for number in range(n_ranks()):
                 if number == rank():
@@ -51,7 +51,11 @@ class SharedPasses:
                 else:
                     self.passes.skip()
                 states.append(self.passes.state_dict())
-        except BaseException:  # bad text, which every rank reads
+        except Exception as caught:  # bad text, which every rank reads, or what only one of them meets
+            error = caught
+        try:
+            raise_together(error)
+        except Exception:
             self.passes.load_state_dict(states[0])
             raise
         sizes = of_all(n_rows_of(own))

@@ -28,6 +28,9 @@ Product and choice for 4096 rows, d_in 512, d_sae 8192, with tiles of 8192 / 204
 """
 GPU_TILE_ELEMENTS = 2**26  # all latents of some hundred rows, for large products and few launches
 SAMPLE_ROWS = 32  # `top_k_of_batch` estimates its threshold from so many
+EXCESS = (2, 8)
+"""How many times as many entries as are kept the estimates are made for; among few rows, one with many large values
+(BOS) makes the first too high: of 51,200 entries wanted, all 3.5 million above 0 were collected."""
 TOO_DENSE = 0.2
 """Share of active latents above which a step goes the dense way.
 
@@ -204,8 +207,9 @@ def top_k_of_batch(encoder: Encoder, k: int, share: Share | Shard = ALONE) -> En
     """The k * rows largest positive pre-activations of the whole batch (Bussmann et al. 2024).
 
     A few rows give a low estimate of the smallest one to keep. All pre-activations above the estimate are collected,
-    and the largest of them kept. If the estimate was too high, everything above 0 is collected instead.
-    The encoder may have a process's `share` of the rows, or of the latents: the largest of all processes are kept.
+    and the largest of them kept, of equal ones those of the first row and latent. If the estimate was too high, a lower
+    one is tried, and in the end everything above 0 is collected. The encoder may have a process's `share` of the rows,
+    or of the latents: the largest of all processes are kept.
     """
     n_rows = len(encoder.sae_in)
     wanted = k * share.n_rows(n_rows, encoder.bias.device)
@@ -213,19 +217,17 @@ def top_k_of_batch(encoder: Encoder, k: int, share: Share | Shard = ALONE) -> En
     first = first[:SAMPLE_ROWS]
     sample = torch.cat([(tile + bias).flatten() for _, tile, bias in encoder.tiles(first)])
     exact = at_least_float32(sample.dtype)  # because gloo knows no bfloat16
-    most = largest(share.sample(sample.to(exact), 2 * k * len(first)), 2 * k * len(first))
-    low = share.least(most.clamp_min(0)).to(sample.dtype)
-    found = collect(encoder, low)
-    if int(share.summed(torch.tensor(len(found.values)))) < wanted:
-        found = collect(encoder, torch.zeros_like(low))
-    entries = found.at_entries
-    if len(found.values) <= wanted and share.is_all:
-        return entries
-    if share.is_all:
-        kept = found.values.topk(wanted, sorted=False).indices.sort().values
+    for excess in EXCESS:
+        n = excess * k * len(first)
+        low = share.least(largest(share.sample(sample.to(exact), n), n).clamp_min(0)).to(sample.dtype)
+        found = collect(encoder, low)
+        if int(share.summed(torch.tensor(len(found.values)))) >= wanted:
+            break
     else:
-        keys = share.keys(entries.rows * encoder.d_sae + entries.latents, encoder.d_sae)
-        kept = share.largest(found.values.to(exact), keys, wanted)
+        found = collect(encoder, torch.zeros((), dtype=sample.dtype, device=sample.device))
+    entries = found.at_entries
+    keys = share.keys(entries.rows * encoder.d_sae + entries.latents, encoder.d_sae)
+    kept = share.largest(found.values.to(exact), keys, wanted)
     return Entries(entries.latents[kept], offsets_of(entries.rows[kept], n_rows), encoder.d_sae)
 
 

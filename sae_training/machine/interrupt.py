@@ -12,9 +12,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
+
+TOGETHER = 10.0  # seconds within which several SIGTERMs to the processes of a job are one
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -71,6 +74,7 @@ class StopRequest:
         """The first signal."""
         self.signal: signal.Signals | None = None
         """The signal that is heeded: `asked`, but with `by_agreement` only once all processes of the job know of it."""
+        self.asked_at = 0.0
         self.at_once = False
         self.n_handled = 0
         self.installed = False
@@ -107,9 +111,11 @@ class StopRequest:
 
     def note(self, number: signal.Signals) -> None:
         if self.asked is None:
-            self.asked = number
+            self.asked, self.asked_at = number, time.monotonic()
             self.signal = None if self.by_agreement else number
             self.notify(f"{number.name}: finishing this step, then saving. Once more stops at once, without saving.")
+        elif self.by_agreement and number == signal.SIGTERM and time.monotonic() < self.asked_at + TOGETHER:
+            pass  # torchrun hands on to its processes what a terminal or a queue has told them too
         elif is_interactive():
             self.at_once = True
         else:

@@ -20,9 +20,10 @@ def check_alike(facts: Mapping[str, object]) -> None:
     everyones = of_all((socket.gethostname(), {name: repr(value) for name, value in facts.items()}))
     (_, first), *others = everyones
     for number, (host, theirs) in enumerate(others, 1):
-        if different := [name for name in first if theirs[name] != first[name]]:
-            lines = [f"  {name}: rank 0 has {first[name]}, rank {number} {theirs[name]}" for name in different]
-            raise ValueError("\n".join([f"rank {number} ({host}) differs from rank 0; give all the same:", *lines]))
+        different = [name for name in first if theirs.get(name) != first[name]]
+        if different:
+            pairs = [f"  {name}: rank 0 has {first[name]}, rank {number} {theirs.get(name)}" for name in different]
+            raise ValueError("\n".join([f"rank {number} ({host}) differs from rank 0; give all the same:", *pairs]))
 
 
 @cache

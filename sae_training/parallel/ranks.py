@@ -46,8 +46,16 @@ def joined(cfg: Any) -> Iterator[None]:
 
     On CUDA the ranks exchange tensors by NCCL, elsewhere by gloo. Only the first one's stdout and bars are seen.
     """
-    if not is_launched() or dist.is_initialized():
+    if not is_launched() or CONTROL:
         yield
+        return
+    if dist.is_initialized():  # by a program of the user's, whose group serves
+        CONTROL.append(dist.new_group(backend="gloo"))
+        try:
+            with contextlib.nullcontext() if is_first() else quiet():
+                yield
+        finally:
+            CONTROL.pop()
         return
     on_gpu = torch.device(cfg.device).type == "cuda"
     if on_gpu:
@@ -60,7 +68,7 @@ def joined(cfg: Any) -> Iterator[None]:
         with contextlib.nullcontext() if is_first() else quiet():
             yield
     except RuntimeError as error:
-        if "timed out" in str(error).lower():
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
             raise TimeoutError(
                 f"rank {rank()}: waited {cfg.parallel_timeout_minutes:g} minutes for the others. A process that says "
                 "nothing of the kind is the one that hangs, or is slow: then raise parallel_timeout_minutes."
@@ -166,6 +174,25 @@ def of_all(value: T) -> list[T]:
     return found
 
 
+def raise_together(error: Exception | None) -> None:
+    """Raise this rank's error if it has one, or that of another rank, so that none waits for one that has failed."""
+    messages = of_all(None if error is None else str(error))
+    if not any(message is not None for message in messages):
+        return
+    failed = next(number for number, message in enumerate(messages) if message is not None)
+    shared = OSError(f"rank {failed}: {messages[failed]}") if error is None else error
+    shared.__dict__[EVERYONES] = True
+    raise shared
+
+
+def is_everyones(error: BaseException) -> bool:
+    """Return whether all ranks have the error, so that they may still do something together."""
+    return EVERYONES in error.__dict__
+
+
+EVERYONES = "is_everyones"
+
+
 def together(own: dict[str, T]) -> dict[str, T]:
     """Return the entries of all ranks' dicts, the first rank's first."""
     return {name: value for of_rank in of_all(own) for name, value in of_rank.items()}
@@ -176,15 +203,18 @@ def wait_for_all() -> None:
         dist.barrier(CONTROL[0])
 
 
-def agree_on_stops() -> None:
-    """Let a stop that any rank was asked for begin on all of them, here: alone, it would leave the others waiting."""
+def agree_on_stops(wish: bool = False) -> bool:
+    """Let a stop that any rank was asked for begin on all of them, here: alone, it would leave the others waiting.
+
+    Return whether any rank has a `wish`: what its own clock says, for instance, which is not that of the others.
+    """
     if n_ranks() == 1:
-        return
-    asked = torch.tensor([request.asked or 0 for request in HEEDED], dtype=torch.int64)
-    if len(asked):
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=CONTROL[0])
-    for request, number in zip(HEEDED, asked.tolist(), strict=True):
+        return wish
+    told = torch.tensor([int(wish), *(request.asked or 0 for request in HEEDED)], dtype=torch.int64)
+    dist.all_reduce(told, dist.ReduceOp.MAX, group=CONTROL[0])
+    for request, number in zip(HEEDED, told[1:].tolist(), strict=True):
         request.signal = signal.Signals(number) if number else None
+    return bool(told[0])
 
 
 # -------------------------------------------------------------------------------------------------------------- tensors

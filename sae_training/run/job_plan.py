@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sae_training.config import LanguageModelSAERunnerConfig, rules
+from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import FIXED_K
 from sae_training.kernels.triton_products import SPARSE_FROM
 from sae_training.language_model.sizes import LanguageModelSizes, blocks_run
@@ -27,7 +27,7 @@ from sae_training.run.memory_plan import MATRYOSHKA_PREFIXES, MemoryPlan, Rows, 
 
 Singles = Mapping[str, LanguageModelSAERunnerConfig]
 
-BUILT = ("one GPU", *map(str, rules.BUILT["parallel"]))
+BUILT = ("one GPU", "data", "layers", "latents")
 """The ways that this version trains; the others are planned, and refused under torchrun."""
 
 CONTEXT = {"cuda": 2 * 2**30, "cpu": 800 * 2**20}

@@ -21,7 +21,7 @@ from sae_training.formats.run_files import EVALUATION_FILE
 from sae_training.language_model.load import fingerprint
 from sae_training.machine.files import disk_named, step_number, write_safetensors, write_text
 from sae_training.machine.phases import phase
-from sae_training.parallel.ranks import is_first, of_all, rank, together, wait_for_all
+from sae_training.parallel.ranks import is_everyones, is_first, n_ranks, of_all, rank, together, wait_for_all
 from sae_training.parallel.shard import Shard
 from sae_training.run import checkpoint
 from sae_training.run.state import Member, Run, check_finite
@@ -124,12 +124,15 @@ def saved_first(run: Run) -> Iterator[None]:
     """Save the run before an error leaves the context, and say so in the error, so that nothing trained is lost.
 
     For what depends on the world outside: a bad row or a network that fails, hours into a run. What is called in the
-    context must, in its error, leave the run's state as it was.
+    context must, in its error, leave the run's state as it was. Of several processes one alone cannot save: after an
+    error that the others do not have, the job goes on from its last checkpoint.
     """
     try:
         yield
     except Exception as error:
-        if run.step > 0:
+        if n_ranks() > 1 and not is_everyones(error):
+            error.add_note(f"The last checkpoint is {run.last_checkpoint or 'none'}; the same command goes on from it.")
+        elif run.step > 0:
             error.add_note(saved_note(run))
         raise
 

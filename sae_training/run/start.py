@@ -26,7 +26,7 @@ from sae_training.run import checkpoint
 from sae_training.run.folder import RunFolder, write_config
 from sae_training.run.logger import RunLogger, UnheardLogger
 from sae_training.run.progress import Progress
-from sae_training.run.save import STORE
+from sae_training.run.save import STORE, check_same_weights
 from sae_training.run.state import Member, Run
 from sae_training.run.wandb_mirror import WandbOptions
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -90,6 +90,7 @@ def open_run(
                 store.sample(1)  # fills the buffer, which is a phase of its own
                 with phase("starting weights"):
                     start_weights(member)
+                check_same_weights(member)
     except BaseException:
         for member in members:
             member.logger.close(exit_code=1)

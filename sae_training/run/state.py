@@ -19,7 +19,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.sites import Sites
 from sae_training.machine.files import NotEnoughDisk
 from sae_training.machine.paths import command
-from sae_training.parallel.ranks import is_first, n_ranks
+from sae_training.parallel.ranks import is_first, n_ranks, of_all
 from sae_training.parallel.shard import Shard
 from sae_training.run.folder import RunFolder
 from sae_training.run.logger import RunLogger
@@ -161,6 +161,13 @@ class Run:
         failures = {member.name: member.failure for member in self.members if member.failure}
         figures = {"failed": failures} if failures else {}
         self.progress.write_status(state, self.step, self.last_checkpoint, **figures)
+
+
+def check_any_left(run: Run) -> None:
+    """Raise NonFiniteLoss once no process of the job has an autoencoder in training any more."""
+    if n_ranks() > 1 and not any(of_all(bool(run.trained))):
+        failures = [member.failure for member in run.members if member.failure]
+        raise NonFiniteLoss("\n".join(["every autoencoder of the job is given up", *failures]))
 
 
 def check_finite(run: Run, member: Member, weights: bool = False) -> None:

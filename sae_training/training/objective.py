@@ -65,7 +65,8 @@ def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int, whole: Whole) -> Entr
     n, shard = min(MULTI_TOPK_FACTOR * k if sae.full_cfg.multi_topk else k, sae.shard.d_sae), whole.shard
     if not has_sparse_way(sae, n):
         return None
-    encoder = encoder_of(sae, sae_in, sae.W_enc.detach(), sae.b_enc.detach())
+    mean = whole.mean_row(sae_in) if sae.input_bias is None else None
+    encoder = encoder_of(sae, sae_in, sae.W_enc.detach(), sae.b_enc.detach(), mean)
     match sae.choice:
         case "topk":
             return top_k_of_rows(encoder, n, shard)
@@ -82,15 +83,19 @@ def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int, whole: Whole) -> Entr
             return None
 
 
-def encoder_of(sae: SparseAutoencoder, sae_in: Tensor, W_enc: Tensor, b_enc: Tensor) -> Encoder:
+def encoder_of(
+    sae: SparseAutoencoder, sae_in: Tensor, W_enc: Tensor, b_enc: Tensor, mean: Tensor | None = None
+) -> Encoder:
     """The encoder's product for `sae_in` (rows, d_in) with these weights, which may be those of only some latents.
+
+    `mean`: the mean row (1, d_in) of the batch that the rows are of; None: of these.
 
     An input from which b_dec is not subtracted (a transcoder's) is not centred. In low precision a large mean, which
     b_enc balances, would cost the digits that differ from row to row. So the mean row is subtracted from the rows, and
     its product is added to the bias.
     """
     if sae.input_bias is None:
-        mean = sae_in.mean(dim=0)
+        mean = sae_in.mean(dim=0) if mean is None else mean.squeeze(0)
         sae_in, b_enc = sae_in - mean, b_enc + mean @ W_enc
     return Encoder(sae_in, W_enc, b_enc, sae.encoder_dtype)
 

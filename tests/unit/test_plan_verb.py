@@ -10,7 +10,6 @@ import pytest
 from small import D_IN, D_SAE, N_LAYERS, SMALL_RUN
 
 from sae_training.cli import main
-from sae_training.config import rules
 from sae_training.flags import RECIPE
 
 
@@ -53,7 +52,7 @@ def test_json_has_bytes_seconds_and_the_best_way(capsys: pytest.CaptureFixture[s
     assert plan["autoencoders"]["n"] == plan["gpus"] == N_LAYERS
     names = ["one GPU", "layers", "data", "latents"]
     assert [way["parallel"] for way in plan["ways"]] == names  # a prime number makes no mesh
-    assert [way["built"] for way in plan["ways"]] == [way in ("one GPU", *rules.BUILT["parallel"]) for way in names]
+    assert [way["built"] for way in plan["ways"]] == [True] * 4
     for way in plan["ways"]:
         assert way["memory"]["peak"] > way["memory"]["in_use"] > 0
         assert way["tokens_per_s"] == pytest.approx(plan["rows_per_step"] / sum(way["seconds_per_step"].values()))
