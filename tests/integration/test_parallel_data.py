@@ -144,6 +144,14 @@ def test_a_process_that_nobody_meets_says_so(number: int, words: str, tmp_path: 
     assert process.returncode == 1 and words in err
 
 
+def test_checkpoints_by_the_clock_are_those_of_all(alone: Path, tmp_path: Path) -> None:
+    changes = {"checkpoint_every_minutes": 0.0002, "checkpoint_every_steps": None}  # clocks differ by more than that
+    for process in ranks(2, tmp_path, *arguments(tmp_path, **changes)):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    check_same_run(tmp_path / "run", alone)
+
+
 def test_more_processes_than_rows_are_refused(tmp_path: Path) -> None:
     for process in ranks(2, tmp_path, *arguments(tmp_path, train_batch_size=1, micro_batch_size=None)):
         _, err = process.communicate()
