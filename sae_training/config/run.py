@@ -83,7 +83,7 @@ class LanguageModelSAERunnerConfig(Origin, Records, Optimisation, Autoencoder, S
     """Batches of train_batch_size that make up one optimizer step, one after the other."""
 
     parallel: OnlyWatches[Literal["data", "layers", "latents"]] = "data"
-    """What processes under torchrun share: data (the rows of a batch), layers (the autoencoders), latents (of each)."""
+    """What processes share: data (a batch's rows), layers (autoencoders), or latents (of each)."""
 
     parallel_timeout_minutes: OnlyWatches[Positive[float]] = 30
     """How long a process waits for the others, to come and in each step."""

@@ -31,6 +31,7 @@ from machine import ROOT, machine_facts
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.formats.run_files import METRICS_FILE
 from sae_training.lm_runner import language_model_sae_runner
+from sae_training.machine.interrupt import without_traceback
 from sae_training.parallel.ranks import is_first, joined, of_all
 
 CASES: dict[str, dict[str, Any]] = {
@@ -282,4 +283,5 @@ def peak_memory() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    with without_traceback():
+        main()
