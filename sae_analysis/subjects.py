@@ -87,7 +87,7 @@ def subjects_of(
         paths = {}
         folder = Path(output).expanduser() if output is not None else Path("runs") / next(iter(found))
         check_positive(found)
-    sites = {name: find_sites(sae.cfg, model, is_trained=True) for name, sae in found.items()}
+        sites = {name: find_sites(sae.cfg, model, is_trained=True) for name, sae in found.items()}
     cfg = without_cache(next(iter(found.values())).cfg)
     if dataset is not None:  # of which the run's split and column say nothing
         cfg = dataclasses.replace(cfg, **OF_ANOTHER_TEXT)
@@ -115,7 +115,7 @@ def model_or_parts(
                 return parts, sites
     with phase("loading the language model"):
         model = model_of(cfg)
-    return model, {name: find_sites(sae.cfg, model) for name, sae in found.items()}
+    return model, {name: find_sites(sae.cfg, model, is_trained=True) for name, sae in found.items()}
 
 
 def autoencoders_in(path: Path, given: Given) -> dict[str, SparseAutoencoder]:
