@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.config.types import HOOKS_WITH_HEADS
 from sae_training.sparse_autoencoder.normalization import BY_ROW
-
-HOOKS_WITH_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")
 
 
 def check_config(cfg: LanguageModelSAERunnerConfig) -> None:
