@@ -75,6 +75,8 @@ def evaluate_together(
 
     With a `share`, this process evaluates its share of the batches, and returns the figures of all.
     """
+    if not saes:  # of several processes, one may have given all of its own up
+        return []
     evaluated = [Evaluated(sae, sites) for sae, sites in saes]
     were_training = [sae.training for sae, _ in saes]
     for each in evaluated:
