@@ -51,7 +51,16 @@ from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInter
 from sae_training.machine.paths import same_or_moved
 from sae_training.machine.phases import phase, progress_bar
 from sae_training.machine.precision import dtype_name
-from sae_training.parallel.ranks import agree_on_stops, is_first, n_ranks, of_all, of_first, rank, wait_for_all
+from sae_training.parallel.ranks import (
+    agree_on_stops,
+    check_all_see,
+    is_first,
+    n_ranks,
+    of_all,
+    of_first,
+    rank,
+    wait_for_all,
+)
 
 BUCKETS = "buckets"
 OTHER_RANKS = "bucket_bytes_of_other_ranks"  # of the progress
@@ -87,11 +96,7 @@ class CacheWriter:
         self.kept: list[tuple[Tensor, list[Stored]]] = []
         """Tokens and activations of the passes that will be the next shard of contexts."""
         self.manifest = of_first(lambda: self.open(about))
-        if not self.folder.is_dir():
-            raise FileNotFoundError(
-                f"cached_activations_path: rank {rank()} does not see {self.folder}, which the first rank has made; "
-                "give a folder that all machines share."
-            )
+        check_all_see(self.folder, "cached_activations_path")
 
     def open(self, about: dict[str, Any]) -> Manifest:
         """Return the manifest of the cache in the folder, if there is one of this config, else a new one."""

@@ -88,7 +88,11 @@ def top_k_of_rows(encoder: Encoder, k: int, shard: Shard = WHOLE) -> Entries:
     if triton_selection.supports(encoder.sae_in, encoder.d_sae, k):
         chunks = [triton_selection.encode_top_k(rows, encoder.table, encoder.bias, k) for _, rows in encoder.chunks()]
         return fixed_size_entries(torch.cat(chunks), encoder.d_sae)
-    chosen = [best_latents(encoder, rows, k)[0] for _, rows in encoder.chunks()]
+    if encoder.tile_latents == encoder.d_sae:  # one tile has all latents of a row
+        tiles = (tile for _, rows in encoder.chunks() for tile in encoder.tiles(rows))
+        chosen = [top_k(tile, bias, k) for _, tile, bias in tiles]
+    else:
+        chosen = [best_latents(encoder, rows, k)[0] for _, rows in encoder.chunks()]
     return fixed_size_entries(torch.cat(chosen), encoder.d_sae)
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -49,26 +50,16 @@ def joined(cfg: Any) -> Iterator[None]:
     if not is_launched() or CONTROL:
         yield
         return
-    if dist.is_initialized():  # by a program of the user's, whose group serves
-        CONTROL.append(dist.new_group(backend="gloo"))
-        try:
-            with contextlib.nullcontext() if is_first() else quiet():
-                yield
-        finally:
-            CONTROL.pop()
-        return
-    on_gpu = torch.device(cfg.device).type == "cuda"
-    if on_gpu:
-        use_own_gpu()
     patience = datetime.timedelta(minutes=cfg.parallel_timeout_minutes)
-    store, number, n = meet(patience)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience, store=store, rank=number, world_size=n)
+    is_users = dist.is_initialized()  # by a program that calls us, whose group serves
+    if not is_users:
+        begin_group(torch.device(cfg.device).type == "cuda", patience)
     CONTROL.append(dist.new_group(backend="gloo", timeout=patience))
     try:
         with contextlib.nullcontext() if is_first() else quiet():
             yield
     except RuntimeError as error:
-        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+        if any(word in str(error).lower() for word in ("timed out", "timeout")):
             raise TimeoutError(
                 f"rank {rank()}: waited {cfg.parallel_timeout_minutes:g} minutes for the others. A process that says "
                 "nothing of the kind is the one that hangs, or is slow: then raise parallel_timeout_minutes."
@@ -81,7 +72,15 @@ def joined(cfg: Any) -> Iterator[None]:
         raise
     finally:
         CONTROL.pop()
-        dist.destroy_process_group()
+        if not is_users:
+            dist.destroy_process_group()
+
+
+def begin_group(on_gpu: bool, patience: datetime.timedelta) -> None:
+    if on_gpu:
+        use_own_gpu()
+    store, number, n = meet(patience)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience, store=store, rank=number, world_size=n)
 
 
 def meet(patience: datetime.timedelta) -> tuple[Store, int, int]:
@@ -174,7 +173,10 @@ def of_all(value: T) -> list[T]:
     return found
 
 
-def raise_together(error: Exception | None) -> None:
+EVERYONES = "is_everyones"  # marks an error that all ranks have
+
+
+def raise_together(error: BaseException | None) -> None:
     """Raise this rank's error if it has one, or that of another rank, so that none waits for one that has failed."""
     messages = of_all(None if error is None else str(error))
     if not any(message is not None for message in messages):
@@ -190,7 +192,13 @@ def is_everyones(error: BaseException) -> bool:
     return EVERYONES in error.__dict__
 
 
-EVERYONES = "is_everyones"
+def check_all_see(folder: Path, field: str) -> None:
+    """Raise FileNotFoundError on a rank that does not see the folder, which the first one has made."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{field}: rank {rank()} on {socket.gethostname()} does not see {folder}, which the first rank has made; "
+            "give a folder that all machines share."
+        )
 
 
 def together(own: dict[str, T]) -> dict[str, T]:

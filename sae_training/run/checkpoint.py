@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sae_training.formats import pieces
 from sae_training.machine.files import check_free_disk, disk_named, flush_to_disk, sha256, step_number
-from sae_training.parallel.ranks import is_first, of_all
+from sae_training.parallel.ranks import is_first, of_all, raise_together
 from sae_training.parallel.shard import WHOLE, Shard
 
 MANIFEST = "manifest.json"
@@ -104,12 +104,7 @@ def one_after_another(*steps: Callable[[], None] | None) -> None:
                 step()
         except BaseException as caught:
             error = caught
-        messages = of_all(None if error is None else str(error))
-        if error is not None:
-            raise error
-        for other, message in enumerate(messages):
-            if message is not None:
-                raise OSError(f"rank {other}: {message}")
+        raise_together(error)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from sae_training.formats.run_files import CHECKPOINTS, FINAL, RUN_CONFIG_FILE, 
 from sae_training.machine.files import NotEnoughDisk, write_text
 from sae_training.machine.lock import InUse, exclusive
 from sae_training.machine.paths import PATH_FIELDS, paths_of, same_or_moved
-from sae_training.parallel.ranks import is_first, rank, wait_for_all
+from sae_training.parallel.ranks import check_all_see, is_first, wait_for_all
 
 LOCK_FILE = ".lock"
 
@@ -50,11 +50,7 @@ class RunFolder:
         if is_first():
             self.hold(cfg)
         wait_for_all()
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"run_dir: rank {rank()} on {socket.gethostname()} does not see {path}, which the first rank has made; "
-                "set run_dir to a folder that all machines share."
-            )
+        check_all_see(path, "run_dir")
 
     def hold(self, cfg: Any) -> None:
         path = self.path
