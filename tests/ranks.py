@@ -18,8 +18,7 @@ def on_ranks(n: int, function: Callable[..., Any], *arguments: Any) -> list[Any]
 
     The function stands in a module, and what goes in and out can be pickled.
     """
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     pipes = [FORKS.Pipe(duplex=False) for _ in range(n)]
     processes = [
         FORKS.Process(target=run, args=(rank, n, port, pipe[1], function, arguments)) for rank, pipe in enumerate(pipes)
@@ -36,6 +35,11 @@ def on_ranks(n: int, function: Callable[..., Any], *arguments: Any) -> list[Any]
     failures = [trace for trace, _ in outcomes if trace]
     assert not failures, "\n".join(failures)
     return [value for _, value in outcomes]
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
 
 
 def run(rank: int, n: int, port: int, sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

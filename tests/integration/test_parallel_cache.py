@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import all_end_well, ranks
 from small import SMALL_RUN
-from test_parallel_layers import ranks
 
 from sae_training import cli
 from sae_training.activations_store.cache import read_manifest
@@ -72,18 +72,14 @@ def test_processes_write_what_one_writes(
         job[1].send_signal(number)
     said = [process.communicate(timeout=60)[1] for process in job]
     assert [process.returncode for process in job] == codes, said
-    for process in ranks(n_after, tmp_path, *words):  # what is finished is checked
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+    all_end_well(ranks(n_after, tmp_path, *words))  # what is finished is checked
     assert contexts_of(tmp_path) == contexts_of(alone)
     assert sorted(rows_of(tmp_path)) == sorted(rows_of(alone))  # in another order, from other files of the same buckets
 
 
 def test_rows_alone_are_written_pass_by_pass(tmp_path: Path) -> None:
     words = arguments(tmp_path, form="rows", total_training_tokens=5 * 64)
-    for process in ranks(2, tmp_path, *words):
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+    all_end_well(ranks(2, tmp_path, *words))
     assert len(rows_of(tmp_path)) > 4 * 15 * 5 / 2
     assert cli.main([*arguments(tmp_path / "alone", form="rows", total_training_tokens=5 * 64)]) == 0
     assert sorted(rows_of(tmp_path)) == sorted(rows_of(tmp_path / "alone"))

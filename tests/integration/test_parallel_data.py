@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import all_end_well, check_same_run, files_of, ranks, run_by_torchrun, stopped_after_a_checkpoint, train
 from small import SMALL_RUN
-from test_parallel_layers import files_of, ranks, torchrun
 
 from sae_training import cli
 
@@ -34,26 +33,7 @@ RUN: dict[str, Any] = {
 
 
 def arguments(folder: Path, **changes: Any) -> list[str]:
-    folder.mkdir(exist_ok=True)
-    file = folder / "run.json"
-    file.write_text(json.dumps({**RUN, "run_dir": str(folder), **changes}))
-    return ["train", "--config", str(file)]
-
-
-def metrics_of(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def check_same_run(found: Path, expected: Path) -> None:
-    """The same rows of the log, up to the order of sums."""
-    rows, expected_rows = metrics_of(found), metrics_of(expected)
-    assert [row.keys() for row in rows] == [row.keys() for row in expected_rows]
-    for row, expected_row in zip(rows, expected_rows, strict=True):
-        for key, value in expected_row.items():
-            if isinstance(value, dict):
-                assert row[key]["counts"] == value["counts"]
-            else:
-                assert row[key] == pytest.approx(value, rel=1e-9, abs=1e-9, nan_ok=True), key
+    return train({**RUN, **changes}, folder)
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +48,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two, by torchrun."""
     folder = tmp_path_factory.mktemp("shared")
-    process = torchrun(2, *arguments(folder))
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert out.count("Run folder:") == 1  # one of them speaks
-    return folder / "run"
+    return run_by_torchrun(2, folder, *arguments(folder))
 
 
 @pytest.mark.slow
@@ -85,29 +61,19 @@ def test_two_processes_make_the_run_of_one(alone: Path, shared: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "codes", "words", "n_after"),
+    ("number", "words", "n_after"),
     [
-        (signal.SIGKILL, [1, -9], "error: rank 0: another process of the job has ended", 2),
-        (signal.SIGTERM, [143, 143], "Stopped by SIGTERM after step", 3),
-        (signal.SIGTERM, [143, 143], "Stopped by SIGTERM after step", 1),
+        (signal.SIGKILL, "error: rank 0: another process of the job has ended", 2),
+        (signal.SIGTERM, "Stopped by SIGTERM after step", 3),
+        (signal.SIGTERM, "Stopped by SIGTERM after step", 1),
     ],
 )
 def test_a_stopped_job_goes_on(
-    number: signal.Signals, codes: list[int], words: str, n_after: int, alone: Path, shared: Path, tmp_path: Path
+    number: signal.Signals, words: str, n_after: int, alone: Path, shared: Path, tmp_path: Path
 ) -> None:
-    job = ranks(2, tmp_path, *arguments(tmp_path))
-    run = tmp_path / "run"
-    while not (run / "checkpoints" / "step_3" / "manifest.json").is_file():
-        assert job[0].poll() is None, job[0].communicate()
-        time.sleep(0.05)
-    job[1].send_signal(number)
-    said = [process.communicate(timeout=60)[1] for process in job]
-    assert [process.returncode for process in job] == codes, said
-    assert words in said[0] and "Traceback" not in said[0]
-    assert not (run / "final").exists()
-    for process in ranks(n_after, tmp_path, "resume", str(run)):
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+    run, said = stopped_after_a_checkpoint(number, tmp_path, *arguments(tmp_path))
+    assert words in said and "Traceback" not in said
+    all_end_well(ranks(n_after, tmp_path, "resume", str(run)))
     if n_after == 2:
         assert files_of(run) == files_of(shared)
     check_same_run(run, alone)

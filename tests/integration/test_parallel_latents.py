@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jobs import all_end_well, check_same_run, files_of, ranks, run_by_torchrun, stopped_after_a_checkpoint, train
 from safetensors.torch import load_file
-from test_parallel_data import RUN, check_same_run
-from test_parallel_layers import files_of, ranks, torchrun
+from test_parallel_data import RUN
 
 from sae_training import cli
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -30,10 +28,7 @@ JUMPRELU: dict[str, Any] = {
 
 
 def latents_of(folder: Path, run: dict[str, Any] = RUN, **changes: Any) -> list[str]:
-    folder.mkdir(exist_ok=True)
-    file = folder / "run.json"
-    file.write_text(json.dumps({**run, "parallel": "latents", "run_dir": str(folder), **changes}))
-    return ["train", "--config", str(file)]
+    return train({**run, "parallel": "latents", **changes}, folder)
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +43,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two, by torchrun."""
     folder = tmp_path_factory.mktemp("sharded")
-    process = torchrun(2, *latents_of(folder))
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert out.count("Run folder:") == 1  # one of them speaks
-    return folder / "run"
+    return run_by_torchrun(2, folder, *latents_of(folder))
 
 
 def check_same_tensors(found: Path, expected: Path) -> None:
@@ -80,18 +71,8 @@ def test_two_processes_make_the_run_of_one(alone: Path, sharded: Path) -> None:
 def test_a_stopped_job_goes_on(
     number: signal.Signals, n_after: int, alone: Path, sharded: Path, tmp_path: Path
 ) -> None:
-    job = ranks(2, tmp_path, *latents_of(tmp_path))
-    run = tmp_path / "run"
-    while not (run / "checkpoints" / "step_3" / "manifest.json").is_file():
-        assert job[0].poll() is None, job[0].communicate()
-        time.sleep(0.05)
-    job[1].send_signal(number)
-    said = [process.communicate(timeout=120)[1] for process in job]
-    assert [process.returncode for process in job] == ([1, -9] if number == signal.SIGKILL else [143, 143]), said
-    assert not (run / "final").exists()
-    for process in ranks(n_after, tmp_path, "resume", str(run)):
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+    run, _ = stopped_after_a_checkpoint(number, tmp_path, *latents_of(tmp_path))
+    all_end_well(ranks(n_after, tmp_path, "resume", str(run)))
     if n_after == 2:
         assert files_of(run) == files_of(sharded)
     check_same_run(run, alone)
@@ -101,9 +82,7 @@ def test_a_stopped_job_goes_on(
 @pytest.mark.slow
 def test_three_processes_train_two_autoencoders_of_different_widths(tmp_path: Path) -> None:
     assert cli.main(latents_of(tmp_path / "alone", JUMPRELU)) == 0
-    for process in ranks(3, tmp_path, *latents_of(tmp_path / "sharded", JUMPRELU)):
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+    all_end_well(ranks(3, tmp_path, *latents_of(tmp_path / "sharded", JUMPRELU)))
     alone, sharded = (tmp_path / name / "run" for name in ("alone", "sharded"))
     check_same_tensors(sharded, alone)
     for final in alone.glob("*/final"):
