@@ -28,6 +28,7 @@ from sae_training.machine.paths import command, with_absolute_paths
 from sae_training.machine.phases import counted_phases, phase
 from sae_training.machine.precision import encoder_dtype
 from sae_training.parallel.agreement import check_alike, code
+from sae_training.parallel.deal import Deal
 from sae_training.parallel.division import Division, check_optimizer, check_rows, division
 from sae_training.parallel.ranks import agree_on_stops, joined, n_ranks, of_first
 from sae_training.run.finish import finish
@@ -148,9 +149,11 @@ def run_in_folder(
     singles = {name: all_singles[name] for name in part.own_names}
     some_config = next(iter(singles.values()))[0]  # because they differ in nothing that the store asks for
     sites = merged(sites for _, sites in all_singles.values())
-    sites_of_ranks = [merged(all_singles[name][1] for name in names) for names in part.names] if n_ranks() > 1 else []
+    deal, sites_of_ranks = deal_of(cfg, part), []
+    if n_ranks() > 1 and deal is None:
+        sites_of_ranks = [merged(all_singles[name][1] for name in names) for names in part.names]
     with phase("reading the text"):
-        store = ActivationsStore(some_config, model, dataset, sites=sites, sites_of_ranks=sites_of_ranks)
+        store = ActivationsStore(some_config, model, dataset, sites=sites, sites_of_ranks=sites_of_ranks, deal=deal)
     store.check_buffer_size()
     check_alike({"the text": store.text.documents.start()})
     plan = plan_memory(cfg, [single for single, _ in singles.values()], store)
@@ -175,6 +178,13 @@ def run_in_folder(
     store.text.say_skipped()
     tqdm.write(phases.line())
     return run
+
+
+def deal_of(cfg: LanguageModelSAERunnerConfig, part: Division) -> Deal | None:
+    """Return how the rows of batches are dealt out; None where this process computes and keeps all that it needs."""
+    if part.share.is_all and part.shard.is_all:
+        return None
+    return Deal(part.share, part.shard, cfg.tokens_per_step, min(part_size(cfg), cfg.tokens_per_step))
 
 
 def smallest_part(cfg: LanguageModelSAERunnerConfig) -> int:

@@ -61,9 +61,8 @@ def run_by_torchrun(n: int, folder: Path, *words: str) -> Path:
 
 
 def all_end_well(job: Sequence[Command]) -> None:
-    for process in job:
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+    said = [process.communicate()[1] for process in job]
+    assert [process.returncode for process in job] == [0] * len(job), said
 
 
 def stopped_after_a_checkpoint(number: signal.Signals, folder: Path, *words: str) -> tuple[Path, str]:

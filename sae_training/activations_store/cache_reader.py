@@ -166,6 +166,8 @@ class CachedReader:
         self.notify = notify
         self.position, self.epoch = 0, 0
         self.is_checking = False
+        self.own: Callable[[Tensor], Tensor] | None = None
+        """Returns of what is taken that which this process needs; None: all."""
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="cache-ahead")
         self.ahead: dict[tuple[int, int], Future[dict[str, Tensor]]] = {}
 
@@ -196,7 +198,8 @@ class CachedReader:
             place: self.ahead.get(place) or self.thread.submit(self.shards.read, *place)
             for place in self.places_ahead(n)
         }
-        return concatenated(parts).__getitem__
+        taken = concatenated(parts)
+        return (taken if self.own is None else {name: self.own(of_all) for name, of_all in taken.items()}).__getitem__
 
     def sample(self, n: int) -> Taken:
         """Return up to `n` of the next rows or contexts, which are served all the same later."""
@@ -215,6 +218,9 @@ class CachedReader:
     def read(self, start: int, stop: int) -> dict[str, Tensor]:
         waiting = self.ahead.pop((start, stop), None)
         return self.shards.read(start, stop) if waiting is None else waiting.result()
+
+    def load_rows(self, part: dict[str, Any]) -> None:
+        """Do nothing: no rows are kept in memory."""
 
     def start_epoch(self) -> None:
         if self.epoch == 0:

@@ -10,7 +10,8 @@ import torch
 
 from sae_training.activations_store.cache import origin, position_from_json
 from sae_training.activations_store.cache_reader import CachedReader, open_cache
-from sae_training.activations_store.passes import LiveContexts, Passes
+from sae_training.activations_store.dealt_buffer import DealtBuffer
+from sae_training.activations_store.passes import LiveContexts, Passes, PassesAhead
 from sae_training.activations_store.position_rule import PositionRule
 from sae_training.activations_store.shared_passes import SharedPasses
 from sae_training.activations_store.shuffle_buffer import ShuffleBuffer
@@ -19,6 +20,7 @@ from sae_training.activations_store.training_text import TrainingText
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.sites import HookSite
+from sae_training.parallel.deal import Deal
 from sae_training.parallel.ranks import rank
 from sae_training.text.stream import TokenStream
 
@@ -30,10 +32,12 @@ def open_source(
     sites: tuple[HookSite, ...],
     rule: PositionRule,
     hooks_of_ranks: Sequence[Sequence[str]] = (),
+    deal: Deal | None = None,
 ) -> RowSource:
     """Open where the rows at `sites` come from: the language model, a cache, or a cache and then the language model.
 
-    `hooks_of_ranks`: where several processes share the passes, the hooks whose rows each of them serves.
+    Where several processes share the passes, `hooks_of_ranks` are the hooks whose rows each of them serves, or `deal`
+    gives each its part of the rows at all hooks.
     """
     device = torch.device(cfg.device)
     widths = {site.name: site.d_in for site in sites}
@@ -41,14 +45,19 @@ def open_source(
 
     def buffer(contexts: PassSource) -> ShuffleBuffer:
         passes = Passes(contexts, widths, cfg.store_batch_size, rule, model.cfg.dtype, device)
-        shared = SharedPasses(passes, hooks_of_ranks) if hooks_of_ranks else passes
-        return ShuffleBuffer(shared, cfg.n_batches_in_buffer * cfg.store_batch_size * cfg.context_size)
+        n_rows = cfg.n_batches_in_buffer * cfg.store_batch_size * cfg.context_size
+        if deal is not None:
+            return DealtBuffer(passes, n_rows, deal)
+        if hooks_of_ranks:
+            return ShuffleBuffer(SharedPasses(passes, hooks_of_ranks), n_rows)
+        return ShuffleBuffer(PassesAhead(passes) if device.type == "cuda" else passes, n_rows)
 
     if cfg.use_cached_activations is False:
         return buffer(live)
     cached, then_live = cached_reader(cfg, model, text, widths), cfg.use_cached_activations == "then_live"
     if cached.shards.form == "rows":  # which every rank reads by itself
         cached.shards.hooks = list(hooks_of_ranks[rank()] if hooks_of_ranks else widths)
+        cached.own = None if deal is None else deal.own_of_batch
         return ThenLive(cached, buffer(live), text.tokens) if then_live else cached
     return buffer(ThenLive(cached, live, text.tokens) if then_live else cached)
 
@@ -100,6 +109,9 @@ class ThenLive(Generic[Live]):
 
     def check_size(self, n: int) -> None:
         self.live.check_size(n)
+
+    def load_rows(self: ThenLive[ShuffleBuffer], part: dict[str, Any]) -> None:
+        self.live.load_rows(part)
 
     def state_dict(self) -> dict[str, Any]:
         return self.live.state_dict() | ({"cached": None} if self.is_live else self.cached.state_dict())

@@ -150,6 +150,7 @@ class PassesAhead:
 
     def __init__(self, passes: Passes) -> None:
         self.passes = passes
+        self.widths, self.dtype, self.device = passes.widths, passes.dtype, passes.device
         self.begun: deque[Begun] = deque()
         self.stream = None
         if passes.device.type == "cuda":

@@ -32,22 +32,28 @@ MAX_EMPTY_PASSES = 20  # in a row, after which the position rules are taken to e
 class ShuffleBuffer:
     """`n_rows` rows of `passes` at each hook, served in a random order; filled when rows are first asked for."""
 
-    def __init__(self, passes: Passes | SharedPasses, n_rows: int) -> None:
-        self.n_buffered, self.widths, self.dtype, self.device = n_rows, passes.widths, passes.dtype, passes.device
-        ahead = self.device.type == "cuda" and isinstance(passes, Passes)
-        self.passes: Passes | PassesAhead | SharedPasses = PassesAhead(passes) if ahead else passes  # pyright: ignore
+    def __init__(self, passes: Passes | PassesAhead | SharedPasses, n_rows: int) -> None:
+        self.n_rows, self.widths, self.dtype, self.device = n_rows, passes.widths, passes.dtype, passes.device
+        self.passes = passes
         self.generator = torch.Generator().manual_seed(SHUFFLE_SEED)
         self.buffers: dict[str, Tensor] = {}
         """(n_rows, width) by hook, once filled."""
         self.order = torch.empty(0, dtype=torch.long)
         """The places of the buffer in the order of serving; the first `served` of them have been served."""
         self.served = 0
+        self.refilled = 0
+        """How many of the served places have new rows already: those at which an error has stopped a refill."""
+        self.refilling = False
         self.spill = self.new_buffers(0)
         """Rows that have been computed and have no place yet."""
 
+    @property
+    def n_buffered(self) -> int:
+        return self.n_rows
+
     def new_buffers(self, n_rows: int) -> dict[str, Tensor]:
         return {
-            name: torch.empty(n_rows, width, dtype=self.dtype, device=self.device)
+            name: torch.zeros(n_rows, width, dtype=self.dtype, device=self.device)
             for name, width in self.widths.items()
         }
 
@@ -59,7 +65,7 @@ class ShuffleBuffer:
         left = math.inf if n_left is None else n_left
         if not self.holds(left):
             self.fill(n)
-        places = self.order[self.served : self.served + n]
+        first = self.served
         self.served += n
         if isinstance(self.passes, PassesAhead) and not self.holds(left - n):
             try:
@@ -67,56 +73,51 @@ class ShuffleBuffer:
             except BaseException:
                 self.served -= n
                 raise
-        return partial(self.rows_at, places)
+        return self.taken(first, n)
 
     def sample(self, n: int) -> Taken:
         """Look at up to `n` random rows of the buffer."""
         self.fill()
         return partial(self.rows_at, self.order[:n])
 
+    def taken(self, first: int, n: int) -> Taken:
+        """Return the `n` rows from number `first` in the order of serving."""
+        return partial(self.rows_at, self.order[first : first + n])
+
     def rows_at(self, places: Tensor, name: str) -> Tensor:
         return self.buffers[name].index_select(0, to_device(places, self.device))
 
     def holds(self, n_rows: float) -> bool:
         """Say whether so many rows wait to be served."""
-        return bool(self.buffers) and self.served + n_rows <= self.n_buffered
+        return bool(self.buffers) and not self.refilling and self.served + n_rows <= self.n_rows
 
     def fill(self, n_rows: int = 0) -> None:
         """Fill the buffer if it is new; refill its served part if the next `n_rows` would go past the half."""
         self.check_size(n_rows)
         if not self.buffers:
             self.buffers = self.new_buffers(self.n_buffered)
-            self.overwrite(torch.arange(self.n_buffered))
-        elif self.served + n_rows > self.n_buffered // 2:
-            self.overwrite(self.order[: self.served])
+            self.order, self.served, self.refilled = torch.arange(self.n_rows), self.n_rows, 0
+            self.refill("filling the buffer")
+        elif self.refilling or self.served + n_rows > self.n_rows // 2:
+            self.refill("refilling the buffer")
 
-    def overwrite(self, slots: Tensor) -> None:
-        """Put new rows into the places `slots` (n,), and draw a new order."""
-        slots = to_device(slots, self.device)
-        first_fill, n_written = len(slots) == self.n_buffered, 0
-        name = "filling the buffer" if first_fill else "refilling the buffer"
-        with phase(name, has_bar=True), progress_bar(name, len(slots), "rows") as bar:
-            try:
-                while n_written < len(slots):
-                    rows = self.rows_to_place()
-                    n = min(n_rows_of(rows), len(slots) - n_written)
-                    for name, buffer in self.buffers.items():
-                        buffer.index_copy_(0, slots[n_written : n_written + n], rows[name][:n])
-                    self.spill = {name: new[n:] for name, new in rows.items()}
-                    n_written += n
-                    bar.update(n)
-                    if self.device.type != "cuda" or n_written == len(slots):  # a GPU is waited for once, at the end
-                        self.passes.check_finite()
-            except BaseException:
-                # The next fill places the rows once more, in the same order.
-                self.spill = {
-                    name: torch.cat([buffer.index_select(0, slots[:n_written]), self.spill[name]])
-                    for name, buffer in self.buffers.items()
-                }
-                self.buffers = {} if first_fill else self.buffers
-                raise
-        self.order = torch.randperm(self.n_buffered, generator=self.generator)
-        self.served = 0
+    def refill(self, name: str) -> None:
+        """Put new rows into the places that have been served, and draw a new order. After an error it goes on."""
+        self.refilling = True
+        slots = to_device(self.order[: self.served], self.device)
+        with phase(name, has_bar=True), progress_bar(name, self.served - self.refilled, "rows") as bar:
+            while self.refilled < self.served:
+                rows = self.rows_to_place()
+                n = min(n_rows_of(rows), self.served - self.refilled)
+                for hook, buffer in self.buffers.items():
+                    buffer.index_copy_(0, slots[self.refilled : self.refilled + n], rows[hook][:n])
+                self.spill = {hook: new[n:] for hook, new in rows.items()}
+                self.refilled += n
+                bar.update(n)
+                if self.device.type != "cuda" or self.refilled == self.served:  # a GPU is waited for once, at the end
+                    self.passes.check_finite()
+        self.order = torch.randperm(self.n_rows, generator=self.generator)
+        self.served, self.refilled, self.refilling = 0, 0, False
 
     def rows_to_place(self) -> dict[str, Tensor]:
         """Return rows that have no place yet: those left over, or else those of a pass."""
@@ -125,16 +126,13 @@ class ShuffleBuffer:
         for _ in range(MAX_EMPTY_PASSES):
             if n_rows_of(rows := self.passes.next_rows()):
                 return rows
-        raise ValueError(
-            "exclude_special_tokens, seqpos_slice, max_activation_norm_multiple: found no activation to "
-            f"train on in {MAX_EMPTY_PASSES} passes of the language model, expected some; relax one of them."
-        )
+        raise no_rows()
 
     def check_size(self, n: int) -> None:
         """Raise ValueError if `n` rows are more than half the buffer, or if there can never be a pass to fill it."""
-        if n > self.n_buffered // 2:
+        if n > self.n_rows // 2:
             raise ValueError(
-                f"train_batch_size: found {n} rows a step, expected at most {self.n_buffered // 2}, half the buffer "
+                f"train_batch_size: found {n} rows a step, expected at most {self.n_rows // 2}, half the buffer "
                 "(n_batches_in_buffer * store_batch_size * context_size / 2); raise n_batches_in_buffer."
             )
         self.passes.check_size()
@@ -142,6 +140,7 @@ class ShuffleBuffer:
     def state_dict(self) -> dict[str, Any]:
         state = self.passes.state_dict() | {
             "served": self.served,
+            "refilled": self.refilled,
             "order": self.order,
             "spill": self.spill,
             "generator": self.generator.get_state(),
@@ -150,12 +149,35 @@ class ShuffleBuffer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.passes.load_state_dict(state)
-        self.served = state["served"]
+        self.served, self.refilled = state["served"], state.get("refilled", 0)
+        self.refilling = self.refilled > 0
         self.order = state["order"].clone()
         self.generator.set_state(state["generator"])
-        self.spill = {name: state["spill"][name].to(self.device) for name in self.widths}
-        if "buffers" in state:
-            self.buffers = {name: state["buffers"][name].to(self.device) for name in self.widths}
-        for rows in (self.spill, self.buffers):  # an error leaves what it was about in the state
-            if rows:
-                self.passes.check_loaded(rows)
+        self.buffers, self.spill = {}, self.new_buffers(0)
+        self.load_rows(state)
+
+    def load_rows(self, part: dict[str, Any]) -> None:
+        """Take the rows of this buffer from a part of a state: each of several ranks writes those that it holds."""
+        spill = {
+            name: rows.to(self.device) for name, rows in part["spill"].items() if name in self.widths and len(rows)
+        }
+        if spill:
+            self.passes.check_loaded(spill)  # an error leaves what it was about in the state
+        self.spill |= spill
+        rows = {name: rows.to(self.device) for name, rows in part.get("buffers", {}).items() if name in self.widths}
+        if rows:
+            self.passes.check_loaded(rows)
+            self.buffers = self.buffers or self.new_buffers(self.n_rows)
+        for name, of_hook in rows.items():
+            if "places" in part:
+                self.buffers[name].index_copy_(0, to_device(part["places"], self.device), of_hook)
+            else:  # all of them, in order
+                self.buffers[name] = of_hook
+
+
+def no_rows() -> ValueError:
+    """Return the error of rules that exclude everything."""
+    return ValueError(
+        "exclude_special_tokens, seqpos_slice, max_activation_norm_multiple: found no activation to "
+        f"train on in {MAX_EMPTY_PASSES} passes of the language model, expected some; relax one of them."
+    )

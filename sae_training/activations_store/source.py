@@ -1,6 +1,7 @@
 """What a store takes rows from, and what a shuffle buffer takes contexts from.
 
 ShuffleBuffer   live: rows of the language model's passes, shuffled here
+DealtBuffer     the same, where several processes keep the rows
 CachedReader    rows of a cache, shuffled when they were written; or contexts of one, in the order of the text
 ThenLive        a cache until its end, then the language model
 """
@@ -50,9 +51,13 @@ class RowSource(ContextSource, Protocol):
 
     @property
     def n_buffered(self) -> int:
-        """How many rows of each hook are held in memory once some have been taken."""
+        """How many rows of each hook this process holds in memory once some have been taken."""
         ...
 
     def sample(self, n: int) -> Taken:
         """Look at up to `n` rows without taking them."""
+        ...
+
+    def load_rows(self, part: dict[str, Any]) -> None:
+        """Take rows from what another rank has written of its state, after `load_state_dict` of the first one's."""
         ...

@@ -33,6 +33,7 @@ from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.sites import HookSite, Sites, check_context_size, find_sites
 from sae_training.machine.device import checked
 from sae_training.machine.precision import at_least_float32
+from sae_training.parallel.deal import Deal
 from sae_training.parallel.ranks import rank
 
 
@@ -66,7 +67,8 @@ class ActivationsStore:
     dataset: stands in for the text that `cfg` names.
     notify: told what a user should know, such as that the text starts again.
     sites: those of all autoencoders that are trained together (`merged`); None stands for those of `cfg`.
-    sites_of_ranks: where several processes share the passes of the language model, the sites that each of them serves.
+    sites_of_ranks: where several processes train autoencoders of their own, the sites that each of them serves.
+    deal: where they train the same ones, which rows of each batch they compute and keep.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class ActivationsStore:
         notify: Callable[[str], None] = tqdm.write,
         sites: Sites | None = None,
         sites_of_ranks: Sequence[Sites] = (),
+        deal: Deal | None = None,
     ) -> None:
         self.cfg, self.model = cfg, model
         cfg = with_defaults(cfg)
@@ -95,7 +98,8 @@ class ActivationsStore:
         self.text = TrainingText(cfg, model, dataset, notify)
         self.rule = position_rule(cfg, model, self.text.tokens, everyones.inputs[0])
         hooks_of_ranks = [[site.name for site in of_rank.all] for of_rank in sites_of_ranks]
-        self.source = open_source(cfg, model, self.text, everyones.all, self.rule, hooks_of_ranks)
+        self.deal = deal
+        self.source = open_source(cfg, model, self.text, everyones.all, self.rule, hooks_of_ranks, deal)
         self.taken: Taken | None = None
         """The rows that `advance` went on to."""
         self.latest: tuple[Sites, Batch] | None = None
@@ -149,7 +153,10 @@ class ActivationsStore:
         return self.latest[1]
 
     def sample(self, n_rows: int, sites: Sites | None = None) -> Batch:
-        """Return up to `n_rows` random rows of the buffer (the next rows of a cache), which can still be served."""
+        """Return up to `n_rows` random rows of the buffer (the next rows of a cache), which can still be served.
+
+        Of processes that train the same autoencoders, all must ask, and get all of these rows.
+        """
         return self.serve(self.source.sample(n_rows), sites or self.sites)
 
     def serve(self, taken: Taken, sites: Sites) -> Batch:
@@ -174,7 +181,7 @@ class ActivationsStore:
 
     @property
     def n_buffered(self) -> int:
-        """How many rows of each hook the store holds in memory; 0 where it reads shuffled rows from a cache."""
+        """How many rows of each hook this process holds in memory; 0 where it reads shuffled rows from a cache."""
         return self.source.n_buffered
 
     def check_buffer_size(self) -> None:
@@ -188,8 +195,16 @@ class ActivationsStore:
         return self.source.state_dict() | {"scales": {site.name: scale for site, scale in self.scales.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scales = {site: state["scales"][site.name] for site in self.scales}
+        self.load_scales(state)
         self.source.load_state_dict(state)
+
+    def load_part(self, part: dict[str, Any]) -> None:
+        """Take rows and scales from what another rank has written of its state, after that of the first one."""
+        self.load_scales(part)
+        self.source.load_rows(part)
+
+    def load_scales(self, state: dict[str, Any]) -> None:
+        self.scales = {site: state["scales"].get(site.name, scale) for site, scale in self.scales.items()}
 
 
 def without_cache(cfg: Any) -> Any:

@@ -128,8 +128,22 @@ def passes_seconds(
 def rows_received(rows: float, width: int, itemsize: int, n: int) -> float:
     """rows * w * s * (N - 1) / N: a rank makes 1 / N of the passes, and gets all other rows at the hooks it needs.
 
-    In `layers` w is the width at the rank's own hooks, in `data` and `latents` at all of them.
+    In `layers`, where w is the width at the rank's own hooks.
     """
+    return rows * width * itemsize * (n - 1) / n
+
+
+def rows_dealt(rows: float, width: int, itemsize: int, n: int, buffered: int) -> float:
+    """rows / N * w * s * (N - 1) / N * b / r: each of N ranks keeps 1 / N of the b rows of a buffer.
+
+    A refill replaces the r rows that have been served, all steps of half the buffer, and deals out all b anew.
+    """
+    replaced = max(1, buffered // 2 // rows) * rows
+    return rows / n * width * itemsize * (n - 1) / n * buffered / replaced
+
+
+def rows_gathered(rows: float, width: int, itemsize: int, n: int) -> float:
+    """rows * w * s * (N - 1) / N: N ranks that share latents get the rows of a batch that the others keep."""
     return rows * width * itemsize * (n - 1) / n
 
 

@@ -231,13 +231,13 @@ def agree_on_stops(wish: bool = False) -> bool:
 def exchanged(to_each: list[list[Tensor]], from_each: list[list[Tensor]]) -> None:
     """Send `to_each[r]` to rank r, and fill `from_each[r]` with what it sends here: as many, of the same sizes.
 
-    What a rank sends to itself is not copied.
+    What a rank sends to itself is not copied, and what has no rows is not sent.
     """
     operations = []
     for other in range(n_ranks()):
         if other != rank():
-            operations += [dist.P2POp(dist.isend, raw(tensor), other) for tensor in to_each[other]]
-            operations += [dist.P2POp(dist.irecv, raw(tensor), other) for tensor in from_each[other]]
+            operations += [dist.P2POp(dist.isend, raw(tensor), other) for tensor in to_each[other] if len(tensor)]
+            operations += [dist.P2POp(dist.irecv, raw(tensor), other) for tensor in from_each[other] if len(tensor)]
     for operation in dist.batch_isend_irecv(operations) if operations else ():
         operation.wait()
 

@@ -222,7 +222,7 @@ def by_layers(job: Job, n: int) -> Way:
 
 
 def shared(job: Job, name: str, groups: int, of_group: int) -> Way:
-    """Share the rows among groups, and the latents among the ranks of a group; each rank gets and buffers all rows."""
+    """Share the rows among groups, and the latents among the ranks of a group; all ranks share the buffer."""
     n, machines, itemsize = groups * of_group, job.machines, job.lm.dtype.itemsize
     cfg = copy.copy(job.cfg)
     cfg.train_batch_size, cfg.grad_acc_steps = min(cfg.train_batch_size, math.ceil(job.rows / groups)), 1
@@ -232,7 +232,9 @@ def shared(job: Job, name: str, groups: int, of_group: int) -> Way:
         few = f"{job.rows:,} rows a step" if job.rows < n else f"{narrowest:,} latents"
         return Way(name, (groups, of_group), f"{few} for {n} GPUs")
     width, per_pass = sum(job.hooks.values()), job.cfg.store_batch_size * job.cfg.context_size
-    rows = Rows(job.cfg.buffer_rows, width, width, (n - 1) * per_pass)
+    rows = Rows(job.cfg.buffer_rows, width, width)
+    if n > 1:
+        rows = Rows.dealt(job.cfg.buffer_rows, width, n, per_pass)
     shards = [shape_of_part(*pair, job) for pair in zip(singles, job.singles.values(), strict=True)]
     of_latents = sent_for_latents(job, shards, job.rows / groups, of_group) if of_group > 1 else {}
     of_rows = sent_for_rows(job, shards, groups) if groups > 1 else {}
@@ -240,8 +242,10 @@ def shared(job: Job, name: str, groups: int, of_group: int) -> Way:
     seconds = plan.ring_seconds(sum(of_latents.values()), machines, of_group)
     seconds += plan.ring_seconds(sum(of_rows.values()), machines, n)
     if n > 1 and job.is_live:
-        received["rows"] = plan.rows_received(job.rows, width, itemsize, n)
-        seconds += plan.all_to_all_seconds(received["rows"], machines, n)
+        dealt = plan.rows_dealt(job.rows, width, itemsize, n, job.cfg.buffer_rows)
+        gathered = plan.rows_gathered(job.rows / groups, width, itemsize, of_group)
+        received["rows"] = dealt + gathered
+        seconds += plan.all_to_all_seconds(dealt, machines, n) + plan.all_to_all_seconds(gathered, machines, of_group)
     read = 0.0 if job.is_live else job.rows * width * itemsize
     step = sum(step_of(shard, job, job.rows / groups) for shard in shards)
     memory = memory_of_rank(job, cfg, singles, rows, n)

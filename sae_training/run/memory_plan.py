@@ -7,6 +7,7 @@ sizes. test_memory_of_a_run.py holds the plan against the peak memory of real ru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -27,6 +28,9 @@ MOMENTS = {"adam": 2.0, "adam8bit": 0.52, "signum": 1.0}
 
 FLOAT = 4  # bytes of a float32, in which training and evaluation compute
 PLACE = 8  # bytes a row of the buffer, for its place in the random order (int64)
+PLACE_OF_ALL = (
+    24  # and of a shared buffer, during a refill: the next order, who keeps the row and will, and where it is
+)
 
 # What a step holds at its peak, in tensors of float32, measured on a CPU at d_in 256 and 768.
 MATRYOSHKA_PREFIXES = 5
@@ -136,6 +140,13 @@ class Rows:
     harvested: int
     received: int = 0
     """Rows that come from other processes while a pass is held."""
+    places: int = 0
+    """Rows of all processes that share a buffer, of which each knows the places; 0: the buffer is not shared."""
+
+    @staticmethod
+    def dealt(buffered: int, width: int, n: int, per_pass: int) -> Rows:
+        """Return those of one of `n` ranks that keep `buffered` rows together: a pass is sent, and as much comes in."""
+        return Rows(math.ceil(buffered / n), width, width, 2 * per_pass, buffered)
 
 
 def plan_memory(
@@ -144,7 +155,10 @@ def plan_memory(
     """Return the plan of a run of `singles` whose process has loaded the language model and nothing else."""
     width = sum(site.d_in for site in store.sites.all)
     buffer = Rows(store.n_buffered, width, width)
-    parts = parts_of(cfg, list(singles), buffer, store.model.cfg, store.device.type == "cuda")
+    if store.deal is not None and store.n_buffered:
+        buffer = Rows.dealt(cfg.buffer_rows, width, store.deal.n, cfg.store_batch_size * cfg.context_size)
+    ahead = store.device.type == "cuda" and n_ranks() == 1
+    parts = parts_of(cfg, list(singles), buffer, store.model.cfg, ahead)
     in_use, available = memory_of(store.device)
     lm = sum(parameter.numel() * parameter.element_size() for parameter in store.model.parameters())
     return MemoryPlan(parts, in_use, available, lm)
@@ -257,8 +271,9 @@ def each_of(weights: list[int]) -> str:
 
 
 def buffer_bytes(rows: Rows, itemsize: int, on_gpu: bool) -> int:
-    """Rows in the language model's precision; on a GPU half of them once more, because they are computed ahead."""
-    return int((1.5 if on_gpu else 1) * rows.buffered * (rows.width * itemsize + PLACE))
+    """Rows in the language model's precision; one process on a GPU computes half of them once more, ahead."""
+    of_rows = rows.buffered * rows.width * itemsize
+    return int((1.5 if on_gpu else 1) * of_rows) + PLACE * rows.buffered + PLACE_OF_ALL * rows.places
 
 
 def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int, dense: bool = False) -> int:

@@ -40,9 +40,10 @@ def save(run: Run, until_final: bool = False) -> Path | None:
         check_same_weights(member)
     own = f"{STORE}-{rank()}" if rank() else STORE
     recorded = [member for member in run.members if member.is_recorded]
-    parts: dict[str, dict[str, Any]] = {own: run.store.state_dict()} if recorded else {}
+    holds_rows = bool(recorded) or run.store.deal is not None
+    parts: dict[str, dict[str, Any]] = {own: run.store.state_dict()} if holds_rows else {}
     texts = {}
-    if until_final and recorded:
+    if until_final and holds_rows:
         parts[own].pop("buffers", None)
     in_pieces: dict[str, tuple[dict[str, Any], Shard]] = {}
     for member in run.members:
@@ -62,7 +63,7 @@ def save(run: Run, until_final: bool = False) -> Path | None:
     state = {
         "metrics_bytes": together({member.name: member.logger.position() for member in recorded}),
         "failures": together({member.name: member.failure for member in run.members if member.failure}),
-        "hooks": together({own: [site.name for site in run.store.sites.all]} if recorded else {}),
+        "hooks": together({own: [site.name for site in run.store.sites.all]} if holds_rows else {}),
         "language_model": fingerprint(run.store.model),
         "pending": run.pending,
         "until_final": until_final,

@@ -37,8 +37,6 @@ from sae_training.training.trainer import SAETrainer
 
 SAMPLE_ROWS = 32_768  # of the buffer, from which b_dec starts and scales are measured; as many as Gao et al. 2024 use
 
-BY_HOOK = ("spill", "buffers", "scales")  # of the state of a store
-
 Singles = dict[str, tuple[LanguageModelSAERunnerConfig, Sites]]
 """What is to be trained: by name, the config of each autoencoder, and its sites."""
 
@@ -113,18 +111,12 @@ def load_state(latest: Path, store: ActivationsStore) -> dict[str, Any]:
             'resume="never".'
         )
     check_same_language_model(state["language_model"], store.model, latest)
-    store.load_state_dict(store_state(latest, state, {site.name for site in store.sites.all}))
-    return state
-
-
-def store_state(latest: Path, state: dict[str, Any], hooks: set[str]) -> dict[str, Any]:
-    """Return what a checkpoint holds of a store, with the rows of these `hooks`, whichever rank wrote them."""
-    found = checkpoint.read_part(latest, STORE)
-    for part, its_hooks in state.get("hooks", {}).items():
+    store.load_state_dict(checkpoint.read_part(latest, STORE))
+    hooks = {site.name for site in store.sites.all}
+    for part, its_hooks in state.get("hooks", {}).items():  # which other ranks wrote
         if part != STORE and hooks & {*its_hooks}:
-            more = checkpoint.read_part(latest, part)
-            found |= {key: found.get(key, {}) | more[key] for key in BY_HOOK if key in more}
-    return found
+            store.load_part(checkpoint.read_part(latest, part))
+    return state
 
 
 def open_logger(

@@ -37,11 +37,12 @@ def remedy_loss(
     loss of all rows.
     """
     sae_in, sae_out, dead = made.sae_in.to(W_enc.dtype), made.sae_outs[-1], made.dead
-    target = whole.share.of(whole.target)
+    target = whole.target
     if dead is None:
         return torch.zeros((), dtype=target.dtype, device=target.device)
     if made.error_hat is not None:
-        n, few = len(made.error_hat), Whole(whole.target[: n_auxk_rows(whole.n_rows)], whole.share, whole.shard)
+        n = len(made.error_hat)
+        few = Whole(target[:n], whole.share, whole.shard, n_auxk_rows(whole.n_rows))
         loss = auxk_loss(few, (target[:n] - sae_out[:n]).detach(), made.error_hat) * (few.weight / whole.weight)
         return auxk_coefficient * loss * whole.shard.any(dead.any())
     if dead.device.type == "cpu":
@@ -67,7 +68,7 @@ def ghost_grad_loss(whole: Whole, sae_out: Tensor, dead_pre: Tensor, W_dec: Tens
     The gradient reaches the dead columns of W_enc and b_enc, the dead rows of W_dec, and b_dec through the encoder's
     input. Source: Jermyn & Templeton, Ghost Grads, Transformer Circuits, January 2024.
     """
-    x, norm = (whole.share.of(rows) for rows in (whole.target, centred_norm(wide(whole.target))))
+    x, norm = whole.target, whole.centred_norm()
     exact = at_least_float32(x.dtype)
     residual = (x - sae_out).detach().to(exact)
     dead_pre = dead_pre.to(exact)
@@ -98,5 +99,7 @@ def auxk_loss(whole: Whole, error: Tensor, error_hat: Tensor) -> Tensor:
     # Without variance (one row, or equal rows) there is nothing to predict: the loss and its gradient are 0. A ratio
     # by 0 whose value alone is mended would still have a gradient of NaN.
     weight = torch.where(variance > 0, 1 / torch.where(variance > 0, variance, 1.0), 0.0)
-    unit = normalised_squared_error(x.mean(dim=0, keepdim=True), x).to(exact).mean()
+    mean_row = whole.mean_row(x)
+    norm = centred_norm(wide(x), whole.mean_row(wide(x)))
+    unit = whole.mean(normalised_squared_error(mean_row, x, norm).to(exact).mean())
     return ((error_hat - error).pow(2).mean() * weight * unit).to(x.dtype)

@@ -32,12 +32,14 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Whole:
-    """The rows that the losses are over, and which of them, and of the latents, are here: in one process all."""
+    """The rows that the losses are over, of which some, and some of the latents, are here: in one process all."""
 
     target: Tensor
-    """What the reconstructions of all rows should be, (n_rows, d_out)."""
+    """What the reconstructions of the rows here should be, (rows, d_out)."""
     share: Share = ALONE
     shard: Shard = WHOLE
+    n_of_all: int | None = None
+    """The number of all rows; None: they are here."""
 
     @property
     def peers(self) -> Share | Shard:
@@ -46,7 +48,7 @@ class Whole:
 
     @property
     def n_rows(self) -> int:
-        return len(self.target)
+        return len(self.target) if self.n_of_all is None else self.n_of_all
 
     @property
     def weight(self) -> float:
@@ -60,6 +62,11 @@ class Whole:
     def mean_row(self, rows: Tensor) -> Tensor:
         """Return the mean row (1, d) of all rows from the own ones (n, d)."""
         return self.mean(rows.mean(dim=0, keepdim=True))
+
+    def centred_norm(self) -> Tensor:
+        """Return `centred_norm` (rows, 1) of the targets here, around the mean row of all."""
+        target = wide(self.target)
+        return centred_norm(target, self.mean_row(target))
 
 
 @dataclass(frozen=True)
@@ -134,12 +141,12 @@ class ForwardOutput(NamedTuple):
 
 
 def reconstruction_loss(made: Reconstruction, whole: Whole, norm: Tensor | None = None) -> Tensor:
-    """The MSE loss of all reconstructions in `made`, which are of the own rows of `whole`, a scalar.
+    """The MSE loss of all reconstructions in `made`, which are of the rows here of `whole`, a scalar.
 
     `norm` (rows, 1) is `centred_norm` of these rows in a larger batch, of which `whole` is a part; None: it is all.
     """
-    target = whole.share.of(whole.target)
-    norm = whole.share.of(centred_norm(wide(whole.target))) if norm is None else norm
+    target = whole.target
+    norm = whole.centred_norm() if norm is None else norm
     mse_loss = mean_normalised_error(made.sae_outs, target, norm)
     if made.multi_out is not None:
         mse_loss = mse_loss + MULTI_TOPK_WEIGHT * mean_normalised_error(made.multi_out, target, norm)

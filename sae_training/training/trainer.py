@@ -31,9 +31,9 @@ class StepResult(NamedTuple):
     """What logging needs of a step. The tensors are detached, and nothing has been read off the device."""
 
     target: Tensor
-    """The activations to reconstruct, (rows, d_out), as `SparseAutoencoder.normalize` returns them: the own rows."""
+    """What the rows here should be reconstructed as, (rows, d_out), as `SparseAutoencoder.normalize` returns it."""
     out: Losses
-    """Those of the whole batch; `sae_out` of the own rows."""
+    """Those of the whole batch; `sae_out` of the rows here."""
     lr: float
     l1_coefficient: float
     share: Share = ALONE
@@ -46,8 +46,8 @@ class NonFiniteLoss(ArithmeticError):
 class SAETrainer:
     """Trains `sae` on batches. Moments, counters and averages are its state; all else is a function of the step.
 
-    `share`: the rows of each batch that this process computes; `sae.shard`: the latents that it holds. Every process
-    gets the whole batch, and makes the same step as one that computes all of it, up to the order of sums.
+    `share`: the rows of each batch that this process computes; `sae.shard`: the latents that it holds. All processes
+    together make the same step as one that computes the whole batch, up to the order of sums.
     """
 
     def __init__(self, sae: SparseAutoencoder, cfg: LanguageModelSAERunnerConfig, share: Share = ALONE) -> None:
@@ -82,7 +82,8 @@ class SAETrainer:
     def step(self, x: Tensor, step: int, target: Tensor | None = None) -> StepResult:
         """One optimizer step (the `step`-th, from 0) on a batch of activations (rows, d_in).
 
-        A transcoder learns to predict `target` (rows, d_out). An autoencoder's target is x itself.
+        A transcoder learns to predict `target` (rows, d_out). An autoencoder's target is x itself. Where processes
+        share the rows, each gives its own: of tokens_per_step rows, those that `Deal.own_of_batch` returns.
         """
         if self.sae.is_transcoder and target is None:
             raise ValueError("target: a transcoder's step needs the activations it predicts: step(x, step, target).")
@@ -105,7 +106,7 @@ class SAETrainer:
         self.update_average(step)
         track_inference_threshold(self.sae, out.code, step)
         self.tracker.update(out.code)
-        return StepResult(self.own(target), out, lr, coefficients.l1_coefficient, self.share)
+        return StepResult(target, out, lr, coefficients.l1_coefficient, self.share)
 
     def backward(self, x: Tensor, target: Tensor, coefficients: Coefficients) -> Losses:
         """Compute the losses of a batch, and leave their gradients in the parameters.
@@ -114,31 +115,29 @@ class SAETrainer:
         Parts give the gradient of the whole batch, because they use its row norms, with two exceptions: batchtopk
         chooses k latents a row within each part, and remedies for dead latents see each part alone.
         """
-        dead, size, own, shard = self.tracker.dead(), min(part_size(self.cfg), len(x)), self.share.of, self.sae.shard
-        if size == len(x) and self.share.is_all and shard.is_all:
+        dead, shard, share = self.tracker.dead(), self.sae.shard, self.share
+        n_rows = len(x) if share.is_all else self.cfg.tokens_per_step
+        sizes = sizes_of_parts(n_rows, part_size(self.cfg))
+        if len(sizes) == 1 and share.is_all and shard.is_all:
             out = objective(self.sae, x, target, coefficients, dead)
             out.loss.backward()
             return out.detach()
+        counts = [share.count(size) for size in sizes]  # of the rows here in each part
+        mean_row = share.summed(wide(target).mean(dim=0, keepdim=True) * (len(x) / n_rows))
+        norms = centred_norm(wide(target), mean_row)
         outs, scalars, code, n_done = [], [], CodeFigures(), 0
-        for rows, wanted, norm in zip(*(t.split(size) for t in (x, target, centred_norm(wide(target)))), strict=True):
-            whole = Whole(wanted, self.share, shard)
-            part = objective(self.sae, own(rows), whole, coefficients, dead, norm=own(norm))
-            weight = self.share.count(len(rows)) / len(x)
-            n_done += len(rows)
-            with self.exchange.exchanged(is_last=n_done == len(x)):
+        for size, rows, wanted, norm in zip(sizes, *(t.split(counts) for t in (x, target, norms)), strict=True):
+            part = objective(self.sae, rows, Whole(wanted, share, shard, size), coefficients, dead, norm=norm)
+            weight = len(rows) / n_rows
+            n_done += size
+            with self.exchange.exchanged(is_last=n_done == n_rows):
                 (part.loss * weight).backward()
             part = part.detach()
             outs.append(part.sae_out)
             scalars.append(torch.stack(part.scalars()) * weight)
             code.add(cast("Code", part.code))
-        scalars = self.share.summed(torch.stack(scalars).sum(dim=0))
-        return Losses(torch.cat(outs), code.of_all(self.share).of_all_latents(shard), *scalars)
-
-    def own(self, rows: Tensor) -> Tensor:
-        """The rows that this process computes, in the order in which `backward` does."""
-        if self.share.is_all:
-            return rows
-        return torch.cat([self.share.of(part) for part in rows.split(min(part_size(self.cfg), len(rows)))])
+        scalars = share.summed(torch.stack(scalars).sum(dim=0))
+        return Losses(torch.cat(outs), code.of_all(share).of_all_latents(shard), *scalars)
 
     def resample(self, x: Tensor, target: Tensor, step: int) -> int:
         """Give dead latents new directions from rows `x` (n, d_in) and their `target` (n, d_out); return how many.
@@ -264,6 +263,11 @@ def clip_gradients(sae: SparseAutoencoder, largest: float) -> None:
 def part_size(cfg: LanguageModelSAERunnerConfig) -> int:
     """Return how many rows of a batch go through at once, at most."""
     return cfg.micro_batch_size or (cfg.train_batch_size if cfg.grad_acc_steps > 1 else sys.maxsize)
+
+
+def sizes_of_parts(n_rows: int, size: int) -> list[int]:
+    """Return how many of `n_rows` rows go through at once, time after time."""
+    return [min(size, n_rows - start) for start in range(0, n_rows, size)]
 
 
 def check_trainable(cfg: LanguageModelSAERunnerConfig) -> None:

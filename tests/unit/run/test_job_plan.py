@@ -166,12 +166,19 @@ def test_what_ranks_share_falls_with_their_number(job_of: Callable) -> None:
     assert found["--parallel layers"].received == {"rows": rows / 2 / 2}
     weights = alone["weights"]
     assert found["--parallel data"].received == {
-        "rows": rows / 2, "gradients": weights, "counts": 4 * D_SAE * 8, "choice": 0, "logged": rows / 2,
+        "rows": rows / 2 / 2 * 2, "gradients": weights, "counts": 4 * D_SAE * 8, "choice": 0, "logged": rows / 2,
     }  # fmt: skip
     choice = 4 * 64 * 32 * 4  # k is 32 by default
-    assert found["--parallel latents"].received == {"rows": rows / 2, "choice": choice, "reconstructions": rows}
+    # A rank keeps half, of which half is another's; each of these rows is sent on once, and all that are kept elsewhere
+    # come with their batch.
+    assert found["--parallel latents"].received == {
+        "rows": rows / 2 + rows / 2,
+        "choice": choice,
+        "reconstructions": rows,
+    }
     assert parts["--parallel layers"]["buffer"] == pytest.approx(alone["buffer"] / 2, rel=0.01)
-    assert parts["--parallel data"]["buffer"] == parts["--parallel latents"]["buffer"] == alone["buffer"]
+    places = 24 * 4 * 4 * 16
+    assert parts["--parallel data"]["buffer"] == parts["--parallel latents"]["buffer"] == alone["buffer"] / 2 + places
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka", "standard"])

@@ -11,6 +11,8 @@ from ranks import on_ranks
 from small import SMALL_RUN
 
 from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.parallel.deal import Deal
+from sae_training.parallel.peers import Peers
 from sae_training.parallel.share import ALONE, Share
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training import objective
@@ -53,10 +55,10 @@ def trained(changes: dict[str, Any], share: Share) -> dict[str, Any]:
     cfg = config(**changes)
     trainer = SAETrainer(SparseAutoencoder(cfg), cfg, share)
     trainer.sae.b_enc.detach()[:4] = -30.0  # silent ones, which a remedy has to wake
-    dtype = trainer.sae.dtype
+    dtype, deal = trainer.sae.dtype, Deal(share, Peers(), ROWS, cfg.micro_batch_size or ROWS)
     metrics = []
     for step in range(STEPS):
-        result = trainer.step(batch(step, dtype), step)
+        result = trainer.step(deal.own_of_batch(batch(step, dtype)), step)
         metrics.append(training_metrics(result, trainer.tracker, step))
         if step == 10 and cfg.feature_sampling_method:
             trainer.resample(batch(99, dtype), batch(99, dtype), step)
