@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Build(LeftOut, Common):
     """Analyse the latents of an autoencoder, in one pass over a text.
 
     The result is analysis/analysis.sqlite in the run's folder, or in runs/NAME for the files of another program; flags
-    say what these leave out. The same command goes on with an unfinished build.
+    say what these leave out. The same command goes on with an unfinished build. Processes under torchrun share it.
     """
 
     run: Run
@@ -105,8 +106,14 @@ def run_verb(verb: Verb) -> None:
     """Carry out a command, and say how long each phase took."""
     with counted_phases() as phases:
         carry_out(verb)
-        sys.stdout.flush()  # has the result, which scripts read; so the times go to stderr, after it
-        say(phases.line())
+        if is_speaker():
+            sys.stdout.flush()  # has the result, which scripts read; so the times go to stderr, after it
+            say(phases.line())
+
+
+def is_speaker() -> bool:
+    """Return whether this process prints: of those that torchrun has started, the first one alone."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def carry_out(verb: Verb) -> None:
@@ -118,7 +125,8 @@ def carry_out(verb: Verb) -> None:
                 verb.run, verb.tokens, dataset=verb.dataset, output=verb.output, cached=verb.cached,
                 effects=verb.effects, seed=verb.seed, anew=verb.anew, **verb.said(),
             )  # fmt: skip
-            for analysis in built.values() if isinstance(built, dict) else [built]:
+            analyses = built.values() if isinstance(built, dict) else [built]
+            for analysis in analyses if is_speaker() else ():
                 sys.stdout.write(f"{analysis.summary()}\n")
         case Export():
             from sae_analysis.analysis import open_analysis

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from sae_analysis.sharing import is_own_lane, lane_of
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.cache import origin, position_from_json, position_to_json
 from sae_training.activations_store.cache_reader import CachedShards, open_cache
@@ -23,6 +24,8 @@ class Contexts(NamedTuple):
 
     first: int
     """The number of the first of them."""
+    lane: int
+    """That of their pass (`sharing.py`)."""
     tokens: Tensor
     """(n, positions)"""
     activations: dict[HookSite, Tensor]
@@ -30,11 +33,16 @@ class Contexts(NamedTuple):
 
 
 class Corpus(Protocol):
-    """Contexts from `done` on; `state` and `done` say where another process goes on."""
+    """Contexts from `done` on, pass by pass; None for a pass that another process makes.
+
+    `state` and `done` say where another process goes on.
+    """
 
     done: int
+    n_contexts: int
+    per_pass: int
 
-    def __iter__(self) -> Iterator[Contexts]: ...
+    def __iter__(self) -> Iterator[Contexts | None]: ...
 
     def state(self) -> dict[str, Any]: ...
 
@@ -51,20 +59,25 @@ class LiveCorpus:
 
     def __init__(self, store: ActivationsStore, sites: Sequence[HookSite], n_contexts: int) -> None:
         self.store, self.sites, self.n_contexts = store, sites, n_contexts
+        self.per_pass = contexts_of_a_pass(store)
         self.done = 0
 
-    def __iter__(self) -> Iterator[Contexts]:
+    def __iter__(self) -> Iterator[Contexts | None]:
         store = self.store
         while self.done < self.n_contexts:
             stop_point()
-            n = min(contexts_of_a_pass(store), self.n_contexts - self.done)
+            n = min(self.per_pass, self.n_contexts - self.done)
+            lane = lane_of(self.done // self.per_pass)
             tokens = to_device(store.text.tokens.next_contexts(n, until_end=True), store.device)
             if len(tokens) == 0:
                 return
-            with compiled_blocks():
-                found = harvest(store.model, tokens, self.sites, store.padded)
             first, self.done = self.done, self.done + len(tokens)
-            yield Contexts(first, tokens, dict(zip(self.sites, found, strict=True)))
+            yield self.passed(first, lane, tokens) if is_own_lane(lane) else None
+
+    def passed(self, first: int, lane: int, tokens: Tensor) -> Contexts:
+        with compiled_blocks():
+            found = harvest(self.store.model, tokens, self.sites, self.store.padded)
+        return Contexts(first, lane, tokens, dict(zip(self.sites, found, strict=True)))
 
     def state(self) -> dict[str, Any]:
         return {"done": self.done, "tokens": position_to_json(self.store.text.tokens.state_dict())}
@@ -85,16 +98,20 @@ class CachedCorpus:
             self.shards = contexts_of(self.shards, folder)
         self.store, self.sites = store, sites
         self.n_contexts = min(n_contexts, self.shards.n)
+        self.per_pass = contexts_of_a_pass(store)
         self.done = 0
 
-    def __iter__(self) -> Iterator[Contexts]:
+    def __iter__(self) -> Iterator[Contexts | None]:
         while self.done < self.n_contexts:
             stop_point()
-            end = min(self.done + contexts_of_a_pass(self.store), self.n_contexts)
-            read = self.shards.read(self.done, end)
-            first, self.done = self.done, end
-            found = {site: to_device(read[site.name], self.store.device) for site in self.sites}
-            yield Contexts(first, to_device(read["tokens"], self.store.device), found)
+            lane = lane_of(self.done // self.per_pass)
+            first, self.done = self.done, min(self.done + self.per_pass, self.n_contexts)
+            yield self.read(first, lane) if is_own_lane(lane) else None
+
+    def read(self, first: int, lane: int) -> Contexts:
+        read = self.shards.read(first, self.done)
+        found = {site: to_device(read[site.name], self.store.device) for site in self.sites}
+        return Contexts(first, lane, to_device(read["tokens"], self.store.device), found)
 
     def state(self) -> dict[str, Any]:
         return {"done": self.done, "shards": self.shards.fingerprint()}

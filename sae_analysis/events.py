@@ -14,6 +14,7 @@ from sae_training.kernels.sparse_code import Code
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
+Floats64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

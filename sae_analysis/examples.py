@@ -29,6 +29,9 @@ class Kept(NamedTuple):
     firing_values: np.ndarray
 
 
+OF_EXAMPLES = ("contexts", "positions", "activations", "lengths", "firing_positions", "firing_values")
+
+
 class BestOf:
     """The `n` examples of each latent with the smallest keys, first in the text among equals.
 
@@ -74,13 +77,13 @@ class BestOf:
                 firings.values[places],
             )
         )
-        self.merge(firings.latents[chosen], keys[chosen], self.n_examples + np.arange(len(chosen)))
+        self.place(firings.latents[chosen], keys[chosen], self.n_examples + np.arange(len(chosen)))
         self.n_examples += len(chosen)
         self.n_firings += len(places)
         if self.n_firings > 2 * self.n_compact + 2**20:
             self.compact()
 
-    def merge(self, latents: Ints, keys: np.ndarray, numbers: Ints) -> None:
+    def place(self, latents: Ints, keys: np.ndarray, numbers: Ints) -> None:
         """Put new examples of ascending `latents` in their places among the known ones, and drop the worst."""
         rows, begins, counts = np.unique(latents, return_index=True, return_counts=True)
         row, column = np.repeat(np.arange(len(rows)), counts), np.arange(len(latents)) - np.repeat(begins, counts)
@@ -93,6 +96,20 @@ class BestOf:
         self.numbers[rows] = np.take_along_axis(
             np.concatenate([self.numbers[rows], wide_numbers], axis=1), order, axis=1
         )
+
+    def merge(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take up the examples that another has found in other contexts."""
+        self.join()
+        theirs: Ints = np.where(arrays["numbers"] < 0, -1, arrays["numbers"] + len(self.contexts))
+        self.new.append(tuple(arrays[name] for name in OF_EXAMPLES))
+        self.join()
+        keys = np.concatenate([self.keys, arrays["keys"]], axis=1)
+        numbers = np.concatenate([self.numbers, theirs], axis=1)
+        contexts = np.append(self.contexts, -1)[numbers]
+        order = np.lexsort([contexts, keys], axis=1)[:, : self.n]
+        self.keys = np.take_along_axis(keys, order, axis=1)
+        self.numbers = np.take_along_axis(numbers, order, axis=1)
+        self.compact()
 
     def compact(self) -> None:
         """Drop the examples that no latent has, and number the others by latent, best first."""
@@ -108,9 +125,8 @@ class BestOf:
         self.n_examples, self.n_firings, self.n_compact = len(kept), len(places), len(places)
 
     def join(self) -> None:
-        names = ("contexts", "positions", "activations", "lengths", "firing_positions", "firing_values")
-        parts = [tuple(getattr(self, name) for name in names), *self.new]
-        for name, part in zip(names, zip(*parts, strict=True), strict=True):
+        parts = [tuple(getattr(self, name) for name in OF_EXAMPLES), *self.new]
+        for name, part in zip(OF_EXAMPLES, zip(*parts, strict=True), strict=True):
             setattr(self, name, np.concatenate(part))
         self.new = []
 
@@ -157,6 +173,12 @@ class Silences:
             fires[here] = True
             self.keys[worst], self.contexts[worst], self.fires[worst] = keys[i], numbers[i], fires
             self.positions[worst] = counted[int(keys[i] % np.uint64(len(counted)))]
+
+    def merge(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take up the contexts that another has drawn from others."""
+        best = np.argsort(np.concatenate([self.keys, arrays["keys"]]), kind="stable")[: self.n]
+        for name, theirs in arrays.items():
+            setattr(self, name, np.concatenate([getattr(self, name), theirs])[best])
 
     def examples(self, n: int) -> tuple[Ints, Ints, Ints]:
         """Return (latents, contexts, positions) of up to `n` contexts in which each latent does not fire.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,11 +14,13 @@ from sae_analysis.codes import code_of
 from sae_analysis.corpus import Contexts
 from sae_analysis.events import firings, priorities
 from sae_analysis.examples import BestOf, Silences
-from sae_analysis.latent_statistics import LatentStatistics
+from sae_analysis.latent_statistics import LatentStatistics, Moments
 from sae_analysis.neighbours import RowSample
+from sae_analysis.sharing import is_own_lane
 from sae_analysis.token_mass import TokenMass
 from sae_training.activations_store.position_rule import PositionRule
 from sae_training.language_model.sites import Sites
+from sae_training.parallel.ranks import is_first
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 N_SILENCES = 512  # contexts, of which each latent's few are taken
@@ -45,6 +48,8 @@ class Accumulator(Protocol):
 
     def load(self, arrays: dict[str, np.ndarray]) -> None: ...
 
+    def merge(self, arrays: dict[str, np.ndarray]) -> None: ...
+
 
 class Gathered:
     """What a corpus tells of the latents of `sae`, which reads at `sites`."""
@@ -54,6 +59,7 @@ class Gathered:
     ) -> None:
         self.sae, self.sites, self.seed = sae, sites, seed
         self.statistics = LatentStatistics(sae.d_sae, context_size)
+        self.moments = Moments(sae.d_sae)
         self.strongest = BestOf(sae.d_sae, sizes.top, np.float32)
         self.sampled = BestOf(sae.d_sae, sizes.sampled, np.uint64)
         self.silences = Silences(sae.d_sae, N_SILENCES, seed)
@@ -67,6 +73,7 @@ class Gathered:
         found = firings(code, contexts.tokens, keep, contexts.first)
         prompts, positions = (part.cpu().numpy() for part in keep.nonzero(as_tuple=True))
         self.statistics.add(found, len(prompts))
+        self.moments.add(found, contexts.lane)
         self.strongest.add(found, -found.values)
         self.sampled.add(found, priorities(self.seed, found.latents, found.contexts, found.positions))
         self.silences.add(found, keep.cpu().numpy())
@@ -75,7 +82,7 @@ class Gathered:
 
     @property
     def parts(self) -> dict[str, Accumulator]:
-        names = ("statistics", "strongest", "sampled", "silences", "mass", "rows")
+        names = ("statistics", "moments", "strongest", "sampled", "silences", "mass", "rows")
         return {name: getattr(self, name) for name in names}
 
     def state(self) -> dict[str, Tensor]:
@@ -86,7 +93,25 @@ class Gathered:
             for name, array in accumulator.arrays().items()
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         for part, accumulator in self.parts.items():
-            found = {name.removeprefix(f"{part}."): v for name, v in state.items() if name.startswith(f"{part}.")}
-            accumulator.load({name: value.numpy() for name, value in found.items()})
+            accumulator.load(arrays_in(state, part))
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what another process has gathered of other contexts, or some parts of it."""
+        for part, accumulator in self.parts.items():
+            if arrays := arrays_in(state, part):
+                accumulator.merge(arrays)
+
+
+def is_own(name: str) -> bool:
+    """Return whether this process goes on with the part of a saved state that has this name.
+
+    Each goes on with its own lanes, the first with all else, because it matters to nothing else who has gathered what.
+    """
+    part, _, of_part = name.partition(".")
+    return is_own_lane(int(of_part)) if part == "moments" else is_first()
+
+
+def arrays_in(state: Mapping[str, Tensor], part: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(f"{part}."): state[name].numpy() for name in state if name.startswith(f"{part}.")}

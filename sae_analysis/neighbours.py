@@ -61,6 +61,11 @@ class RowSample:
         if len(order) == self.n:
             self.limit[...] = self.keys[-1]
 
+    def merge(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take up the sample that another has drawn from other rows."""
+        self.new.append(tuple(arrays[name] for name in ("keys", "sizes", "latents", "values")))
+        self.settle()
+
     def matrix(self) -> scipy.sparse.csr_array:
         """Return the codes (rows, d_sae) of so many of the rows that MAX_PAIRS are enough."""
         self.settle()

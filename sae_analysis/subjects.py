@@ -16,6 +16,7 @@ from sae_analysis.places import folder_of, name_of
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.cache_parts import parts_on_disk
 from sae_training.activations_store.store import without_cache
+from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import check_known, with_defaults
 from sae_training.config.sweep import is_several, variants
 from sae_training.config.types import MAY_BE_NEGATIVE
@@ -24,7 +25,9 @@ from sae_training.formats.loaded import OF_ANOTHER_TEXT
 from sae_training.language_model.load import LanguageModel, model_of
 from sae_training.language_model.model_parts import ModelParts
 from sae_training.language_model.sites import Sites, find_sites, merged, sites_on_disk
+from sae_training.machine.device import count
 from sae_training.machine.phases import phase
+from sae_training.parallel.ranks import n_ranks
 from sae_training.run.folder import is_run_folder, read_run_config
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.utils import Session
@@ -55,6 +58,34 @@ class Subjects:
     store: ActivationsStore
     folder: Path
     are_several: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """What processes that share a build need to know before they meet (`parallel.ranks.joined`)."""
+
+    device: str
+    parallel_timeout_minutes: float
+
+
+def job_of(source: str | Path | Session) -> Job:
+    """Return the job of analysing what `source` names; the CPU serves where the device of a run is not there."""
+    cfg = LanguageModelSAERunnerConfig()
+    if not isinstance(source, (str, Path)):
+        cfg = with_defaults(source[1].cfg)
+    elif is_run_folder(folder := folder_of(Path(source).expanduser())):
+        cfg = read_run_config(folder)
+    device = torch.device(cfg.device).type
+    return Job(device if count(device) else "cpu", cfg.parallel_timeout_minutes)
+
+
+def check_device(found: torch.device, job: Job) -> None:
+    """Raise ValueError for processes that would all use one GPU."""
+    if n_ranks() > 1 and found.type == "cuda" and job.device != "cuda":
+        raise ValueError(
+            f"device: found {found} in files outside of a run, which several processes would share; expected the "
+            "folder of a run, or one process."
+        )
 
 
 def subjects_of(

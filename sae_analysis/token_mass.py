@@ -29,19 +29,22 @@ class TokenMass:
 
     Above MAX_PAIRS entries, those with the smallest shares of their latents are dropped; what is dropped still counts
     in the total, so that shares are never too high, and `n_dropped` says how many they were.
+
+    float64 holds a sum of float32 numbers exactly, unless it is 2^29 times the smallest of them: then the last digit
+    depends on the order of the sum.
     """
 
     def __init__(self, d_sae: int, d_vocab: int) -> None:
         self.d_sae, self.base = d_sae, d_vocab + 1
         self.keys = np.zeros(0, dtype=np.int64)
         self.mass = np.zeros(0)
-        self.total = np.zeros(d_sae)
+        self.dropped = np.zeros(d_sae)
+        """The mass of the entries of each latent that were dropped."""
         self.n_dropped = np.zeros((), dtype=np.int64)
         self.waiting: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, firings: Firings) -> None:
         values = firings.values.astype(np.float64)
-        self.total[firings.fired] += np.add.reduceat(values, firings.begins) if len(values) else 0
         keys = (firings.latents * self.base + firings.ids) * self.base + firings.ids_before + 1
         self.waiting.append((keys, values))
         if sum(len(keys) for keys, _ in self.waiting) > BUFFERED:
@@ -55,31 +58,45 @@ class TokenMass:
         self.waiting = []
         self.keys, self.mass = added_up(*map(np.concatenate, zip(*waiting, strict=True)))
         if len(self.keys) > MAX_PAIRS:
-            shares = self.mass / self.total[self.keys // self.base**2]
+            latents = self.keys // self.base**2
+            shares = self.mass / self.total()[latents]
             limit = np.partition(shares, -MAX_PAIRS // 2)[-MAX_PAIRS // 2]
             kept = shares >= limit
             self.n_dropped += len(kept) - np.count_nonzero(kept)
+            self.dropped += np.bincount(latents[~kept], self.mass[~kept], self.d_sae)
             self.keys, self.mass = self.keys[kept], self.mass[kept]
+
+    def merge(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take up the table of another, over other contexts."""
+        self.n_dropped += arrays["n_dropped"]
+        self.dropped += arrays["dropped"]
+        self.waiting += [(arrays["keys"], arrays["mass"]), (arrays["waiting_keys"], arrays["waiting_mass"])]
+        self.settle()
+
+    def total(self) -> np.ndarray:
+        """Return the mass of each latent (d_sae,) in the table, and of what was dropped from it."""
+        return np.bincount(self.keys // self.base**2, self.mass, self.d_sae) + self.dropped
 
     def by_token(self) -> tuple[Ints, Ints, np.ndarray]:
         """Return (latents, tokens, shares), in this order: the parts of each latent's mass."""
         self.settle()
         begins = begins_of(self.keys // self.base)
         latents, tokens = np.divmod(self.keys[begins] // self.base, self.base)
-        return latents, tokens, sums(self.mass, begins) / self.total[latents]
+        return latents, tokens, sums(self.mass, begins) / self.total()[latents]
 
     def shares(self) -> Shares:
         latents, tokens, share = self.by_token()
         entropy = np.bincount(latents, -share * np.log2(share), minlength=self.d_sae)
         unigrams = best_of(latents, share, self.d_sae)
         bigrams = best_of(self.keys // self.base**2, self.mass, self.d_sae)
+        total = self.total()
         with np.errstate(divide="ignore", invalid="ignore"):
             return Shares(
-                np.where(self.total > 0, entropy, np.nan),
+                np.where(total > 0, entropy, np.nan),
                 at(tokens, unigrams),
                 at(share, unigrams, np.nan),
                 np.stack([at(self.keys % self.base - 1, bigrams), at(self.keys // self.base % self.base, bigrams)], 1),
-                at(self.mass, bigrams, np.nan) / self.total,
+                at(self.mass, bigrams, np.nan) / total,
             )
 
     def top_tokens(self, n: int) -> tuple[Ints, Ints, np.ndarray]:
@@ -97,7 +114,7 @@ class TokenMass:
         return arrays_of(self) | {"waiting_keys": waiting_keys, "waiting_mass": waiting_mass}
 
     def load(self, arrays: dict[str, np.ndarray]) -> None:
-        for name in ("keys", "mass", "total", "n_dropped"):
+        for name in ("keys", "mass", "dropped", "n_dropped"):
             setattr(self, name, arrays[name])
         self.waiting = [(arrays["waiting_keys"], arrays["waiting_mass"])]
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Command
+from processes import Command, Main
 from ranks import free_port
+
+from sae_training import cli
 
 
 def train(fields: Mapping[str, Any], folder: Path) -> list[str]:
@@ -34,13 +36,18 @@ def torchrun(n: int, *words: str) -> subprocess.Popen[str]:
 
 
 def ranks(
-    n: int, folder: Path, *words: str, of_second: Sequence[str] = (), started: Sequence[int] | None = None
+    n: int,
+    folder: Path,
+    *words: str,
+    of_second: Sequence[str] = (),
+    started: Sequence[int] | None = None,
+    main: Main = cli.main,
 ) -> list[Command]:
     """Processes as torchrun starts them, without the seconds that each of them imports the package for."""
     job = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n)}
     commands = [of_second if r == 1 and of_second else words for r in range(n)]
     return [
-        Command(folder, *commands[r], environment=job | {"RANK": str(r), "LOCAL_RANK": str(r)})
+        Command(folder, *commands[r], environment=job | {"RANK": str(r), "LOCAL_RANK": str(r)}, main=main)
         for r in (range(n) if started is None else started)
     ]
 

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,12 +22,20 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["processes", "sae_training.lm_runner"])
 
 
-class Command:
-    """`python -m sae_training` with the arguments, in a process; what it says goes to files. It has Popen's face."""
+Main = Callable[[Sequence[str]], int]
 
-    def __init__(self, folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+
+class Command:
+    """`python -m sae_training` with the arguments, in a process; what it says goes to files. It has Popen's face.
+
+    `main` is another program's, in place of `sae_training.cli`.
+    """
+
+    def __init__(
+        self, folder: Path, *arguments: str, environment: Mapping[str, str] | None = None, main: Main = cli.main
+    ) -> None:
         self.files = [folder / f"{uuid.uuid4().hex}.{ending}" for ending in ("out", "err")]
-        self.process = FORKS.Process(target=run_command, args=(arguments, environment or {}, *self.files))
+        self.process = FORKS.Process(target=run_command, args=(main, arguments, environment or {}, *self.files))
         self.process.start()
         atexit.register(self.process.kill)  # multiprocessing would wait for one that a failed test has left
         assert self.process.pid is not None
@@ -57,11 +65,11 @@ class Command:
         return out, err
 
 
-def run_command(arguments: tuple[str, ...], environment: Mapping[str, str], *files: Path) -> None:
+def run_command(main: Main, arguments: tuple[str, ...], environment: Mapping[str, str], *files: Path) -> None:
     os.environ.update(environment)
     for stream, file in zip((sys.stdout, sys.stderr), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
     torch.set_num_threads(1)
-    code = cli.main(list(arguments))
+    code = main(list(arguments))
     sys.stdout.flush()
     sys.exit(code)

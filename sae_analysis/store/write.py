@@ -6,7 +6,7 @@ import json
 import math
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,10 +33,15 @@ N_TOKENS = 10
 
 
 class Writer:
-    """Writes the analysis number `analysis`. What is there already, of an earlier process, stays."""
+    """Writes the analysis number `analysis`. What is there already, of an earlier process, stays.
 
-    def __init__(self, url: str, analysis: int, about: dict[str, Any]) -> None:
-        self.engine, self.analysis, self.about = engine_of(url), analysis, about
+    `between` is called before each slice of latents, and may raise.
+    """
+
+    def __init__(
+        self, url: str, analysis: int, about: dict[str, Any], between: Callable[[], object] = lambda: None
+    ) -> None:
+        self.engine, self.analysis, self.about, self.between = engine_of(url), analysis, about, between
         schema.metadata.create_all(self.engine)
 
     def write(self, gathered: Gathered, of_model: OfModel, context_ids: np.ndarray, sizes: Sizes) -> None:
@@ -53,6 +58,7 @@ class Writer:
             # The next slice is compressed while the database takes this one. Two in hand, because they are large.
             waiting = deque(beside.submit(rows_of, found, examples, some) for some in slices[:2])
             for number, some in enumerate(slices):
+                self.between()
                 rows = waiting.popleft().result()
                 waiting.extend(beside.submit(rows_of, found, examples, later) for later in slices[number + 2 :][:1])
                 with self.engine.begin() as connection:
@@ -124,7 +130,8 @@ class Findings:
             lens = logit_lens(W_dec, table.to(W_dec), N_TOKENS)
             for_json = ("top_values", "bottom_values", "edges")
             self.lens = lens._replace(**{name: rounded(getattr(lens, name)) for name in for_json})
-        self.figures = gathered.statistics.figures() | weight_figures(sae.W_enc.detach(), W_dec, sae.b_enc.detach())
+        self.figures = gathered.statistics.figures(gathered.moments)
+        self.figures |= weight_figures(sae.W_enc.detach(), W_dec, sae.b_enc.detach())
         if self.lens is not None:
             self.figures |= {"logit_skew": self.lens.skew, "logit_kurtosis": self.lens.kurtosis}
         self.figures |= {

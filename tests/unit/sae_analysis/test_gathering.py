@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy import stats
 
 from sae_analysis.events import Firings, firings, priorities
 from sae_analysis.examples import BestOf, Silences
-from sae_analysis.latent_statistics import QUANTILES, LatentStatistics, bin_edges, shown_histogram
+from sae_analysis.latent_statistics import QUANTILES, LatentStatistics, Moments, bin_edges, shown_histogram
 from sae_analysis.neighbours import RowSample, coactive, correlated, most_similar
 from sae_analysis.token_mass import TokenMass
 from sae_training.kernels.sparse_code import Code, Entries, offsets_of
@@ -48,10 +49,11 @@ def batches(corpus: dict[str, Any], size: int) -> list[tuple[Firings, Code, np.n
 
 @pytest.mark.parametrize("size", [1, 5, N])
 def test_figures_are_those_of_dense_codes(corpus: dict[str, Any], size: int) -> None:
-    gathered = LatentStatistics(D_SAE, CONTEXT)
-    for found, _, keep in batches(corpus, size):
+    gathered, moments = LatentStatistics(D_SAE, CONTEXT), Moments(D_SAE)
+    for number, (found, _, keep) in enumerate(batches(corpus, size)):
         gathered.add(found, keep.sum())
-    figures, acts = gathered.figures(), corpus["acts"].astype(np.float64)
+        moments.add(found, number % 3)
+    figures, acts = gathered.figures(moments), corpus["acts"].astype(np.float64)
     n_counted = corpus["keep"].sum()
     for latent in range(D_SAE):
         own = acts[..., latent]
@@ -78,12 +80,14 @@ def test_figures_are_those_of_dense_codes(corpus: dict[str, Any], size: int) -> 
 def test_moments_of_activations_that_hardly_vary_are_those_of_their_differences() -> None:
     n = N * CONTEXT
     values = (300 * (1 + 1e-5 * torch.rand(8 * n, generator=torch.Generator().manual_seed(0)) ** 3)).float()
-    gathered = LatentStatistics(1, CONTEXT)
-    for part in values.split(n):
+    gathered, moments = LatentStatistics(1, CONTEXT), Moments(1)
+    for number, part in enumerate(values.split(n)):
         code = Code(part, Entries(torch.zeros(n, dtype=torch.int64), torch.arange(n + 1), 1))
         keep = torch.ones(N, CONTEXT, dtype=torch.bool)
-        gathered.add(firings(code, keep.long(), keep, 0), n)
-    figures, exact = gathered.figures(), values.double().numpy()
+        found = firings(code, keep.long(), keep, 0)
+        gathered.add(found, n)
+        moments.add(found, number % 3)
+    figures, exact = gathered.figures(moments), values.double().numpy()
     assert figures["mean"][0] == pytest.approx(exact.mean(), rel=1e-12)
     assert figures["variance"][0] == pytest.approx(exact.var(), rel=1e-6)
     assert figures["skew"][0] == pytest.approx(stats.skew(exact), rel=1e-6)
@@ -238,7 +242,7 @@ def test_table_of_tokens_is_bounded_and_says_what_it_lost(
         assert len(gathered.keys) <= 40
     assert gathered.n_dropped > 0
     totals = corpus["acts"].astype(np.float64).sum(axis=(0, 1))
-    assert gathered.total == pytest.approx(totals, rel=1e-6)
+    assert gathered.total() == pytest.approx(totals, rel=1e-6)
     assert np.nansum(gathered.shares().top_token_share) > 0
 
 
@@ -282,6 +286,62 @@ def test_sample_of_rows_is_bounded_and_does_not_depend_on_batches(corpus: dict[s
         matrices.append(sample.matrix().toarray())
     assert matrices[0].shape == (50, D_SAE)
     assert all((matrices[0] == other).all() for other in matrices[1:])
+
+
+def gathered_of(some: list[tuple[int, tuple[Firings, Code, np.ndarray]]]) -> dict[str, Any]:
+    """All accumulators after some batches, given with their numbers."""
+    parts = {
+        "statistics": LatentStatistics(D_SAE, CONTEXT),
+        "moments": Moments(D_SAE),
+        "strongest": BestOf(D_SAE, 4, np.float32),
+        "sampled": BestOf(D_SAE, 5, np.uint64),
+        "silences": Silences(D_SAE, 10, seed=0),
+        "mass": TokenMass(D_SAE, VOCAB),
+        "rows": RowSample(D_SAE, seed=2, n=50),
+    }
+    for number, (found, code, keep) in some:
+        contexts, positions = np.nonzero(keep)
+        parts["statistics"].add(found, len(contexts))
+        parts["moments"].add(found, number % 6)
+        parts["strongest"].add(found, -found.values)
+        parts["sampled"].add(found, priorities(3, found.latents, found.contexts, found.positions))
+        parts["silences"].add(found, keep)
+        parts["mass"].add(found)
+        parts["rows"].add(code, contexts + found.first, positions)
+    return parts
+
+
+def results_of(parts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "figures": parts["statistics"].figures(parts["moments"]),
+        "histogram": parts["statistics"].histogram,
+        "strongest": parts["strongest"].kept(),
+        "sampled": parts["sampled"].kept(),
+        "silences": parts["silences"].examples(4),
+        "mass": parts["mass"].by_token(),
+        "rows": parts["rows"].matrix().toarray(),
+    }
+
+
+@pytest.mark.parametrize(
+    "part_of", [lambda i: i % 2, lambda i: 2 - i % 3, lambda i: int(i < 2), lambda i: 3 * (i > 6)],
+    ids=["in turn", "in turn, the last first", "the second begins", "two are empty"],
+)  # fmt: skip
+def test_parts_put_together_are_what_one_gathers(corpus: dict[str, Any], part_of: Callable[[int], int]) -> None:
+    numbered = list(enumerate(batches(corpus, 2)))
+    expected = results_of(gathered_of(numbered))
+    n_parts = 1 + max(part_of(i) for i, _ in numbered)
+    first, *others = [gathered_of([b for b in numbered if part_of(b[0]) == part]) for part in range(n_parts)]
+    for other in others:
+        for name, accumulator in first.items():
+            accumulator.merge({key: array.copy() for key, array in other[name].arrays().items()})
+    is_by_lanes = len({(i % 6, part_of(i)) for i, _ in numbered}) == 6
+    if not is_by_lanes:  # then the sums of a lane are added up in another order
+        found, figures = results_of(first)["figures"], expected.pop("figures")
+        for name, of_latents in figures.items():
+            np.testing.assert_allclose(found[name], of_latents, rtol=1e-12, err_msg=name)
+    for name, of_all in expected.items():
+        np.testing.assert_equal(results_of(first)[name], of_all, err_msg=name)
 
 
 def test_similar_directions_are_those_of_the_largest_cosines(monkeypatch: pytest.MonkeyPatch) -> None:

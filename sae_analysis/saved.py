@@ -1,0 +1,74 @@
+"""What an unfinished build has saved: a file of each process, which counts once the file of the first one names it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from sae_analysis.sharing import raised_together
+from sae_training.machine.files import write_safetensors
+from sae_training.parallel.ranks import is_first, n_ranks, rank
+
+OF_OTHERS = "part-*.safetensors"
+
+
+class Saved:
+    """The files in `folder`, which need not be there. All processes call `write` together."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file = folder, folder / "state.safetensors"
+
+    def metadata(self) -> dict[str, str] | None:
+        """Return what was saved beside the tensors; None if nothing was saved."""
+        if not self.file.is_file():
+            return None
+        with safe_open(self.file, framework="pt") as file:
+            found = file.metadata()
+        if "parts" not in found:
+            raise ValueError(
+                f"{self.folder} holds an unfinished build of an earlier version; give anew (--anew) to delete it and "
+                "begin again, or another output."
+            )
+        return found
+
+    def write(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """Save the tensors of all processes, all of them or none."""
+        number = int((self.metadata() or {"number": "0"})["number"]) + 1
+        parts = [OF_OTHERS.replace("*", f"{number}-{other}") for other in range(1, n_ranks())]
+        with raised_together():
+            if not is_first():
+                write_safetensors(self.folder / parts[rank() - 1], tensors)
+        with raised_together():
+            if is_first():
+                write_safetensors(self.file, tensors, metadata | {"number": str(number), "parts": json.dumps(parts)})
+                for path in self.folder.glob(OF_OTHERS):
+                    if path.name not in parts:
+                        path.unlink()
+
+    def parts(self) -> list[Path]:
+        """Return the files of the processes but the first."""
+        return [self.folder / name for name in json.loads((self.metadata() or {"parts": "[]"})["parts"])]
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a file whose names begin with `prefix`, if they are wanted; each is read when it is asked for."""
+
+    def __init__(self, path: Path, prefix: str, is_wanted: Callable[[str], bool] = lambda _: True) -> None:
+        self.path, self.prefix = path, prefix
+        with safe_open(path, framework="pt") as file:
+            names = [key.removeprefix(prefix) for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+        self.names = [name for name in names if is_wanted(name)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(self.prefix + name).clone()  # because the file may be deleted, on a shared disk too
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
