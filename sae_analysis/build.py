@@ -236,7 +236,7 @@ class Build:
 
     def write_all(self) -> None:
         """Put together what all processes have gathered, write the stores, and delete what was saved."""
-        for path in self.saved.parts():
+        for path in self.saved.parts:
             for name, gathered in self.gathered.items():
                 gathered.merge(Tensors(path, f"{name}/"))
         ids = np.fromfile(self.ids_file, dtype="<i4").reshape(-1, self.context_size)
@@ -269,9 +269,10 @@ class Build:
     def go_on(self) -> None:
         """Take up what was saved, if anything was. ValueError if it is of another build."""
         by_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        metadata = self.saved.begin()
         with raised_together():
             check_all_see(self.folder, "output")
-            if (metadata := self.saved.metadata()) is not None:
+            if metadata is not None:
                 check_same(self.folder, "an unfinished build", json.loads(metadata["settings"]), self.settings)
                 self.corpus.go_on(json.loads(metadata["corpus"]))
                 self.take_up()
@@ -284,7 +285,7 @@ class Build:
     def take_up(self) -> None:
         """Read this process's part of what was saved, by as many processes or by another number."""
         for name, gathered in self.gathered.items():
-            own, *others = [Tensors(path, f"{name}/", is_own) for path in (self.saved.file, *self.saved.parts())]
+            own, *others = [Tensors(path, f"{name}/", is_own) for path in (self.saved.file, *self.saved.parts)]
             if is_first():
                 gathered.load(own)
             else:

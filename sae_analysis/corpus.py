@@ -71,13 +71,13 @@ class LiveCorpus:
             tokens = to_device(store.text.tokens.next_contexts(n, until_end=True), store.device)
             if len(tokens) == 0:
                 return
-            first, self.done = self.done, self.done + len(tokens)
-            yield self.passed(first, lane, tokens) if is_own_lane(lane) else None
-
-    def passed(self, first: int, lane: int, tokens: Tensor) -> Contexts:
-        with compiled_blocks():
-            found = harvest(self.store.model, tokens, self.sites, self.store.padded)
-        return Contexts(first, lane, tokens, dict(zip(self.sites, found, strict=True)))
+            contexts = None
+            if is_own_lane(lane):
+                with compiled_blocks():
+                    found = harvest(store.model, tokens, self.sites, store.padded)
+                contexts = Contexts(self.done, lane, tokens, dict(zip(self.sites, found, strict=True)))
+            self.done += len(tokens)
+            yield contexts
 
     def state(self) -> dict[str, Any]:
         return {"done": self.done, "tokens": position_to_json(self.store.text.tokens.state_dict())}
@@ -105,13 +105,14 @@ class CachedCorpus:
         while self.done < self.n_contexts:
             stop_point()
             lane = lane_of(self.done // self.per_pass)
-            first, self.done = self.done, min(self.done + self.per_pass, self.n_contexts)
-            yield self.read(first, lane) if is_own_lane(lane) else None
-
-    def read(self, first: int, lane: int) -> Contexts:
-        read = self.shards.read(first, self.done)
-        found = {site: to_device(read[site.name], self.store.device) for site in self.sites}
-        return Contexts(first, lane, to_device(read["tokens"], self.store.device), found)
+            end = min(self.done + self.per_pass, self.n_contexts)
+            contexts = None
+            if is_own_lane(lane):
+                read = self.shards.read(self.done, end)
+                found = {site: to_device(read[site.name], self.store.device) for site in self.sites}
+                contexts = Contexts(self.done, lane, to_device(read["tokens"], self.store.device), found)
+            self.done = end
+            yield contexts
 
     def state(self) -> dict[str, Any]:
         return {"done": self.done, "shards": self.shards.fingerprint()}

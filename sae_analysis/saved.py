@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from sae_analysis.sharing import raised_together
+from sae_analysis.sharing import by_first, raised_together
 from sae_training.machine.files import write_safetensors
 from sae_training.parallel.ranks import is_first, n_ranks, rank
 
@@ -17,13 +17,26 @@ OF_OTHERS = "part-*.safetensors"
 
 
 class Saved:
-    """The files in `folder`, which need not be there. All processes call `write` together."""
+    """The files in `folder`, which need not be there. All processes call `begin` and `write` together."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / "state.safetensors"
+        self.number = 0
+        """How many times it was saved. The number is part of names, so that no file is replaced that still counts."""
+        self.parts: list[Path] = []
+        """The files of all processes but the first."""
+
+    def begin(self) -> dict[str, str] | None:
+        """Take up what was saved, and return what was saved beside the tensors; None if nothing was saved."""
+        found = by_first(self.metadata)
+        if found is not None:
+            self.number, self.parts = int(found["number"]), self.paths(json.loads(found["parts"]))
+        return found
+
+    def paths(self, names: list[str]) -> list[Path]:
+        return [self.folder / name for name in names]
 
     def metadata(self) -> dict[str, str] | None:
-        """Return what was saved beside the tensors; None if nothing was saved."""
         if not self.file.is_file():
             return None
         with safe_open(self.file, framework="pt") as file:
@@ -37,21 +50,19 @@ class Saved:
 
     def write(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         """Save the tensors of all processes, all of them or none."""
-        number = int((self.metadata() or {"number": "0"})["number"]) + 1
-        parts = [OF_OTHERS.replace("*", f"{number}-{other}") for other in range(1, n_ranks())]
+        self.number += 1
+        names = [OF_OTHERS.replace("*", f"{self.number}-{other}") for other in range(1, n_ranks())]
+        self.parts = self.paths(names)
         with raised_together():
             if not is_first():
-                write_safetensors(self.folder / parts[rank() - 1], tensors)
+                write_safetensors(self.parts[rank() - 1], tensors)
         with raised_together():
             if is_first():
-                write_safetensors(self.file, tensors, metadata | {"number": str(number), "parts": json.dumps(parts)})
+                counted = {"number": str(self.number), "parts": json.dumps(names)}
+                write_safetensors(self.file, tensors, metadata | counted)
                 for path in self.folder.glob(OF_OTHERS):
-                    if path.name not in parts:
+                    if path not in self.parts:
                         path.unlink()
-
-    def parts(self) -> list[Path]:
-        """Return the files of the processes but the first."""
-        return [self.folder / name for name in json.loads((self.metadata() or {"parts": "[]"})["parts"])]
 
 
 class Tensors(Mapping[str, Tensor]):
