@@ -22,7 +22,7 @@ from sae_training.config.fields import Source
 from sae_training.lm_runner import run_config
 
 PASS = 4096
-N_TOKENS = 9 * PASS + 100  # 10 passes, so that the last turn of two processes is whole, and that of three is not
+N_TOKENS = 6 * PASS + 100  # 7 passes, so that processes have unequal numbers of them
 TOPK = {"architecture": "topk", "k": 8, "exclude_special_tokens": True}
 
 
