@@ -6,6 +6,7 @@ language_model_sae_runner(cfg) -> open_run (model, store, trainers, folder) -> t
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import time
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,8 @@ def run_in_folder(
     check_alike(config_to_dict(cfg) | {"the package's code": code()})
     compile_blocks(model, cfg.compile_lm)
     costs = {name: float((single.d_sae or 0) * (single.d_in or 0)) for name, (single, _) in all_singles.items()}
-    part = division(cfg.parallel, costs)
-    if not part.share.is_all:
-        check_rows(smallest_part(cfg))
+    part = division(cfg.parallel, costs, cfg.mesh, datetime.timedelta(minutes=cfg.parallel_timeout_minutes))
+    check_rows(part.share, smallest_part(cfg))
     if not part.shard.is_all:
         check_optimizer(single.optimizer for single, _ in all_singles.values())
         for single, _ in all_singles.values():

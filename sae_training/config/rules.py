@@ -351,6 +351,18 @@ def two_run_folders(checkpoint_path: str | None, run_dir: str) -> str | None:
     )
 
 
+def no_mesh_of_groups(mesh: tuple[int, ...], parallel: str) -> str | None:
+    """Refuse data,latents without the two numbers of a mesh, and a mesh without data,latents."""
+    if len(mesh) == (2 if parallel == "data,latents" else 0):
+        return None
+    if parallel != "data,latents":
+        return f"mesh: found {list(mesh)} with parallel {parallel}, expected none; leave it out, or set data,latents"
+    return (
+        f"mesh: found {list(mesh)} with parallel data,latents, expected two numbers: groups of processes, which share "
+        "the rows, and processes of a group, which share the latents; give for instance 2,4 for 2 groups of 4"
+    )
+
+
 OF_SINGLE: tuple[Rule, ...] = (
     k_too_large,
     widths_not_nested,
@@ -368,4 +380,5 @@ OF_SINGLE: tuple[Rule, ...] = (
     two_remedies,
     cache_without_path,
     two_run_folders,
+    no_mesh_of_groups,
 )

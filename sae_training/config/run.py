@@ -82,8 +82,11 @@ class LanguageModelSAERunnerConfig(Origin, Records, Optimisation, Autoencoder, S
     grad_acc_steps: Positive[int] = 1
     """Batches of train_batch_size that make up one optimizer step, one after the other."""
 
-    parallel: OnlyWatches[Literal["data", "layers", "latents"]] = "data"
-    """What processes share: data (a batch's rows), layers (autoencoders), or latents (of each)."""
+    parallel: OnlyWatches[Literal["data", "layers", "latents", "data,latents"]] = "data"
+    """What processes share: data (a batch's rows), layers (autoencoders), latents, or two."""
+
+    mesh: OnlyWatches[tuple[Positive[int], ...]] = ()
+    """Of data,latents: groups, which share rows, by processes of a group: 2,4 for 8 in all."""
 
     parallel_timeout_minutes: OnlyWatches[Positive[float]] = 30
     """How long a process waits for the others, to come and in each step."""

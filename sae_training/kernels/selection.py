@@ -16,8 +16,8 @@ from torch import Tensor
 from sae_training.kernels import cpu, triton_selection
 from sae_training.kernels.sparse_code import Code, Entries, concatenate, fixed_size_entries, offsets_of
 from sae_training.machine.precision import at_least_float32
+from sae_training.parallel.block import ALL, Block
 from sae_training.parallel.shard import WHOLE, Shard
-from sae_training.parallel.share import ALONE, Share
 
 TILE_ELEMENTS = 2**21  # of a tile on a CPU
 TILE_LATENTS = {torch.bfloat16: 8192, torch.float16: 8192, torch.float32: 2048, torch.float64: 2048}
@@ -207,31 +207,31 @@ def above(tile: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
 # -------------------------------------------------------------------------------------------------- k to a row, in all
 
 
-def top_k_of_batch(encoder: Encoder, k: int, share: Share | Shard = ALONE) -> Entries:
+def top_k_of_batch(encoder: Encoder, k: int, block: Block = ALL) -> Entries:
     """The k * rows largest positive pre-activations of the whole batch (Bussmann et al. 2024).
 
     A few rows give a low estimate of the smallest one to keep. All pre-activations above the estimate are collected,
     and the largest of them kept, of equal ones those of the first row and latent. If the estimate was too high, a lower
-    one is tried, and in the end everything above 0 is collected. The encoder may have a process's `share` of the rows,
-    or of the latents: the largest of all processes are kept.
+    one is tried, and in the end everything above 0 is collected. The encoder may have the rows and latents of a
+    process's `block`: the largest of all processes are kept.
     """
-    n_rows = len(encoder.sae_in)
-    wanted = k * share.n_rows(n_rows, encoder.bias.device)
+    n_rows, peers = len(encoder.sae_in), block.peers
+    wanted = k * block.n_rows(n_rows, encoder.bias.device)
     _, first = next(encoder.chunks())
     first = first[:SAMPLE_ROWS]
     sample = torch.cat([(tile + bias).flatten() for _, tile, bias in encoder.tiles(first)])
     exact = at_least_float32(sample.dtype)  # because gloo knows no bfloat16
     for excess in EXCESS:
         n = excess * k * len(first)
-        low = share.least(largest(share.sample(sample.to(exact), n), n).clamp_min(0)).to(sample.dtype)
+        low = peers.least(largest(block.sample(sample.to(exact), n), n).clamp_min(0)).to(sample.dtype)
         found = collect(encoder, low)
-        if int(share.summed(torch.tensor(len(found.values)))) >= wanted:
+        if int(peers.summed(torch.tensor(len(found.values)))) >= wanted:
             break
     else:
         found = collect(encoder, torch.zeros((), dtype=sample.dtype, device=sample.device))
     entries = found.at_entries
-    keys = share.keys(entries.rows * encoder.d_sae + entries.latents, encoder.d_sae)
-    kept = share.largest(found.values.to(exact), keys, wanted)
+    keys = block.keys(entries.rows * encoder.d_sae + entries.latents, encoder.d_sae)
+    kept = peers.largest(found.values.to(exact), keys, wanted)
     return Entries(entries.latents[kept], offsets_of(entries.rows[kept], n_rows), encoder.d_sae)
 
 

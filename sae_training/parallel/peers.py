@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sae_training.parallel.ranks import of_all
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -15,6 +20,11 @@ class Peers:
 
     rank: int = 0
     n: int = 1
+    group: dist.ProcessGroup | None = field(default=None, kw_only=True)
+    """Through which they exchange tensors; None: they are all processes of the job."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # because a copy of what they work on has the same group, which itself cannot be copied
 
     @property
     def is_all(self) -> bool:
@@ -34,8 +44,24 @@ class Peers:
             return value
         is_narrow = value.dtype in (torch.bfloat16, torch.float16)  # which gloo cannot add, or no network exactly
         out = value.detach().to(torch.float32 if is_narrow else value.dtype, copy=True).contiguous()
-        dist.all_reduce(out, operation)
+        dist.all_reduce(out, operation, group=self.group)
         return out.to(value.dtype)
+
+    def of_first(self, value: Tensor) -> Tensor:
+        """Return the first rank's value on all of them, where equal values may differ in their last bits.
+
+        They do if each is a sum over a group of its own, because a network may add in another order in each group.
+        """
+        if self.is_all:
+            return value
+        out = value.detach().contiguous().clone()
+        dist.broadcast(out, 0 if self.group is None else dist.get_global_rank(self.group, 0), group=self.group)
+        return out
+
+    def everyones(self, value: T) -> list[T]:
+        """Return a value of any kind of each rank. All processes of the job must call it, those of other groups too."""
+        values = of_all(value)
+        return values if self.group is None else [values[rank] for rank in dist.get_process_group_ranks(self.group)]
 
     def gathered(self, rows: Tensor) -> Tensor:
         """Return the rows (n, ...) of all ranks, one rank's after the other's, which may have different numbers."""
@@ -45,12 +71,12 @@ class Peers:
         """Return the rows (n, ...) of each rank, which may have different numbers."""
         n_rows = torch.tensor([len(rows)], device=rows.device)
         sizes = [torch.empty_like(n_rows) for _ in range(self.n)]
-        dist.all_gather(sizes, n_rows)
+        dist.all_gather(sizes, n_rows, group=self.group)
         counts = torch.cat(sizes).tolist()
         padded = rows.new_zeros(max(counts), *rows.shape[1:])  # because gloo's messages have one size
         padded[: len(rows)] = rows
         found = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(found, padded)
+        dist.all_gather(found, padded, group=self.group)
         return [of_rank[:count] for of_rank, count in zip(found, counts, strict=True)]
 
     def largest(self, values: Tensor, keys: Tensor, wanted: int) -> Tensor:

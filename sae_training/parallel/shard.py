@@ -108,17 +108,6 @@ class Shard(Peers):
         first = sum(part.shape[1] for part in of_each[: self.rank])
         return chosen[:, first : first + values.shape[1]]
 
-    # -------------------------------------------------------- as `Share` has them, for a choice among all rows together
-
-    def n_rows(self, of_own: int, device: torch.device) -> int:
-        return of_own
-
-    def keys(self, places: Tensor, d_sae: int) -> Tensor:
-        return places // d_sae * self.d_sae + self.first + places % d_sae
-
-    def sample(self, values: Tensor, wanted: int) -> Tensor:
-        return self.gathered(values.topk(min(wanted, len(values)), sorted=False).values)
-
 
 class Added(Function):
     """`Shard.added`."""

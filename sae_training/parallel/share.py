@@ -7,7 +7,6 @@ process alone has all rows, and everything here is the identity.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sae_training.parallel.peers import Peers
@@ -31,21 +30,6 @@ class Share(Peers):
     def mean(self, of_own: Tensor, n_rows: int) -> Tensor:
         """Return the mean over all of `n_rows` rows from the mean over this process's, without gradient."""
         return of_own if self.is_all else self.summed(of_own.detach() * self.weight(n_rows))
-
-    def n_rows(self, of_own: int, device: torch.device) -> int:
-        """Return how many rows the ranks have together."""
-        return of_own if self.is_all else int(self.summed(torch.tensor(of_own, device=device)))
-
-    def keys(self, places: Tensor, d_sae: int) -> Tensor:
-        """Return numbers that are different for all (row, latent) pairs of the batch, and ascend with both.
-
-        `places`: the pairs as places in this process's rows, row * d_sae + latent.
-        """
-        return (places // d_sae * self.n + self.rank) * d_sae + places % d_sae
-
-    def sample(self, values: Tensor, wanted: int) -> Tensor:
-        """Return of the `values` (n,) of some rows what tells which are the `wanted` largest of these rows."""
-        return values
 
 
 ALONE = Share()

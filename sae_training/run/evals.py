@@ -29,7 +29,6 @@ from sae_training.language_model.load import LanguageModel, model_of
 from sae_training.language_model.sites import HookSite, Sites
 from sae_training.machine.interrupt import stop_point
 from sae_training.machine.phases import Bar, phase, progress_bar
-from sae_training.parallel.ranks import of_all
 from sae_training.parallel.share import ALONE, Share
 from sae_training.run.eval_sums import Evaluated, Outputs, compare
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -90,9 +89,9 @@ def evaluate_together(
     for each, was_training in zip(evaluated, were_training, strict=True):
         each.sae.train(was_training)
         if not share.is_all:
-            each.add_up(of_all((each.sums, each.moments)))
+            each.add_up(share.everyones((each.sums, each.moments)))
         if not each.sae.shard.is_all:  # what was counted is of the latents here
-            l0, fired = zip(*of_all((each.moments.l0, each.moments.fired)), strict=True)
+            l0, fired = zip(*each.sae.shard.everyones((each.moments.l0, each.moments.fired)), strict=True)
             each.moments.l0, each.moments.fired = sum(l0), torch.cat(fired)
     return [each.figures(store.model.cfg.d_vocab) for each in evaluated]
 

@@ -20,6 +20,7 @@ from sae_training.config.types import FIXED_K
 from sae_training.language_model.sizes import LanguageModelSizes
 from sae_training.machine.memory import gigabytes, memory_of
 from sae_training.machine.precision import at_least_float32
+from sae_training.parallel.division import shape
 from sae_training.parallel.ranks import n_ranks
 from sae_training.run.evals import prompts_of_width
 
@@ -255,7 +256,7 @@ def lowered(plan: MemoryPlan, parts: Iterable[Part], value: Any) -> str:
 def sizes(cfg: LanguageModelSAERunnerConfig) -> tuple[int, int]:
     """The width of the activations, and how many latents this process holds."""
     assert cfg.d_in is not None and cfg.d_sae is not None
-    return cfg.d_in, cfg.d_sae // (n_ranks() if cfg.parallel == "latents" else 1)
+    return cfg.d_in, cfg.d_sae // shape(cfg.parallel, cfg.mesh)[1]
 
 
 def weight_bytes(cfg: LanguageModelSAERunnerConfig) -> int:

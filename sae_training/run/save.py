@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -47,7 +48,7 @@ def save(run: Run, until_final: bool = False) -> Path | None:
         parts[own].pop("buffers", None)
     in_pieces: dict[str, tuple[dict[str, Any], Shard]] = {}
     for member in run.members:
-        if not member.is_recorded and member.shard.is_all:
+        if not member.is_written:
             continue
         sae, trainer_state = member.folded(), member.trainer.state_dict()
         if not member.is_scaled:
@@ -87,16 +88,18 @@ def check_same_weights(member: Member) -> None:
     """Raise ArithmeticError unless all processes that train an autoencoder together have the same weights.
 
     Each makes the same updates. Where processors round otherwise, copies drift apart; b_dec, which every row changes,
-    shows it first. It is the weight of which those that share latents have copies.
+    shows it first. All have copies of it, and of b_enc those that hold the same latents.
     """
-    if member.trainer.share.is_all and member.shard.is_all:
+    sae, shard = member.trainer.sae, member.shard
+    if member.trainer.share.is_all and shard.is_all:
         return
-    everyones = of_all(member.trainer.sae.b_dec.detach().cpu().numpy().tobytes())
-    others = [number for number, theirs in enumerate(everyones) if theirs != everyones[0]]
+    everyones = of_all([hashlib.sha256(pieces.as_bytes(bias)).digest() for bias in (sae.b_dec, sae.b_enc)])
+    expected = [[everyones[0][0], everyones[number % shard.n][1]] for number in range(len(everyones))]
+    others = [number for number, found in enumerate(everyones) if found != expected[number]]
     if others:
         raise ArithmeticError(
-            f"parallel: ranks {others} have other weights than rank 0, because their machines round otherwise; go on "
-            "from the last checkpoint on machines of one kind."
+            f"parallel: ranks {others} have other weights than the first ranks that hold them, because their machines "
+            "round otherwise; go on from the last checkpoint on machines of one kind."
         )
 
 
@@ -183,7 +186,7 @@ def save_weights_folder(
         begin()
         complete()
     else:
-        fill = functools.partial(pieces.fill, partial / WEIGHTS_FILE, weights, shard)
+        fill = functools.partial(pieces.fill, partial / WEIGHTS_FILE, weights, shard) if member.is_written else None
         first, last = (begin, complete) if member.is_recorded else (None, None)
         with disk_named(partial.parent):
             checkpoint.one_after_another(first, fill, last)

@@ -82,6 +82,11 @@ class Member:
         """The latents that this process holds: all of them, or a part of those of the processes that train it."""
         return self.trainer.sae.shard
 
+    @property
+    def is_written(self) -> bool:
+        """Whether this process writes its weights, or its part of them: of processes with copies, the first does."""
+        return self.trainer.share.rank == 0
+
     def part(self, name: str) -> str:
         """Return the name that one of its files has in a checkpoint."""
         return (PurePosixPath(self.name) / name).as_posix()
@@ -185,7 +190,7 @@ def check_finite(run: Run, member: Member, weights: bool = False) -> None:
             f"Lower lr (now {member.trainer.lr(run.step - 1):.3g}), or raise lr_warm_up_steps, and begin anew with "
             'resume="never".'
         )
-        if run.trained == [member] and max(member.trainer.share.n, member.shard.n) == n_ranks():  # none trains another
+        if run.trained == [member] and member.trainer.share.n * member.shard.n == n_ranks():  # none trains another
             raise NonFiniteLoss(message) from error
         member.failure = message
         member.tell(f"{member.name} is given up at {message}")

@@ -36,8 +36,8 @@ from torch.autograd import Function
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.types import WITH_PENALTY
 from sae_training.machine.precision import at_least_float32
+from sae_training.parallel.block import Block
 from sae_training.parallel.shard import WHOLE, Shard
-from sae_training.parallel.share import ALONE, Share
 from sae_training.sparse_autoencoder.losses import Reconstruction, Whole
 
 
@@ -159,14 +159,14 @@ def top_k_mask(pre: Tensor, k: int, shard: Shard = WHOLE) -> Tensor:
     return torch.zeros_like(pre, dtype=torch.bool).scatter(-1, indices, True)
 
 
-def batch_top_k_mask(pre: Tensor, k: int, share: Share | Shard = ALONE) -> Tensor:
+def batch_top_k_mask(pre: Tensor, k: int, block: Block) -> Tensor:
     """Bool mask of the k * rows largest of all rows together, also of the rows or latents that other processes have."""
     flat = pre.flatten()
-    n_rows = share.n_rows(pre.numel() // pre.shape[-1], pre.device)
+    n_rows, peers = block.n_rows(pre.numel() // pre.shape[-1], pre.device), block.peers
     n = min(k * n_rows, len(flat))
     indices = flat.topk(n, sorted=False).indices
-    if not share.is_all:
-        indices = indices[share.largest(flat[indices], share.keys(indices, pre.shape[-1]), k * n_rows)]
+    if not peers.is_all:
+        indices = indices[peers.largest(flat[indices], block.keys(indices, pre.shape[-1]), k * n_rows)]
     return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, indices, True).view_as(pre)
 
 

@@ -28,6 +28,7 @@ from sae_training.config.io import with_defaults
 from sae_training.kernels.sparse_code import Code
 from sae_training.machine.device import checked
 from sae_training.machine.precision import at_least_float32, encoder_dtype
+from sae_training.parallel.block import Block
 from sae_training.parallel.shard import WHOLE, Shard
 from sae_training.parallel.share import ALONE, Share
 from sae_training.sparse_autoencoder import architectures
@@ -209,7 +210,7 @@ class SparseAutoencoder(HookedRootModule):
             case "groupmax":
                 acts = acts * architectures.group_max_mask(acts, k)
             case "batchtopk" if self.training:
-                acts = acts * architectures.batch_top_k_mask(acts, k, share if shard.is_all else shard)
+                acts = acts * architectures.batch_top_k_mask(acts, k, Block(share, shard))
             case "batchtopk":
                 acts = acts * (pre > self.inference_threshold)
         return self.hook_hidden_post(acts)

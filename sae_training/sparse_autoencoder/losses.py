@@ -16,6 +16,7 @@ from torch.autograd import Function
 
 from sae_training.kernels.sparse_code import Code, CodeFigures
 from sae_training.machine.precision import at_least_float32
+from sae_training.parallel.block import Block
 from sae_training.parallel.shard import WHOLE, Shard
 from sae_training.parallel.share import ALONE, Share
 
@@ -42,9 +43,9 @@ class Whole:
     """The number of all rows; None: they are here."""
 
     @property
-    def peers(self) -> Share | Shard:
-        """The processes among whose values the largest of a batch are chosen."""
-        return self.share if self.shard.is_all else self.shard
+    def block(self) -> Block:
+        """The part of the code that is here."""
+        return Block(self.share, self.shard)
 
     @property
     def n_rows(self) -> int:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from sae_training.parallel.shard import BY_LATENT, Shard
 from sae_training.parallel.share import Share
 
 FIRST = "W_dec"  # in the backward pass: its exchange goes on while the encoder's gradient is computed
@@ -18,12 +19,14 @@ FIRST = "W_dec"  # in the backward pass: its exchange goes on while the encoder'
 class GradientExchange:
     """Begins the exchange of a gradient as soon as it is there, in the same order on all processes.
 
-    A message of each gradient goes around the ring of processes: 2 (n - 1) / n times its bytes leave each of them.
+    A message of each gradient goes around the ring of processes: 2 (n - 1) / n times its bytes leave each of them. Of a
+    mesh, the processes that hold the same latents do so; what all hold (b_dec, W_skip) then has the same bits on all.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], share: Share) -> None:
-        self.share = share
+    def __init__(self, parameters: Mapping[str, Parameter], share: Share, shard: Shard) -> None:
+        self.share, self.shard = share, shard
         self.parameters = [parameters[name] for name in sorted(parameters, key=lambda name: (name != FIRST, name))]
+        self.held_by_all = [parameter for name, parameter in sorted(parameters.items()) if name not in BY_LATENT]
         self.waiting: list[Parameter] = []
         """Those whose exchange has not begun, in order; empty outside `exchanged`."""
         self.ready: set[Parameter] = set()
@@ -44,6 +47,9 @@ class GradientExchange:
         self.begin_ready()
         for work in self.begun:
             work.wait()
+        for parameter in self.held_by_all:
+            if parameter.grad is not None and not self.shard.is_all:
+                parameter.grad.copy_(self.shard.of_first(parameter.grad))
         self.begun.clear()
         self.ready.clear()
 
@@ -56,7 +62,7 @@ class GradientExchange:
         while self.waiting and self.waiting[0] in self.ready:
             gradient = self.waiting.pop(0).grad
             assert gradient is not None
-            self.begun.append(dist.all_reduce(in_memory_order(gradient), async_op=True))
+            self.begun.append(dist.all_reduce(in_memory_order(gradient), group=self.share.group, async_op=True))
 
 
 def in_memory_order(gradient: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def choose(sae: SparseAutoencoder, sae_in: Tensor, k: int, whole: Whole) -> Entr
         case "topk":
             return top_k_of_rows(encoder, n, shard)
         case "batchtopk":
-            return top_k_of_batch(encoder, k, whole.peers)
+            return top_k_of_batch(encoder, k, whole.block)
         case "jumprelu":  # entries just below the threshold have no activation, but give the threshold a gradient
             limit = (sae.threshold - sae.full_cfg.jumprelu_bandwidth / 2).detach()
             # The margin keeps a rounded product from missing entries; entries too many do no harm.

@@ -11,6 +11,7 @@ from torch import Tensor
 from sae_training.config.types import FIXED_K
 from sae_training.machine.precision import in_float64
 from sae_training.parallel.shard import BY_LATENT
+from sae_training.parallel.share import ALONE, Share
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 ENCODER_NORM_SHARE = 0.2  # of the live latents' mean encoder norm
@@ -26,10 +27,12 @@ def resample(
     target: Tensor,
     method: str,
     generator: torch.Generator,
+    peers: Share = ALONE,
 ) -> Tensor:
     """Give each dead latent (`dead`, (d_sae,) bool) a new direction from rows `x` (n, d_in); return their numbers.
 
-    Of a shard of latents, `dead` says which of them are dead, and the numbers are those among all latents.
+    Of a shard of latents, `dead` says which of them are dead, and the numbers are those among all latents. `peers` are
+    the processes that hold the same latents, and draw the same rows.
 
     For each latent a row is drawn without replacement, with a probability proportional to its squared error ("l2") or
     to the square of that ("anthropic"). Then, where u is the unit vector along row - b_dec:
@@ -51,7 +54,7 @@ def resample(
     x, target = sae.normalize(x), sae.normalize(target)  # `reconstruct` repeats it, which changes roundings only
     pairs = zip(x.split(ROWS_AT_A_TIME), target.split(ROWS_AT_A_TIME), strict=True)
     weight = torch.cat([in_float64(wanted - sae.reconstruct(rows)).pow(2).sum(dim=1) for rows, wanted in pairs])
-    weight = weight.pow(2) if method == "anthropic" else weight
+    weight = peers.of_first(weight.pow(2) if method == "anthropic" else weight)
     numbers = numbers[: int((weight > 0).sum())]
     if len(numbers) == 0:
         return numbers

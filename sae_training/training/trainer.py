@@ -61,7 +61,7 @@ class SAETrainer:
         self.sae = sae
         self.cfg = cfg
         self.share = share
-        self.exchange = GradientExchange(dict(sae.named_parameters()), share)
+        self.exchange = GradientExchange(dict(sae.named_parameters()), share, sae.shard)
         self.masters = {name: in_memory_order(p) for name, p in sae.named_parameters()}
         """The parameters as the optimizer sees them: over the same memory, with W_enc as (d_sae, d_in)."""
         betas = (cfg.adam_beta1, cfg.adam_beta2)
@@ -96,7 +96,7 @@ class SAETrainer:
         if self.sae.has_unit_norm_decoder:
             self.sae.remove_gradient_parallel_to_decoder_directions()
         if self.cfg.clip_grad_norm is not None:
-            clip_gradients(self.sae, self.cfg.clip_grad_norm)
+            clip_gradients(self.sae, self.cfg.clip_grad_norm, self.share)
 
         not_finite = ~torch.isfinite(out.loss.detach() + self.sae.shard.summed(self.gradient_sum()))
         self.update(lr, not_finite)
@@ -147,7 +147,7 @@ class SAETrainer:
         method = self.cfg.feature_sampling_method
         assert method is not None
         generator = torch.Generator().manual_seed(self.cfg.seed + step)
-        numbers = resample(self.sae, self.by_latent(), self.tracker.dead(), x, target, method, generator)
+        numbers = resample(self.sae, self.by_latent(), self.tracker.dead(), x, target, method, generator, self.share)
         self.tracker.restart(self.sae.shard.own_numbers(numbers))
         return len(numbers)
 
@@ -248,7 +248,7 @@ class SAETrainer:
             average.copy_(state["average"][name])
 
 
-def clip_gradients(sae: SparseAutoencoder, largest: float) -> None:
+def clip_gradients(sae: SparseAutoencoder, largest: float, share: Share) -> None:
     """Scale all gradients so that their norm together, over all latents, is at most `largest`."""
     if sae.shard.is_all:
         torch.nn.utils.clip_grad_norm_(sae.parameters(), largest)
@@ -256,7 +256,7 @@ def clip_gradients(sae: SparseAutoencoder, largest: float) -> None:
     squares = {name: p.grad.pow(2).sum() for name, p in sae.named_parameters() if p.grad is not None}
     by_latent = torch.stack([square for name, square in squares.items() if name in BY_LATENT]).sum()
     others = [square for name, square in squares.items() if name not in BY_LATENT]
-    norm = torch.stack([sae.shard.summed(by_latent), *others]).sum().sqrt()
+    norm = share.of_first(torch.stack([sae.shard.summed(by_latent), *others]).sum().sqrt())
     torch.nn.utils.clip_grads_with_norm_(sae.parameters(), largest, norm)
 
 

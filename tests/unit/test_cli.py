@@ -277,6 +277,11 @@ def test_a_switch_of_sparsify_stands_for_our_field(words: list[str], parallel: s
     assert cfg.model_name == ("demo" if "demo" in words else RECIPE.model_name)
 
 
+def test_the_flags_of_a_plan_are_those_of_training() -> None:
+    cfg = parse_train(["--parallel", "data,latents", "--mesh", "2,4"])
+    assert (cfg.parallel, cfg.mesh) == ("data,latents", (2, 4))
+
+
 def test_a_switch_of_sparsify_with_another_value_of_our_field_is_refused() -> None:
     with pytest.raises(
         ValueError, match="distribute_layers: found it with --parallel=data, expected --parallel layers"

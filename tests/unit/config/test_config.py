@@ -125,6 +125,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "resume": "auto",
     "wandb_mode": None,
     "parallel": "data",
+    "mesh": (),
     "parallel_timeout_minutes": 30,
     "grad_acc_steps": 1,
     "micro_batch_size": None,
@@ -316,6 +317,12 @@ def test_wrong_value_is_named_with_what_to_do(values: dict[str, Any], line: str)
             "use_ghost_grads: found True with auxk_coefficient 0.03, expected one remedy for dead "
             "latents; set use_ghost_grads to False or auxk_coefficient to 0",
         ),
+        ({"mesh": (2, 4)}, "mesh: found [2, 4] with parallel data, expected none; leave it out, or set data,latents"),
+        (
+            {"parallel": "data,latents"},
+            "mesh: found [] with parallel data,latents, expected two numbers: groups of processes, which share the "
+            "rows, and processes of a group, which share the latents; give for instance 2,4 for 2 groups of 4",
+        ),
         (
             {"run_dir": "a", "checkpoint_path": "b"},
             "checkpoint_path: found 'b' with run_dir 'a', expected one of them (checkpoint_path is "
@@ -332,7 +339,7 @@ def test_wrong_value_is_named_with_what_to_do(values: dict[str, Any], line: str)
             "paths; change one of them",
         ),
     ],
-    ids=["k", "batch", "tokens", "remedies", "run_dir", "weights", "weights_of_one"],
+    ids=["k", "batch", "tokens", "remedies", "mesh", "no mesh", "run_dir", "weights", "weights_of_one"],
 )
 def test_values_that_do_not_fit_together(values: dict[str, Any], line: str) -> None:
     assert only_problem(**values) == line
