@@ -59,7 +59,11 @@ def read(path: Path, shard: Shard) -> dict[str, Tensor]:
 def begin(path: Path, tensors: Mapping[str, Tensor], shard: Shard) -> None:
     """Make the file, as long as it will be, for one process's `tensors` and those of its peers: its header alone."""
     entries, end = {}, 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):  # aligned so
+
+    def place(name: str) -> tuple[int, bool, str]:  # as safetensors orders them: the widest first, so aligned
+        return -tensors[name].element_size(), tensors[name].is_floating_point(), name
+
+    for name, tensor in ((name, tensors[name]) for name in sorted(tensors, key=place)):
         shape, start = whole_shape(name, tensor, shard), end
         end += math.prod(shape) * tensor.element_size()
         entries[name] = {"dtype": CODES[tensor.dtype], "shape": list(shape), "data_offsets": [start, end]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from test_parallel_data import RUN
 
 from sae_training import cli
+from sae_training.formats.safetensors_files import header
 from sae_training.sparse_autoencoder import SparseAutoencoder
 
 NOT_OF_JUMPRELU = ("k", "auxk_coefficient", "normalize_activations", "micro_batch_size")
@@ -28,7 +30,7 @@ JUMPRELU: dict[str, Any] = {
 
 
 def latents_of(folder: Path, run: dict[str, Any] = RUN, **changes: Any) -> list[str]:
-    return train({**run, "parallel": "latents", **changes}, folder)
+    return train({**run, "parallel": "latents", "n_checkpoints": 2, **changes}, folder)
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +51,12 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check_same_tensors(found: Path, expected: Path) -> None:
     """The same names and values in the files of two runs, up to the order of sums."""
     for path in sorted(expected.rglob("*.safetensors")):
+        same = found / path.relative_to(expected)
         if path.name == "store.safetensors":
-            check_same_rows(found / path.parent.relative_to(expected), path)
+            check_same_rows(same.parent, path)
             continue
-        tensors, theirs = load_file(path), load_file(found / path.relative_to(expected))
-        assert tensors.keys() == theirs.keys()
+        tensors, theirs = load_file(path), load_file(same)
+        assert header(path).starts == header(same).starts
         for name, tensor in tensors.items():
             torch.testing.assert_close(theirs[name], tensor, rtol=1e-8, atol=1e-8, msg=f"{path} {name}")
 
@@ -88,6 +91,20 @@ def test_a_stopped_job_goes_on(
     all_end_well(ranks(n_after, tmp_path, "resume", str(run)))
     if n_after == 2:
         assert files_of(run) == files_of(sharded)
+    check_same_run(run, alone)
+    check_same_tensors(run, alone)
+
+
+@pytest.mark.slow
+def test_a_mesh_makes_the_run_of_one_and_one_goes_on_with_it(alone: Path, tmp_path: Path) -> None:
+    all_end_well(ranks(4, tmp_path, *latents_of(tmp_path, parallel="data,latents", mesh=[2, 2])))
+    run = tmp_path / "run"
+    check_same_run(run, alone)
+    check_same_tensors(run, alone)
+    assert {*files_of(run)} == {*files_of(alone)}
+    for name in ("final", "checkpoints/step_12"):  # as if the processes had been killed before them
+        shutil.rmtree(run / name)
+    assert cli.main(["resume", str(run)]) == 0
     check_same_run(run, alone)
     check_same_tensors(run, alone)
 

@@ -28,7 +28,7 @@ def whole() -> dict[str, Tensor]:
         "optimizer/step.W_enc": torch.tensor(3.0),
         "tracker/fired": torch.arange(D_SAE),
         "tracker/revived": torch.tensor(5),
-        "weights/W_dec": torch.randn(D_SAE, D, dtype=torch.float64),
+        "optimizer/exp_avg.W_dec": torch.randn(D_SAE, D, dtype=torch.float64),
     }
 
 
