@@ -27,9 +27,6 @@ from sae_training.run.memory_plan import MATRYOSHKA_PREFIXES, MemoryPlan, Rows, 
 
 Singles = Mapping[str, LanguageModelSAERunnerConfig]
 
-BUILT = ("one GPU", "data", "layers", "latents")
-"""The ways that this version trains; the others are planned, and refused under torchrun."""
-
 CONTEXT = {"cuda": 2 * 2**30, "cpu": 800 * 2**20}
 """Bytes of a process with nothing in it: python, its libraries, those of a GPU, NCCL's buffers.
 
@@ -228,8 +225,8 @@ def shared(job: Job, name: str, groups: int, of_group: int) -> Way:
     cfg.train_batch_size, cfg.grad_acc_steps = min(cfg.train_batch_size, math.ceil(job.rows / groups)), 1
     singles = [a_part(single, cfg.train_batch_size, of_group) for single in job.singles.values()]
     narrowest = min(single.d_sae or 0 for single in job.singles.values())
-    if job.rows < n or of_group > narrowest:
-        few = f"{job.rows:,} rows a step" if job.rows < n else f"{narrowest:,} latents"
+    if job.rows < groups or of_group > 1 and 2 * of_group > narrowest:
+        few = f"{job.rows:,} rows a step" if job.rows < groups else f"{narrowest:,} latents"
         return Way(name, (groups, of_group), f"{few} for {n} GPUs")
     width, per_pass = sum(job.hooks.values()), job.cfg.store_batch_size * job.cfg.context_size
     rows = Rows(job.cfg.buffer_rows, width, width)
@@ -238,9 +235,11 @@ def shared(job: Job, name: str, groups: int, of_group: int) -> Way:
     shards = [shape_of_part(*pair, job) for pair in zip(singles, job.singles.values(), strict=True)]
     of_latents = sent_for_latents(job, shards, job.rows / groups, of_group) if of_group > 1 else {}
     of_rows = sent_for_rows(job, shards, groups) if groups > 1 else {}
-    received = {**of_latents, **of_rows}
     seconds = plan.ring_seconds(sum(of_latents.values()), machines, of_group)
-    seconds += plan.ring_seconds(sum(of_rows.values()), machines, n)
+    received, by_batch = {**of_latents, **of_rows}, choice_by_batch(job, n)
+    seconds += plan.ring_seconds(sum(of_rows.values()) + by_batch, machines, n)
+    if n > 1:
+        received["choice"] = of_latents.get("choice", 0.0) + by_batch
     if n > 1 and job.is_live:
         dealt = plan.rows_dealt(job.rows, width, itemsize, n, job.cfg.buffer_rows)
         gathered = plan.rows_gathered(job.rows / groups, width, itemsize, of_group)
@@ -254,26 +253,26 @@ def shared(job: Job, name: str, groups: int, of_group: int) -> Way:
 
 def sent_for_latents(job: Job, shards: list[Shape], rows: float, n: int) -> dict[str, float]:
     """Return the bytes that a rank receives in a step on so many rows, where N ranks share the latents."""
-    choice = 0.0
-    for shard, cfg in zip(shards, job.singles.values(), strict=True):
-        if chooses_by_batch(cfg):
-            choice += plan.choice_of_batch_gathered(rows, cfg.k, n, sampled=not job.on_gpu)
-        else:
-            choice += plan.choice_of_rows_gathered(rows, shard.k, n)
-    outs = [n_outs(cfg) * shard.d_out for shard, cfg in zip(shards, job.singles.values(), strict=True)]
-    return {"choice": choice, "reconstructions": plan.reconstructions_reduced(rows, sum(outs), n)}
+    pairs = list(zip(shards, job.singles.values(), strict=True))
+    choice = sum(plan.choice_of_rows_gathered(rows, shard.k, n) for shard, cfg in pairs if not chooses_by_batch(cfg))
+    width = sum(n_outs(cfg) * shard.d_out for shard, cfg in pairs)
+    return {"choice": choice, "reconstructions": plan.reconstructions_reduced(rows, width, n)}
 
 
 def sent_for_rows(job: Job, shards: list[Shape], n: int) -> dict[str, float]:
     """Return the bytes that a rank receives in a step, beside rows of activations, where N ranks share the rows."""
-    ks = [cfg.k for cfg in job.singles.values() if chooses_by_batch(cfg)]
     every = job.cfg.wandb_log_frequency
     return {
         "gradients": sum(plan.ring_all_reduce(shard.weights, n) for shard in shards),
         "counts": sum(plan.counts_reduced(shard.d_sae, n) for shard in shards),
-        "choice": sum(plan.choice_of_batch_gathered(job.rows, k, n, sampled=not job.on_gpu) for k in ks),
         "logged": sum(plan.logged_gathered(job.rows, shard.d_out, n, every) for shard in shards),
     }
+
+
+def choice_by_batch(job: Job, n: int) -> float:
+    """Return the bytes that a rank receives in a step for choices among all rows and latents of N ranks."""
+    ks = [cfg.k for cfg in job.singles.values() if chooses_by_batch(cfg)]
+    return sum(plan.choice_of_batch_gathered(job.rows, k, n, sampled=not job.on_gpu) for k in ks)
 
 
 def chooses_by_batch(cfg: LanguageModelSAERunnerConfig) -> bool:

@@ -11,7 +11,7 @@ from sae_training.machine.memory import gigabytes
 from sae_training.machine.precision import dtype_name
 from sae_training.parallel.plan import GIGA, Machines
 from sae_training.run.cache_plan import CachePlan
-from sae_training.run.job_plan import BUILT, Job, Way, best, counted, smallest, ways
+from sae_training.run.job_plan import Job, Way, best, counted, smallest, ways
 from sae_training.run.memory_plan import USABLE_SHARE
 
 WIDTH = 110  # of a line of text
@@ -41,8 +41,6 @@ def in_words(job: Job) -> str:
             rate = chosen.read / job.rows * chosen.tokens_per_s / GIGA
             lines += wrapped(f"Each GPU reads its rows of the cache by itself, {rate:,.2f} GB/s: none is sent.")
         lines.append(f"A checkpoint has {gigabytes(checkpoint_bytes(job))}; {job.cfg.keep_checkpoints} are kept.")
-        if chosen.parallel not in BUILT:
-            lines += wrapped(instead(chosen, found))
     return "\n".join(lines) + "\n"
 
 
@@ -65,7 +63,6 @@ def in_json(job: Job) -> dict[str, Any]:
 
 def way_in_json(way: Way) -> dict[str, Any]:
     plain: dict[str, Any] = {"parallel": way.parallel, "mesh": list(way.mesh), "fits": way.fits}
-    plain |= {"built": way.parallel in BUILT}
     if way.memory is None:
         return plain | {"refused": way.refused}
     parts = {part.kind.value: part.bytes for part in way.memory.parts}
@@ -147,13 +144,6 @@ def why(chosen: Way, found: list[Way]) -> str:
     fastest = max(way.tokens_per_s for way in found if way.fits)
     is_it = "the fastest that fits" if chosen.tokens_per_s == fastest else "as fast as any that fits, and simpler"
     return f"It is {is_it}, with {chosen.tokens_per_s:,.0f} tokens/s; " + "; ".join(reasons) + "."
-
-
-def instead(chosen: Way, found: list[Way]) -> str:
-    """Return that this version does not train the chosen way, and which of those that it trains is best."""
-    own = best([way for way in found if way.parallel in BUILT])
-    rest = f"use {own.flags}, with {own.tokens_per_s:,.0f} tokens/s" if own else "none that it trains fits"
-    return f"This version does not train {chosen.flags}: {rest}."
 
 
 def what_would(job: Job, found: list[Way]) -> str:

@@ -52,7 +52,6 @@ def test_json_has_bytes_seconds_and_the_best_way(capsys: pytest.CaptureFixture[s
     assert plan["autoencoders"]["n"] == plan["gpus"] == N_LAYERS
     names = ["one GPU", "layers", "data", "latents"]
     assert [way["parallel"] for way in plan["ways"]] == names  # a prime number makes no mesh
-    assert [way["built"] for way in plan["ways"]] == [True] * 4
     for way in plan["ways"]:
         assert way["memory"]["peak"] > way["memory"]["in_use"] > 0
         assert way["tokens_per_s"] == pytest.approx(plan["rows_per_step"] / sum(way["seconds_per_step"].values()))

@@ -207,6 +207,19 @@ def test_a_mesh_is_between_its_two_sides(job_of: Callable) -> None:
     assert held == sorted(held, reverse=True)
 
 
+def test_a_mesh_sends_within_groups_and_between_them(job_of: Callable) -> None:
+    machines, name = dataclasses.replace(MACHINES, gpus=4), "--parallel data,latents --mesh 2,2"
+    job = job_of(machines)
+    row, weights = D_IN * 4, (D_SAE // 2 * (2 * D_IN + 2) + D_IN) * 4
+    assert by_name(job)[name].received == {
+        "rows": 16 * row * 3 / 4 * 2 + 32 * row / 2, "gradients": weights, "counts": D_SAE // 2 * 8,
+        "logged": 64 * row / job.cfg.wandb_log_frequency, "choice": 32 * job.cfg.k * 4, "reconstructions": 32 * row,
+    }  # fmt: skip
+    of_batch = by_name(job_of(machines, architecture="batchtopk"))  # a choice among all rows and latents at once
+    sent = {flags: way.received["choice"] for flags, way in of_batch.items() if "choice" in way.received}
+    assert sent == dict.fromkeys(("--parallel data", "--parallel latents", name), 64 * 3 / 4 * 2 * job.cfg.k * 4)
+
+
 def test_measured_rates_take_the_place_of_stated_ones(job_of: Callable) -> None:
     job = dataclasses.replace(job_of(dataclasses.replace(MACHINES, gpus=1)), lm_rate=100.0, step_rate=400.0)
     (alone,) = ways(job)
