@@ -1,6 +1,7 @@
 """Compare runs of several processes with that of one and with their plan, and ways to exchange gradients. Prints JSON.
 
     python scripts/benchmarks/bench_parallel.py same --parallel data --ranks 2 3 --dtype float64
+    python scripts/benchmarks/bench_parallel.py same --parallel data,latents --mesh 2,2
     python scripts/benchmarks/bench_parallel.py exchange
     python scripts/benchmarks/bench_parallel.py plan
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import socket
 import statistics
@@ -98,6 +100,7 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     same = verbs.add_parser("same")
     same.add_argument("--parallel", default="data")
+    same.add_argument("--mesh", type=lambda text: [int(n) for n in text.split(",")], default=[])
     same.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
     same.add_argument("--dtype", default="float64")
     same.add_argument("--steps", type=int, default=200)
@@ -141,8 +144,9 @@ def torchrun(n: int, what: str, request: dict[str, Any]) -> str:
 
 def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return, for each case and number of processes, how far its log is from that of one process."""
+    given.ranks = [math.prod(given.mesh)] if given.mesh else given.ranks
     for n in (1, *given.ranks):
-        fields = {"dtype": given.dtype, "parallel": given.parallel, "run_dir": str(folder / str(n))}
+        fields = {"dtype": given.dtype, "parallel": given.parallel, "mesh": given.mesh, "run_dir": str(folder / str(n))}
         torchrun(n, "train", {**fields, "total_training_tokens": given.steps * BASE["train_batch_size"]})
     return {
         case: {
