@@ -27,8 +27,8 @@ def train(fields: Mapping[str, Any], folder: Path) -> list[str]:
     return ["train", "--config", str(file)]
 
 
-def torchrun(n: int, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+def torchrun(n: int, *words: str, options: Sequence[str] = ()) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), *options]
     return subprocess.Popen(
         [*command, "-m", "sae_training", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -52,27 +52,27 @@ def joined(cfg: Any) -> Iterator[None]:
         return
     patience = datetime.timedelta(minutes=cfg.parallel_timeout_minutes)
     is_users = dist.is_initialized()  # by a program that calls us, whose group serves
-    if not is_users:
-        begin_group(torch.device(cfg.device).type == "cuda", patience)
-    CONTROL.append(dist.new_group(backend="gloo", timeout=patience))
     try:
+        if not is_users:
+            begin_group(torch.device(cfg.device).type == "cuda", patience)
+        CONTROL.append(dist.new_group(backend="gloo", timeout=patience))
         with contextlib.nullcontext() if is_first() else quiet():
             yield
     except RuntimeError as error:
-        if any(word in str(error).lower() for word in ("timed out", "timeout")):
-            raise TimeoutError(
-                f"rank {rank()}: waited {cfg.parallel_timeout_minutes:g} minutes for the others. A process that says "
-                "nothing of the kind is the one that hangs, or is slow: then raise parallel_timeout_minutes."
-            ) from error
         if is_lost_connection(error):
             raise ConnectionError(
                 f"rank {rank()}: another process of the job has ended, whose own message says why. The same command "
                 "goes on from the last checkpoint."
             ) from error
+        if any(word in str(error).lower() for word in ("timed out", "timeout")):
+            raise TimeoutError(
+                f"rank {rank()}: waited {cfg.parallel_timeout_minutes:g} minutes for the others. A process that says "
+                "nothing of the kind is the one that hangs, or is slow: then raise parallel_timeout_minutes."
+            ) from error
         raise
     finally:
-        CONTROL.pop()
-        if not is_users:
+        CONTROL.clear()
+        if not is_users and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -102,7 +102,8 @@ def meet(patience: datetime.timedelta) -> tuple[Store, int, int]:
             f"MASTER_ADDR, MASTER_PORT: found {address}, where no process of the job answers ({error}); expected the "
             "machine of rank 0 and a port that is open to all; torchrun sets both, with --rdzv_endpoint HOST:PORT."
         ) from error
-    store = PrefixStore(f"meeting {next(MEETINGS)}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # because with --max-restarts the store stays
+    store = PrefixStore(f"attempt {attempt}, meeting {next(MEETINGS)}", store)
     places = [f"rank {other}" for other in range(n)]
     store.set(places[number], socket.gethostname())
     try:
@@ -126,7 +127,7 @@ def use_own_gpu() -> None:
 
 def is_lost_connection(error: RuntimeError) -> bool:
     """Return whether an error of torch.distributed says that another rank is gone, which gloo and NCCL put in words."""
-    words = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
+    words = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "remote process exited")
     return any(word in str(error).lower() for word in words)
 
 

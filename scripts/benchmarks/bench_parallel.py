@@ -38,9 +38,11 @@ from sae_training.parallel.ranks import is_first, joined, of_all
 
 CASES: dict[str, dict[str, Any]] = {
     "standard": {"architecture": "standard", "l1_coefficient": 1e-3},
-    "standard, ghost gradients": {"architecture": "standard", "l1_coefficient": 0.1, "use_ghost_grads": True},
+    "standard, ghost gradients": {
+        "architecture": "standard", "l1_coefficient": 0.1, "lr": 1e-3, "use_ghost_grads": True,
+    },
     "standard, resampling": {
-        "architecture": "standard", "l1_coefficient": 0.1, "feature_sampling_method": "anthropic",
+        "architecture": "standard", "l1_coefficient": 0.1, "lr": 1e-3, "feature_sampling_method": "anthropic",
         "feature_sampling_window": 50,
     },
     "standard, by decoder norms": {

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import all_end_well, check_same_run, files_of, ranks, run_by_torchrun, stopped_after_a_checkpoint, train
+from jobs import (
+    all_end_well,
+    check_same_run,
+    files_of,
+    ranks,
+    run_by_torchrun,
+    stopped_after_a_checkpoint,
+    torchrun,
+    train,
+)
 from small import SMALL_RUN
 
 from sae_training import cli
@@ -63,20 +74,29 @@ def test_two_processes_make_the_run_of_one(alone: Path, shared: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "words", "n_after"),
     [
-        (signal.SIGKILL, "error: rank 0: another process of the job has ended", 2),
         (signal.SIGTERM, "Stopped by SIGTERM after step", 3),
         (signal.SIGTERM, "Stopped by SIGTERM after step", 1),
     ],
 )
-def test_a_stopped_job_goes_on(
-    number: signal.Signals, words: str, n_after: int, alone: Path, shared: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_job_goes_on(number: signal.Signals, words: str, n_after: int, alone: Path, tmp_path: Path) -> None:
     run, said = stopped_after_a_checkpoint(number, tmp_path, *arguments(tmp_path))
     assert words in said and "Traceback" not in said
     all_end_well(ranks(n_after, tmp_path, "resume", str(run)))
-    if n_after == 2:
-        assert files_of(run) == files_of(shared)
     check_same_run(run, alone)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_job_again_that_has_lost_a_process(shared: Path, tmp_path: Path) -> None:
+    job, run = torchrun(2, *arguments(tmp_path), options=["--max-restarts", "1"]), tmp_path / "run"
+    while not (run / "checkpoints" / "step_3" / "manifest.json").is_file():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.05)
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(workers[1]), signal.SIGKILL)
+    _, said = job.communicate(timeout=200)
+    assert job.returncode == 0, said
+    assert "error: rank 0: another process of the job has ended" in said and "Traceback" not in said
+    assert files_of(run) == files_of(shared)
 
 
 @pytest.mark.parametrize(
