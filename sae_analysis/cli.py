@@ -14,7 +14,7 @@ from tyro.conf import FlagConversionOff, Positional, arg, subcommand
 
 from sae_training.cli import registry
 from sae_training.config.checks import field_types
-from sae_training.config.left_out import LeftOut
+from sae_training.config.left_out import Placed
 from sae_training.config.values import in_one_word
 from sae_training.machine.console import exit_code
 from sae_training.machine.phases import counted_phases, phase, say
@@ -31,7 +31,7 @@ class Common:
 
 
 @dataclass(kw_only=True)
-class Build(LeftOut, Common):
+class Build(Placed, Common):
     """Analyse the latents of an autoencoder, in one pass over a text.
 
     The result is analysis/analysis.sqlite in the run's folder, or in runs/NAME for the files of another program; flags

@@ -35,15 +35,16 @@ def effects_of(
     n = prompts_of_a_pass(len(examples[0].ids), model) if examples else 1
     for start in range(0, len(examples), n):
         some = examples[start : start + n]
-        ids = torch.tensor([example.ids for example in some], device=sae.device)
-        at = torch.tensor([example.position for example in some], device=sae.device)
-        rows = torch.arange(len(some), device=sae.device)
+        device = model.cfg.device
+        ids = torch.tensor([example.ids for example in some], device=device)
+        at = torch.tensor([example.position for example in some], device=device)
+        rows = torch.arange(len(some), device=device)
         here = torch.zeros_like(ids, dtype=torch.bool)
         here[rows, at] = True
-        inputs = inputs_of(ids, padded)
-        before = model(**inputs, return_type="logits")[rows, at].float().log_softmax(dim=-1)
+        inputs = inputs_of(model, ids, padded)
+        before = model(**inputs, return_type="logits").to(device)[rows, at].float().log_softmax(dim=-1)
         with ablate(model, sae, some[0].latent, positions=here):
-            after = model(**inputs, return_type="logits")[rows, at].float().log_softmax(dim=-1)
+            after = model(**inputs, return_type="logits").to(device)[rows, at].float().log_softmax(dim=-1)
         change = after - before
         for row, example in enumerate(some):
             following = example.ids[example.position + 1 : example.position + 2]

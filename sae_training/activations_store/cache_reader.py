@@ -43,7 +43,7 @@ def open_cache(folder: Path, expected: dict[str, Any], sites: dict[str, int]) ->
             "some that this run is evaluated on; lower n_eval_batches, or write another cache."
         )
     different = [key for key in MUST_AGREE if not same_or_moved(manifest.about[key], expected[key])]
-    if {"model_name", "lm_dtype"} & {*different}:
+    if {"model_name", "lm_dtype", "load_in_8bit"} & {*different}:
         different = [key for key in different if key != "model_fingerprint"]  # because it differs only for that
     if different:
         lines = [

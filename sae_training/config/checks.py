@@ -247,6 +247,9 @@ def _fits_type(value: Any, option: Any) -> bool:
     origin = typing.get_origin(option)
     if origin is Literal:
         return isinstance(value, str) and value in typing.get_args(option)
+    if origin is dict:
+        key, element = typing.get_args(option)
+        return isinstance(value, dict) and all(_fits(k, key) and _fits(part, element) for k, part in value.items())
     if origin in (list, tuple):
         element = typing.get_args(option)[0]
         return type(value) is origin and all(_fits(part, element) for part in value)
@@ -289,6 +292,9 @@ def described(hint: Any) -> str:
     """Return a type in the words of messages."""
     if typing.get_origin(hint) is Literal:
         return ", ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is dict:
+        values = " or ".join(map(described, options(typing.get_args(hint)[1])))
+        return f"a dict whose values are each {values}"
     if typing.get_origin(hint) is tuple:
         return "a list of numbers" if float in options(typing.get_args(hint)[0]) else "a list of whole numbers"
     names = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}

@@ -68,6 +68,12 @@ class Source:
     model_processing: IdentifiesCache[Literal["default", "none"]] = "default"
     """default: weights folded and centred by TransformerLens; none: as transformers has them."""
 
+    device_map: OnlyWatches[str | dict[str, int | str] | None] = None
+    """Where the model's parts lie: auto, balanced, cpu, or JSON by part; None is all on device."""
+
+    load_in_8bit: IdentifiesCache[bool] = False
+    """Load the model's linear layers in 8 bits (bitsandbytes), the rest in lm_dtype."""
+
     compile_lm: bool = False
     """Run the frozen model through torch.compile; takes a minute, and needs a C++ compiler."""
 

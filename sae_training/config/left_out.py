@@ -1,4 +1,4 @@
-"""What the files of other programs may leave out, as flags of the command line: `formats.loaded.Given` in flags."""
+"""What the files of other programs may leave out, and how a model is loaded: `formats.loaded.Given` as flags."""
 
 from __future__ import annotations
 
@@ -42,7 +42,22 @@ class LeftOut:
 
 
 @dataclass(kw_only=True)
-class Measured(LeftOut):
+class Placed(LeftOut):
+    """The same, and how the language model is loaded."""
+
+    device_map: str | dict[str, int | str] | None = None
+    """Where the language model's parts lie, in place of what the run had: auto, cpu, or JSON."""
+
+    load_in_8bit: bool | None = None
+    """Load the language model in 8 bits, or not, in place of what the run did."""
+
+    def said(self) -> dict[str, Any]:
+        """Return what is given, as `LeftOut.said`."""
+        return {name: value for name in field_types(Placed) if (value := getattr(self, name)) is not None}
+
+
+@dataclass(kw_only=True)
+class Measured(Placed):
     """The same, and on how much text it is measured."""
 
     n_eval_batches: int | None = None

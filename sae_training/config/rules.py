@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from sae_training.config import jumprelu, training
+from sae_training.config import jumprelu, placement, training
 from sae_training.config.auto import auto_auxk_coefficient
 from sae_training.config.checks import plain_values, value_problems
 from sae_training.config.fields import OPTION_OF
@@ -367,6 +367,7 @@ OF_SINGLE: tuple[Rule, ...] = (
     k_too_large,
     widths_not_nested,
     *jumprelu.RULES,
+    *placement.RULES,
     not_in_8_bits,
     no_float64_there,
     option_without_target,

@@ -39,7 +39,9 @@ ELEMENT = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,]*?)\s*(?:,|
 def is_readable(hint: Any) -> bool:
     """Return whether `read_value` knows the type: fields of configs have no others."""
     simple = (int, float, str, bool, NoneType)
-    return all(option in simple or typing.get_origin(option) in (Literal, list, tuple) for option in options(hint))
+    return all(
+        option in simple or typing.get_origin(option) in (Literal, list, tuple, dict) for option in options(hint)
+    )
 
 
 def read_value(text: str, hint: Any) -> Any:
@@ -113,6 +115,8 @@ def _read_single(word: str, types: Sequence[Any]) -> Any:
     for choice in choices:
         if folded == choice.lower() or (folded, choice) == ("null", "none"):
             return choice
+    if word.startswith("{") and any(typing.get_origin(kind) is dict for kind in types):
+        return _read_json(word)
     is_number = reads_as_number(word)
     if bool in types and (folded in SWITCH or is_number and float(word) in (0, 1)):
         return SWITCH[folded] if folded in SWITCH else bool(float(word))
@@ -131,6 +135,13 @@ def _read_single(word: str, types: Sequence[Any]) -> Any:
     if choices:
         raise ValueError(not_a_choice(word, choices, others))
     raise ValueError(f"found {word!r}, expected {' or '.join(others)}")
+
+
+def _read_json(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError as error:
+        raise ValueError(f"found {word!r}, expected JSON ({error}), with names in double quotes") from error
 
 
 def reads_as(text: str, hint: Any) -> bool:
@@ -284,6 +295,8 @@ def without_retired_flags(words: Sequence[str], cls: type[Any]) -> list[str]:
 
 def written(value: Any) -> str:
     """Return the text that `read_value` reads as the value."""
+    if isinstance(value, dict):
+        return json.dumps(value)
     if not isinstance(value, (list, tuple)):
         return _quoted(value)
     inner = ",".join(map(_quoted, value))
@@ -299,8 +312,8 @@ def _quoted(value: Any) -> str:
 
 def metavar(hint: Any) -> str:
     """Return how help shows the values of a field: INT[,...], {None,auto}|FLOAT."""
-    names = {int: "INT", float: "FLOAT", str: "STR"}
-    types = single_types(hint)
+    names = {int: "INT", float: "FLOAT", str: "STR", dict: "JSON"}
+    types = [dict if typing.get_origin(kind) is dict else kind for kind in single_types(hint)]
     fixed = ["None"] * (NoneType in types) + ["True", "False"] * (bool in types)
     fixed += [choice for kind in types if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
     shown = ["{" + ",".join(fixed) + "}"] * bool(fixed) + [names[kind] for kind in types if kind in names]

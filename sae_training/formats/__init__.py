@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import config_from_dict
+from sae_training.config.placement import devices_of
 from sae_training.config.types import WITH_K
 from sae_training.formats import native
 from sae_training.formats.chosen import the_one
@@ -132,7 +133,7 @@ def load(
 ) -> tuple[LanguageModelSAERunnerConfig, dict[str, Tensor]]:
     """Config and tensors of the autoencoder at `path`; of several, the one that `given` names.
 
-    The config's device is `device`, or the saved one if it is there.
+    The config's device is `device`, or the saved one if it is there. So is its device_map.
     """
     found = read(path, given)
     (one, *others) = found.values() if found else (None,)
@@ -226,4 +227,5 @@ def config_of(loaded: Loaded, path: Path, device: str | None = None) -> Language
         )
     if device is None:
         device = cfg.device if is_there(cfg.device) else "cpu"
-    return dataclasses.replace(cfg, device=str(checked(device)))
+    are_there = all(map(is_there, devices_of(cfg.device_map)))
+    return dataclasses.replace(cfg, device=str(checked(device)), device_map=cfg.device_map if are_there else None)

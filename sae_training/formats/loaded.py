@@ -12,6 +12,7 @@ from typing import Any, TypedDict, TypeVar
 
 from torch import Tensor
 
+from sae_training.config.placement import DeviceMap
 from sae_training.config.types import UNKNOWN
 from sae_training.formats import folding
 from sae_training.formats.hook_names import layer_of, transformer_lens_name
@@ -33,6 +34,9 @@ class Facts(TypedDict, total=False):
     dataset_path: str
     context_size: int
     """Tokens per context of text, in place of what the files say."""
+    device_map: DeviceMap
+    """Where the language model's parts lie, in place of what the files say."""
+    load_in_8bit: bool
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Given:
     norm_factor: float | None = None
     dataset_path: str | None = None
     context_size: int | None = None
+    device_map: DeviceMap | None = None
+    load_in_8bit: bool | None = None
 
     def __post_init__(self) -> None:
         if self.norm_factor is not None:
@@ -157,6 +163,7 @@ def completed(loaded: Loaded, given: Given, path: Path) -> Loaded:
         values |= {**OF_ANOTHER_TEXT, "dataset_path": given.dataset_path}
     if given.context_size is not None:
         values |= fitting_batch(given.context_size)
+    values |= {name: value for name in ("device_map", "load_in_8bit") if (value := getattr(given, name)) is not None}
     for name, place in (("hook_point", given.hook_point), ("target_hook_point", given.target_hook_point)):
         if place is not None and values.get(name) == UNKNOWN:
             values[name] = transformer_lens_name(place, values.get("model_name"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_training.language_model.load import LanguageModel
-from sae_training.language_model.twins import BlockSwitch, Forward, skip_hook_points, switch_in, twin_of
+from sae_training.language_model.twins import BlockSwitch, Forward, on_its_device, skip_hook_points, switch_in, twin_of
 from sae_training.machine.paths import first_line
 
 COMPILED_FORMS = 64  # of a block, by its kind and by the shape of the tokens; torch's own limit is 8
@@ -53,8 +53,10 @@ def compile_block(block: Any, compiled: Forward) -> bool:
     twin = twin_of(block.original_component if is_bridge else block, {})
     if twin is None:
         return False
-    forward = partial(compile_and_run, compiled, twin)
-    if not is_bridge:  # but a block of a HookedTransformer, which gets a switch only here
+    forward: Forward = partial(compile_and_run, compiled, twin)
+    if is_bridge:
+        forward = on_its_device(forward, block.original_component)
+    else:  # but a block of a HookedTransformer, which gets a switch only here
         first, last = block.hook_resid_pre, block.hook_resid_post
         if "forward" not in vars(block):
             plain = between(first, last, twin)

@@ -16,6 +16,8 @@ from sae_training.language_model.sites import HookSite
 def harvest(model: LanguageModel, tokens: Tensor, sites: Sequence[HookSite], padded: bool = False) -> list[Tensor]:
     """Activations (prompts, positions, width) at each site, in the model's precision, for ids (prompts, positions).
 
+    They are where the ids are, wherever the model's parts lie.
+
     `padded`: ids below 0 are padding at the ends of prompts, and masked out of attention.
 
     Where the hook has a head axis, they are those of the head that the site names, or of all heads side by side. Hooks
@@ -24,7 +26,7 @@ def harvest(model: LanguageModel, tokens: Tensor, sites: Sequence[HookSite], pad
     layers = [site.stop_at_layer for site in sites]
     stop_at_layer = None if None in layers else max(layer for layer in layers if layer is not None)
     found = read_hooks(model, tokens, {site.read_name for site in sites}, stop_at_layer, padded)
-    return [at_site(found[site.read_name], site).to(model.cfg.dtype) for site in sites]
+    return [at_site(found[site.read_name], site).to(tokens.device, model.cfg.dtype) for site in sites]
 
 
 def at_site(activations: Tensor, site: HookSite) -> Tensor:
@@ -38,7 +40,7 @@ def at_site(activations: Tensor, site: HookSite) -> Tensor:
 
 def put_back(activations: Tensor, replacement: Tensor, site: HookSite) -> Tensor:
     """The hook's tensor with `replacement` (prompts, positions, d_in) where `at_site` reads."""
-    replacement = replacement.to(activations.dtype)
+    replacement = replacement.to(activations)
     if not site.head_axis:
         return replacement
     if site.head_index is None:

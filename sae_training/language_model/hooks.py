@@ -38,16 +38,17 @@ def read_hooks(
         return name, lambda activations: found.update({name: activations})
 
     with hooked(model, map(keep, names), last=last_block_if_unread(names, stop_at_layer)):
-        model(**inputs_of(tokens, padded), return_type=None, stop_at_layer=stop_at_layer)
+        model(**inputs_of(model, tokens, padded), return_type=None, stop_at_layer=stop_at_layer)
     return found
 
 
-def inputs_of(tokens: Tensor, padded: bool) -> dict[str, Tensor]:
-    """The arguments of a pass over `tokens` (prompts, positions).
+def inputs_of(model: LanguageModel, tokens: Tensor, padded: bool) -> dict[str, Tensor]:
+    """The arguments of a pass of `model` over `tokens` (prompts, positions), where it takes them.
 
     `padded`: ids below 0 are padding at the ends of prompts, which no position attends to. (What is computed there
     means nothing.) Without, no mask is made, because attention is faster so.
     """
+    tokens = tokens.to(model.cfg.device)
     if not padded:
         return {"input": tokens}
     return {"input": tokens.clamp_min(0), "attention_mask": (tokens >= 0).long()}

@@ -27,8 +27,11 @@ from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAME
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from sae_training.config.io import with_defaults
+from sae_training.config.placement import DeviceMap
 from sae_training.demo_data import bundled_model
 from sae_training.language_model.model_parts import ModelParts
+from sae_training.language_model.placed import Placement, is_in_8_bits
 from sae_training.language_model.tokenizer import for_bridge, give_back, read_tokenizer
 from sae_training.language_model.twins import skip_hook_points
 from sae_training.machine.device import checked
@@ -49,6 +52,8 @@ def load_language_model(
     lm_dtype: str = "auto",
     model_processing: str = "default",
     hook_points: Sequence[str] = (),
+    device_map: DeviceMap | None = None,
+    load_in_8bit: bool = False,
 ) -> LanguageModel:
     """Load a frozen language model, ready for `read_hooks` and for all that TransformerLens does with it.
 
@@ -59,18 +64,30 @@ def load_language_model(
     (Llama, SmolLM2) they are the same. With `model_processing` "none" they are the same in all. Where only a bridge has
     one of `hook_points`, such as the input of an MLP, it is a bridge.
 
+    So it is with a `device_map`, which puts parts of it on several devices, or with `load_in_8bit`; both are those of
+    transformers, with `model_processing` "none" only.
+
     Raise FileNotFoundError if there is no such model, and ValueError if its tokenizer is another model's.
     """
     checked(device)
+    dtype = language_model_dtype(lm_dtype, device)
+    place = Placement(device, device_map, load_in_8bit, dtype)
+    place.check(model_processing)
     source = bundled_model(name)
     hooked = hooked_transformer_class()
     processed = model_processing == "default"
-    load: Callable[..., LanguageModel] = partial(boot_bridge, processed=processed)
-    if hooked is not None and official_name(source) is not None and not any(map(only_in_bridges, hook_points)):
+    load: Callable[..., LanguageModel] = partial(boot_bridge, processed=processed, place=place)
+    if (
+        hooked is not None
+        and place.is_plain
+        and official_name(source) is not None
+        and not any(map(only_in_bridges, hook_points))
+    ):
         load = hooked.from_pretrained if processed else hooked.from_pretrained_no_processing
     with quiet_loading():
         model = load_by_name(load, source, device)
-        cast_weights(model, language_model_dtype(lm_dtype, device))
+        if not load_in_8bit:  # whose weights have no other precision
+            cast_weights(model, dtype)
     model.eval()
     model.requires_grad_(False)
     check_tokenizer_fits(model.tokenizer, model.cfg.d_vocab, name)
@@ -79,14 +96,22 @@ def load_language_model(
 
 def model_of(cfg: Any, model: LanguageModel | None = None, device: str | None = None) -> LanguageModel:
     """Return the language model that a config names, on its device or another, or `model`, which stands in for it."""
-    processing = getattr(cfg, "model_processing", "default")  # notebooks of the mats era have configs of their own
+    cfg = with_defaults(cfg)  # notebooks of the mats era have configs of their own
     if model is not None:
-        check_processing(model, processing)
+        check_processing(model, cfg.model_processing)
+        check_8_bits(model, cfg.load_in_8bit)
         return model
-    named = (getattr(cfg, name, None) or () for name in ("hook_point", "target_hook_point"))
+    named = (cfg.hook_point, cfg.target_hook_point or ())
     hook_points = [hook for value in named for hook in ([value] if isinstance(value, str) else value)]
-    lm_dtype = getattr(cfg, "lm_dtype", "auto")
-    return load_language_model(cfg.model_name, device or str(cfg.device), lm_dtype, processing, hook_points)
+    return load_language_model(
+        cfg.model_name,
+        device or str(cfg.device),
+        cfg.lm_dtype,
+        cfg.model_processing,
+        hook_points,
+        cfg.device_map,
+        cfg.load_in_8bit,
+    )
 
 
 def only_in_bridges(hook_point: str) -> bool:
@@ -118,20 +143,35 @@ def official_name(name: str) -> str | None:
     return None
 
 
-def boot_bridge(name: str, device: str, processed: bool = True) -> TransformerBridge:
+def boot_bridge(name: str, device: str, processed: bool = True, place: Placement | None = None) -> TransformerBridge:
+    place = place or Placement(device)
     name = official_name(name) or name
     config = AutoConfig.from_pretrained(name)
     if (getattr(config, "pad_token_id", None) or 0) >= getattr(config, "vocab_size", math.inf):
         config.pad_token_id = None  # because torch makes no table of embeddings with a padding token that is not in it
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name, config=config, dtype=torch.float32, output_loading_info=True
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, config=config, output_loading_info=True, **place.arguments()
+        )
+    except ValueError as error:
+        raise place.explained(error) from error
     hf_model, info = loaded
     check_weights(name, sorted(info["missing_keys"]))
-    hf_model.to(device)  # because the bridge leaves a model that it is given where it is
+    if place.is_plain:
+        hf_model.to(device)  # because the bridge leaves a model that it is given where it is
+    place.check_in_reach(hf_model)
+    return bridge_of(hf_model, name, processed)
+
+
+def bridge_of(hf_model: Any, name: str, processed: bool) -> TransformerBridge:
+    """Make the bridge of a model of transformers, where it lies and in the precision that it has."""
     tokenizer = read_tokenizer(name)
     model = TransformerBridge.boot_transformers(
-        name, hf_model=hf_model, tokenizer=for_bridge(tokenizer), device=device, dtype=torch.float32
+        name,
+        hf_model=hf_model,
+        tokenizer=for_bridge(tokenizer),
+        device=str(next(hf_model.parameters()).device),
+        dtype=hf_model.dtype,
     )
     if processed:
         model.enable_compatibility_mode(disable_warnings=True)
@@ -149,6 +189,16 @@ def check_processing(model: LanguageModel, model_processing: str) -> None:
         warnings.warn(
             f"model_processing: found {model_processing!r} with a model whose weights TransformerLens has "
             f"{'' if found else 'not '}processed; set it to {wanted!r}, so that it is loaded in the same way later",
+            stacklevel=3,
+        )
+
+
+def check_8_bits(model: LanguageModel, load_in_8bit: bool) -> None:
+    """Warn if a model that the caller gives has weights of another kind than the config says, as `check_processing`."""
+    if (found := is_in_8_bits(model)) != load_in_8bit:
+        warnings.warn(
+            f"load_in_8bit: found {load_in_8bit} with a model whose weights are {'' if found else 'not '}in 8 bits; "
+            f"set it to {found}, so that it is loaded in the same way later",
             stacklevel=3,
         )
 

@@ -179,14 +179,28 @@ def skip_hook_points(bridge: TransformerBridge) -> None:
 def working_switch(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockSwitch | None:
     """A switch with a twin that computes what the block does with these arguments; None if it has no such twin."""
     hooked, copies = block.original_component.forward, {}
-    twin = twin_of(block.original_component, copies)
-    if twin is None:
+    copied = twin_of(block.original_component, copies)
+    if copied is None:
         return None
+    twin = on_its_device(copied, block.original_component)
     agrees, taps = False, {}
     with suppress(Exception):  # other people's code, perhaps called in a way it is not meant for
         agrees = is_close(twin(*args, **kwargs), hooked(*args, **kwargs))
         taps = find_taps(candidate_taps(copies), lambda: hooked(*args, **kwargs), lambda: twin(*args, **kwargs))
     return BlockSwitch(block, hooked, twin, taps, [block.hook_in, block.hook_out]) if agrees else None
+
+
+def on_its_device(forward: Forward, layer: nn.Module) -> Forward:
+    """`forward`, to which tensors come where accelerate has put the layer (`device_map`), as to the layer's own one."""
+    hook = getattr(layer, "_hf_hook", None)
+    if hook is None:
+        return forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = hook.pre_forward(layer, *args, **kwargs)
+        return forward(*args, **kwargs)
+
+    return run
 
 
 def twin_of(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module | None:

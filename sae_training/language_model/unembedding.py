@@ -44,8 +44,8 @@ def tensors_of(model: Any, sites: Iterable[HookSite]) -> Mapping[str, Tensor]:
                 found[f"W_out.{site.layer}"] = W_out
         if site.name.endswith("attn.hook_z") and (W_O := weight_of(getattr(block, "attn", None), "W_O")) is not None:
             found[f"W_O.{site.layer}"] = W_O
-    # In one order in memory, in which a file has them too: sums round otherwise in another.
-    return {name: tensor.detach().contiguous() for name, tensor in found.items()}
+    # In one order in memory, in which a file has them too: sums round otherwise in another. On one device, too.
+    return {name: tensor.detach().to(model.cfg.device).contiguous() for name, tensor in found.items()}
 
 
 def weight_of(module: Any, *names: str) -> Tensor | None:

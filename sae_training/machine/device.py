@@ -33,8 +33,8 @@ def automatic() -> str:
     return "cuda" if count("cuda") else "cpu"
 
 
-def checked(device: str | torch.device) -> torch.device:
-    """The device; ValueError, saying what there is, if this machine lacks it."""
+def checked(device: str | torch.device, field: str = "device") -> torch.device:
+    """The device that a config's `field` names; ValueError, saying what there is, if this machine lacks it."""
     if is_there(device):
         return torch.device(device)
     kind = torch.device(device).type
@@ -43,4 +43,4 @@ def checked(device: str | torch.device) -> torch.device:
     if n == 0:
         found = f"torch {torch.__version__} finds no {kind} device on this machine"
     others = [other for other in ("cuda", "xpu", "mps") if count(other) > 0]
-    raise ValueError(f"device: found {str(device)!r}, but {found}; set it to {' or '.join([*others, 'cpu'])}.")
+    raise ValueError(f"{field}: found {str(device)!r}, but {found}; set it to {' or '.join([*others, 'cpu'])}.")

@@ -115,14 +115,27 @@ def meet(patience: datetime.timedelta) -> tuple[Store, int, int]:
 
 
 def use_own_gpu() -> None:
-    """Let "cuda" mean the GPU that torchrun's local rank numbers."""
-    number, there = int(os.environ.get("LOCAL_RANK", "0")), count("cuda")
-    if number >= there:
+    """Let "cuda" mean the first GPU of this process."""
+    own = own_gpus()
+    if not own:
+        number = int(os.environ.get("LOCAL_RANK", "0"))
         raise ValueError(
-            f"device: found process {number + 1} on a machine with {there} GPUs, expected one for each; start fewer "
-            "processes (--nproc_per_node), or set device to cpu."
+            f"device: found process {number + 1} on a machine with {count('cuda')} GPUs, expected one for each; start "
+            "fewer processes (--nproc_per_node), or set device to cpu."
         )
-    torch.cuda.set_device(number)
+    torch.cuda.set_device(own[0])
+
+
+def own_gpus() -> range | None:
+    """Return the GPUs of this machine that are this process's, of which each has as many; None for one process alone.
+
+    A process uses the first of them, and spreads a language model over all of them (`device_map`).
+    """
+    if not is_launched():
+        return None
+    number, there = int(os.environ.get("LOCAL_RANK", "0")), count("cuda")
+    of_each = max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE", there or 1)))
+    return range(number * of_each, (number + 1) * of_each) if number < there else range(0)
 
 
 def is_lost_connection(error: RuntimeError) -> bool:

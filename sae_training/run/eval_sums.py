@@ -41,6 +41,7 @@ class Comparison:
 
 
 def compare(clean: Outputs, changed: Outputs, prompts: Tensor) -> Comparison:
+    prompts = prompts.to(clean.logits.device)
     is_token = prompts >= 0
     pattern_kl = {
         site: pattern_kl_sum(clean.patterns[site], pattern, is_token) for site, pattern in changed.patterns.items()
@@ -72,7 +73,7 @@ def pattern_kl_sum(clean: Tensor, changed: Tensor, is_token: Tensor) -> float:
     Only queries where `is_token` (prompts, queries) count.
     """
     clean, changed = clean.float(), changed.float()
-    counts = (clean > 0) & is_token.unsqueeze(-1)
+    counts = (clean > 0) & is_token.to(clean.device).unsqueeze(-1)
     terms = torch.where(counts, clean * (clean.log2() - changed.clamp_min(1e-30).log2()), 0)
     return terms.sum().item()
 

@@ -114,7 +114,7 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
     seen: dict[HookSite, Tensor] = {}
 
     def look_at(site: HookSite) -> NamedLook:
-        return site.name, lambda activations: seen.update({site: at_site(activations, site)})
+        return site.name, lambda activations: seen.update({site: at_site(activations, site).to(store.device)})
 
     sites = dict.fromkeys(site for each in evaluated for site in each.sites.all)
     below = BlocksBelow(store.model, (n_blocks_below(names_hooked(each.sites)) for each in evaluated))
@@ -157,7 +157,8 @@ def replacing(site: HookSite, new: Tensor, keep: Tensor) -> NamedLook:
 
     def replace(activations: Tensor) -> Tensor:
         clean = at_site(activations, site)
-        return put_back(activations, torch.where(keep.unsqueeze(-1), new.to(clean.dtype), clean), site)
+        here = keep.to(clean.device).unsqueeze(-1)
+        return put_back(activations, torch.where(here, new.to(clean), clean), site)
 
     return site.name, replace
 
@@ -180,7 +181,7 @@ def forward_pass(
     looks = [keep_pattern(site) for site in sites if site.head_index is not None]
     # In this order, because the hooks choose what runs in a block, and the recorder goes around that.
     with hooked(store.model, [*reads, *looks], replacements), blocks:
-        return Outputs(store.model(**inputs_of(prompts, store.padded), return_type="logits"), patterns)
+        return Outputs(store.model(**inputs_of(store.model, prompts, store.padded), return_type="logits"), patterns)
 
 
 @torch.no_grad()

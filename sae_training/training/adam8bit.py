@@ -1,4 +1,4 @@
-"""Adam with its two moments in 8 bits: 2 bytes a weight in place of 8. The only user of bitsandbytes, an extra.
+"""Adam with its two moments in 8 bits: 2 bytes a weight in place of 8. It needs bitsandbytes, an extra.
 
 The moments are quantised in blocks of 256 numbers of one weight matrix, each with its own scale (Dettmers et al. 2022,
 arXiv 2110.02861). Parameters of fewer than 4,096 numbers keep 32 bits. bitsandbytes waits for the device in every step.

@@ -21,7 +21,7 @@ from sae_training.config import LanguageModelSAERunnerConfig as Config
 from sae_training.config.checks import field_types, plain_value, plain_values
 from sae_training.config.fields import Origin
 from sae_training.config.io import FIELD_NAMES, config_to_dict
-from sae_training.config.left_out import LeftOut
+from sae_training.config.left_out import Placed
 from sae_training.config.values import read_value, without_retired_flags, written
 from sae_training.formats import Facts, Given
 
@@ -362,7 +362,7 @@ def test_eval_and_build_take_what_files_leave_out(words: list[str], said: dict[s
 
 
 def test_every_fact_that_files_leave_out_has_a_flag() -> None:
-    assert field_types(LeftOut).keys() == field_types(Given).keys()
+    assert field_types(Placed).keys() == field_types(Given).keys()
     assert Facts.__annotations__.keys() | {"hook_point", "layer"} == field_types(Given).keys()
 
 

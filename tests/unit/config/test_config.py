@@ -107,6 +107,8 @@ OWN_DEFAULTS: dict[str, Any] = {
     "encoder_matmul_dtype": "auto",
     "lm_dtype": "auto",
     "model_processing": "default",
+    "device_map": None,
+    "load_in_8bit": False,
     "compile_lm": False,
     "prepend_bos": True,
     "exclude_special_tokens": False,
