@@ -66,7 +66,7 @@ class PlanFlags:
     """Count on the Triton kernels (SAE_TRAINING_TRITON=1), without which a GPU computes steps the dense way."""
 
     lm_gpus: Positive[int] = 1
-    """GPUs that hold a copy of the language model together, one working at a time (device_map)."""
+    """GPUs that hold a copy of the language model, one working at a time; more: --device_map auto."""
 
     n_params: Positive[int] | None = None
     """Weights of a language model of which no config is known; its sizes:"""
@@ -138,6 +138,8 @@ def planned(verb: Plan) -> str:
     values = with_words({name: getattr(verb, name) for name in FIELD_NAMES}, verb, device="cuda")
     if verb.cache:
         values |= NO_STEPS
+    if verb.lm_gpus > 1 and values["device_map"] is None:
+        values |= {"device_map": "auto", "model_processing": "none"}  # by which alone a run spreads it
     cfg = config_from_dict(values)
     lm = language_model_of(verb, cfg)
     cfg = with_layers(cfg, lm.n_layers)
@@ -194,7 +196,8 @@ def language_model_of(verb: Plan, cfg: LanguageModelSAERunnerConfig) -> Any:
     is_auto = cfg.lm_dtype == "auto" and on_gpu
     dtype = torch.bfloat16 if is_auto else language_model_dtype(cfg.lm_dtype, cfg.device)
     given = {name: getattr(verb, name) for name in ("n_params", "d_model", "n_layers", "d_mlp", "d_vocab")}
-    return sizes_of(cfg.model_name, given, dtype, processed=cfg.model_processing == "default")
+    sizes = sizes_of(cfg.model_name, given, dtype, processed=cfg.model_processing == "default")
+    return dataclasses.replace(sizes, in_8_bits=cfg.load_in_8bit)
 
 
 def with_widths(single: LanguageModelSAERunnerConfig, lm: Any) -> LanguageModelSAERunnerConfig:

@@ -18,6 +18,7 @@ from sae_training.language_model.hooks import block_number
 from sae_training.language_model.load import official_name, quiet_loading
 from sae_training.language_model.sites import cheapest_read
 from sae_training.machine.paths import first_line
+from sae_training.machine.precision import dtype_name
 
 NOT_GATED = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "phi", "bloom", "falcon", "mpt", "codegen", "gpt_bigcode")
 """Families of which an MLP has two matrices; the others' have three."""
@@ -43,10 +44,18 @@ class LanguageModelSizes:
     n_params: int
     """Weights of all blocks, the embedding and the unembedding."""
     dtype: torch.dtype = torch.bfloat16
+    in_8_bits: bool = False
+    """Whether the weights of the blocks are, with `dtype` for the rest."""
 
     @property
     def bytes(self) -> int:
-        return self.n_params * self.dtype.itemsize
+        of_blocks = self.n_layers * self.block_params
+        itemsize = 1 if self.in_8_bits else self.dtype.itemsize
+        return of_blocks * itemsize + (self.n_params - of_blocks) * self.dtype.itemsize
+
+    @property
+    def precision(self) -> str:
+        return f"{'8 bits and ' if self.in_8_bits else ''}{dtype_name(self.dtype)}"
 
     def flops(self, n_blocks: int, context_size: int) -> float:
         """Return the operations of a pass, per token, through the first `n_blocks` blocks.

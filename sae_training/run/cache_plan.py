@@ -14,7 +14,7 @@ from sae_training.language_model.sizes import LanguageModelSizes, blocks_run
 from sae_training.machine.precision import dtype_name
 from sae_training.parallel import plan
 from sae_training.parallel.plan import Machines
-from sae_training.run.job_plan import CONTEXT, kept_share
+from sae_training.run.job_plan import CONTEXT, kept_share, loading_bytes
 from sae_training.run.memory_plan import USABLE_SHARE, Rows, pass_bytes
 
 SHARDS_IN_MEMORY = 3  # of a writer, on the host
@@ -75,7 +75,7 @@ def plan_cache(
     width = sum(hooks.values())
     context = CONTEXT["cpu" if torch.device(cfg.device).type == "cpu" else "cuda"]
     of_gpu = context + lm.bytes / lm_gpus + pass_bytes(cfg, Rows(0, width, width), lm)
-    loading = context + lm.n_params * plan.FLOAT / lm_gpus
+    loading = context + loading_bytes(cfg, lm) / lm_gpus
     shard, copies = cfg.shard_size_mb * 2**20, machines.n // lm_gpus or 1
     return CachePlan(
         rows=kept if of_rows else tokens,

@@ -84,8 +84,8 @@ class Job:
 
     @property
     def loading(self) -> int:
-        """Bytes of a GPU while the language model is there in float32, which it is processed in and cast from."""
-        return CONTEXT["cuda" if self.on_gpu else "cpu"] + self.lm.n_params * plan.FLOAT // self.lm_gpus
+        """Bytes of a GPU while the language model is loaded."""
+        return CONTEXT["cuda" if self.on_gpu else "cpu"] + loading_bytes(self.cfg, self.lm) // self.lm_gpus
 
     @property
     def weights(self) -> int:
@@ -103,7 +103,7 @@ class Way:
     """Why the job cannot be shared so at all."""
     memory: MemoryPlan | None = None
     loading: int = 0
-    """Bytes of a GPU while the language model is loaded, in float32, before anything else is there."""
+    """Bytes of a GPU while the language model is loaded, before anything else is there."""
     passes: float = 0.0
     step: float = 0.0
     exchange: float = 0.0
@@ -132,6 +132,16 @@ def kept_share(cfg: Any) -> float:
     """Return the share of positions that become rows: those of seqpos_slice, BOS not among them if it is left out."""
     kept = range(cfg.context_size)[slice(*cfg.seqpos_slice)] if cfg.seqpos_slice else range(cfg.context_size)
     return (len(kept) - (cfg.exclude_special_tokens and cfg.prepend_bos and 0 in kept)) / cfg.context_size
+
+
+def loads_in_place(cfg: Any) -> bool:
+    """Return whether transformers puts each weight where it stays, in the precision that it keeps."""
+    return cfg.device_map is not None or cfg.load_in_8bit
+
+
+def loading_bytes(cfg: Any, lm: LanguageModelSizes) -> int:
+    """Return the bytes of the language model while it is loaded: in float32, if it is processed and cast afterwards."""
+    return lm.bytes if loads_in_place(cfg) else lm.n_params * plan.FLOAT
 
 
 def hooks_of(singles: Singles) -> dict[str, int]:

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sae_training.machine.memory import gigabytes
-from sae_training.machine.precision import dtype_name
 from sae_training.parallel.plan import GIGA, Machines
 from sae_training.run.cache_plan import CachePlan
-from sae_training.run.job_plan import Job, Way, best, counted, smallest, ways
+from sae_training.run.job_plan import Job, Way, best, counted, loads_in_place, smallest, ways
 from sae_training.run.memory_plan import USABLE_SHARE
 
 WIDTH = 110  # of a line of text
@@ -86,7 +85,7 @@ def of_job(job: Job) -> str:
     live = "" if job.is_live else ", from a cache"
     k = f", k {first.k}" if first.architecture in ("topk", "batchtopk", "matryoshka") else ""
     return (
-        f"{cfg.model_name}: {lm.n_params / GIGA:,.2f}e9 weights in {dtype_name(lm.dtype)}, {gigabytes(lm.bytes)}; "
+        f"{cfg.model_name}: {lm.n_params / GIGA:,.2f}e9 weights in {lm.precision}, {gigabytes(lm.bytes)}; "
         f"{job.flops_per_token / GIGA:,.2f} GFLOP a token\n"
         f"{counted(len(job.singles), 'autoencoder')}, the first {first.architecture} {first.d_in:,} x {first.d_sae:,}"
         f"{k}: {gigabytes(job.weights)} of weights; {job.rows:,} rows a step{live}"
@@ -150,11 +149,12 @@ def what_would(job: Job, found: list[Way]) -> str:
     """Return what would make room: fewer bytes of the language model, or more nodes."""
     memory = job.machines.memory
     if job.loading > USABLE_SHARE * memory:
-        gpus = math.ceil(job.lm.n_params * 4 / (USABLE_SHARE * memory))
+        gpus = math.ceil(job.lm.bytes / (USABLE_SHARE * memory))
+        afterwards = f" while it is loaded (float32) and {gigabytes(job.lm.bytes // job.lm_gpus)} afterwards"
         return (
-            f"The language model alone takes {gigabytes(job.loading)} of a GPU while it is loaded (float32) and "
-            f"{gigabytes(job.lm.bytes // job.lm_gpus)} afterwards: spread it over {gpus} GPUs or more (--lm_gpus), or "
-            "train from a cache that a larger machine wrote."
+            f"The language model alone takes {gigabytes(job.loading)} of a GPU"
+            f"{'' if loads_in_place(job.cfg) else afterwards}: spread it over {gpus} GPUs or more (--lm_gpus), load it "
+            "in 8 bits, or train from a cache that a larger machine wrote."
         )
     least = min((way for way in found if way.memory), key=lambda way: way.memory.peak)  # pyright: ignore
     assert least.memory is not None

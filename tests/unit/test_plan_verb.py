@@ -94,8 +94,17 @@ def test_wrong_flags_are_named(words: list[str], answer: str, capsys: pytest.Cap
 
 def test_memory_smaller_than_the_model_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("meta-llama/Llama-3.1-70B", "demo", "--hook_point", "blocks.60.hook_resid_post")
-    assert "spread it over 4 GPUs or more (--lm_gpus)" in told(capsys, *words, "--gpus", "8")
+    assert "spread it over 2 GPUs or more (--lm_gpus)" in told(capsys, *words, "--gpus", "8")
     assert "Best: --parallel data" in told(capsys, *words, "--gpus", "8", "--lm_gpus", "8")
+
+
+def test_a_model_in_8_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--d_model", "1024", "--n_layers", "10", "--d_mlp", "4096", "--d_vocab", "50_000")
+    words = ("nobody/knows", "demo", "--hook_point", "blocks.9.hook_resid_post", *sizes)
+    block = 4 * 1024 * 1024 + 2 * 1024 * 4096
+    plan = in_json(capsys, *words, "--load_in_8bit", "--model_processing", "none")
+    assert plan["language_model"]["bytes"] == 10 * block + 2 * 2 * 1024 * 50_000
+    assert in_json(capsys, *words)["language_model"]["bytes"] == 2 * (10 * block + 2 * 1024 * 50_000)
 
 
 def test_a_cache_is_planned_by_its_bytes(capsys: pytest.CaptureFixture[str]) -> None:
