@@ -44,6 +44,7 @@ PARTS = {
     "tests": 80,
     "steps-4096": 110,
     "live": 60,
+    "ranks": 90,
     "ahead": 60,
     "sparsify": 60,
 }

@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig
 from sae_training.config.placement import SPREADS, DeviceMap, devices_of, placed_and_processed, unknown_place
 from sae_training.machine.device import checked
 from sae_training.machine.paths import first_line
-from sae_training.parallel.ranks import own_gpus
+from sae_training.parallel.ranks import is_launched, own_gpus
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Placement:
         if self.is_plain:
             return {"dtype": torch.float32}
         told: dict[str, Any] = {"dtype": self.dtype, "device_map": self.device_map or {"": self.device}}
-        if self.device_map in SPREADS and (gpus := own_gpus()) is not None:
+        if self.device_map in SPREADS and is_launched() and (gpus := own_gpus()):
             told["max_memory"] = {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus}
         if self.load_in_8bit:
             told["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)

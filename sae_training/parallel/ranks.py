@@ -126,13 +126,11 @@ def use_own_gpu() -> None:
     torch.cuda.set_device(own[0])
 
 
-def own_gpus() -> range | None:
-    """Return the GPUs of this machine that are this process's, of which each has as many; None for one process alone.
+def own_gpus() -> range:
+    """Return the GPUs of this machine that are this process's, of which torchrun's processes have as many each.
 
     A process uses the first of them, and spreads a language model over all of them (`device_map`).
     """
-    if not is_launched():
-        return None
     number, there = int(os.environ.get("LOCAL_RANK", "0")), count("cuda")
     of_each = max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE", there or 1)))
     return range(number * of_each, (number + 1) * of_each) if number < there else range(0)

@@ -33,6 +33,7 @@ MODULES = {
     "sparsify": "gpu_steps",
     "tests": "gpu_runs",
     "live": "gpu_runs",
+    "ranks": "gpu_ranks",
     "ahead": "gpu_runs",
 }
 CRASHED = 75  # as in gpu_check: nothing more can be computed in this process
