@@ -101,7 +101,8 @@ class CacheWriter:
     def open(self, about: dict[str, Any]) -> Manifest:
         """Return the manifest of the cache in the folder, if there is one of this config, else a new one."""
         config = config_to_dict(self.cfg)
-        del config["cached_activations_path"]  # because the content does not depend on it
+        for name in ("cached_activations_path", "parallel_timeout_minutes"):
+            del config[name]  # because the content does not depend on it
         if (self.folder / MANIFEST).is_file():
             found = read_manifest(self.folder)
             absent = {name: getattr(CacheActivationsRunnerConfig, name, None) for name in config}

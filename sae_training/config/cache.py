@@ -36,6 +36,9 @@ class CacheActivationsRunnerConfig(Source):
     seed: NotNegative[int] = 42
     """Seed of the shuffle."""
 
+    parallel_timeout_minutes: Positive[float] = 30
+    """How long a process waits for the others, to come and in each pass."""
+
     device: Device = "cpu"
     """Where to compute: cpu, cuda, cuda:1, mps."""
 

@@ -64,7 +64,7 @@ def with_defaults(cfg: Any) -> LanguageModelSAERunnerConfig:
     filled = copy.copy(_defaults())
     names = FIELD_NAMES
     if isinstance(cfg, CacheActivationsRunnerConfig):  # its dtype and folder are those of files that are to be written
-        names = (*(field.name for field in fields(Source)), "device")
+        names = (*(field.name for field in fields(Source)), "device", "parallel_timeout_minutes")
     for name in names:
         if hasattr(cfg, name):
             setattr(filled, name, getattr(cfg, name))
