@@ -82,6 +82,7 @@ def stopped_after_a_checkpoint(number: signal.Signals, folder: Path, *words: str
     said = [process.communicate(timeout=120)[1] for process in job]
     assert [process.returncode for process in job] == ([1, -9] if number == signal.SIGKILL else [143, 143]), said
     assert not (run / "final").exists()
+    assert "Stopped" not in said[1]  # the first one says it
     return run, said[0]
 
 

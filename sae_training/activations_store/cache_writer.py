@@ -125,8 +125,8 @@ class CacheWriter:
                 f"cached_activations_path: {self.folder} is not empty and holds no cache; give an empty or new folder."
             )
         n_bytes = self.n_passes * self.per_pass * self.record_bytes
-        # Beside the rows there is one bucket at most: each is deleted once its shard is written.
-        n_bytes = (self.has_rows + self.has_contexts) * n_bytes + self.has_rows * self.shard_bytes
+        # Beside the rows there is one bucket of each process: it is deleted once its shard is written.
+        n_bytes = (self.has_rows + self.has_contexts) * n_bytes + self.has_rows * self.shard_bytes * n_ranks()
         n_bytes += self.has_contexts * bytes_of_parts(self.store)
         check_free_disk(self.folder, n_bytes, "the activations need", "cached_activations_path")
         self.folder.mkdir(parents=True, exist_ok=True)

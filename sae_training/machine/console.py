@@ -27,7 +27,8 @@ def exit_code(argv: Sequence[str], command: Callable[[], None]) -> int:
     except KeyboardInterrupt as stop:
         # a job's own interruption says what was saved, and has the exit code that goes with the signal
         stopped = str(stop) or "Stopped. The same command begins anew, or goes on from what is saved."
-        sys.stderr.write(f"{stopped}\n")
+        if not getattr(stop, "is_told", False):
+            sys.stderr.write(f"{stopped}\n")
         return getattr(stop, "exit_code", 130)
     except BrokenPipeError:
         # the reader of a pipe (`| head`) has left; at its last flush the interpreter would complain once more

@@ -29,6 +29,9 @@ class StopAsked(KeyboardInterrupt):
 class TrainingInterrupted(KeyboardInterrupt):
     """Training stopped because it was asked to, after saving. `exit_code` is the shell's for the signal (130, 143)."""
 
+    is_told = False
+    """Whether another process of the job says it."""
+
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code

@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from sae_training.machine.device import count
-from sae_training.machine.interrupt import HEEDED
+from sae_training.machine.interrupt import HEEDED, TrainingInterrupted, stop_point
 
 T = TypeVar("T")
 
@@ -58,6 +58,13 @@ def joined(cfg: Any) -> Iterator[None]:
         CONTROL.append(dist.new_group(backend="gloo", timeout=patience))
         with contextlib.nullcontext() if is_first() else quiet():
             yield
+    except TrainingInterrupted as stop:
+        stop.is_told = not is_first()
+        raise
+    except OSError as error:  # a full disk, for instance, which may be that of one machine
+        if not is_everyones(error):
+            error.add_note(f"This was rank {rank()}, on {socket.gethostname()}; the others end with it.")
+        raise
     except RuntimeError as error:
         if is_lost_connection(error):
             raise ConnectionError(
@@ -168,10 +175,19 @@ def is_first() -> bool:
 
 
 def of_first(make: Callable[[], T]) -> T:
-    """Return on every rank what `make` returns on the first, where alone it is called. Pickle must take it."""
+    """Return on every rank what `make` returns on the first, where alone it is called. Pickle must take it.
+
+    An error there is raised on all.
+    """
     if n_ranks() == 1:
         return make()
-    holder: list[Any] = [make() if is_first() else None]
+    holder: list[Any] = [None]
+    failed = None
+    try:
+        holder = [make() if is_first() else None]
+    except Exception as error:
+        failed = error
+    raise_together(failed)
     dist.broadcast_object_list(holder, src=0, group=CONTROL[0])
     return holder[0]
 
@@ -235,6 +251,24 @@ def agree_on_stops(wish: bool = False) -> bool:
     for request, number in zip(HEEDED, told[1:].tolist(), strict=True):
         request.signal = signal.Signals(number) if number else None
     return bool(told[0])
+
+
+class Rounds:
+    """Agreements on a stop during work that all ranks do, each in steps of its own: as many as the slowest has."""
+
+    def __init__(self, n_own: int) -> None:
+        self.left = max(of_all(n_own))
+
+    def next(self) -> None:
+        """Come before a step. Raise StopAsked, on all ranks alike, if the job was asked to stop."""
+        self.left -= 1
+        agree_on_stops()
+        stop_point()
+
+    def finish(self) -> None:
+        """Come as often as the others still do."""
+        while self.left > 0:
+            self.next()
 
 
 # -------------------------------------------------------------------------------------------------------------- tensors

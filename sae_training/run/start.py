@@ -19,9 +19,10 @@ from sae_training.config.types import FIXED_K, ONLY_LOADED
 from sae_training.formats import pieces
 from sae_training.language_model.load import LanguageModel, fingerprint
 from sae_training.language_model.sites import Sites
+from sae_training.machine.files import NotEnoughDisk
 from sae_training.machine.phases import phase
 from sae_training.parallel.division import Division
-from sae_training.parallel.ranks import of_first
+from sae_training.parallel.ranks import of_all, of_first, raise_together
 from sae_training.run import checkpoint
 from sae_training.run.folder import RunFolder, write_config
 from sae_training.run.logger import RunLogger, UnheardLogger
@@ -69,7 +70,7 @@ def open_run(
             tqdm.write(f"Continuing {folder.path} after step {state['step']}.")
         else:
             state = {"step": 0, "metrics_bytes": dict.fromkeys(singles, 0), "failures": {}}
-            check_room_for_checkpoints(cfg, folder, trainers, store)
+            check_room_for_checkpoints(cfg, folder, trainers, store, part)
         for name, (single, sites) in singles.items():
             path = folder.path / name.replace("/", "_")  # the run's own folder for the only one, whose name is ""
             if is_several(cfg) and part.is_recorder:
@@ -144,23 +145,36 @@ def check_same_language_model(expected: str, model: LanguageModel, latest: Path)
 
 
 def check_room_for_checkpoints(
-    cfg: LanguageModelSAERunnerConfig, folder: RunFolder, trainers: dict[str, SAETrainer], store: ActivationsStore
+    cfg: LanguageModelSAERunnerConfig,
+    folder: RunFolder,
+    trainers: dict[str, SAETrainer],
+    store: ActivationsStore,
+    part: Division,
 ) -> None:
-    """Raise NotEnoughDisk if the checkpoints of this run, at their largest, cannot fit."""
+    """Raise NotEnoughDisk if the checkpoints of this run, at their largest, cannot fit: what all ranks write, once.
+
+    If they cannot for one rank, whose disk may be another, it is raised there, and on the others an OSError names it.
+    """
     if cfg.checkpoint_every_minutes is None and cfg.checkpoint_every_steps is None:
         return
-    saes = [trainer.sae for trainer in trainers.values()]
-    weights = sum(sae.shard.n * p.numel() * p.element_size() for sae in saes for p in sae.parameters())
-    width = sum(site.d_in for site in store.sites.all)
-    buffers = store.n_buffered * (width * store.model.cfg.dtype.itemsize + 8)
+    written = [trainer.sae for trainer in trainers.values() if part.share.rank == 0]  # of copies, one is written
+    own_weights = sum(p.numel() * p.element_size() for sae in written for p in sae.parameters())
+    width = sum(site.d_in for site in store.sites.all) if part.is_recorder else 0
+    own_buffers = store.n_buffered * (width * store.model.cfg.dtype.itemsize + 8)
+    weights, buffers = map(sum, zip(*of_all((own_weights, own_buffers)), strict=True))
     # Each holds weights and Adam's two moments, and where batches are scaled the weights for raw activations too. A new
     # one is written before the oldest is deleted.
     copies = 4 if cfg.normalize_activations == "expected_average_only_in" else 3
-    checkpoint.check_free_disk(
-        folder.path,
-        (cfg.keep_checkpoints + 1) * (copies * weights + buffers) + weights,
-        f"{cfg.keep_checkpoints + 1} checkpoints (keep_checkpoints, and one being written) need",
-    )
+    full = None
+    try:
+        checkpoint.check_free_disk(
+            folder.path,
+            (cfg.keep_checkpoints + 1) * (copies * weights + buffers) + weights,
+            f"{cfg.keep_checkpoints + 1} checkpoints (keep_checkpoints, and one being written) need",
+        )
+    except NotEnoughDisk as error:
+        full = error
+    raise_together(full)
 
 
 # -------------------------------------------------------------------------------------------------- starting weights
