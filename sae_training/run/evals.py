@@ -29,6 +29,7 @@ from sae_training.language_model.load import LanguageModel, model_of
 from sae_training.language_model.sites import HookSite, Sites
 from sae_training.machine.interrupt import stop_point
 from sae_training.machine.phases import Bar, phase, progress_bar
+from sae_training.parallel.ranks import Rounds
 from sae_training.parallel.share import ALONE, Share
 from sae_training.run.eval_sums import Evaluated, Outputs, compare
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -68,24 +69,31 @@ def evaluate(sae: SparseAutoencoder, store: ActivationsStore, tokens: Tensor) ->
 
 @torch.no_grad()
 def evaluate_together(
-    saes: Sequence[tuple[SparseAutoencoder, Sites]], store: ActivationsStore, tokens: Tensor, share: Share = ALONE
+    saes: Sequence[tuple[SparseAutoencoder, Sites]],
+    store: ActivationsStore,
+    tokens: Tensor,
+    share: Share = ALONE,
+    is_everyones: bool = False,
 ) -> list[dict[str, float]]:
     """Evaluate several autoencoders, each with its sites, which are among those of the store.
 
-    With a `share`, this process evaluates its share of the batches, and returns the figures of all.
+    With a `share`, this process evaluates its share of the batches, and returns the figures of all. `is_everyones`: all
+    processes of the job evaluate now, each its own, or its share, and agree on a stop between two passes. Of these,
+    one may have given all of its own up.
     """
-    if not saes:  # of several processes, one may have given all of its own up
-        return []
     evaluated = [Evaluated(sae, sites) for sae, sites in saes]
     were_training = [sae.training for sae, _ in saes]
     for each in evaluated:
         each.sae.eval()
     n_prompts = prompts_of_a_pass(tokens.shape[1], store.model, max((sae.shard.d_sae for sae, _ in saes), default=0))
-    batches = tokens.split(n_prompts)[share.rank :: share.n]
-    n_passes = 1 + len({sites.target for _, sites in saes}) + len(saes)
-    with progress_bar("evaluating", len(batches) * n_passes, "passes") as bar:
+    batches = tokens.split(n_prompts)[share.rank :: share.n] if saes else ()
+    n_passes = len(batches) * (1 + len({sites.target for _, sites in saes}) + len(saes))
+    rounds = Rounds(n_passes) if is_everyones else None
+    with progress_bar("evaluating", n_passes, "passes") as bar:
         for prompts in batches:
-            add_batch(evaluated, store, prompts.to(store.device), bar)
+            add_batch(evaluated, store, prompts.to(store.device), bar, rounds)
+        if rounds is not None:
+            rounds.finish()
     for each, was_training in zip(evaluated, were_training, strict=True):
         each.sae.train(was_training)
         if not share.is_all:
@@ -109,8 +117,11 @@ def prompts_of_width(context_size: int, width: int) -> int:
 # ------------------------------------------------------------------------------------------------------- one batch
 
 
-def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: Tensor, bar: Bar) -> None:
+def add_batch(
+    evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: Tensor, bar: Bar, rounds: Rounds | None = None
+) -> None:
     """Add to the sums of each autoencoder what the batch `prompts` (n, context_size) tells of it."""
+    before_a_pass = stop_point if rounds is None else rounds.next
     seen: dict[HookSite, Tensor] = {}
 
     def look_at(site: HookSite) -> NamedLook:
@@ -118,6 +129,7 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
 
     sites = dict.fromkeys(site for each in evaluated for site in each.sites.all)
     below = BlocksBelow(store.model, (n_blocks_below(names_hooked(each.sites)) for each in evaluated))
+    before_a_pass()
     clean = forward_pass(store, prompts, below.recorded(), sites, reads=map(look_at, sites))
     bar.update(1)
     keep = store.keeps(prompts, seen[evaluated[0].sites.input])  # a rule about norms is for runs with one input site
@@ -127,6 +139,7 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
         zeros = replacing(target_site, torch.zeros_like(seen[target_site]), keep)
         heads = dict.fromkeys(each.sites.input for each in of_site)
         n_below = min(n_blocks_below(names_hooked(each.sites)) for each in of_site)
+        before_a_pass()
         zeroed = forward_pass(store, prompts, below.skipped(n_below), heads, replacements=[zeros])
         ablated = compare(clean, zeroed, prompts)
         bar.update(1)
@@ -138,6 +151,7 @@ def add_batch(evaluated: Sequence[Evaluated], store: ActivationsStore, prompts: 
             del feature_acts  # the largest tensor of all, which the next pass does not need
             new = replacing(target_site, sae_out, keep)
             skipped = below.skipped(n_blocks_below(names_hooked(each.sites)))
+            before_a_pass()
             changed = forward_pass(store, prompts, skipped, each.sites.inputs, replacements=[new])
             each.sums.add(prompts, each.sites.input, compare(clean, changed, prompts), ablated)
             bar.update(1)
@@ -172,7 +186,6 @@ def forward_pass(
     replacements: Iterable[NamedLook] = (),
 ) -> Outputs:
     """Run the store's model on `prompts`, its `blocks` recorded or skipped, with hooks that read and that replace."""
-    stop_point()
     patterns: dict[HookSite, Tensor] = {}
 
     def keep_pattern(site: HookSite) -> NamedLook:

@@ -26,7 +26,8 @@ def evaluate_now(run: Run) -> list[tuple[Member, dict[str, float]]]:
         return [(member, {}) for member in run.trained]
     with phase("evaluation", has_bar=True):
         saes = [(member.folded(), member.sites) for member in run.trained]
-        evaluated = list(zip(run.trained, evaluate_together(saes, run.store, run.held_out, share_of(run)), strict=True))
+        figures = evaluate_together(saes, run.store, run.held_out, share_of(run), is_everyones=True)
+        evaluated = list(zip(run.trained, figures, strict=True))
     if run.step < run.cfg.total_training_steps:  # in the end the summary says it
         for member, figures in evaluated:
             say_what_is_wrong(run, member, figures)

@@ -138,6 +138,22 @@ def test_checkpoints_by_the_clock_are_those_of_all(alone: Path, tmp_path: Path) 
     check_same_run(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
+def test_a_stop_in_an_evaluation_leaves_it_to_the_run_that_goes_on(tmp_path: Path) -> None:
+    # Three batches: two are the first process's, who would otherwise evaluate for seconds after the stop.
+    fields = {"n_eval_batches": 384, "wandb_log_frequency": 1, "checkpoint_every_steps": None}
+    job, run = ranks(2, tmp_path, *arguments(tmp_path, **fields)), tmp_path / "run"
+    while not (run / "status.json").is_file() or json.loads((run / "status.json").read_text())["step"] < 6:
+        assert job[0].poll() is None, job[0].communicate()
+        time.sleep(0.02)
+    job[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=60)[1] for process in job]
+    assert [process.returncode for process in job] == [143, 143], said
+    assert "Stopped by SIGTERM after step 6" in said[0]
+    assert json.loads((run / "checkpoints" / "step_6" / "state.json").read_text())["pending"] == ["evaluation"]
+    assert "ce_loss" not in (run / "metrics.jsonl").read_text()
+
+
 def test_more_processes_than_rows_are_refused(tmp_path: Path) -> None:
     for process in ranks(2, tmp_path, *arguments(tmp_path, train_batch_size=1, micro_batch_size=None)):
         _, err = process.communicate()
