@@ -52,6 +52,7 @@ def finish(run: Run) -> None:
     if is_several(run.cfg) and is_first():
         write_final_of_several(run, evaluations)
     delete_extra(run)
+    run.failures |= together(run.own_failures)
     run.write_status("finished")
     if is_first():
         report(run, evaluations)

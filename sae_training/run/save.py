@@ -63,7 +63,7 @@ def save(run: Run, until_final: bool = False) -> Path | None:
             texts[member.part(CONFIG_FILE)] = json.dumps(config_to_dict(sae.cfg), indent=2) + "\n"
     state = {
         "metrics_bytes": together({member.name: member.logger.position() for member in recorded}),
-        "failures": together({member.name: member.failure for member in run.members if member.failure}),
+        "failures": together(run.own_failures),
         "hooks": together({own: [site.name for site in run.store.sites.all]} if holds_rows else {}),
         "language_model": fingerprint(run.store.model),
         "pending": run.pending,

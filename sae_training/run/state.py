@@ -19,7 +19,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.sites import Sites
 from sae_training.machine.files import NotEnoughDisk
 from sae_training.machine.paths import command
-from sae_training.parallel.ranks import is_first, n_ranks, of_all
+from sae_training.parallel.ranks import is_first, n_ranks, of_all, together
 from sae_training.parallel.shard import Shard
 from sae_training.run.folder import RunFolder
 from sae_training.run.logger import RunLogger
@@ -113,6 +113,8 @@ class Run:
     has_extra_checkpoint: bool = False
     """Whether that one is for the time of the evaluation only."""
     last_checkpoint_time: float = field(default_factory=time.monotonic)
+    failures: dict[str, str] = field(default_factory=dict)
+    """Why autoencoders were given up, by name, those of other ranks as far as they have told it."""
 
     @property
     def saes(self) -> dict[str, SparseAutoencoder]:
@@ -128,6 +130,10 @@ class Run:
     @property
     def trained(self) -> list[Member]:
         return [member for member in self.members if member.failure is None]
+
+    @property
+    def own_failures(self) -> dict[str, str]:
+        return {member.name: member.failure for member in self.members if member.failure}
 
     @property
     def recorded(self) -> list[Member]:
@@ -163,16 +169,21 @@ class Run:
                     member.logger.close()
 
     def write_status(self, state: str) -> None:
-        failures = {member.name: member.failure for member in self.members if member.failure}
+        known = self.failures | self.own_failures
+        failures = {name: known[name] for name in self.names if name in known}
         figures = {"failed": failures} if failures else {}
         self.progress.write_status(state, self.step, self.last_checkpoint, **figures)
 
 
 def check_any_left(run: Run) -> None:
-    """Raise NonFiniteLoss once no process of the job has an autoencoder in training any more."""
-    if n_ranks() > 1 and not any(of_all(bool(run.trained))):
-        failures = [member.failure for member in run.members if member.failure]
-        raise NonFiniteLoss("\n".join(["every autoencoder of the job is given up", *failures]))
+    """Raise NonFiniteLoss once no process of the job has an autoencoder in training any more.
+
+    Processes tell each other here which they have given up.
+    """
+    if n_ranks() > 1:
+        run.failures |= together(run.own_failures)
+        if not any(of_all(bool(run.trained))):
+            raise NonFiniteLoss("\n".join(["every autoencoder of the job is given up", *run.failures.values()]))
 
 
 def check_finite(run: Run, member: Member, weights: bool = False) -> None:

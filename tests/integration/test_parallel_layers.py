@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,25 @@ def test_what_cannot_be_dealt_out_is_refused(changes: dict[str, Any], words: str
     for process in ranks(2, tmp_path, *arguments(tmp_path, **changes)):
         _, err = process.communicate()
         assert process.returncode == 1 and words in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_given_up_on_another_process_is_in_the_status(tmp_path: Path) -> None:
+    fields = {**SMALL_RUN, "lr": [1e-3, 1e30], "lr_warm_up_steps": 0, "eval_every_steps": 0, "parallel": "layers"}
+    all_end_well(ranks(2, tmp_path, *train(fields, tmp_path)))
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "finished"
+    assert [*status["failed"]] == ["lr-1e+30"] and "not finite" in status["failed"]["lr-1e+30"]
+
+
+def test_all_that_the_processes_write_must_fit_on_the_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = arguments(tmp_path, keep_checkpoints=10**8)
+    assert cli.main(words) == 1
+    (needed,) = re.findall(r"keep_checkpoints, .* need (.*?),", alone := capsys.readouterr().err)
+    for process in ranks(2, tmp_path, *words):
+        _, err = process.communicate()
+        assert process.returncode == 1
+        assert f"need {needed}," in err, alone
     assert not (tmp_path / "run").exists()
 
 
