@@ -159,8 +159,8 @@ def check_room_for_checkpoints(
         return
     written = [trainer.sae for trainer in trainers.values() if part.share.rank == 0]  # of copies, one is written
     own_weights = sum(p.numel() * p.element_size() for sae in written for p in sae.parameters())
-    width = sum(site.d_in for site in store.sites.all) if part.is_recorder else 0
-    own_buffers = store.n_buffered * (width * store.model.cfg.dtype.itemsize + 8)
+    width, holds_rows = sum(site.d_in for site in store.sites.all), part.is_recorder or store.deal is not None
+    own_buffers = store.n_buffered * (width * store.model.cfg.dtype.itemsize + 8) if holds_rows else 0
     weights, buffers = map(sum, zip(*of_all((own_weights, own_buffers)), strict=True))
     # Each holds weights and Adam's two moments, and where batches are scaled the weights for raw activations too. A new
     # one is written before the oldest is deleted.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import time
 from pathlib import Path
@@ -84,3 +85,14 @@ def test_rows_alone_are_written_pass_by_pass(tmp_path: Path) -> None:
     assert len(rows_of(tmp_path)) > 4 * 15 * 5 / 2
     assert cli.main([*arguments(tmp_path / "alone", form="rows", total_training_tokens=5 * 64)]) == 0
     assert sorted(rows_of(tmp_path)) == sorted(rows_of(tmp_path / "alone"))
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of other processes are Linux's")
+def test_a_disk_that_is_full_on_one_process_ends_all_and_is_named(tmp_path: Path) -> None:
+    job = ranks(2, tmp_path, *arguments(tmp_path, shard_size_mb=1))
+    resource.prlimit(job[1].pid, resource.RLIMIT_FSIZE, (2**19, 2**19))  # half of a shard
+    (_, first), (_, second) = (process.communicate(timeout=60) for process in job)
+    assert [process.returncode for process in job] == [1, 1], first + second
+    assert "error: rank 0: another process of the job has ended, whose own message says why" in first
+    assert f"error: {tmp_path / 'cache'}" in second and "no space left for a file of that size" in second
+    assert "This was rank 1, on " in second
