@@ -7,8 +7,9 @@
 
 `same` trains each of CASES on the demo model under torchrun (gloo, one thread a process), and compares the log of each
 step with that of one process. `exchange` sums gradients of W_dec over two processes as a whole, or only the rows of the
-latents that were active. `plan` trains each of PLANNED over two processes, for fewer and for more steps, and compares
-what a process receives in a step, by its own TCP sockets, and its peak memory with what `sae-training plan` says.
+latents that were active. `plan` trains each of PLANNED in one process and in two, for fewer and for more steps, and
+compares what a process receives in a step, by its own TCP sockets, its time and its peak memory with what
+`sae-training plan` says, given the rates of one process and of the link.
 """
 
 from __future__ import annotations
@@ -30,11 +31,17 @@ import torch
 import torch.distributed as dist
 from machine import ROOT, machine_facts
 
+from sae_training.activations_store import ActivationsStore
+from sae_training.activations_store.shuffle_buffer import ShuffleBuffer
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.formats.run_files import METRICS_FILE
-from sae_training.lm_runner import language_model_sae_runner
+from sae_training.language_model.load import model_of
+from sae_training.language_model.sites import merged
+from sae_training.lm_runner import find_singles, language_model_sae_runner
 from sae_training.machine.interrupt import without_traceback
 from sae_training.parallel.ranks import is_first, joined, of_all
+from sae_training.sparse_autoencoder import SparseAutoencoder
+from sae_training.training.trainer import SAETrainer
 
 CASES: dict[str, dict[str, Any]] = {
     "standard": {"architecture": "standard", "l1_coefficient": 1e-3},
@@ -77,6 +84,7 @@ PLANNED: dict[str, dict[str, Any]] = {
         "parallel": "data", "architecture": "topk", "expansion_factor": 64,
         "hook_point": "blocks.{layer}.hook_resid_post", "hook_point_layer": [0, 2],
     },
+    "latents, topk": {"parallel": "latents", "architecture": "topk", "expansion_factor": 256},
     "layers, topk": {
         "parallel": "layers", "architecture": "topk", "expansion_factor": 64,
         "hook_point": "blocks.{layer}.hook_resid_post", "hook_point_layer": [0, 2, 4],
@@ -116,7 +124,14 @@ def main() -> None:
     worker.add_argument("request")
     given = parser.parse_args()
     if given.verb == "worker":
-        {"train": train_all, "exchange": time_exchanges, "measured": measured}[given.what](json.loads(given.request))
+        workers = {
+            "train": train_all,
+            "exchange": time_exchanges,
+            "measured": measured,
+            "rates": rates,
+            "link": link,
+        }
+        workers[given.what](json.loads(given.request))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -235,35 +250,107 @@ def of_touched_rows(gradient: torch.Tensor, touched: torch.Tensor) -> int:
 
 
 def against_plan(changes: dict[str, Any], steps: list[int], folder: Path) -> dict[str, Any]:
-    """Return bytes of a step and peak memory, as planned and as measured of the process with the most of each."""
-    fields, found = {**BASE, **OF_PLANNED, **changes, "run_dir": str(folder)}, []
-    for n in steps:
-        fields |= {"total_training_tokens": n * fields["train_batch_size"], "run_name": str(n)}
-        out = folder / f"{n}.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        torchrun(2, "measured", {"fields": fields, "out": str(out)})
-        found.append(json.loads(out.read_text(encoding="utf-8")))
-    per_step = [(b - a) / (steps[1] - steps[0]) for a, b in zip(*(of["received"] for of in found), strict=True)]
+    """Return bytes and seconds of a step and peak memory, as planned and as measured of the process with the most."""
+    fields = {**BASE, **OF_PLANNED, **changes, "run_dir": str(folder)}
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = {n: runs_of(n, fields, steps, folder) for n in (1, 2)}
+    per_step = {
+        name: [(b - a) / (steps[1] - steps[0]) for a, b in zip(*(of[name] for of in runs[2]), strict=True)]
+        for name in ("received", "seconds")
+    }
+    alone = (runs[1][1]["seconds"][0] - runs[1][0]["seconds"][0]) / (steps[1] - steps[0])
+    rates = asked(1, "rates", fields, folder) | asked(2, "link", fields, folder)
+    way = planned_way(changes["parallel"], fields, rates, folder)
+    planned = {
+        "bytes": sum(way["bytes_received_per_step"].values()), "peak": way["memory"]["peak"],
+        "seconds": fields["train_batch_size"] / way["tokens_per_s"],
+    }  # fmt: skip
+    measured = {
+        "bytes": max(per_step["received"]), "peak": max(runs[2][1]["peak"]), "seconds": max(per_step["seconds"]),
+    }  # fmt: skip
+    off = {f"{name} off by": round(measured[name] / planned[name] - 1, 4) for name in planned}
+    one = {"one process": {"seconds": alone, "peak": runs[1][1]["peak"][0]}}
+    parts = {"of bytes": way["bytes_received_per_step"], "of memory": way["memory"], "rates": rates}
+    return {"planned": planned, "measured": measured, **one, **off, "bytes of each": per_step["received"], **parts}
+
+
+def runs_of(n: int, fields: dict[str, Any], steps: list[int], folder: Path) -> list[dict[str, Any]]:
+    """Return what is measured of a run of `n` processes with fewer steps, and of one with more."""
+    found = []
+    for of_run in steps:
+        changes = {"total_training_tokens": of_run * fields["train_batch_size"], "run_name": f"{n} x {of_run}"}
+        found.append(asked(n, "measured", fields | changes, folder))
+    return found
+
+
+def asked(n: int, what: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return what the first of `n` workers writes."""
+    out = folder / f"{what}.json"
+    torchrun(n, what, {"fields": fields, "out": str(out)})
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def planned_way(parallel: str, fields: dict[str, Any], rates: dict[str, float], folder: Path) -> dict[str, Any]:
+    """Return what `sae-training plan` says of two processes, given the rates of one and of their link."""
     config = folder / "config.json"
     config.write_text(json.dumps(fields), encoding="utf-8")
+    given = ["--lm_rate", rates["lm"], "--step_rate", rates["step"], "--interconnect", rates["link"] / 1e9]
     said = subprocess.run(
-        [sys.executable, "-m", "sae_training", "plan", str(config), "--gpus", "2", "--json"],
+        [sys.executable, "-m", "sae_training", "plan", str(config), "--gpus", "2", "--json", "--efficiency", "1"]
+        + [str(word) for word in given],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    way = next(way for way in json.loads(said.stdout)["ways"] if way["parallel"] == changes["parallel"])
-    planned = {"bytes": sum(way["bytes_received_per_step"].values()), "peak": way["memory"]["peak"]}
-    measured = {"bytes": max(per_step), "peak": max(found[1]["peak"])}
-    off = {f"{name} off by": round(measured[name] / planned[name] - 1, 4) for name in planned}
-    parts = {"of bytes": way["bytes_received_per_step"], "of memory": way["memory"]}
-    return {"planned": planned, "measured": measured, **off, "bytes of each": per_step, **parts}
+    return next(way for way in json.loads(said.stdout)["ways"] if way["parallel"] == parallel)
+
+
+def rates(request: dict[str, Any]) -> None:
+    """Write the tokens/s of the language model's passes, and the rows/s of a step of all autoencoders, alone."""
+    cfg = LanguageModelSAERunnerConfig(**request["fields"])
+    model = model_of(cfg)
+    singles = find_singles(cfg, model)
+    store = ActivationsStore(next(iter(singles.values()))[0], model, sites=merged(at for _, at in singles.values()))
+    assert isinstance(store.source, ShuffleBuffer)
+    next_rows, per_pass = store.source.passes.next_rows, cfg.store_batch_size * cfg.context_size
+    seconds = 0.0
+    for single, sites in singles.values():
+        trainer, times = SAETrainer(SparseAutoencoder(single), single), []
+        x = store.sample(cfg.train_batch_size, sites).x
+        for step in range(7):
+            start = time.perf_counter()
+            trainer.step(x, step)
+            times.append(time.perf_counter() - start)
+        seconds += statistics.median(times)
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        next_rows()
+        times.append(time.perf_counter() - start)
+    found = {"lm": per_pass / statistics.median(times), "step": cfg.train_batch_size / seconds}
+    Path(request["out"]).write_text(json.dumps(found), encoding="utf-8")
+
+
+def link(request: dict[str, Any]) -> None:
+    """Write the bytes/s that each of two processes receives while they add 32 MB, of which each receives as much."""
+    dist.init_process_group("gloo")
+    gradient, times = torch.randn(8 * 2**20), []
+    for _ in range(7):
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(gradient)
+        times.append(time.perf_counter() - start)
+    if dist.get_rank() == 0:
+        found = {"link": gradient.nbytes / statistics.median(times)}
+        Path(request["out"]).write_text(json.dumps(found), encoding="utf-8")
 
 
 def measured(request: dict[str, Any]) -> None:
-    """Train, and let the first process write what each has received, and the most memory that each has held."""
+    """Train, and let the first process write what each has received, the time it took, and the most memory it held."""
     cfg = LanguageModelSAERunnerConfig(**request["fields"])
     with joined(cfg):
+        start = time.perf_counter()
         language_model_sae_runner(cfg)
-        found = {"received": of_all(bytes_received()), "peak": of_all(peak_memory())}
+        seconds = time.perf_counter() - start
+        found = {"received": of_all(bytes_received()), "peak": of_all(peak_memory()), "seconds": of_all(seconds)}
         if is_first():
             Path(request["out"]).write_text(json.dumps(found), encoding="utf-8")
 
