@@ -56,6 +56,13 @@ def test_demo_model_gives_the_logits_of_the_plain_transformers_model(demo_model:
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
 
 
+def test_rotary_frequencies_keep_the_precision_that_transformers_gives_them() -> None:
+    expected = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16).model.rotary_emb.inv_freq
+    buffers = load_language_model("demo", lm_dtype="bfloat16").named_buffers()
+    found = [buffer for name, buffer in buffers if name.endswith(".inv_freq")]
+    assert found and all(torch.equal(buffer, expected) and buffer.dtype == torch.float32 for buffer in found)
+
+
 def test_bfloat16_model_stays_close_to_float32(demo_model: Any) -> None:
     half = load_language_model("demo", lm_dtype="bfloat16")
     site, ids = find_hook_site(half, "blocks.2.hook_resid_post"), tokens(20, half.cfg.d_vocab)
