@@ -226,9 +226,9 @@ def check_weights(name: str, missing: list[str]) -> None:
 def cast_weights(model: LanguageModel, dtype: torch.dtype) -> None:
     """Cast all weights, those included that the bridge holds as plain attributes, where `.to()` does not find them.
 
-    Most of these (the processed MLP weights) are views of parameters, and stay views: nothing is held twice. Frequencies
-    of rotary positions stay as they are, as transformers keeps them: rounded to bfloat16, they turn the 1,000th position
-    by up to a radian too much or too little.
+    Most of these (the processed MLP weights) are views of parameters, and stay views: nothing is held twice.
+    Frequencies of rotary positions stay as they are, as transformers keeps them: rounded to bfloat16, they turn the
+    1,000th position by up to a radian too much or too little.
     """
     frequencies = [
         (module, name, buffer)
