@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from sae_training.config.checks import field_types
 from sae_training.config.left_out import Placed
 from sae_training.config.values import in_one_word
 from sae_training.machine.console import exit_code
-from sae_training.machine.phases import counted_phases, phase, say
+from sae_training.machine.phases import counted_phases, is_speaker, phase, say
 
 Run = Annotated[str, Positional, arg(metavar="RUN")]
 
@@ -109,11 +108,6 @@ def run_verb(verb: Verb) -> None:
         if is_speaker():
             sys.stdout.flush()  # has the result, which scripts read; so the times go to stderr, after it
             say(phases.line())
-
-
-def is_speaker() -> bool:
-    """Return whether this process prints: of those that torchrun has started, the first one alone."""
-    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def carry_out(verb: Verb) -> None:

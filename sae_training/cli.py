@@ -37,7 +37,7 @@ from sae_training.config.values import (
 )
 from sae_training.flags import RECIPE, Common, ConfigFile, ModelAndText, hiding, train_defaults, with_words
 from sae_training.machine.console import exit_code
-from sae_training.machine.phases import counted_phases, phase, say
+from sae_training.machine.phases import counted_phases, is_speaker, phase, say
 from sae_training.plan_verb import Plan, config_first, planned
 
 RunFolder = Annotated[Path, Positional, arg(metavar="RUN")]
@@ -200,7 +200,9 @@ def carry_out(verb: Verb) -> None:
                 from sae_training.cache_activations_runner import cache_activations_runner
             names = field_types(CacheActivationsRunnerConfig)
             values = with_words({name: getattr(verb, name) for name in names}, verb)
-            sys.stdout.write(f"{cache_activations_runner(CacheActivationsRunnerConfig(**values))}\n")
+            written = cache_activations_runner(CacheActivationsRunnerConfig(**values))
+            if is_speaker():
+                sys.stdout.write(f"{written}\n")
         case Pretokenize():
             with phase("starting"):
                 from sae_training.pretokenize import pretokenize

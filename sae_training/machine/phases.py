@@ -56,8 +56,13 @@ def shows_bars() -> bool:
     return not is_turned_off() and (sys.stderr.isatty() or is_interactive())
 
 
+def is_speaker() -> bool:
+    """Return whether this process says what it does: of those that torchrun has started, the first one alone."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+
+
 def is_turned_off() -> bool:
-    return os.environ.get("TQDM_DISABLE", "").strip().lower() not in ("", "0", "false", "no", "off")
+    return not is_speaker() or os.environ.get("TQDM_DISABLE", "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
 class Lines:

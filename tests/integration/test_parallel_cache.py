@@ -71,8 +71,9 @@ def test_processes_write_what_one_writes(
             assert job[0].poll() is None, job[0].communicate()
             time.sleep(0.02)
         job[1].send_signal(number)
-    said = [process.communicate(timeout=60)[1] for process in job]
+    said = [process.communicate(timeout=60) for process in job]
     assert [process.returncode for process in job] == codes, said
+    assert said[1][0] == "" and "starting" not in said[1][1]  # the first speaks
     all_end_well(ranks(n_after, tmp_path, *words))  # what is finished is checked
     assert contexts_of(tmp_path) == contexts_of(alone)
     assert sorted(rows_of(tmp_path)) == sorted(rows_of(alone))  # in another order, from other files of the same buckets
