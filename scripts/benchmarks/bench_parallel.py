@@ -46,7 +46,8 @@ from sae_training.training.trainer import SAETrainer
 CASES: dict[str, dict[str, Any]] = {
     "standard": {"architecture": "standard", "l1_coefficient": 1e-3},
     "standard, ghost gradients": {
-        "architecture": "standard", "l1_coefficient": 0.1, "lr": 1e-3, "use_ghost_grads": True,
+        "architecture": "standard", "l1_coefficient": 1e-3, "lr": 1e-3, "use_ghost_grads": True,
+        "dead_feature_window": 3,
     },
     "standard, resampling": {
         "architecture": "standard", "l1_coefficient": 0.1, "lr": 1e-3, "feature_sampling_method": "anthropic",
@@ -114,6 +115,7 @@ def main() -> None:
     same.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
     same.add_argument("--dtype", default="float64")
     same.add_argument("--steps", type=int, default=200)
+    same.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     exchange = verbs.add_parser("exchange")
     exchange.add_argument("--d", type=int, default=512)
     plan = verbs.add_parser("plan")
@@ -164,18 +166,20 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     given.ranks = [math.prod(given.mesh)] if given.mesh else given.ranks
     for n in (1, *given.ranks):
         fields = {"dtype": given.dtype, "parallel": given.parallel, "mesh": given.mesh, "run_dir": str(folder / str(n))}
-        torchrun(n, "train", {**fields, "total_training_tokens": given.steps * BASE["train_batch_size"]})
+        fields |= {"total_training_tokens": given.steps * BASE["train_batch_size"]}
+        torchrun(n, "train", {"cases": given.cases, "fields": fields})
     return {
         case: {
             f"{n} processes": difference(rows(folder / str(n) / case), rows(folder / "1" / case)) for n in given.ranks
         }
-        for case in CASES
+        for case in given.cases
     }
 
 
-def train_all(fields: dict[str, Any]) -> None:
-    for case, changes in CASES.items():
-        language_model_sae_runner(LanguageModelSAERunnerConfig(**{**BASE, **fields, "run_name": case, **changes}))
+def train_all(request: dict[str, Any]) -> None:
+    for case in request["cases"]:
+        fields = {**BASE, **request["fields"], "run_name": case, **CASES[case]}
+        language_model_sae_runner(LanguageModelSAERunnerConfig(**fields))
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

@@ -97,6 +97,10 @@ class Job:
             time.sleep(0.05)
         return False
 
+    def is_finished(self) -> bool:
+        """Return whether the run is finished; the processes take some seconds more to end."""
+        return state_of(self.run).startswith("finished")
+
     def workers(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text(encoding="utf-8")
         return [int(pid) for pid in children.split()][: self.n]
@@ -135,9 +139,9 @@ def kills_of(mode: str, n_kills: int, dice: random.Random, folder: Path) -> dict
             job = Job(mode, place)
             if job.begun():
                 time.sleep(dice.uniform(0, seconds))
-            if job.process.poll() is not None or not (workers := job.workers()):
+            if job.process.poll() is not None or job.is_finished() or not (workers := job.workers()):
                 job.process.wait()
-                break  # it was done before
+                break
             all_of_it = dice.random() < 0.5
             kills.append({"killed": "all" if all_of_it else f"one of {len(workers)}", "at": state_of(job.run)})
             kills[-1]["seconds to end"] = round(job.kill(all_of_it, dice), 1)
