@@ -38,6 +38,7 @@ from sae_training.machine.device import checked
 from sae_training.machine.files import NotEnoughDisk, disk_named
 from sae_training.machine.paths import first_line
 from sae_training.machine.precision import bfloat16_is_fast
+from sae_training.parallel.ranks import own_device
 
 PLAIN_TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on."
 
@@ -85,7 +86,7 @@ def load_language_model(
     ):
         load = hooked.from_pretrained if processed else hooked.from_pretrained_no_processing
     with quiet_loading():
-        model = load_by_name(load, source, device)
+        model = load_by_name(load, source, own_device(device))
         if not load_in_8bit:  # whose weights have no other precision
             cast_weights(model, dtype)
     model.eval()

@@ -42,6 +42,7 @@ class Peers:
     def reduced(self, value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if self.is_all:
             return value
+        check_there()
         is_narrow = value.dtype in (torch.bfloat16, torch.float16)  # which gloo cannot add, or no network exactly
         out = value.detach().to(torch.float32 if is_narrow else value.dtype, copy=True).contiguous()
         dist.all_reduce(out, operation, group=self.group)
@@ -69,6 +70,7 @@ class Peers:
 
     def of_each(self, rows: Tensor) -> list[Tensor]:
         """Return the rows (n, ...) of each rank, which may have different numbers."""
+        check_there()
         n_rows = torch.tensor([len(rows)], device=rows.device)
         sizes = [torch.empty_like(n_rows) for _ in range(self.n)]
         dist.all_gather(sizes, n_rows, group=self.group)
@@ -92,3 +94,12 @@ class Peers:
         n_equal = wanted - int((everyones > limit).sum())
         last_key = self.gathered(keys[equal]).sort().values[n_equal - 1]
         return (above | (equal & (keys <= last_key))).nonzero().flatten()
+
+
+def check_there() -> None:
+    """Raise RuntimeError if the processes have left their job, which is over."""
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "parallel: found a part of an autoencoder whose other parts were held by processes of a job that is over; "
+            "load the whole from the run's folder (SparseAutoencoder.load_from_pretrained)."
+        )

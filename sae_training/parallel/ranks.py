@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import os
 import signal
 import socket
@@ -19,11 +18,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from sae_training.machine.device import count
 from sae_training.machine.interrupt import HEEDED, TrainingInterrupted, stop_point
+from sae_training.parallel.meeting import meet
 
 T = TypeVar("T")
 
@@ -35,10 +33,6 @@ def is_launched() -> bool:
 
 CONTROL: list[Any] = []
 """The group for what is no tensor: always gloo's, so that no message between processes waits for a GPU."""
-
-
-MEETINGS = itertools.count()
-"""Numbers the runs that a process makes one after the other, of which each meets anew through the same store."""
 
 
 @contextlib.contextmanager
@@ -54,7 +48,7 @@ def joined(cfg: Any) -> Iterator[None]:
     is_users = dist.is_initialized()  # by a program that calls us, whose group serves
     try:
         if not is_users:
-            begin_group(torch.device(cfg.device).type == "cuda", patience)
+            begin_group(torch.device(cfg.device), patience)
         CONTROL.append(dist.new_group(backend="gloo", timeout=patience))
         with contextlib.nullcontext() if is_first() else quiet():
             yield
@@ -83,46 +77,18 @@ def joined(cfg: Any) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def begin_group(on_gpu: bool, patience: datetime.timedelta) -> None:
+def begin_group(device: torch.device, patience: datetime.timedelta) -> None:
+    on_gpu = device.type == "cuda"
     if on_gpu:
-        use_own_gpu()
+        use_own_gpu(device)
     store, number, n = meet(patience)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience, store=store, rank=number, world_size=n)
 
 
-def meet(patience: datetime.timedelta) -> tuple[Store, int, int]:
-    """Wait until all ranks are there; return the store through which they met, this one's rank, and their number.
-
-    ConnectionError if there is no store at torchrun's address, TimeoutError with the ranks that did not come.
-    """
-    address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
-    late = (
-        f"did not come within {patience.total_seconds() / 60:g} minutes; look at what they say, or raise "
-        "parallel_timeout_minutes."
-    )
-    try:
-        store, number, n = next(rendezvous("env://", timeout=patience))
-    except (RuntimeError, ValueError) as error:
-        if os.environ["RANK"] == "0":
-            raise TimeoutError(f"rank 0: some of the {os.environ['WORLD_SIZE']} ranks {late}") from error
-        raise ConnectionError(
-            f"MASTER_ADDR, MASTER_PORT: found {address}, where no process of the job answers ({error}); expected the "
-            "machine of rank 0 and a port that is open to all; torchrun sets both, with --rdzv_endpoint HOST:PORT."
-        ) from error
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # because with --max-restarts the store stays
-    store = PrefixStore(f"attempt {attempt}, meeting {next(MEETINGS)}", store)
-    places = [f"rank {other}" for other in range(n)]
-    store.set(places[number], socket.gethostname())
-    try:
-        store.wait(places, patience)
-    except RuntimeError as error:
-        missing = [other for other, place in enumerate(places) if not store.check([place])]
-        raise TimeoutError(f"rank {number}: ranks {missing} of {n} {late}") from error
-    return store, number, n
-
-
-def use_own_gpu() -> None:
+def use_own_gpu(device: torch.device) -> None:
     """Let "cuda" mean the first GPU of this process."""
+    if device.index is not None:
+        raise ValueError(f"device: found {device} for several processes, expected cuda, of which each takes its own.")
     own = own_gpus()
     if not own:
         number = int(os.environ.get("LOCAL_RANK", "0"))
@@ -131,6 +97,11 @@ def use_own_gpu() -> None:
             "fewer processes (--nproc_per_node), or set device to cpu."
         )
     torch.cuda.set_device(own[0])
+
+
+def own_device(device: str) -> str:
+    """Return the device with the number of this process's GPU, for what takes "cuda" for the first of the machine."""
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" and is_launched() else device
 
 
 def own_gpus() -> range:

@@ -107,7 +107,9 @@ def has_sparse_way(sae: SparseAutoencoder, n_active: int) -> bool:
     """
     if sae.device.type == "cpu":
         return True
-    return sae.choice == "topk" and triton_products.use_triton(sae.device, sae.full_cfg.dtype, sae.d_sae, n_active)
+    return sae.choice == "topk" and triton_products.use_triton(
+        sae.device, sae.full_cfg.dtype, sae.shard.d_sae, n_active
+    )
 
 
 def sparse_parts(
