@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_training.parallel.share import Share
 from sae_training.sparse_autoencoder.losses import wide
 from sae_training.training.dead_latents import FiringTracker
 from sae_training.training.trainer import StepResult
@@ -26,18 +27,35 @@ def row_explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
     return 1 - (x_hat - x).pow(2).sum(dim=-1) / (x - x.mean(dim=0)).pow(2).sum(dim=-1)
 
 
+def variances_explained(x: Tensor, x_hat: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+    """`explained_variance`, and the standard deviation of `row_explained_variance`, over the rows of all processes.
+
+    `x`, `x_hat` (rows, d): those of this one. Only sums go from process to process.
+    """
+    if share.is_all:
+        return explained_variance(x, x_hat), row_explained_variance(x, x_hat).std()
+    x, x_hat = wide(x), wide(x_hat)
+    n = share.summed(torch.tensor(float(len(x)), dtype=x.dtype, device=x.device))
+    error = (x_hat - x).pow(2).sum(dim=-1)
+    distance = (x - share.summed(x.sum(dim=0)) / n).pow(2).sum(dim=-1)
+    of_rows = 1 - error / distance
+    all_error, all_distance, of_all_rows = share.summed(torch.stack([error.sum(), distance.sum(), of_rows.sum()]))
+    deviation = share.summed((of_rows - of_all_rows / n).pow(2).sum())
+    return 1 - all_error / all_distance, (deviation / (n - 1)).sqrt()
+
+
 @torch.no_grad()
 def training_metrics(result: StepResult, tracker: FiringTracker, n_training_tokens: int) -> dict[str, float]:
     """The figures of a step, read off the device. `losses/l1_loss` is the L1 norm without its coefficient."""
     out = result.out
-    target, sae_out = result.share.gathered(result.target), result.share.gathered(out.sae_out)
+    explained, of_rows = variances_explained(result.target, out.sae_out, result.share)
     figures = {
         "losses/mse_loss": out.mse_loss,
         "losses/l1_loss": out.code.l1(),
         "losses/ghost_grad_loss": out.ghost_grad_loss,
         "losses/overall_loss": out.loss,
-        "metrics/explained_variance": explained_variance(target, sae_out),
-        "metrics/explained_variance_std": row_explained_variance(target, sae_out).std(),
+        "metrics/explained_variance": explained,
+        "metrics/explained_variance_std": of_rows,
         "metrics/l0": out.code.l0(),
         "sparsity/mean_passes_since_fired": tracker.mean_steps_since_fired(),
         "sparsity/dead_features": tracker.n_dead(),
