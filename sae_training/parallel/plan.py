@@ -176,11 +176,6 @@ def reconstructions_reduced(rows: float, d_out: int, n: int) -> float:
     return ring_all_reduce(rows * d_out * FLOAT, n)
 
 
-def logged_gathered(rows: float, d_out: int, n: int, every: int) -> float:
-    """`data`: (N - 1) / N * rows * 2 d_out * 4 / every: targets and reconstructions, at steps that are logged."""
-    return (n - 1) / n * rows * 2 * d_out * FLOAT / every
-
-
 # ------------------------------------------------------------------------------------------------------- over the links
 
 

@@ -244,7 +244,7 @@ def shared(job: Job, name: str, groups: int, of_group: int) -> Way:
         rows = Rows.dealt(job.cfg.buffer_rows, width, n, per_pass)
     shards = [shape_of_part(*pair, job) for pair in zip(singles, job.singles.values(), strict=True)]
     of_latents = sent_for_latents(job, shards, job.rows / groups, of_group) if of_group > 1 else {}
-    of_rows = sent_for_rows(job, shards, groups) if groups > 1 else {}
+    of_rows = sent_for_rows(shards, groups) if groups > 1 else {}
     seconds = plan.ring_seconds(sum(of_latents.values()), machines, of_group)
     received, by_batch = {**of_latents, **of_rows}, choice_by_batch(job, n)
     seconds += plan.ring_seconds(sum(of_rows.values()) + by_batch, machines, n)
@@ -269,13 +269,11 @@ def sent_for_latents(job: Job, shards: list[Shape], rows: float, n: int) -> dict
     return {"choice": choice, "reconstructions": plan.reconstructions_reduced(rows, width, n)}
 
 
-def sent_for_rows(job: Job, shards: list[Shape], n: int) -> dict[str, float]:
+def sent_for_rows(shards: list[Shape], n: int) -> dict[str, float]:
     """Return the bytes that a rank receives in a step, beside rows of activations, where N ranks share the rows."""
-    every = job.cfg.wandb_log_frequency
     return {
         "gradients": sum(plan.ring_all_reduce(shard.weights, n) for shard in shards),
         "counts": sum(plan.counts_reduced(shard.d_sae, n) for shard in shards),
-        "logged": sum(plan.logged_gathered(job.rows, shard.d_out, n, every) for shard in shards),
     }
 
 

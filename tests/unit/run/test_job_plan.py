@@ -55,11 +55,10 @@ def test_bytes_between_ranks_by_hand() -> None:
     assert plan.choice_of_batch_gathered(rows=100, k=4, n=4, sampled=False) == 3 * 100 * 4 * 4
     assert plan.choice_of_rows_gathered(rows=100, k=4, n=4) == 3 * 100 * 4 * 4
     assert plan.reconstructions_reduced(rows=100, d_out=8, n=4) == 1.5 * 100 * 8 * 4
-    assert plan.logged_gathered(rows=100, d_out=8, n=4, every=10) == 100 * 3 / 4 * 2 * 8 * 4 / 10
 
 
 def test_what_one_rank_alone_receives_is_nothing() -> None:
-    assert plan.rows_received(100, 8, 2, 1) == plan.ring_all_reduce(1000, 1) == plan.logged_gathered(100, 8, 1, 1) == 0
+    assert plan.rows_received(100, 8, 2, 1) == plan.ring_all_reduce(1000, 1) == 0
     assert plan.choice_of_batch_gathered(100, 4, 1, True) == plan.choice_of_rows_gathered(100, 4, 1) == 0
     assert plan.ring_seconds(1000, MACHINES, 1) == plan.all_to_all_seconds(1000, MACHINES, 1) == 0
 
@@ -166,7 +165,7 @@ def test_what_ranks_share_falls_with_their_number(job_of: Callable) -> None:
     assert found["--parallel layers"].received == {"rows": rows / 2 / 2}
     weights = alone["weights"]
     assert found["--parallel data"].received == {
-        "rows": rows / 2 / 2 * 2, "gradients": weights, "counts": 4 * D_SAE * 8, "choice": 0, "logged": rows / 2,
+        "rows": rows / 2 / 2 * 2, "gradients": weights, "counts": 4 * D_SAE * 8, "choice": 0,
     }  # fmt: skip
     choice = 4 * 64 * 32 * 4  # k is 32 by default
     # A rank keeps half, of which half is another's; each of these rows is sent on once, and all that are kept elsewhere
@@ -213,7 +212,7 @@ def test_a_mesh_sends_within_groups_and_between_them(job_of: Callable) -> None:
     row, weights = D_IN * 4, (D_SAE // 2 * (2 * D_IN + 2) + D_IN) * 4
     assert by_name(job)[name].received == {
         "rows": 16 * row * 3 / 4 * 2 + 32 * row / 2, "gradients": weights, "counts": D_SAE // 2 * 8,
-        "logged": 64 * row / job.cfg.wandb_log_frequency, "choice": 32 * job.cfg.k * 4, "reconstructions": 32 * row,
+        "choice": 32 * job.cfg.k * 4, "reconstructions": 32 * row,
     }  # fmt: skip
     of_batch = by_name(job_of(machines, architecture="batchtopk"))  # a choice among all rows and latents at once
     sent = {flags: way.received["choice"] for flags, way in of_batch.items() if "choice" in way.received}
