@@ -7,6 +7,7 @@ rank receives; it sends as much.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 FLOAT = 4  # bytes of a gradient, of a partial reconstruction, of a candidate of a choice
@@ -54,9 +55,13 @@ class Machines:
     def n(self) -> int:
         return self.gpus * self.nodes
 
+    def together(self, ranks: int) -> int:
+        """Return how many of a group of so many neighbouring ranks share a node, at least: groups may straddle two."""
+        return ranks if self.nodes == 1 else math.gcd(self.gpus, ranks)
+
     def link(self, ranks: int) -> float:
         """Return bytes/s of the slowest link of a ring over so many neighbouring ranks."""
-        return self.efficiency * (self.interconnect if ranks <= self.gpus else self.network)
+        return self.efficiency * (self.interconnect if self.together(ranks) == ranks else self.network)
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ def all_to_all_seconds(received: float, machines: Machines, n: int) -> float:
     """Return the time of rows from N - 1 others: of g - 1 in the same node, and of N - g by the network at once."""
     if n == 1:
         return 0.0
-    inside = min(machines.gpus, n) - 1
+    inside = machines.together(n) - 1
     outside = n - 1 - inside
     shares = received * inside / (n - 1) / machines.interconnect, received * outside / (n - 1) / machines.network
     return max(shares) / machines.efficiency

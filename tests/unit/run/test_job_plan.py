@@ -80,6 +80,15 @@ def test_links_between_nodes_are_slower() -> None:
     assert plan.all_to_all_seconds(15 * GIGA, two, 16) == pytest.approx(8 / 50 / 0.5)  # 8 of 15 are elsewhere
 
 
+def test_a_group_that_straddles_two_nodes_has_the_slower_links() -> None:
+    six = dataclasses.replace(MACHINES, gpus=6, nodes=2)  # of groups of four, the second has two GPUs of each node
+    assert plan.ring_seconds(GIGA, six, 3) == pytest.approx(1 / 400 / 0.5)
+    assert plan.ring_seconds(GIGA, six, 4) == pytest.approx(1 / 50 / 0.5)
+    assert plan.all_to_all_seconds(3 * GIGA, six, 3) == pytest.approx(3 / 400 / 0.5)
+    assert plan.all_to_all_seconds(3 * GIGA, six, 4) == pytest.approx(2 / 50 / 0.5)  # 2 of 3 are elsewhere
+    assert plan.ring_seconds(GIGA, dataclasses.replace(six, nodes=1), 4) == pytest.approx(1 / 400 / 0.5)
+
+
 # ------------------------------------------------------------------------------------------- the language model's sizes
 
 
