@@ -214,7 +214,7 @@ def by_layers(job: Job, n: int) -> Way:
     per_pass, buffered = job.cfg.store_batch_size * job.cfg.context_size, job.cfg.buffer_rows
     every = sum(job.hooks.values())
     memories = [
-        memory_of_rank(job, job.cfg, list(own.values()), Rows(buffered, width, every, (n - 1) * per_pass), n)
+        memory_of_rank(job, list(own.values()), Rows(buffered, width, every, (n - 1) * per_pass), n)
         for own, width in zip(owned, widths, strict=True)
     ]
     itemsize = job.lm.dtype.itemsize
@@ -231,9 +231,7 @@ def by_layers(job: Job, n: int) -> Way:
 def shared(job: Job, name: str, groups: int, of_group: int) -> Way:
     """Share the rows among groups, and the latents among the ranks of a group; all ranks share the buffer."""
     n, machines, itemsize = groups * of_group, job.machines, job.lm.dtype.itemsize
-    cfg = copy.copy(job.cfg)
-    cfg.train_batch_size, cfg.grad_acc_steps = min(cfg.train_batch_size, math.ceil(job.rows / groups)), 1
-    singles = [a_part(single, cfg.train_batch_size, of_group) for single in job.singles.values()]
+    singles = [a_part(single, of_group) for single in job.singles.values()]
     narrowest = min(single.d_sae or 0 for single in job.singles.values())
     if job.rows < groups or of_group > 1 and 2 * of_group > narrowest:
         few = f"{job.rows:,} rows a step" if job.rows < groups else f"{narrowest:,} latents"
@@ -257,7 +255,7 @@ def shared(job: Job, name: str, groups: int, of_group: int) -> Way:
         seconds += plan.all_to_all_seconds(dealt, machines, n) + plan.all_to_all_seconds(gathered, machines, of_group)
     read = 0.0 if job.is_live else job.rows * width * itemsize
     step = sum(step_of(shard, job, job.rows / groups) for shard in shards)
-    memory = memory_of_rank(job, cfg, singles, rows, n)
+    memory = memory_of_rank(job, singles, rows, n, (groups, of_group))
     return timed(job, Way(name, (groups, of_group), memory=memory, received=received, read=read), n, step, seconds)
 
 
@@ -296,10 +294,9 @@ def n_outs(cfg: LanguageModelSAERunnerConfig) -> int:
     return 2 if cfg.architecture == "gated" or cfg.multi_topk else 1
 
 
-def a_part(cfg: LanguageModelSAERunnerConfig, rows: int, ranks: int) -> LanguageModelSAERunnerConfig:
-    """Return the config, unchecked, of a shard of the latents that is trained on so many rows."""
+def a_part(cfg: LanguageModelSAERunnerConfig, ranks: int) -> LanguageModelSAERunnerConfig:
+    """Return the config, unchecked, of a shard of the latents."""
     part: Any = copy.copy(cfg)
-    part.train_batch_size, part.grad_acc_steps = rows, 1
     if ranks > 1:
         part.n_latents = math.ceil(part.d_sae / ranks)
         part.k = min(part.k, part.n_latents)
@@ -307,13 +304,13 @@ def a_part(cfg: LanguageModelSAERunnerConfig, rows: int, ranks: int) -> Language
 
 
 def memory_of_rank(
-    job: Job, cfg: LanguageModelSAERunnerConfig, singles: list[LanguageModelSAERunnerConfig], rows: Rows, n: int
+    job: Job, singles: list[LanguageModelSAERunnerConfig], rows: Rows, n: int, mesh: tuple[int, int] = (1, 1)
 ) -> MemoryPlan:
-    """Return the memory plan of one of `n` ranks; only one process alone harvests ahead."""
+    """Return the memory plan of one of `n` ranks, that share rows and latents by `mesh`; one alone harvests ahead."""
     if not job.is_live:
         rows = dataclasses.replace(rows, buffered=0)
     dense = not all(shape_of(single, job).sparse for single in job.singles.values())
-    parts = parts_of(cfg, singles, rows, job.lm, job.on_gpu and n == 1, dense)
+    parts = parts_of(job.cfg, singles, rows, job.lm, job.on_gpu and n == 1, dense, mesh)
     lm = job.lm.bytes // job.lm_gpus
     in_use = CONTEXT["cuda" if job.on_gpu else "cpu"] + lm
     return MemoryPlan(parts, in_use, int(job.machines.memory) - in_use, lm)

@@ -159,7 +159,8 @@ def plan_memory(
     if store.deal is not None and store.n_buffered:
         buffer = Rows.dealt(cfg.buffer_rows, width, store.deal.n, cfg.store_batch_size * cfg.context_size)
     ahead = store.device.type == "cuda" and n_ranks() == 1
-    parts = parts_of(cfg, list(singles), buffer, store.model.cfg, ahead)
+    mesh = shape(cfg.parallel, cfg.mesh)
+    parts = parts_of(cfg, list(singles), buffer, store.model.cfg, ahead, mesh=mesh)
     in_use, available = memory_of(store.device)
     lm = sum(parameter.numel() * parameter.element_size() for parameter in store.model.parameters())
     return MemoryPlan(parts, in_use, available, lm)
@@ -172,11 +173,12 @@ def parts_of(
     lm: LanguageModelSizes,
     on_gpu: bool,
     dense: bool = False,
+    mesh: tuple[int, int] = (1, 1),
 ) -> tuple[Part, ...]:
     """Return what a process that trains `singles` holds beside the language model; their widths are known.
 
     The `cfg` of a loaded model has the sizes that are asked for here under the same names. `dense`: steps are computed
-    the dense way, whatever the architecture.
+    the dense way, whatever the architecture. `mesh`: groups that share the rows, ranks of a group that share latents.
     """
     weights = [weight_bytes(single) for single in singles]
     # Where training scales its batches, what is evaluated and saved are copies with the scales folded in.
@@ -185,7 +187,7 @@ def parts_of(
     parts = [
         Part(Kind.WEIGHTS, sum(weights), f" of {len(singles)} autoencoders, {each_of(weights)}" * (len(singles) > 1)),
         Part(Kind.OPTIMIZER, int(MOMENTS[cfg.optimizer] * sum(weights))),
-        Part(Kind.STEP, max(step_bytes(single, n, dense) for single, n in zip(singles, weights, strict=True))),
+        Part(Kind.STEP, max(step_bytes(single, n, mesh[0], dense) for single, n in zip(singles, weights, strict=True))),
         Part(Kind.EVALUATION, evaluation),
         Part(Kind.CHECKPOINT, max(weights) // 2 + folded),  # one tensor at a time is copied into order
     ]
@@ -277,12 +279,17 @@ def buffer_bytes(rows: Rows, itemsize: int, on_gpu: bool) -> int:
     return int((1.5 if on_gpu else 1) * of_rows) + PLACE * rows.buffered + PLACE_OF_ALL * rows.places
 
 
-def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int, dense: bool = False) -> int:
+def rows_at_once(cfg: LanguageModelSAERunnerConfig, groups: int) -> int:
+    """Return how many rows a process computes at once: of a batch or a part of it, those that one of `groups` gets."""
+    return math.ceil(min(cfg.micro_batch_size or cfg.train_batch_size, cfg.tokens_per_step) / groups)
+
+
+def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int, groups: int, dense: bool = False) -> int:
     """Gradients, tensors of rows, and the code: sparse where k latents are chosen, else dense."""
     d_in, d_sae = sizes(cfg)
     if cfg.dtype.itemsize < FLOAT:
         weights *= 2  # because there are copies of the weights and of their gradients, at half the size
-    rows = min(cfg.micro_batch_size or cfg.train_batch_size, cfg.tokens_per_step)
+    rows = rows_at_once(cfg, groups)
     if dense or cfg.architecture not in FIXED_K:
         codes = CODES_OF_A_DENSE_STEP.get(cfg.architecture, max(CODES_OF_A_DENSE_STEP.values()))
         return weights + (ROWS_OF_A_DENSE_STEP * d_in + codes * d_sae) * rows * FLOAT

@@ -8,16 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from small import D_IN, D_SAE, N_LAYERS, VOCAB
 
 from sae_training.activations_store import ActivationsStore
+from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.sweep import variants
+from sae_training.language_model.load import load_language_model
 from sae_training.language_model.sites import find_hook_site, find_sites, merged
 from sae_training.language_model.sizes import LanguageModelSizes, blocks_run, sizes_of, width_of
+from sae_training.lm_runner import deal_of
 from sae_training.parallel import plan
+from sae_training.parallel.division import division
 from sae_training.parallel.plan import GIGA, Machines, Shape
 from sae_training.run.job_plan import Job, best, kept_share, smallest, ways
-from sae_training.run.memory_plan import plan_memory
+from sae_training.run.memory_plan import Kind, plan_memory
 from sae_training.run.plan_in_words import in_json, in_words
 
 MACHINES = Machines(
@@ -152,6 +157,35 @@ def test_one_process_is_planned_as_a_run_plans_itself(
     alone = ways(Job(cfg, singles, lm_of(), dataclasses.replace(MACHINES, gpus=1)))[0]
     assert alone.memory is not None
     assert alone.memory.parts == plan_memory(cfg, list(singles.values()), store).parts
+
+
+def test_two_processes_are_planned_as_a_run_plans_itself(small_config: Callable) -> None:
+    of_run = {"architecture": "topk", "device": "cpu", "train_batch_size": 64, "micro_batch_size": 32}
+    cfgs = {name: small_config(parallel=name, **of_run) for name in ("data", "latents")}
+    found = by_name(Job(cfgs["data"], variants(cfgs["data"]), lm_of(), dataclasses.replace(MACHINES, gpus=2)))
+    planned = {name: found[f"--parallel {name}"].memory.parts for name in cfgs}
+    assert on_ranks(2, parts_in_runs, cfgs) == [planned] * 2
+
+
+def parts_in_runs(cfgs: dict[str, LanguageModelSAERunnerConfig]) -> dict[str, Any]:
+    """Return what a rank of each run plans to hold."""
+    model, planned = load_language_model("demo", lm_dtype="float32"), {}
+    for name, cfg in cfgs.items():
+        deal = deal_of(cfg, division(cfg.parallel, {"all": 1.0}))
+        store = ActivationsStore(cfg, model, sites=find_sites(cfg, model), deal=deal)
+        planned[name] = plan_memory(cfg, [cfg], store).parts
+    return planned
+
+
+def test_of_a_step_groups_divide_the_rows_that_are_computed_at_once(job_of: Callable) -> None:
+    at_once = {}
+    for size in (32, None):  # all 64 at once, or parts of 32
+        job = job_of(architecture="jumprelu", train_batch_size=64, micro_batch_size=size)
+        for name in ("one GPU", "--parallel data", "--parallel data,latents --mesh 4,2"):
+            parts = {part.kind: part.bytes for part in by_name(job)[name].memory.parts}
+            wide = 9 * D_IN + 9 * D_SAE // (2 if "mesh" in name else 1)  # tensors of rows, and of codes
+            at_once[size, name] = (parts[Kind.STEP] - parts[Kind.WEIGHTS]) / wide / 4
+    assert list(at_once.values()) == [32, 4, 8, 64, 8, 16]
 
 
 def test_what_ranks_share_falls_with_their_number(job_of: Callable) -> None:
