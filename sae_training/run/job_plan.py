@@ -23,7 +23,14 @@ from sae_training.machine.precision import at_least_float32
 from sae_training.parallel import plan
 from sae_training.parallel.balance import shared_out
 from sae_training.parallel.plan import Machines, Shape
-from sae_training.run.memory_plan import MATRYOSHKA_PREFIXES, MemoryPlan, Rows, parts_of, weight_bytes
+from sae_training.run.memory_plan import (
+    MATRYOSHKA_PREFIXES,
+    MemoryPlan,
+    Rows,
+    chooses_by_batch,
+    parts_of,
+    weight_bytes,
+)
 
 Singles = Mapping[str, LanguageModelSAERunnerConfig]
 
@@ -279,12 +286,6 @@ def choice_by_batch(job: Job, n: int) -> float:
     """Return the bytes that a rank receives in a step for choices among all rows and latents of N ranks."""
     ks = [cfg.k for cfg in job.singles.values() if chooses_by_batch(cfg)]
     return sum(plan.choice_of_batch_gathered(job.rows, k, n, sampled=not job.on_gpu) for k in ks)
-
-
-def chooses_by_batch(cfg: LanguageModelSAERunnerConfig) -> bool:
-    """Return whether the k * rows largest of a whole batch are active, and not the k largest of each row."""
-    is_matryoshka = cfg.architecture == "matryoshka" and cfg.matryoshka_selection == "batchtopk"
-    return cfg.architecture == "batchtopk" or is_matryoshka
 
 
 def n_outs(cfg: LanguageModelSAERunnerConfig) -> int:

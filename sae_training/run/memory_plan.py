@@ -40,6 +40,9 @@ GRADIENTS_AND_ENCODER = 1.25  # of the weights: their gradients, and W_enc once 
 ROWS_OF_A_STEP = 8
 ROWS_OF_A_PREFIX = 4  # and for each further prefix of a matryoshka autoencoder
 BYTES_OF_AN_ENTRY = 80  # of a sparse code: value, index, gradients, and their sorted copies for the product by latent
+# Of a candidate of any rank, in `Shard.among_largest`: its value (float32), as it is gathered and again beside others
+# of its row, its number among equal ones (int64), and four masks.
+BYTES_OF_A_CANDIDATE = 20
 ROWS_OF_A_DENSE_STEP = 9
 # Tensors of (rows, d_sae), or entries of the half of it that is active when a run begins. Others: as many as the most.
 CODES_OF_A_DENSE_STEP = {"standard": 6, "jumprelu": 9, "gated": 10}
@@ -187,7 +190,7 @@ def parts_of(
     parts = [
         Part(Kind.WEIGHTS, sum(weights), f" of {len(singles)} autoencoders, {each_of(weights)}" * (len(singles) > 1)),
         Part(Kind.OPTIMIZER, int(MOMENTS[cfg.optimizer] * sum(weights))),
-        Part(Kind.STEP, max(step_bytes(single, n, mesh[0], dense) for single, n in zip(singles, weights, strict=True))),
+        Part(Kind.STEP, max(step_bytes(single, n, mesh, dense) for single, n in zip(singles, weights, strict=True))),
         Part(Kind.EVALUATION, evaluation),
         Part(Kind.CHECKPOINT, max(weights) // 2 + folded),  # one tensor at a time is copied into order
     ]
@@ -284,18 +287,33 @@ def rows_at_once(cfg: LanguageModelSAERunnerConfig, groups: int) -> int:
     return math.ceil(min(cfg.micro_batch_size or cfg.train_batch_size, cfg.tokens_per_step) / groups)
 
 
-def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int, groups: int, dense: bool = False) -> int:
-    """Gradients, tensors of rows, and the code: sparse where k latents are chosen, else dense."""
+def chooses_by_batch(cfg: LanguageModelSAERunnerConfig) -> bool:
+    """Return whether the k * rows largest of a whole batch are active, and not the k largest of each row."""
+    is_matryoshka = cfg.architecture == "matryoshka" and cfg.matryoshka_selection == "batchtopk"
+    return cfg.architecture == "batchtopk" or is_matryoshka
+
+
+def candidate_bytes(cfg: LanguageModelSAERunnerConfig, rows: int, of_group: int) -> int:
+    """Return what a choice by row holds where ranks share latents: the candidates of all of them, k of each row."""
+    if of_group == 1 or cfg.architecture not in FIXED_K or chooses_by_batch(cfg):
+        return 0
+    return of_group * rows * min(cfg.k, sizes(cfg)[1]) * BYTES_OF_A_CANDIDATE
+
+
+def step_bytes(cfg: LanguageModelSAERunnerConfig, weights: int, mesh: tuple[int, int], dense: bool = False) -> int:
+    """Gradients, tensors of rows, candidates, and the code: sparse where k latents are chosen, else dense."""
     d_in, d_sae = sizes(cfg)
     if cfg.dtype.itemsize < FLOAT:
         weights *= 2  # because there are copies of the weights and of their gradients, at half the size
-    rows = rows_at_once(cfg, groups)
+    rows = rows_at_once(cfg, mesh[0])
+    candidates = candidate_bytes(cfg, rows, mesh[1])
     if dense or cfg.architecture not in FIXED_K:
         codes = CODES_OF_A_DENSE_STEP.get(cfg.architecture, max(CODES_OF_A_DENSE_STEP.values()))
-        return weights + (ROWS_OF_A_DENSE_STEP * d_in + codes * d_sae) * rows * FLOAT
+        return weights + candidates + (ROWS_OF_A_DENSE_STEP * d_in + codes * d_sae) * rows * FLOAT
     prefixes = MATRYOSHKA_PREFIXES if cfg.architecture == "matryoshka" else 1
     tensors = (ROWS_OF_A_STEP + ROWS_OF_A_PREFIX * (prefixes - 1)) * d_in * FLOAT
-    return int(GRADIENTS_AND_ENCODER * weights) + rows * (tensors + BYTES_OF_AN_ENTRY * cfg.k * prefixes)
+    of_rows = rows * (tensors + BYTES_OF_AN_ENTRY * cfg.k * prefixes)
+    return int(GRADIENTS_AND_ENCODER * weights) + of_rows + candidates
 
 
 def pass_bytes(cfg: Source, rows: Rows, lm: LanguageModelSizes) -> int:

@@ -22,7 +22,7 @@ from sae_training.parallel import plan
 from sae_training.parallel.division import division
 from sae_training.parallel.plan import GIGA, Machines, Shape
 from sae_training.run.job_plan import Job, best, kept_share, smallest, ways
-from sae_training.run.memory_plan import Kind, plan_memory
+from sae_training.run.memory_plan import Kind, plan_memory, step_bytes
 from sae_training.run.plan_in_words import in_json, in_words
 
 MACHINES = Machines(
@@ -186,6 +186,14 @@ def test_of_a_step_groups_divide_the_rows_that_are_computed_at_once(job_of: Call
             wide = 9 * D_IN + 9 * D_SAE // (2 if "mesh" in name else 1)  # tensors of rows, and of codes
             at_once[size, name] = (parts[Kind.STEP] - parts[Kind.WEIGHTS]) / wide / 4
     assert list(at_once.values()) == [32, 4, 8, 64, 8, 16]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
+def test_a_step_holds_the_candidates_of_all_ranks_that_share_latents(architecture: str, small_config: Callable) -> None:
+    cfg = small_config(architecture=architecture, k=8, micro_batch_size=32)
+    alone, shared = (step_bytes(cfg, 1000, mesh) for mesh in ((2, 1), (2, 4)))
+    candidates = 4 * (32 // 2) * 8 if architecture == "topk" else 0  # of each row k, from each of four ranks
+    assert shared - alone == candidates * (4 + 4 + 8 + 4)
 
 
 def test_what_ranks_share_falls_with_their_number(job_of: Callable) -> None:
