@@ -18,7 +18,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.fields import Source
 from sae_training.config.types import FIXED_K
 from sae_training.language_model.sizes import LanguageModelSizes
-from sae_training.machine.memory import gigabytes, memory_of
+from sae_training.machine.memory import gigabytes, memory_of, sharers_of
 from sae_training.machine.precision import at_least_float32
 from sae_training.parallel.division import shape
 from sae_training.parallel.ranks import n_ranks
@@ -95,6 +95,8 @@ class MemoryPlan:
     """What it can still get."""
     lm: int = 0
     """The language model's weights, which are part of what is in use."""
+    sharers: int = 1
+    """Processes of the machine, of which each has the same share of its memory; `available` is that of one."""
 
     @property
     def held(self) -> tuple[Part, ...]:
@@ -123,14 +125,16 @@ class MemoryPlan:
         return USABLE_SHARE * self.available
 
     def line(self) -> str:
-        return f"Memory: {gigabytes(self.peak)} at most, of {gigabytes(self.in_use + self.available)}."
+        of_each = f", the share of each of {self.sharers} processes" if self.sharers > 1 else ""
+        return f"Memory: {gigabytes(self.peak)} at most, of {gigabytes(self.in_use + self.available)}{of_each}."
 
     def table(self) -> str:
         rows = [("now, with the language model", self.in_use, f"({gigabytes(self.lm)} of it its weights)")]
         for part in (*self.held, *self.passing):
             counts = part.kind in HELD or part is self.largest_passing
             rows.append((part.name, part.bytes, "" if counts else "(not at the same time)"))
-        rows += [("peak", self.peak, ""), ("the machine has", self.in_use + self.available, "")]
+        of_each = f"(for each of {self.sharers} processes)" if self.sharers > 1 else ""
+        rows += [("peak", self.peak, ""), ("the machine has", self.in_use + self.available, of_each)]
         width = max(len(name) for name, _, _ in rows)
         return "\n".join(f"  {name:<{width}}  {gigabytes(n):>10}  {note}".rstrip() for name, n, note in rows)
 
@@ -166,7 +170,7 @@ def plan_memory(
     parts = parts_of(cfg, list(singles), buffer, store.model.cfg, ahead, mesh=mesh)
     in_use, available = memory_of(store.device)
     lm = sum(parameter.numel() * parameter.element_size() for parameter in store.model.parameters())
-    return MemoryPlan(parts, in_use, available, lm)
+    return MemoryPlan(parts, in_use, available, lm, sharers_of(store.device))
 
 
 def parts_of(

@@ -85,6 +85,16 @@ def test_the_table_names_every_part_and_what_does_not_come_at_the_same_time() ->
     ]
 
 
+def test_processes_of_a_machine_share_its_memory(plan_of: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = plan_of(device="cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    of_four = plan_of(device="cpu")
+    assert of_four.available < 0.3 * alone.available  # 0.25, and what other programs give back meanwhile
+    assert of_four.table().endswith("(for each of 4 processes)") and "processes" not in alone.table()
+    assert of_four.line().endswith(", the share of each of 4 processes.") and "processes" not in alone.line()
+
+
 @pytest.mark.parametrize(
     ("largest", "advice"),
     [
