@@ -51,7 +51,7 @@ class PlanFlags:
     """What a GPU receives from other nodes, GB/s (a card of 400 Gb/s each)."""
 
     disk: Positive[float] = 2
-    """What a node writes to disk, GB/s."""
+    """What a node's disk reads or writes, GB/s; its GPUs read each byte of a cache once together."""
 
     efficiency: UpToOne[float] = 0.5
     """Share of these rates that is reached."""

@@ -47,7 +47,7 @@ class Machines:
     network: float
     """Bytes received from other nodes."""
     disk: float
-    """Bytes written by a node."""
+    """Bytes that a node reads or writes."""
     efficiency: float
     """Share of these rates that is reached."""
 
@@ -125,6 +125,11 @@ def passes_seconds(
     flops = machines.flops_32 if wide else machines.flops_16
     compute = tokens * flops_per_token / flops + tokens / per_pass * weights / machines.bandwidth
     return compute / machines.efficiency
+
+
+def reading_seconds(n_bytes: float, machines: Machines) -> float:
+    """Return bytes / disk of what a node reads of a cache: each byte once, which its memory keeps for all its GPUs."""
+    return n_bytes / (machines.disk * machines.efficiency)
 
 
 # ------------------------------------------------------------------------------------------------- bytes between ranks

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,6 +113,7 @@ class Way:
     loading: int = 0
     """Bytes of a GPU while the language model is loaded, before anything else is there."""
     passes: float = 0.0
+    reading: float = 0.0
     step: float = 0.0
     exchange: float = 0.0
     received: Mapping[str, float] = field(default_factory=dict)
@@ -226,12 +228,15 @@ def by_layers(job: Job, n: int) -> Way:
     ]
     itemsize = job.lm.dtype.itemsize
     read = 0.0 if job.is_live else job.rows * max(widths) * itemsize
+    of_nodes = [owned[first : first + job.machines.gpus] for first in range(0, n, job.machines.gpus)]
+    widths_of_nodes = [sum(hooks_of(dict(ChainMap(*of_node))).values()) for of_node in of_nodes]
+    of_node = 0.0 if job.is_live else job.rows * max(widths_of_nodes) * itemsize
     received = plan.rows_received(job.rows, max(widths), itemsize, n) if job.is_live else 0.0
     steps = [sum(step_of(shape_of(cfg, job), job, job.rows) for cfg in own.values()) for own in owned]
     return timed(
         job,
         Way("layers", (1, n), memory=max(memories, key=lambda m: m.needed), received={"rows": received}, read=read),
-        n, max(steps), plan.all_to_all_seconds(received, job.machines, n),
+        n, max(steps), plan.all_to_all_seconds(received, job.machines, n), of_node,
     )  # fmt: skip
 
 
@@ -263,7 +268,9 @@ def shared(job: Job, name: str, groups: int, of_group: int) -> Way:
     read = 0.0 if job.is_live else job.rows * width * itemsize
     step = sum(step_of(shard, job, job.rows / groups) for shard in shards)
     memory = memory_of_rank(job, singles, rows, n, (groups, of_group))
-    return timed(job, Way(name, (groups, of_group), memory=memory, received=received, read=read), n, step, seconds)
+    return timed(
+        job, Way(name, (groups, of_group), memory=memory, received=received, read=read), n, step, seconds, read
+    )
 
 
 def sent_for_latents(job: Job, shards: list[Shape], rows: float, n: int) -> dict[str, float]:
@@ -334,7 +341,9 @@ def passes_of(job: Job, tokens: float, n: int) -> float:
     return (one if job.lm_rate is None else tokens / job.lm_rate) * min(job.lm_gpus, n) / n
 
 
-def timed(job: Job, way: Way, n: int, step: float, exchange: float) -> Way:
+def timed(job: Job, way: Way, n: int, step: float, exchange: float, of_node: float) -> Way:
+    """Return the way with the seconds of its parts, of which a node reads `of_node` bytes of a cache in a step."""
     passes = passes_of(job, job.tokens, n) if job.is_live else 0.0
-    rate = job.rows / (passes + step + exchange)
-    return dataclasses.replace(way, loading=job.loading, passes=passes, step=step, exchange=exchange, tokens_per_s=rate)
+    reading = plan.reading_seconds(of_node, job.machines)
+    seconds = {"passes": passes, "reading": reading, "step": step, "exchange": exchange}
+    return dataclasses.replace(way, loading=job.loading, tokens_per_s=job.rows / sum(seconds.values()), **seconds)

@@ -26,7 +26,8 @@ def wrapped(text: str) -> list[str]:
 def in_words(job: Job) -> str:
     """Return the plan of a run: what there is, a row for each way to share it, and the best with its memory."""
     found, machines = ways(job), job.machines
-    lines = [of_job(job), of_machines(machines), "", *table(found)]
+    disk = "" if job.is_live else of_disk(machines)
+    lines = [of_job(job), f"{of_machines(machines)}{disk}", "", *table(found)]
     chosen = best(found)
     if chosen is None:
         lines += ["", *wrapped(f"Nothing fits. {what_would(job, found)}")]
@@ -38,7 +39,8 @@ def in_words(job: Job) -> str:
         lines += wrapped(f"{job.cfg.total_training_tokens:,} tokens take {hours:,.2f} hours. {NOTE}")
         if chosen.read and machines.n > 1:
             rate = chosen.read / job.rows * chosen.tokens_per_s / GIGA
-            lines += wrapped(f"Each GPU reads its rows of the cache by itself, {rate:,.2f} GB/s: none is sent.")
+            by_itself = f"Each GPU reads its rows of the cache by itself, {rate:,.2f} GB/s: none is sent."
+            lines += wrapped(f"{by_itself} A node's disk gives each byte once, for all its GPUs.")
         lines.append(f"A checkpoint has {gigabytes(checkpoint_bytes(job))}; {job.cfg.keep_checkpoints} are kept.")
     return "\n".join(lines) + "\n"
 
@@ -66,7 +68,7 @@ def way_in_json(way: Way) -> dict[str, Any]:
         return plain | {"refused": way.refused}
     parts = {part.kind.value: part.bytes for part in way.memory.parts}
     memory = {"peak": way.memory.peak, "in_use": way.memory.in_use, "loading": way.loading, "parts": parts}
-    seconds = {"passes": way.passes, "step": way.step, "exchange": way.exchange}
+    seconds = {"passes": way.passes, "reading": way.reading, "step": way.step, "exchange": way.exchange}
     return plain | {
         "memory": memory,
         "seconds_per_step": seconds,
@@ -101,15 +103,23 @@ def of_machines(machines: Machines) -> str:
     )
 
 
+def of_disk(machines: Machines) -> str:
+    return f", disk {machines.disk / GIGA:,.1f} GB/s a node"
+
+
 def table(found: list[Way]) -> list[str]:
-    """Return the lines of a table: a way to share, memory, ms of a step, what the busiest rank receives in one."""
-    rows = [["", "fits", "GiB a GPU", "tokens/s", "passes", "step", "exchange ms", "received MB"]]
+    """Return the lines of a table: a way to share, memory, ms of a step, what the busiest rank receives in one.
+
+    Rows come from passes of the language model, or from reading a cache.
+    """
+    source = "reading" if any(way.reading for way in found) else "passes"
+    rows = [["", "fits", "GiB a GPU", "tokens/s", source, "step", "exchange ms", "received MB"]]
     for way in found:
         if way.memory is None:
             rows.append([way.flags, "no", way.refused])
             continue
         peak = f"{max(way.memory.peak, way.loading) / 2**30:,.1f}"
-        ms = [f"{1000 * seconds:,.1f}" for seconds in (way.passes, way.step, way.exchange)]
+        ms = [f"{1000 * seconds:,.1f}" for seconds in (way.passes + way.reading, way.step, way.exchange)]
         received = f"{sum(way.received.values()) / 1e6:,.1f}"
         rows.append([way.flags, "yes" if way.fits else "no", peak, f"{way.tokens_per_s:,.0f}", *ms, received])
     full = [row for row in rows if len(row) == len(rows[0])]
@@ -178,7 +188,7 @@ def cache_in_words(plan: CachePlan, machines: Machines, hooks: Mapping[str, int]
     """Return the plan of a cache."""
     room = "fits" if plan.fits else "does NOT fit"
     return (
-        f"{of_machines(machines)}, disk {machines.disk / GIGA:,.1f} GB/s a node\n"
+        f"{of_machines(machines)}{of_disk(machines)}\n"
         f"{plan.rows:,} rows of {counted(len(hooks), 'hook')}: {plan.bytes / GIGA:,.1f} GB on disk, "
         f"{plan.peak / GIGA:,.1f} GB at most while it is written\n"
         f"passes {plan.passes / 3600:,.2f} h, disk {plan.disk / 3600:,.2f} h, in all {plan.seconds / 3600:,.2f} h "

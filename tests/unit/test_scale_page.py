@@ -47,3 +47,5 @@ def test_the_bytes_of_the_second_job_add_up() -> None:
     assert [round(n / 1e9, 1) for n in (choice, reconstructions)] == [4.3, 4.3]
     assert f"{(choice + reconstructions) / 1e6:,.1f}" in BLOCKS[2][1]
     assert f"{1000 * (choice + reconstructions) / 25e9:.0f} ms" in PAGE
+    read = rows * d_in * 2
+    assert f"{1000 * read / 1e9:,.1f}" in BLOCKS[2][1] and f"{1000 * read / 1e9:,.0f} ms" in PAGE

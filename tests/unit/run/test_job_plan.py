@@ -241,11 +241,19 @@ def test_a_choice_among_all_rows_is_sent_and_a_choice_by_row_is_not(architecture
 def test_rows_of_a_cache_are_read_by_each_rank_and_not_sent(job_of: Callable, tmp_path: Any) -> None:
     cached = {"use_cached_activations": True, "cached_activations_path": str(tmp_path)}
     layers = {"hook_point": "blocks.{layer}.hook_resid_post", "hook_point_layer": [0, 1]}
-    found = by_name(job_of(dataclasses.replace(MACHINES, gpus=2), **cached, **layers))
-    rows = 64 * D_IN * 4
+    job = job_of(dataclasses.replace(MACHINES, gpus=2), **cached, **layers)
+    found, rows = by_name(job), 64 * D_IN * 4
     assert found["--parallel data"].read == found["one GPU"].read == 2 * rows
     assert found["--parallel layers"].read == rows
     assert not any(way.received.get("rows") for way in found.values())
+    # A node's disk, which gives 1e9 bytes/s, gives each row once: both hooks, or in `layers` those of the node's GPUs.
+    apart = by_name(job_of(dataclasses.replace(MACHINES, gpus=1, nodes=2), **cached, **layers))
+    assert {way.reading for way in found.values()} == {2 * rows / 1e9}
+    assert {name: way.reading * 1e9 for name, way in apart.items()} == {name: 2 * rows for name in found} | {
+        "--parallel layers": rows
+    }
+    assert all(way.tokens_per_s == 64 / (way.reading + way.step + way.exchange) for way in found.values())
+    assert " reading " in in_words(job) and "disk 2.0 GB/s a node" in in_words(job)
 
 
 def test_a_mesh_is_between_its_two_sides(job_of: Callable) -> None:
