@@ -47,5 +47,8 @@ def test_the_bytes_of_the_second_job_add_up() -> None:
     assert [round(n / 1e9, 1) for n in (choice, reconstructions)] == [4.3, 4.3]
     assert f"{(choice + reconstructions) / 1e6:,.1f}" in BLOCKS[2][1]
     assert f"{1000 * (choice + reconstructions) / 25e9:.0f} ms" in PAGE
+    # Of a checkpoint at 16 GB/s, and of its two files at those of SHA-256 and of a disk.
+    assert round(3 * 2**40 / 16e9 / 60, 1) == 3.4
+    assert [round(n * 2**40 / rate / 60) for rate in (1.5e9, 1e9) for n in (1, 2)] == [12, 24, 18, 37]
     read = rows * d_in * 2
     assert f"{1000 * read / 1e9:,.1f}" in BLOCKS[2][1] and f"{1000 * read / 1e9:,.0f} ms" in PAGE
