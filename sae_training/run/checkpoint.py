@@ -3,6 +3,8 @@
     checkpoints/step_<n>/   one .safetensors per part of the state, state.json for the rest,
                             manifest.json (written last): size and SHA-256 of every other file
 
+Of several processes each reads a share of the files, for the manifest and when the checkpoint is verified.
+
 A checkpoint is written under another name and renamed once it is on the disk, so that a kill at any moment leaves the
 previous one as it was.
 """
@@ -22,7 +24,8 @@ from torch import Tensor
 
 from sae_training.formats import pieces
 from sae_training.machine.files import check_free_disk, disk_named, flush_to_disk, sha256, step_number
-from sae_training.parallel.ranks import is_first, of_all, raise_together
+from sae_training.parallel.balance import shared_out
+from sae_training.parallel.ranks import is_first, n_ranks, of_all, of_first, raise_together, rank, together
 from sae_training.parallel.shard import WHOLE, Shard
 
 MANIFEST = "manifest.json"
@@ -74,17 +77,19 @@ def save_checkpoint(
             )
         for name, text in extra_files.items():
             (partial / name).write_text(text, encoding="utf-8")
+        if is_first():
+            (partial / STATE).write_text(json.dumps({"step": step, "leaves": leaves, **state}), encoding="utf-8")
 
     def complete() -> None:
-        (partial / STATE).write_text(json.dumps({"step": step, "leaves": leaves, **state}), encoding="utf-8")
-        write_manifest(partial)
         if final.exists():
             remove(final)
         os.replace(partial, final)
         flush_to_disk(parent)
 
     try:
-        one_after_another(begin if is_first() else None, write_parts, complete if is_first() else None)
+        one_after_another(begin if is_first() else None, write_parts)
+        write_manifest(partial)
+        one_after_another(complete if is_first() else None)
     except BaseException as error:
         if is_first():
             shutil.rmtree(partial, ignore_errors=True)
@@ -108,8 +113,7 @@ def one_after_another(*steps: Callable[[], None] | None) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the `state` that `save_checkpoint` was given; ValueError if a file has changed since."""
-    verify(folder)
+    """Return the `state` that `save_checkpoint` was given, without verifying it."""
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     del state["leaves"]
     return state
@@ -131,24 +135,35 @@ def complete_checkpoints(parent: Path) -> list[Path]:
 def newest_valid(parent: Path, notify: Callable[[str], None]) -> Path | None:
     """Return the newest checkpoint whose files are as they were written; None if there is none.
 
-    A damaged one is renamed step_<n>.damaged, so that it never counts again, and `notify` is told.
+    A damaged one is renamed step_<n>.damaged, so that it never counts again, and `notify` is told, on the first of
+    several ranks. All of them call this, and get the same.
     """
-    folders = complete_checkpoints(parent)
+    folders = of_first(lambda: complete_checkpoints(parent))
     for folder in folders:
-        try:
-            verify(folder)
+        wrong = damage(folder)
+        if wrong is None:
             return folder
-        except ValueError as error:
-            aside = folder.with_name(f"{folder.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+        aside = set_aside(folder)
+        if is_first():
             rest = (
                 "Trying the one before it."
                 if folder != folders[-1]
                 else "There is none before it: the run begins from the beginning."
             )
-            notify(f"{error} It was set aside as {aside.name}. {rest}")
+            notify(f"{wrong} It was set aside as {aside.name}. {rest}")
     return None
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint. All ranks call this."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+
+    def rename() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+
+    one_after_another(rename if is_first() else None)
+    return aside
 
 
 def delete_old(parent: Path, keep: int) -> None:
@@ -169,37 +184,96 @@ def remove(folder: Path) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    entries = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        flush_to_disk(path)
-        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    flush_to_disk(manifest)
-    flush_to_disk(folder)
+    """Write the manifest of the files in `folder`. All ranks call this."""
+
+    def listed() -> dict[str, int]:
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+
+    sizes, own = of_first(listed), dict[str, dict[str, Any]]()
+
+    def read_share() -> None:
+        for name in own_share(sizes):
+            flush_to_disk(folder / name)
+            own[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+
+    one_after_another(read_share)
+    entries = together(own)
+
+    def write() -> None:
+        manifest = folder / MANIFEST
+        text = json.dumps({name: entries[name] for name in sizes}, indent=1) + "\n"
+        manifest.write_text(text, encoding="utf-8")
+        flush_to_disk(manifest)
+        flush_to_disk(folder)
+
+    one_after_another(write if is_first() else None)
+
+
+def own_share(sizes: Mapping[str, int]) -> list[str]:
+    """Return the files that this rank reads of those with these sizes, so that all ranks read about as many bytes."""
+    shares = shared_out(sizes, min(n_ranks(), len(sizes)))
+    return shares[rank()] if rank() < len(shares) else []
 
 
 def verify(folder: Path) -> None:
-    """Raise ValueError if a file differs from the manifest: first in size, then in its hash."""
+    """Raise ValueError if a file differs from the manifest: first in size, then in its hash. All ranks call this."""
+    if (wrong := damage(folder)) is not None:
+        raise ValueError(wrong)
+
+
+def damage(folder: Path) -> str | None:
+    """Return on all ranks alike in what a file differs from the manifest, None if all are as they were written.
+
+    The first rank compares sizes. A file that only another rank cannot read is not damaged: that is an OSError.
+    """
+
+    def promised() -> tuple[dict[str, tuple[int, str]], str | None]:
+        try:
+            return read_manifest(folder), None
+        except ValueError as error:
+            return {}, str(error)
+
+    expected, wrong = of_first(promised)
+    if wrong is not None:
+        return wrong
+    differing: dict[str, bool] = {}
+
+    def read_share() -> None:
+        for name in own_share({name: n_bytes for name, (n_bytes, _) in expected.items()}):
+            if sha256(folder / name) != expected[name][1]:
+                differing[name] = True
+                return
+
+    one_after_another(read_share)
+    everyones = together(differing)
+    for name in expected:  # the same is named by any number of ranks
+        if name in everyones:
+            return (
+                f"{folder / name}: its content is not what was written (SHA-256 differs); this checkpoint is damaged."
+            )
+    return None
+
+
+def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return the size and SHA-256 of each file; ValueError without a readable manifest, or if a size is another."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise ValueError(f"{folder}: no {MANIFEST}, so this checkpoint was never finished.")
     try:
         entries = json.loads(manifest.read_text(encoding="utf-8"))
-        expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-        if folder / STATE not in expected:
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        if STATE not in expected:
             raise KeyError(STATE)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{manifest}: not a readable manifest ({error!r}); this checkpoint is damaged.") from error
-    for path, (n_bytes, digest) in expected.items():
+    for name, (n_bytes, _) in expected.items():
+        path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != n_bytes:
             found = "no such file" if size is None else f"{size} bytes"
             raise ValueError(f"{path}: found {found}, expected {n_bytes} bytes; this checkpoint is damaged.")
-        if sha256(path) != digest:
-            raise ValueError(
-                f"{path}: its content is not what was written (SHA-256 differs); this checkpoint is damaged."
-            )
+    return expected
 
 
 # --------------------------------------------------------------------------------------------- nested dicts <-> files

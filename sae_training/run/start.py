@@ -22,7 +22,7 @@ from sae_training.language_model.sites import Sites
 from sae_training.machine.files import NotEnoughDisk
 from sae_training.machine.phases import phase
 from sae_training.parallel.division import Division
-from sae_training.parallel.ranks import of_all, of_first, raise_together
+from sae_training.parallel.ranks import of_all, raise_together
 from sae_training.run import checkpoint
 from sae_training.run.folder import RunFolder, write_config
 from sae_training.run.logger import RunLogger, UnheardLogger
@@ -64,7 +64,7 @@ def open_run(
             for name, (single, _) in singles.items()
         }
         with phase("reading the checkpoint"):
-            latest = of_first(lambda: checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write))
+            latest = checkpoint.newest_valid(folder.checkpoints, notify=tqdm.write)
             state = load_state(latest, store) if latest else {}
         if latest:
             tqdm.write(f"Continuing {folder.path} after step {state['step']}.")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -14,19 +15,25 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import on_ranks
 
 import sae_training
 from sae_training.machine.files import NotEnoughDisk
+from sae_training.parallel.ranks import CONTROL, rank, wait_for_all
 from sae_training.run import checkpoint
 from sae_training.run.checkpoint import (
     complete_checkpoints,
     delete_old,
     newest_valid,
+    own_share,
     read_part,
     read_state,
     save_checkpoint,
     verify,
 )
+
+FILES = ("sae.safetensors", "state.json", "trainer.safetensors")
 
 
 def small_parts(step: int = 0) -> dict[str, dict[str, Any]]:
@@ -172,7 +179,7 @@ def test_truncated_file_is_named_with_both_sizes(tmp_path: Path) -> None:
     size = path.stat().st_size
     os.truncate(path, size - 1)
     with pytest.raises(ValueError, match=f"trainer.safetensors: found {size - 1} bytes, expected {size} bytes"):
-        read_state(tmp_path / "step_1")
+        verify(tmp_path / "step_1")
 
 
 def test_flipped_bit_in_any_file_is_found(tmp_path: Path) -> None:
@@ -183,7 +190,7 @@ def test_flipped_bit_in_any_file_is_found(tmp_path: Path) -> None:
         damaged[-1] ^= 1
         (folder / name).write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{name}: its content is not what was written"):
-            read_state(folder)
+            verify(folder)
         (folder / name).write_bytes(content)
 
 
@@ -191,14 +198,14 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / "state.json").unlink()
     with pytest.raises(ValueError, match="state.json: found no such file, expected"):
-        read_state(folder)
+        verify(folder)
 
 
 def test_missing_manifest_means_never_finished(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="step_1: no manifest.json, so this checkpoint was never finished"):
-        read_state(folder)
+        verify(folder)
 
 
 @pytest.mark.parametrize("length", [0, 1, 40, 100])
@@ -206,7 +213,7 @@ def test_truncated_manifest_is_named(tmp_path: Path, length: int) -> None:
     folder = save(tmp_path, 1)
     os.truncate(folder / "manifest.json", length)
     with pytest.raises(ValueError, match="manifest.json: not a readable manifest.*this checkpoint is damaged"):
-        read_state(folder)
+        verify(folder)
 
 
 @pytest.mark.parametrize("bit", [0, 7])
@@ -238,6 +245,37 @@ def test_newest_valid_passes_over_damaged_ones_and_says_which(tmp_path: Path) ->
     assert len(said) == 2
     assert "step_3/sae.safetensors: found no such file" in said[0]
     assert "step_2/state.json: found 3 bytes" in said[1]
+
+
+def found_by_two(parent: Path) -> dict[str, tuple[Path | None, list[str], bool]]:
+    """Damage each file of a checkpoint in turn; return what is found then, what is said, and if this rank read it."""
+    CONTROL.append(dist.new_group(backend="gloo"))
+    found = {}
+    for name in FILES:
+        for step in (1, 2):
+            save_checkpoint(parent, step, small_parts(step) if rank() == 1 else {}, {}, {})
+        path = parent / "step_2" / name
+        expected = json.loads((parent / "step_2" / "manifest.json").read_text())
+        assert expected[name] == {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        wait_for_all()
+        if rank() == 0:
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+        wait_for_all()
+        is_own = name in own_share({file: entry["bytes"] for file, entry in expected.items()})
+        said: list[str] = []
+        found[name] = newest_valid(parent, said.append), said, is_own
+    return found
+
+
+def test_damage_is_found_whichever_process_reads_the_file(tmp_path: Path) -> None:
+    first, second = on_ranks(2, found_by_two, tmp_path)
+    for name in FILES:
+        assert first[name][0] == second[name][0] == tmp_path / "step_1"
+        (said,) = first[name][1]
+        assert f"{tmp_path / 'step_2' / name}: its content is not what was written" in said
+        assert second[name][1] == []
+        assert first[name][2] != second[name][2]
+    assert len({first[name][2] for name in FILES}) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------- kills
