@@ -2,7 +2,8 @@
 
 Rows in random buckets, each of which is then shuffled, are in a uniformly random order over the whole cache (Rao 1961;
 Sandelius 1962). This takes two passes over the disk and never more than one bucket in memory. Of several processes each
-appends to files of its own, and the files of a bucket are shuffled together.
+appends to files of its own, and the files of a bucket are shuffled together. Which files there are, and how long they
+are, is what the processes have told each other: of a shared disk, one process may see a listing that is out of date.
 """
 
 from __future__ import annotations
@@ -50,8 +51,7 @@ class Buckets:
             for b, size in list(enumerate(sizes))[first:]:
                 path = self.path(b, of_rank)
                 found = path.stat().st_size if path.exists() else 0
-                if found < size:
-                    raise ValueError(f"{path}: found {found} bytes, expected at least {size}; {advice}")
+                check_long_enough(path, found, size, advice)
                 if found > size:
                     with path.open("r+b") as file:
                         file.truncate(size)
@@ -59,18 +59,27 @@ class Buckets:
         for path in set(self.folder.glob("*.bin")) - counted:  # of a rank that was killed before its first commit
             path.unlink()
 
-    def shuffled(self, b: int, number: int) -> np.ndarray:
-        """Return the records of a bucket in a random order; `number` is a part of the seed."""
-        files = [path for path in self.files(b) if path.exists()]
-        parts = [np.fromfile(path, dtype=np.uint8) for path in files] or [np.empty(0, np.uint8)]
-        records = (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(-1, self.record_bytes)
+    def shuffled(self, b: int, number: int, sizes_of_ranks: Sequence[Sequence[int]], advice: str) -> np.ndarray:
+        """Return the records of a bucket in a random order; `number` is a part of the seed.
+
+        ValueError, with the `advice`, if a file is missing or shorter than its size.
+        """
+        parts = [np.empty(0, np.uint8)]
+        for of_rank, sizes in enumerate(sizes_of_ranks):
+            if sizes[b]:
+                path = self.path(b, of_rank)
+                part = np.fromfile(path, np.uint8, sizes[b]) if path.exists() else parts[0]
+                check_long_enough(path, len(part), sizes[b], advice)
+                parts.append(part)
+        records = (parts[-1] if len(parts) <= 2 else np.concatenate(parts)).reshape(-1, self.record_bytes)
         return records[np.random.default_rng([self.seed, number, b]).permutation(len(records))]
 
-    def remove(self, b: int) -> None:
-        for path in self.files(b):
-            path.unlink(missing_ok=True)
+    def remove(self, b: int, n_ranks: int) -> None:
+        """Delete a bucket to which this many ranks have appended."""
+        for of_rank in range(n_ranks):
+            self.path(b, of_rank).unlink(missing_ok=True)
 
-    def files(self, b: int) -> list[Path]:
-        """Return the files of a bucket, the first rank's first."""
-        others = {int(path.stem.split("-")[1]): path for path in self.folder.glob(f"{b:05d}-*.bin")}
-        return [self.path(b, 0), *(others[of_rank] for of_rank in sorted(others))]
+
+def check_long_enough(path: Path, found: int, expected: int, advice: str) -> None:
+    if found < expected:
+        raise ValueError(f"{path}: found {found} bytes, expected at least {expected}; {advice}")

@@ -200,8 +200,7 @@ class CacheWriter:
         """Make the missing passes; a thread writes each of them while the next ones are computed."""
         progress = self.manifest.progress
         if is_first():
-            sizes = [progress["bucket_bytes"], *progress.get(OTHER_RANKS, [])]
-            self.buckets.cut_back(sizes, len(self.manifest.rows), rewrite_advice(self.folder))
+            self.buckets.cut_back(self.bucket_bytes(), len(self.manifest.rows), rewrite_advice(self.folder))
         wait_for_all()
         self.store.text.tokens.load_state_dict(position_from_json(progress["tokens"]))
         done = progress["passes"] * self.per_pass
@@ -307,11 +306,13 @@ class CacheWriter:
 
     def shuffle(self, stop: StopRequest) -> None:
         """Write each bucket, shuffled, as a shard, and delete the bucket. Of several processes each takes one."""
-        done = len(self.manifest.rows)
+        done, sizes = len(self.manifest.rows), self.bucket_bytes()
+        advice = f"if all machines see this file, the same command goes on; else {rewrite_advice(self.folder)}"
         with progress_bar("shuffling", self.n_buckets, "shards", initial=done) as bar:
             for first in range(done, self.n_buckets, n_ranks()):
                 b = first + rank()
-                records = self.buckets.shuffled(b, self.n_passes) if b < self.n_buckets else None
+                has_one = b < self.n_buckets
+                records = self.buckets.shuffled(b, self.n_passes, sizes, advice) if has_one else None
                 agree_on_stops()
                 if stop.signal is not None:
                     self.stop_here(stop)
@@ -319,8 +320,13 @@ class CacheWriter:
                 self.manifest.rows += [of_rank for of_rank in of_all(shard) if of_rank is not None]
                 self.save_manifest()
                 if records is not None:
-                    self.buckets.remove(b)
+                    self.buckets.remove(b, len(sizes))
                 bar.update(min(n_ranks(), self.n_buckets - first))
+
+    def bucket_bytes(self) -> list[list[int]]:
+        """Return how many bytes each process has appended to each bucket."""
+        progress = self.manifest.progress
+        return [progress["bucket_bytes"], *progress.get(OTHER_RANKS, [])]
 
     def position(self) -> dict[str, Any]:
         """Return the position in the text in JSON types."""
