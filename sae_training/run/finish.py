@@ -25,7 +25,7 @@ from sae_training.report.in_words import dead_window, to_record
 from sae_training.report.run_page import write_report
 from sae_training.report.summary import summary
 from sae_training.run.remarks import what_is_wrong
-from sae_training.run.save import delete_extra, save_weights_folder, saved_now
+from sae_training.run.save import delete_extra, is_of_one_alone, save_weights_folder, saved_now
 from sae_training.run.state import Member, Run, check_finite
 from sae_training.run.watch import evaluate_now, is_evaluated, log_sparsity
 from sae_training.training.schedules import due
@@ -68,9 +68,13 @@ def last_evaluation(run: Run) -> list[tuple[Member, dict[str, float]]]:
     try:
         return evaluate_now(run)
     except Exception as error:
+        if is_of_one_alone(error):
+            found = f"are trained, the last checkpoint is {run.last_checkpoint or 'none'}"
+        else:
+            found = f"are trained and saved: {saved_now(run) or 'NOT saved (see above)'}"
         error.add_note(
-            f"All {run.step} steps are trained and saved: {saved_now(run) or 'NOT saved (see above)'}. Once this is "
-            "mended, the same command evaluates them; with --eval_every_steps 0 it finishes the run without evaluation."
+            f"All {run.step} steps {found}. Once this is mended, the same command evaluates them; with "
+            "--eval_every_steps 0 it finishes the run without evaluation."
         )
         raise
 

@@ -134,11 +134,16 @@ def saved_first(run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if n_ranks() > 1 and not is_everyones(error):
+        if is_of_one_alone(error):
             error.add_note(f"The last checkpoint is {run.last_checkpoint or 'none'}; the same command goes on from it.")
         elif run.step > 0:
             error.add_note(saved_note(run))
         raise
+
+
+def is_of_one_alone(error: Exception) -> bool:
+    """Return whether the other processes may not have the error, so that this one cannot save: they would not join."""
+    return n_ranks() > 1 and not is_everyones(error)
 
 
 def saved_note(run: Run) -> str:

@@ -1,0 +1,37 @@
+"""The last evaluation, when it fails on one of two processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from small import SMALL_RUN
+
+from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.parallel.ranks import CONTROL, of_all, rank
+from sae_training.run.finish import last_evaluation
+from sae_training.run.state import Run
+
+
+def said_of_an_error(checkpoint: Path) -> list[list[str]]:
+    """Return the notes of each process's error; the second alone has text to evaluate on, and no model for it."""
+    CONTROL.append(dist.new_group(backend="gloo"))
+    nothing: Any = None
+    cfg = LanguageModelSAERunnerConfig(**{**SMALL_RUN, "eval_every_steps": 1000})
+    held_out = torch.zeros(rank(), 16, dtype=torch.int64)
+    run = Run(cfg, nothing, nothing, [], nothing, held_out, step=12, last_checkpoint=checkpoint)
+    notes = []
+    try:
+        last_evaluation(run)
+    except AttributeError as error:
+        notes = error.__notes__
+    return of_all(notes)
+
+
+def test_an_error_of_one_process_alone_does_not_make_it_save(tmp_path: Path) -> None:
+    for none, (note,) in on_ranks(2, said_of_an_error, tmp_path / "step_9"):
+        assert none == []
+        assert note.startswith(f"All 12 steps are trained, the last checkpoint is {tmp_path / 'step_9'}. Once this is")
