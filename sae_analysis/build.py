@@ -53,6 +53,8 @@ from sae_training.parallel.ranks import (
 )
 from sae_training.utils import Session
 
+PACKAGE = Path(__file__).parent
+
 SAVE_EVERY = 60.0  # seconds
 
 
@@ -113,7 +115,7 @@ def build_all(build: Build, effects: int | Sequence[int], anew: bool) -> dict[st
     d_sae = min(subject.sae.d_sae for subject in subjects)
     if not isinstance(effects, int) and (missing := [i for i in effects if not 0 <= i < d_sae]):
         raise ValueError(f"effects: found latents {missing}, expected 0 to {d_sae - 1}.")
-    check_alike(build.facts() | {"anew": anew, "effects": effects, "the package's code": code()})
+    check_alike(build.facts() | {"anew": anew, "effects": effects, "the package's code": code(PACKAGE)})
     with (
         lock_beside(folder, "output") if is_first() else contextlib.nullcontext(),
         disk_named(folder.parent),

@@ -12,6 +12,8 @@ from sae_training.parallel.ranks import n_ranks, of_all
 
 PACKAGE = Path(__file__).parents[1]
 
+SOURCES = (".py", ".cpp", ".js", ".css", ".j2", ".json")
+
 
 def check_alike(facts: Mapping[str, object]) -> None:
     """Raise ValueError, on every rank alike, if one of the facts differs from that of the first rank."""
@@ -27,9 +29,10 @@ def check_alike(facts: Mapping[str, object]) -> None:
 
 
 @cache
-def code() -> str:
-    """Return a hash of the package's source files, which is another for any change of them."""
+def code(*others: Path) -> str:
+    """Return a hash of the source files of this package and of `others`, by their folders: any change makes another."""
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    for package in (PACKAGE, *others):
+        for path in sorted(path for path in package.rglob("*") if path.suffix in SOURCES):
+            digest.update(path.relative_to(package.parent).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch.distributed as dist
 from ranks import on_ranks
 
+from sae_training.kernels.cpu import SOURCE
 from sae_training.machine.interrupt import StopAsked, StopRequest
+from sae_training.parallel.agreement import PACKAGE, SOURCES, code
 from sae_training.parallel.ranks import CONTROL, Rounds, of_first, rank
 
 
@@ -52,3 +55,15 @@ def test_ranks_with_more_and_less_to_do_agree_before_each_step() -> None:
     assert on_ranks(2, steps_made, [3, 1], 9) == [3, 1]
     assert on_ranks(2, steps_made, [0, 2], 9) == [0, 2]
     assert on_ranks(2, steps_made, [4, 3], 2) == [-2, -2]
+
+
+def test_code_differs_with_any_source_file_and_with_nothing_else(tmp_path: Path) -> None:
+    assert PACKAGE in SOURCE.parents and SOURCE.suffix in SOURCES
+    hashes = [code()]
+    for name, text in (("a.py", "1"), ("a.py", "2"), ("below/b.cpp", "1"), ("below/c.cpp", "1"), ("a.pyc", "1")):
+        (tmp_path / "below").mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        code.cache_clear()
+        hashes.append(code(tmp_path))
+    assert len({*hashes[:-1]}) == 5
+    assert hashes[-1] == hashes[-2]
