@@ -62,7 +62,7 @@ def language_model_sae_runner(
 
     A config with lists describes several autoencoders, which are trained together from one pass over the language model
     and come back by name; of several processes under torchrun, each returns what it has trained: with parallel layers
-    its own autoencoders, with latents its latents of each, as autoencoders that work on all ranks together. `model` (a
+    its own autoencoders, with latents its part of each, which encodes nothing once the job is over. `model` (a
     HookedTransformer or TransformerBridge) and `dataset` (a `datasets` object) stand in for those that the config
     names. The run's folder is `runs/<run name>`; `run.folder.choose_run_folder` says when a run is continued.
     """

@@ -122,9 +122,11 @@ def test_training_waits_for_the_cache(tmp_path: Path) -> None:
     said = (tmp_path / "said").read_text().splitlines()
     assert "--dependency=afterok:12" in said
     wrapped = [shlex.split(said[i + 1]) for i, word in enumerate(said) if word == "--wrap"]
-    assert [words[:2] for words in wrapped] == [["sae-training", "cache"], ["sae-training", "train"]]
-    for words in wrapped:
-        verb = parse(words[1:])
+    ours = [words[words.index("sae_training") + 1 :] for words in wrapped]
+    assert [words[0] for words in ours] == ["cache", "train"]
+    assert all(words[words.index("--nproc_per_node") + 1] == "8" for words in wrapped)
+    for words in ours:
+        verb = parse(words)
         assert (verb.dataset, verb.cached_activations_path) == (named["DATASET"], named["CACHE"])  # pyright: ignore
 
 
