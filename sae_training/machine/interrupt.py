@@ -136,4 +136,9 @@ HEEDED: list[StopRequest] = []
 
 
 def is_interactive() -> bool:
-    return hasattr(sys, "ps1") or "ipykernel" in sys.modules
+    """Return whether a person types to this process, at a prompt or in a notebook.
+
+    A program that runs notebooks imports ipykernel too, but is no kernel itself.
+    """
+    kernel = sys.modules.get("ipykernel.kernelapp")
+    return hasattr(sys, "ps1") or (kernel is not None and kernel.IPKernelApp.initialized())

@@ -60,7 +60,7 @@ def test_a_run_on_mps_is_evaluated_continued_and_loaded(
     assert torch.equal(again.W_dec.detach().cpu(), sae.W_dec.detach().cpu())
 
     model, loaded, store = LMSparseAutoencoderSessionloader.load_session_from_pretrained(folder)
-    assert [str(place) for place in (model.cfg.device, store.device, loaded.device)] == ["mps", "mps", "mps:0"]
+    assert [str(place) for place in (model.cfg.device, store.device, loaded.device)] == ["mps:0", "mps", "mps:0"]
     assert find_top_contexts(loaded, store, store.get_batch_tokens()).density.mean() > 0
 
 

@@ -315,13 +315,13 @@ def test_bench_loop_goes_on_without_a_peer_that_is_not_there(looped: tuple[dict[
 def test_bench_loop_counts_the_rows_that_a_run_harvests(demo_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = bench_loop.bench_config(bench_loop.parse([*LOOP_WORDS, "--tokens=3_000"]))
     n_filled = []
-    overwrite = ShuffleBuffer.overwrite
+    refill = ShuffleBuffer.refill
 
-    def counting(buffer: ShuffleBuffer, slots: torch.Tensor) -> None:
-        n_filled.append(len(slots))
-        overwrite(buffer, slots)
+    def counting(buffer: ShuffleBuffer, name: str) -> None:
+        n_filled.append(buffer.served)
+        refill(buffer, name)
 
-    monkeypatch.setattr(ShuffleBuffer, "overwrite", counting)
+    monkeypatch.setattr(ShuffleBuffer, "refill", counting)
     bench_loop.time_run(cfg, demo_model)
     assert len(n_filled) > 1
     assert sum(n_filled) == bench_loop.rows_harvested(cfg)

@@ -46,6 +46,8 @@ def _values(option: Any) -> st.SearchStrategy[Any]:
         return simple[option]
     if typing.get_origin(option) is Literal:
         return st.sampled_from(typing.get_args(option))
+    if typing.get_origin(option) is dict:
+        return st.dictionaries(TEXT, values(typing.get_args(option)[1]), min_size=1, max_size=3)
     return st.lists(values(typing.get_args(option)[0]), min_size=1, max_size=4)
 
 
@@ -61,6 +63,8 @@ def spellings(value: Any, hint: Any) -> st.SearchStrategy[str]:
         return st.sampled_from([str(value), f"{value:_}", repr(float(value)), f" {value} ", f'"{value}"'])
     if isinstance(value, float):
         return st.sampled_from([repr(value), f"{value:.17e}", json.dumps(value)])
+    if isinstance(value, dict):
+        return st.just(json.dumps(value))
     if isinstance(value, list):
         parts = [written(part) for part in value]
         joined = [",".join(parts), ", ".join(parts)] if len(value) > 1 or list_types(hint) == [*options(hint)] else []
