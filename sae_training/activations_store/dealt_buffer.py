@@ -19,7 +19,6 @@ from sae_training.activations_store.passes import Passes, to_device
 from sae_training.activations_store.shared_passes import Round, make_round
 from sae_training.activations_store.shuffle_buffer import MAX_EMPTY_PASSES, ShuffleBuffer, no_rows
 from sae_training.activations_store.source import Taken
-from sae_training.machine.phases import phase, progress_bar
 from sae_training.parallel.deal import Deal
 from sae_training.parallel.ranks import exchanged, n_ranks
 
@@ -34,7 +33,7 @@ class DealtBuffer(ShuffleBuffer):
         self.kept = int((deal.keeper(torch.arange(n_rows)) == deal.rank).sum())
         """How many rows are kept here."""
         super().__init__(passes, n_rows)
-        self.text: Passes = passes
+        self.passes: Passes = passes
         self.forget()
 
     @property
@@ -45,6 +44,8 @@ class DealtBuffer(ShuffleBuffer):
         """Keep nothing."""
         self.keeper = torch.full((self.n_rows,), -1, dtype=torch.int16)
         """The rank that keeps the row of each place."""
+        self.next_keeper = self.keeper
+        """The rank that will, once the refill that is under way is done."""
         self.slots = torch.full((self.n_rows,), -1, dtype=torch.int32)
         """Where that row is in `buffers`; -1: not here."""
         self.free = torch.arange(self.kept, dtype=torch.int32)
@@ -69,47 +70,30 @@ class DealtBuffer(ShuffleBuffer):
 
     def rows_for(self, ranks: Sequence[int], places: Tensor, name: str) -> Tensor:
         """Return the rows at `places` (n,), which only these ranks keep, on each of them."""
-        keeper, buffer = self.keeper[places], self.buffers[name]
-        own = buffer.index_select(0, self.at(places[keeper == self.deal.rank]))
+        keeper = self.keeper[places]
+        kept = {rank: (keeper == rank).nonzero().flatten() for rank in ranks}
+        own = self.buffers[name].index_select(0, self.at(places[kept[self.deal.rank]]))
         if len(ranks) == 1:
             return own
         to_each, from_each = nothing(), nothing()
-        for rank in ranks:
-            n = int((keeper == rank).sum())
+        for rank, numbers in kept.items():
             to_each[rank].append(own)
-            from_each[rank].append(own if rank == self.deal.rank else own.new_empty(n, own.shape[1]))
+            from_each[rank].append(own if rank == self.deal.rank else own.new_empty(len(numbers), own.shape[1]))
         exchanged(to_each, from_each)
         rows = own.new_empty(len(places), own.shape[1])
-        for rank in ranks:
-            rows.index_copy_(0, to_device((keeper == rank).nonzero().flatten(), self.device), from_each[rank][0])
+        for rank, numbers in kept.items():
+            rows.index_copy_(0, to_device(numbers, self.device), from_each[rank][0])
         return rows
 
     # --------------------------------------------------------------------------------------------------------- filling
 
-    def refill(self, name: str) -> None:
-        """Put new rows into the places that have been served, and deal out all rows anew. After an error it goes on."""
-        self.refilling = True
-        order, generator = self.next_order()
-        keeper = self.keepers(order)
+    def make_room(self, order: Tensor) -> None:
+        """Forget the rows that have been served, and deal out the others anew, as their new order has it."""
+        self.next_keeper = self.keepers(order)
         self.release(self.order[self.refilled : self.served])
         waiting = self.order[self.served :]
-        for places in waiting[self.keeper[waiting] != keeper[waiting]].split(MOVED_AT_ONCE):
-            self.receive(places, self.keeper[places], keeper[places], partial(self.given_away, places))
-        with phase(name, has_bar=True), progress_bar(name, self.served - self.refilled, "rows") as bar:
-            while self.refilled < self.served:
-                made = self.round_to_place()
-                n = min(made.n_rows - self.placed, self.served - self.refilled)
-                self.place(made, self.order[self.refilled : self.refilled + n], keeper)
-                self.placed, self.refilled = self.placed + n, self.refilled + n
-                bar.update(n)
-        self.order, self.generator = order, generator
-        self.served, self.refilled, self.refilling = 0, 0, False
-
-    def next_order(self) -> tuple[Tensor, torch.Generator]:
-        """Return the order after the next refill, and the generator as it is then."""
-        generator = torch.Generator()
-        generator.set_state(self.generator.get_state())
-        return torch.randperm(self.n_rows, generator=generator), generator
+        for places in waiting[self.keeper[waiting] != self.next_keeper[waiting]].split(MOVED_AT_ONCE):
+            self.receive(places, self.keeper[places], partial(self.given_away, places))
 
     def keepers(self, order: Tensor) -> Tensor:
         """Return the rank that keeps the row of each place while rows are served in this order."""
@@ -122,11 +106,13 @@ class DealtBuffer(ShuffleBuffer):
         for _ in range(MAX_EMPTY_PASSES):
             if self.round is not None and self.placed < self.round.n_rows:
                 return self.round
-            self.round, self.placed = make_round(self.text), 0
+            self.round, self.placed = make_round(self.passes), 0
         raise no_rows()
 
-    def place(self, made: Round, places: Tensor, keeper: Tensor) -> None:
-        """Send the next rows of a round to the ranks that keep these places."""
+    def place(self, places: Tensor) -> int:
+        """Send the next rows of a round to the ranks that will keep the first of these places; return how many."""
+        made = self.round_to_place()
+        places = places[: made.n_rows - self.placed]
         rows = torch.arange(self.placed, self.placed + len(places))
         firsts = torch.tensor(made.firsts)
         maker = torch.searchsorted(firsts + torch.tensor(made.sizes), rows, right=True)
@@ -135,7 +121,9 @@ class DealtBuffer(ShuffleBuffer):
             own = to_device(rows[numbers] - firsts[self.deal.rank], self.device)
             return {name: made.own[name].index_select(0, own) for name in self.widths}
 
-        self.receive(places, maker, keeper[places], made_here)
+        self.receive(places, maker, made_here)
+        self.placed += len(places)
+        return len(places)
 
     def given_away(self, places: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         """Return the rows at these of the `places`, which are then no longer kept here."""
@@ -144,14 +132,12 @@ class DealtBuffer(ShuffleBuffer):
         self.release(places[numbers])
         return rows
 
-    def receive(
-        self, places: Tensor, source: Tensor, target: Tensor, rows: Callable[[Tensor], dict[str, Tensor]]
-    ) -> None:
-        """Move the row of each of `places` (n,) from the rank `source` (n,) to the rank `target` (n,).
+    def receive(self, places: Tensor, source: Tensor, rows: Callable[[Tensor], dict[str, Tensor]]) -> None:
+        """Move the row of each of `places` (n,) from the rank `source` (n,) to the one that will keep it.
 
         `rows` returns those of which this rank is the source, by their numbers among the places.
         """
-        here, to_each, from_each = self.deal.rank, nothing(), nothing()
+        here, target, to_each, from_each = self.deal.rank, self.next_keeper[places], nothing(), nothing()
         for rank in range(n_ranks()):
             to_each[rank] = [*rows(((source == here) & (target == rank)).nonzero().flatten()).values()]
         coming = [((source == rank) & (target == here)).nonzero().flatten() for rank in range(n_ranks())]
@@ -214,8 +200,9 @@ class DealtBuffer(ShuffleBuffer):
         held = {name: rows for name, rows in part.get("buffers", {}).items() if name in self.widths}
         if not held:
             return
-        self.buffers = self.buffers or self.new_buffers(self.kept)
-        self.keeper = self.keepers(self.next_order()[0] if self.refilling else self.order)
+        if not self.buffers:
+            self.buffers = self.new_buffers(self.kept)
+            self.keeper = self.keepers(self.next_order()[0] if self.refilling else self.order)
         is_wanted = self.keeper == self.deal.rank
         is_wanted[self.order[self.refilled : self.served]] &= not self.refilling
         places = part.get("places", torch.arange(self.n_rows))
@@ -232,7 +219,7 @@ class DealtBuffer(ShuffleBuffer):
         """Take rows that have no place yet as a pass of the first rank."""
         if not spill:
             return
-        of_text = self.text.state_dict()
+        of_text = self.passes.state_dict()
         own = self.round.own if self.round is not None else self.new_buffers(0)
         if self.deal.rank == 0:
             own |= {name: rows.to(self.device) for name, rows in spill.items()}

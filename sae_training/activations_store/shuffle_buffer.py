@@ -104,20 +104,36 @@ class ShuffleBuffer:
     def refill(self, name: str) -> None:
         """Put new rows into the places that have been served, and draw a new order. After an error it goes on."""
         self.refilling = True
-        slots = to_device(self.order[: self.served], self.device)
+        order, generator = self.next_order()
+        self.make_room(order)
         with phase(name, has_bar=True), progress_bar(name, self.served - self.refilled, "rows") as bar:
             while self.refilled < self.served:
-                rows = self.rows_to_place()
-                n = min(n_rows_of(rows), self.served - self.refilled)
-                for hook, buffer in self.buffers.items():
-                    buffer.index_copy_(0, slots[self.refilled : self.refilled + n], rows[hook][:n])
-                self.spill = {hook: new[n:] for hook, new in rows.items()}
+                n = self.place(self.order[self.refilled : self.served])
                 self.refilled += n
                 bar.update(n)
                 if self.device.type != "cuda" or self.refilled == self.served:  # a GPU is waited for once, at the end
                     self.passes.check_finite()
-        self.order = torch.randperm(self.n_rows, generator=self.generator)
+        self.order, self.generator = order, generator
         self.served, self.refilled, self.refilling = 0, 0, False
+
+    def next_order(self) -> tuple[Tensor, torch.Generator]:
+        """Return the order after the next refill, and the generator as it is then."""
+        generator = torch.Generator()
+        generator.set_state(self.generator.get_state())
+        return torch.randperm(self.n_rows, generator=generator), generator
+
+    def make_room(self, order: Tensor) -> None:
+        """Prepare for new rows, and for serving in this order. Here rows stay until they are overwritten."""
+
+    def place(self, places: Tensor) -> int:
+        """Put rows into the first of these places (n,), and return into how many."""
+        rows = self.rows_to_place()
+        n = min(n_rows_of(rows), len(places))
+        slots = to_device(places[:n], self.device)
+        for hook, buffer in self.buffers.items():
+            buffer.index_copy_(0, slots, rows[hook][:n])
+        self.spill = {hook: new[n:] for hook, new in rows.items()}
+        return n
 
     def rows_to_place(self) -> dict[str, Tensor]:
         """Return rows that have no place yet: those left over, or else those of a pass."""

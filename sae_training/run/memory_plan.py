@@ -23,15 +23,15 @@ from sae_training.machine.precision import at_least_float32
 from sae_training.parallel.division import shape
 from sae_training.parallel.ranks import n_ranks
 from sae_training.run.evals import prompts_of_width
+from sae_training.training.trainer import part_size
 
 # Optimizer state in units of the weights (float32). 8-bit moments have a scale for each 256 of them.
 MOMENTS = {"adam": 2.0, "adam8bit": 0.52, "signum": 1.0}
 
 FLOAT = 4  # bytes of a float32, in which training and evaluation compute
 PLACE = 8  # bytes a row of the buffer, for its place in the random order (int64)
-PLACE_OF_ALL = (
-    24  # and of a shared buffer, during a refill: the next order, who keeps the row and will, and where it is
-)
+# And of a shared buffer, during a refill: the next order, who keeps the row and will, and where it is.
+PLACE_OF_ALL = 24
 
 # What a step holds at its peak, in tensors of float32, measured on a CPU at d_in 256 and 768.
 MATRYOSHKA_PREFIXES = 5
@@ -288,7 +288,7 @@ def buffer_bytes(rows: Rows, itemsize: int, on_gpu: bool) -> int:
 
 def rows_at_once(cfg: LanguageModelSAERunnerConfig, groups: int) -> int:
     """Return how many rows a process computes at once: of a batch or a part of it, those that one of `groups` gets."""
-    return math.ceil(min(cfg.micro_batch_size or cfg.train_batch_size, cfg.tokens_per_step) / groups)
+    return math.ceil(min(part_size(cfg), cfg.tokens_per_step) / groups)
 
 
 def chooses_by_batch(cfg: LanguageModelSAERunnerConfig) -> bool:
