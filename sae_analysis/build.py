@@ -28,7 +28,7 @@ from sae_analysis.gathered import Gathered, Sizes, is_own
 from sae_analysis.of_model import of_model
 from sae_analysis.places import ANALYSIS_FOLDER, STORE_FILE
 from sae_analysis.saved import Saved, Tensors
-from sae_analysis.sharing import by_first, passes_of_turn, raised_together
+from sae_analysis.sharing import passes_of_turn
 from sae_analysis.store.read import url_of
 from sae_analysis.store.write import Writer, add_effect
 from sae_analysis.subjects import Subject, check_device, hash_of, job_of, subjects_of
@@ -48,6 +48,8 @@ from sae_training.parallel.ranks import (
     joined,
     n_ranks,
     of_all,
+    of_first,
+    raised_together,
     rank,
     wait_for_all,
 )
@@ -122,7 +124,7 @@ def build_all(build: Build, effects: int | Sequence[int], anew: bool) -> dict[st
         StopRequest(tqdm.write, by_agreement=n_ranks() > 1) as stop,
     ):
         if anew:
-            by_first(build.forget)
+            of_first(build.forget)
         try:
             build.run()
             store.text.say_skipped()
@@ -185,7 +187,7 @@ class Build:
 
     def run(self) -> None:
         """Make the pass, or the rest of it, and write what was found."""
-        if by_first(lambda: all([self.is_written(subject) for subject in self.subjects])):
+        if of_first(lambda: all([self.is_written(subject) for subject in self.subjects])):
             tqdm.write(f"{self.folder.parent}: this analysis is there already.")
             return
         with phase("reading the text"):
@@ -270,7 +272,7 @@ class Build:
 
     def go_on(self) -> None:
         """Take up what was saved, if anything was. ValueError if it is of another build."""
-        by_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        of_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         metadata = self.saved.begin()
         with raised_together():
             check_all_see(self.folder, "output")

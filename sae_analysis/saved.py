@@ -9,9 +9,8 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from sae_analysis.sharing import by_first, raised_together
 from sae_training.machine.files import write_safetensors
-from sae_training.parallel.ranks import is_first, n_ranks, rank
+from sae_training.parallel.ranks import is_first, n_ranks, of_first, raised_together, rank
 
 OF_OTHERS = "part-*.safetensors"
 
@@ -28,7 +27,7 @@ class Saved:
 
     def begin(self) -> dict[str, str] | None:
         """Take up what was saved, and return what was saved beside the tensors; None if nothing was saved."""
-        found = by_first(self.metadata)
+        found = of_first(self.metadata)
         if found is not None:
             self.number, self.parts = int(found["number"]), self.paths(json.loads(found["parts"]))
         return found

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae_training.activations_store.passes import Passes, n_rows_of
 from sae_training.machine.interrupt import stop_point
-from sae_training.parallel.ranks import agree_on_stops, exchanged, n_ranks, of_all, raise_together, rank
+from sae_training.parallel.ranks import agree_on_stops, exchanged, n_ranks, of_all, raised_together, rank
 
 Made = tuple[dict[str, Any], dict[str, Tensor]]
 """The state of the passes before a pass, and its rows at the hooks of this rank."""
@@ -50,19 +50,16 @@ def make_round(passes: Passes) -> Round:
     """Make one pass on each rank. If any of them fails, or its rows are not finite, all raise and are as before."""
     agree_on_stops()
     stop_point()
-    states, own, error = [passes.state_dict()], {}, None
+    states, own = [passes.state_dict()], {}
     try:
-        for number in range(n_ranks()):
-            if number == rank():
-                own = passes.next_rows()
-            else:
-                passes.skip()
-            states.append(passes.state_dict())
-        passes.check_finite()
-    except Exception as caught:  # bad text, which every rank reads, or what only one of them meets
-        error = caught
-    try:
-        raise_together(error)
+        with raised_together():  # bad text, which every rank reads, or what only one of them meets
+            for number in range(n_ranks()):
+                if number == rank():
+                    own = passes.next_rows()
+                else:
+                    passes.skip()
+                states.append(passes.state_dict())
+            passes.check_finite()
     except Exception:
         passes.load_state_dict(states[0])
         raise

@@ -153,12 +153,9 @@ def of_first(make: Callable[[], T]) -> T:
     if n_ranks() == 1:
         return make()
     holder: list[Any] = [None]
-    failed = None
-    try:
-        holder = [make() if is_first() else None]
-    except Exception as error:
-        failed = error
-    raise_together(failed)
+    with raised_together():
+        if is_first():
+            holder[0] = make()
     dist.broadcast_object_list(holder, src=0, group=CONTROL[0])
     return holder[0]
 
@@ -184,6 +181,17 @@ def raise_together(error: BaseException | None) -> None:
     shared = OSError(f"rank {failed}: {messages[failed]}") if error is None else error
     shared.__dict__[EVERYONES] = True
     raise shared
+
+
+@contextlib.contextmanager
+def raised_together() -> Iterator[None]:
+    """Raise an error of the block on all ranks, where each comes to the end of the block. It waits for all."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_together(error)
 
 
 def is_everyones(error: BaseException) -> bool:

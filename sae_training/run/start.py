@@ -19,10 +19,9 @@ from sae_training.config.types import FIXED_K, ONLY_LOADED
 from sae_training.formats import pieces
 from sae_training.language_model.load import LanguageModel, fingerprint
 from sae_training.language_model.sites import Sites
-from sae_training.machine.files import NotEnoughDisk
 from sae_training.machine.phases import phase
 from sae_training.parallel.division import Division
-from sae_training.parallel.ranks import of_all, raise_together
+from sae_training.parallel.ranks import of_all, raised_together
 from sae_training.run import checkpoint
 from sae_training.run.folder import RunFolder, write_config
 from sae_training.run.logger import RunLogger, UnheardLogger
@@ -165,16 +164,12 @@ def check_room_for_checkpoints(
     # Each holds weights and Adam's two moments, and where batches are scaled the weights for raw activations too. A new
     # one is written before the oldest is deleted.
     copies = 4 if cfg.normalize_activations == "expected_average_only_in" else 3
-    full = None
-    try:
+    with raised_together():
         checkpoint.check_free_disk(
             folder.path,
             (cfg.keep_checkpoints + 1) * (copies * weights + buffers) + weights,
             f"{cfg.keep_checkpoints + 1} checkpoints (keep_checkpoints, and one being written) need",
         )
-    except NotEnoughDisk as error:
-        full = error
-    raise_together(full)
 
 
 # -------------------------------------------------------------------------------------------------- starting weights
