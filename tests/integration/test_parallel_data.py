@@ -95,7 +95,8 @@ def test_torchrun_starts_a_job_again_that_has_lost_a_process(shared: Path, tmp_p
     os.kill(int(workers[1]), signal.SIGKILL)
     _, said = job.communicate(timeout=200)
     assert job.returncode == 0, said
-    assert "error: rank 0: another process of the job has ended" in said and "Traceback" not in said
+    # torchrun may end rank 0 before rank 0 sees that its peer is gone, so what rank 0 says isn't asked for.
+    assert said.count("starting ...") == 2 and "Traceback" not in said
     assert files_of(run) == files_of(shared)
 
 
