@@ -32,6 +32,7 @@ from sae_training.parallel.agreement import check_alike, code
 from sae_training.parallel.deal import Deal
 from sae_training.parallel.division import Division, check_optimizer, check_rows, division
 from sae_training.parallel.ranks import agree_on_stops, joined, n_ranks, of_first
+from sae_training.run.environment import restore_threads
 from sae_training.run.finish import finish
 from sae_training.run.folder import (
     RunFolder,
@@ -138,6 +139,7 @@ def run_in_folder(
 ) -> Run:
     """Begin the run in the folder `path`, or go on with it, and bring it to its end."""
     check_alike(config_to_dict(cfg) | {"the package's code": code()})
+    restore_threads(path)
     compile_blocks(model, cfg.compile_lm)
     costs = {name: float((single.d_sae or 0) * (single.d_in or 0)) for name, (single, _) in all_singles.items()}
     part = division(cfg.parallel, costs, cfg.mesh, datetime.timedelta(minutes=cfg.parallel_timeout_minutes))

@@ -1,6 +1,6 @@
 """The names of the files in a run's folder, for all that write or read one.
 
-    runs/<run name>/   config.json, status.json, metrics.jsonl, report.html
+    runs/<run name>/   config.json, environment.json, status.json, metrics.jsonl, report.html
                        checkpoints/step_<n>/, snapshots/step_<n>/, final/
 
 A run of several autoencoders has a folder for each, with its own config.json, metrics.jsonl, snapshots/ and final/.
@@ -9,6 +9,7 @@ A run of several autoencoders has a folder for each, with its own config.json, m
 from __future__ import annotations
 
 RUN_CONFIG_FILE = "config.json"  # the run's config and the versions of packages; cfg.json is that of an autoencoder
+ENVIRONMENT_FILE = "environment.json"  # threads and processor that the run began with
 STATUS_FILE = "status.json"
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.html"

@@ -27,6 +27,7 @@ from sae_training.machine.files import NotEnoughDisk, write_text
 from sae_training.machine.lock import InUse, exclusive
 from sae_training.machine.paths import PATH_FIELDS, paths_of, same_or_moved
 from sae_training.parallel.ranks import check_all_see, is_first, wait_for_all
+from sae_training.run.environment import write_environment
 
 LOCK_FILE = ".lock"
 
@@ -65,6 +66,7 @@ class RunFolder:
                 f"run_dir: cannot write to {path} ({error.strerror}); set run_dir to a folder you may write to."
             ) from error
         write_config(path, cfg)
+        write_environment(path)
 
     @property
     def checkpoints(self) -> Path:
