@@ -40,6 +40,7 @@ from sae_training.machine.files import disk_named
 from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInterrupted, stop_point
 from sae_training.machine.lock import lock_beside
 from sae_training.machine.phases import counted_phases, phase, progress_bar
+from sae_training.machine.terminal import lasting
 from sae_training.parallel.agreement import check_alike, code
 from sae_training.parallel.ranks import (
     agree_on_stops,
@@ -61,6 +62,7 @@ SAVE_EVERY = 60.0  # seconds
 
 
 @counted_phases()
+@lasting()
 def build_analysis(
     source: str | Path | Session,
     n_tokens: int = 1_000_000,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, assert_never
@@ -17,6 +18,7 @@ from sae_training.config.left_out import Placed
 from sae_training.config.values import in_one_word
 from sae_training.machine.console import exit_code
 from sae_training.machine.phases import counted_phases, is_speaker, phase, say
+from sae_training.machine.terminal import lasting
 
 Run = Annotated[str, Positional, arg(metavar="RUN")]
 
@@ -103,7 +105,7 @@ def parse(argv: Sequence[str]) -> Verb:
 
 def run_verb(verb: Verb) -> None:
     """Carry out a command, and say how long each phase took."""
-    with counted_phases() as phases:
+    with lasting() if isinstance(verb, Build) else nullcontext(), counted_phases() as phases:
         carry_out(verb)
         if is_speaker():
             sys.stdout.flush()  # has the result, which scripts read; so the times go to stderr, after it

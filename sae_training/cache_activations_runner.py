@@ -22,10 +22,12 @@ from sae_training.machine.interrupt import StopRequest
 from sae_training.machine.lock import lock_beside
 from sae_training.machine.paths import with_absolute_paths
 from sae_training.machine.phases import counted_phases, phase
+from sae_training.machine.terminal import lasting
 from sae_training.parallel.agreement import check_alike, code
 from sae_training.parallel.ranks import is_first, joined, n_ranks
 
 
+@lasting()
 @counted_phases()
 def cache_activations_runner(
     cfg: CacheActivationsRunnerConfig, model: LanguageModel | None = None, dataset: Any = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, assert_never
@@ -24,6 +25,7 @@ from sae_training.config.fields import Origin
 from sae_training.config.io import FIELD_NAMES, config_from_dict
 from sae_training.config.left_out import LeftOut, Measured
 from sae_training.config.toy import SAEToyModelRunnerConfig
+from sae_training.config.types import OneOrMany
 from sae_training.config.values import (
     check_alone,
     in_one_word,
@@ -38,6 +40,7 @@ from sae_training.config.values import (
 from sae_training.flags import RECIPE, Common, ConfigFile, ModelAndText, hiding, train_defaults, with_words
 from sae_training.machine.console import exit_code
 from sae_training.machine.phases import counted_phases, is_speaker, phase, say
+from sae_training.machine.terminal import lasting
 from sae_training.plan_verb import Plan, config_first, planned
 
 RunFolder = Annotated[Path, Positional, arg(metavar="RUN")]
@@ -62,10 +65,28 @@ class Train(LanguageModelSAERunnerConfig, ModelAndText, Common, ConfigFile):
 
 @dataclass(kw_only=True)
 class Resume(Common):
-    """Go on with an interrupted run."""
+    """Go on with an interrupted run.
+
+    What it reads may lie elsewhere now, under other names: it must be the same model and the same text.
+    """
 
     run: RunFolder
     """Run folder."""
+
+    model_name: str | None = None
+    """Language model, if it has another name or path here."""
+
+    dataset_path: OneOrMany[str] | None = None
+    """Text, likewise."""
+
+    eval_dataset_path: str | None = None
+    """Text for evaluation, likewise."""
+
+    cached_activations_path: str | None = None
+    """Folder of activations, likewise."""
+
+    device: str | None = None
+    """Device, if this machine has not that of the run; auto takes what there is."""
 
 
 @dataclass(kw_only=True)
@@ -167,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_verb(verb: Verb) -> None:
     """Carry out a command, and say how long each phase took."""
-    with counted_phases() as phases:
+    is_job = isinstance(verb, Train | Resume | Cache | Pretokenize | Toy)
+    with lasting() if is_job else nullcontext(), counted_phases() as phases:
         carry_out(verb)
         if not isinstance(verb, Train | Resume | Cache):  # whose jobs say it themselves
             sys.stdout.flush()  # has the result, which scripts read; so the times go to stderr, after it
@@ -183,7 +205,7 @@ def carry_out(verb: Verb) -> None:
         case Resume():
             with phase("starting"):
                 from sae_training.lm_runner import resume_run
-            resume_run(verb.run)
+            resume_run(verb.run, **elsewhere(verb))
         case Eval():
             with phase("starting"):
                 from sae_training.run.evals import evaluate_run
@@ -276,6 +298,17 @@ def parse_train(argv: Sequence[str]) -> LanguageModelSAERunnerConfig:
 def config_of(train: Train) -> LanguageModelSAERunnerConfig:
     """Return the config that the flags describe, checked, with a device chosen if none was named."""
     return config_from_dict(with_words({name: getattr(train, name) for name in FIELD_NAMES}, train))
+
+
+def elsewhere(resume: Resume) -> dict[str, Any]:
+    """Return the fields of a run's config that the flags change."""
+    names = ("model_name", "dataset_path", "eval_dataset_path", "cached_activations_path", "device")
+    given = {name: value for name in names if (value := getattr(resume, name)) is not None}
+    if given.get("device") == "auto":
+        from sae_training.machine.device import automatic
+
+        given["device"] = automatic()
+    return given
 
 
 def table(values: Mapping[str, object]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.auto import IN_PROPORTION
 from sae_training.config.io import config_to_dict
 from sae_training.config.sweep import is_several, variants, with_layers
-from sae_training.formats.run_files import SNAPSHOTS
+from sae_training.formats.run_files import LOG_FILE, SNAPSHOTS
 from sae_training.language_model.compile import compile_blocks
 from sae_training.language_model.load import LanguageModel, language_model_dtype, model_of
 from sae_training.language_model.sites import find_sites, merged, with_widths
@@ -28,10 +29,12 @@ from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInter
 from sae_training.machine.paths import command, with_absolute_paths
 from sae_training.machine.phases import counted_phases, phase
 from sae_training.machine.precision import encoder_dtype
+from sae_training.machine.terminal import lasting, logged_to
 from sae_training.parallel.agreement import check_alike, code
 from sae_training.parallel.deal import Deal
 from sae_training.parallel.division import Division, check_optimizer, check_rows, division
 from sae_training.parallel.ranks import agree_on_stops, joined, n_ranks, of_first
+from sae_training.run.background import Background
 from sae_training.run.environment import restore_threads
 from sae_training.run.finish import finish
 from sae_training.run.folder import (
@@ -53,6 +56,8 @@ from sae_training.training.metrics import training_metrics
 from sae_training.training.schedules import due, snapshot_steps
 from sae_training.training.trainer import check_trainable, part_size
 
+SAVING_VARIES = 1.5  # how much longer a checkpoint may take than the last one
+
 RESAMPLE_ROWS = 16_384  # of the buffer, from which resampling draws its directions
 
 
@@ -71,6 +76,7 @@ def language_model_sae_runner(
     return run.saes if is_several(run.cfg) else run.sae
 
 
+@lasting()
 @counted_phases()
 def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None) -> Run:
     """Do what `language_model_sae_runner` does, and return the whole run: its folder, store, members and figures."""
@@ -94,11 +100,16 @@ def begin_run(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None, da
     return run_in_folder(of_first(lambda: choose_run_folder(cfg)), cfg, singles, lm, dataset)
 
 
+@lasting()
 @counted_phases()
-def resume_run(path: str | Path) -> Run:
-    """Continue the unfinished run in the folder `path`, with the config it was started with."""
+def resume_run(path: str | Path, **elsewhere: Any) -> Run:
+    """Continue the unfinished run in the folder `path`, with the config it was started with.
+
+    `elsewhere` are fields of the config that name what the run reads, and its device, where these have changed: a model
+    or a text that lies elsewhere now must be the same (their fingerprints are compared).
+    """
     path = Path(path)
-    cfg = read_run_config(path)
+    cfg = with_absolute_paths(dataclasses.replace(read_run_config(path), **elsewhere))
     check_trainable(cfg)
     if is_member_folder(path):
         raise ValueError(f"{path}: is one of several that are trained together; resume {path.parent}.")
@@ -167,9 +178,11 @@ def run_in_folder(
     with (
         counted_phases() as phases,
         RunFolder(path, cfg) as folder,
-        StopRequest(tqdm.write, by_agreement=n_ranks() > 1) as stop,
+        logged_to(path / LOG_FILE),
+        StopRequest(tqdm.write, by_agreement=n_ranks() > 1, saves=True) as stop,
         open_unless_stopped(cfg, singles, list(all_singles), folder, store, held_out, stop, part) as run,
     ):
+        run.background = Background() if plan.has_copy else None
         try:
             with phase("training", has_bar=True):
                 train(run, stop)
@@ -246,13 +259,14 @@ def train(run: Run, stop: StopRequest) -> None:
             check_any_left(run)
             run.progress.show(shown)
             run.write_status("training")
+        run.take_saved()
         run.pending = due_now(run, snapshots)
         follow_up(run)
-        is_overdue = agree_on_stops(time_is_up(run))
+        is_overdue = agree_on_stops(stop.takes_save() or time_is_up(run))
         if stop.signal is not None:
             stop_here(run, stop)
         if is_overdue or due(run.step, cfg.checkpoint_every_steps):
-            save(run)
+            save(run, in_background=True)
         run.progress.advance()
 
 
@@ -297,20 +311,34 @@ def close_window(run: Run) -> None:
 def time_is_up(run: Run) -> bool:
     """Return whether the last checkpoint is old enough for another one, by the clock of this process."""
     minutes = run.cfg.checkpoint_every_minutes
+    if run.cfg.grace_seconds is not None and run.step == run.progress.first_step + 1:
+        return True  # early, so that SIGTERM finds a checkpoint, and it is known how long one takes
     return minutes is not None and time.monotonic() - run.last_checkpoint_time >= 60 * minutes
 
 
 def stop_here(run: Run, stop: StopRequest) -> None:
     """Save what is not saved yet, and raise TrainingInterrupted, saying how to continue."""
     assert stop.signal is not None
-    saved = saved_now(run)
-    where = f"saved {saved}" if saved else "NOT saved (see above)"
+    run.take_saved(wait=True)
+    left, needed = time_left(run, stop), SAVING_VARIES * (run.save_seconds or 0)
+    if left is not None and left < needed and run.last_checkpoint is not None:
+        where = f"not saved: {left:.1f} s are left, and saving may take {needed:.1f}; saved is {run.last_checkpoint}"
+    else:
+        saved = saved_now(run)
+        where = f"saved {saved}" if saved else "NOT saved (see above)"
     what = "continues it" if run.step < run.cfg.total_training_steps else "evaluates what is trained"
     raise TrainingInterrupted(
         f"Stopped by {stop.signal.name} after step {run.step} of {run.cfg.total_training_steps}, {where}. The same "
         f"command {what}, and so does: {command('resume', run.folder.path)}",
         exit_code=128 + stop.signal,
     )
+
+
+def time_left(run: Run, stop: StopRequest) -> float | None:
+    """Return the seconds until the machine kills the process, after SIGTERM and where the config has grace_seconds."""
+    if run.cfg.grace_seconds is None or stop.signal != signal.SIGTERM:
+        return None
+    return max(0.0, run.cfg.grace_seconds - (time.monotonic() - stop.asked_at))
 
 
 def resample_dead_latents(run: Run, member: Member) -> None:

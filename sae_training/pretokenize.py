@@ -21,6 +21,7 @@ from sae_training.language_model.load import load_tokenizer
 from sae_training.machine.files import write_text
 from sae_training.machine.paths import absolute
 from sae_training.machine.phases import phase
+from sae_training.machine.terminal import lasting
 from sae_training.text.chat import renderer
 from sae_training.text.documents import Documents
 from sae_training.text.open import open_documents, save_tokenized
@@ -29,6 +30,7 @@ from sae_training.text.row_values import OnBadRows
 from sae_training.text.tokenize import tokenizer_function
 
 
+@lasting()
 def pretokenize(
     model_name: str,
     dataset_path: str,

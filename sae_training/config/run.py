@@ -116,6 +116,9 @@ class LanguageModelSAERunnerConfig(Origin, Records, Optimisation, Autoencoder, S
     checkpoint_every_minutes: OnlyWatches[Positive[float] | None] = 15
     """Minutes between resumable checkpoints; None saves by steps alone."""
 
+    grace_seconds: OnlyWatches[Positive[float] | None] = None
+    """Seconds from SIGTERM until the machine kills the process, for the last checkpoint."""
+
     keep_checkpoints: OnlyWatches[Positive[int]] = 2
     """Resumable checkpoints kept; older ones are deleted."""
 

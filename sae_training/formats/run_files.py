@@ -13,6 +13,7 @@ ENVIRONMENT_FILE = "environment.json"  # threads and processor that the run bega
 STATUS_FILE = "status.json"
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.html"
+LOG_FILE = "run.log"  # what the run said without a terminal
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 FINAL = "final"  # its presence says that the run is finished

@@ -81,9 +81,14 @@ def written_beside(path: Path) -> Iterator[Path]:
             raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, last: bool = False) -> None:
+    """Write a file. `last`: wait until it is on the disk, because nothing writes it again after a power cut."""
     with written_beside(path) as partial:
         partial.write_text(text, encoding="utf-8")
+        if last:
+            flush_to_disk(partial)
+    if last:
+        flush_to_disk(path.parent)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -119,6 +124,13 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_tree_to_disk(folder: Path) -> None:
+    """Wait until all files and folders in `folder`, and itself, are on the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        flush_to_disk(path)
+    flush_to_disk(folder)
 
 
 def check_free_disk(folder: Path, n_bytes: int, what: str = "a checkpoint needs", setting: str = "run_dir") -> None:

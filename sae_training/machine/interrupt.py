@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM: the first asks the job to save and stop, the second stops at once.
+"""Signals to a job. Of Ctrl-C and SIGTERM the first asks it to save and stop, the second stops it at once.
+
+SIGUSR1 asks it to save and go on. SIGHUP, which a terminal sends when it closes, ends nothing.
 
 The training loop asks after each step whether a stop is wanted. All else that takes long (filling a buffer, an
 evaluation, checking a file, drawing a report) calls `stop_point` between two passes of the language model or after some
@@ -20,6 +22,8 @@ from typing import Any
 TOGETHER = 10.0  # seconds within which several SIGTERMs to the processes of a job are one
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GOES_ON = tuple(number for name in ("SIGUSR1", "SIGHUP") if (number := getattr(signal, name, None)) is not None)
+"""After which a job goes on; Windows has neither."""
 
 
 class StopAsked(KeyboardInterrupt):
@@ -70,14 +74,18 @@ class StopRequest:
     instead, so that the session goes on. Outside the main thread the context does nothing.
     """
 
-    def __init__(self, notify: Callable[[str], None], by_agreement: bool = False) -> None:
+    def __init__(self, notify: Callable[[str], None], by_agreement: bool = False, saves: bool = False) -> None:
         self.notify = notify
         self.by_agreement = by_agreement
+        self.saves = saves
+        """Whether the job saves when it is asked to; others have on the disk what they have finished."""
         self.asked: signal.Signals | None = None
         """The first signal."""
         self.signal: signal.Signals | None = None
         """The signal that is heeded: `asked`, but with `by_agreement` only once all processes of the job know of it."""
         self.asked_at = 0.0
+        self.save_asked = False
+        """Whether SIGUSR1 has asked to save, which is to be done after the step."""
         self.at_once = False
         self.n_handled = 0
         self.installed = False
@@ -88,6 +96,8 @@ class StopRequest:
             os.set_blocking(self.write_end, False)
             self.previous_wakeup = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
             self.previous: dict[int, Any] = {number: signal.signal(number, self.handle) for number in SIGNALS}
+            for number in GOES_ON:
+                self.previous[number] = signal.signal(number, heard)
             self.watcher = threading.Thread(target=self.watch, daemon=True)
             self.watcher.start()
             self.installed = True
@@ -111,6 +121,8 @@ class StopRequest:
         while received := os.read(self.read_end, 1):
             if received[0] in SIGNALS:
                 self.note(signal.Signals(received[0]))
+            elif received[0] in GOES_ON:
+                self.go_on(signal.Signals(received[0]))
 
     def note(self, number: signal.Signals) -> None:
         if self.asked is None:
@@ -124,11 +136,28 @@ class StopRequest:
         else:
             os._exit(128 + number)
 
+    def go_on(self, number: signal.Signals) -> None:
+        if number.name == "SIGHUP":
+            self.notify("SIGHUP: the terminal is closed; this goes on without it.")
+            return
+        self.save_asked = self.saves
+        done = "saving after this step" if self.saves else "what is finished is on the disk"
+        self.notify(f"{number.name}: {done}; this goes on.")
+
+    def takes_save(self) -> bool:
+        """Return whether a save was asked for since the last call."""
+        asked, self.save_asked = self.save_asked, False
+        return asked
+
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Python's handler, which may run before the watcher has seen the signal, or long after."""
         self.n_handled += 1
         if self.at_once or (self.n_handled > 1 and is_interactive()):
             raise KeyboardInterrupt
+
+
+def heard(number: int, frame: FrameType | None) -> None:
+    """Python's handler of what ends nothing."""
 
 
 HEEDED: list[StopRequest] = []

@@ -205,7 +205,8 @@ def write_manifest(folder: Path) -> None:
         text = json.dumps({name: entries[name] for name in sizes}, indent=1) + "\n"
         manifest.write_text(text, encoding="utf-8")
         flush_to_disk(manifest)
-        flush_to_disk(folder)
+        for inner in sorted({(folder / name).parent for name in sizes} | {folder}, reverse=True):
+            flush_to_disk(inner)
 
     one_after_another(write if is_first() else None)
 

@@ -23,7 +23,7 @@ def write_environment(folder: Path) -> None:
     """Write environment.json into the folder of a run, unless it is there."""
     path = folder / ENVIRONMENT_FILE
     if not path.is_file():
-        write_text(path, json.dumps(environment(), indent=2) + "\n")
+        write_text(path, json.dumps(environment(), indent=2) + "\n", last=True)
 
 
 def environment() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sae_training.config.sweep import is_several
 from sae_training.formats.run_files import EVALUATION_FILE, FINAL, REPORT_FILE
-from sae_training.machine.files import write_text
+from sae_training.machine.files import flush_to_disk, write_text
 from sae_training.machine.interrupt import StopAsked, stop_point
 from sae_training.machine.paths import command
 from sae_training.machine.phases import phase
@@ -93,8 +93,9 @@ def write_final_of_several(run: Run, evaluations: dict[str, dict[str, Any]]) -> 
     """Write final/ of the whole run, which says that it is finished: after those of its autoencoders, and whole."""
     partial = run.folder.final.with_name(f"{FINAL}.tmp")
     partial.mkdir(exist_ok=True)
-    write_text(partial / EVALUATION_FILE, json.dumps(evaluations, indent=2) + "\n")
+    write_text(partial / EVALUATION_FILE, json.dumps(evaluations, indent=2) + "\n", last=True)
     os.replace(partial, run.folder.final)
+    flush_to_disk(run.folder.path)
 
 
 def report(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ What is in it: `formats.run_files`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -77,7 +78,10 @@ class RunFolder:
         return self.path / FINAL
 
     def write_status(self, state: str, **figures: Any) -> None:
-        """Rewrite status.json, whole or not at all. `state`: training, interrupted, failed or finished."""
+        """Rewrite status.json, whole or not at all. `state`: training, interrupted, failed or finished.
+
+        A disk that is full keeps the old one: no run ends for it.
+        """
         if not is_first():
             return
         content = {
@@ -88,7 +92,8 @@ class RunFolder:
             "started": timestamp(self.started),
             "updated": timestamp(time.time()),
         }
-        write_text(self.path / STATUS_FILE, json.dumps(content, indent=2) + "\n")
+        with contextlib.suppress(NotEnoughDisk):
+            write_text(self.path / STATUS_FILE, json.dumps(content, indent=2) + "\n")
 
     def release(self) -> None:
         if self.lock is not None:
@@ -196,7 +201,7 @@ def write_config(folder: Path, cfg: Any) -> None:
     """Write config.json into `folder`, which is made if it is not there."""
     folder.mkdir(exist_ok=True)
     content = {"config": config_to_dict(cfg), "versions": {name: installed_version(name) for name in PACKAGES}}
-    write_text(folder / RUN_CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+    write_text(folder / RUN_CONFIG_FILE, json.dumps(content, indent=2) + "\n", last=True)
 
 
 def is_run_folder(path: Path) -> bool:

@@ -30,6 +30,7 @@ from sae_training.run.memory_plan import (
     Rows,
     chooses_by_batch,
     parts_of,
+    saves_from_a_copy,
     weight_bytes,
 )
 
@@ -321,7 +322,8 @@ def memory_of_rank(
     parts = parts_of(job.cfg, singles, rows, job.lm, job.on_gpu and n == 1, dense, mesh)
     lm = job.lm.bytes // job.lm_gpus
     in_use = CONTEXT["cuda" if job.on_gpu else "cpu"] + lm
-    return MemoryPlan(parts, in_use, int(job.machines.memory) - in_use, lm)
+    memory = MemoryPlan(parts, in_use, int(job.machines.memory) - in_use, lm)
+    return memory.with_copy() if saves_from_a_copy(job.cfg, n) and not job.on_gpu else memory
 
 
 def step_of(sae: Shape, job: Job, rows: float) -> float:

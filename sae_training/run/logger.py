@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from sae_training.formats.run_files import METRICS_FILE
-from sae_training.machine.files import disk_named
+from sae_training.machine.files import NotEnoughDisk, disk_named
 from sae_training.report.in_words import BASE
 from sae_training.run.wandb_mirror import Notify, WandbMirror, WandbOptions
 
@@ -48,7 +48,9 @@ class RunLogger:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
         cut_back(self.path, resume_at, notify)
-        self._file = self.path.open("ab")
+        self._file = self.path.open("ab", buffering=0)
+        self._waiting = bytearray()
+        self._notify, self._disk_was_full = notify, False
         self._wandb = WandbMirror(folder, notify)
         if wandb is not None:
             self._wandb.start(wandb, dict(config), offline=beside is not None and beside._wandb.is_offline)
@@ -100,18 +102,22 @@ class RunLogger:
         self._wandb.log_artifact(name, artifact_type, paths, dict(metadata or {}), list(aliases))
 
     def position(self) -> int:
-        """Return the length of metrics.jsonl in bytes, after making sure that they are all on the disk."""
-        with disk_named(self.path.parent):
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        """Return the length of metrics.jsonl in bytes. Raise NotEnoughDisk while rows of it have no room."""
+        self._write_waiting()
         return self._file.tell()
+
+    def flush_to_disk(self) -> None:
+        """Wait until the rows of the last `position()` are on the disk. Another thread may call this."""
+        with disk_named(self.path.parent):
+            os.fsync(self._file.fileno())
 
     def close(self, exit_code: int = 0) -> None:
         """End both records, waiting at most about `finish_timeout_s` for wandb. Closing twice does no harm."""
         try:
-            with disk_named(self.path.parent):  # once more, if the last row could not be written
-                self._file.close()
+            if not self._file.closed:
+                self._write_waiting()  # once more, if there was no room for some rows
         finally:
+            self._file.close()
             self._wandb.finish(exit_code)
 
     def __enter__(self) -> RunLogger:
@@ -123,16 +129,28 @@ class RunLogger:
         self.close(exit_code=0 if kind is None else 1)
 
     def _write(self, row: dict[str, Any]) -> None:
+        """Write a row, and those before it that had no room: a disk that is full does not stop training."""
+        self._waiting += json.dumps(row, allow_nan=False).encode() + b"\n"
+        try:
+            self._write_waiting()
+            self._disk_was_full = False
+        except NotEnoughDisk as error:
+            if not self._disk_was_full:
+                self._notify(f"{self.path}: rows are kept in memory until there is room for them. {error}")
+            self._disk_was_full = True
+
+    def _write_waiting(self) -> None:
         with disk_named(self.path.parent):
-            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-            self._file.flush()
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
 
 
 class UnheardLogger(RunLogger):
     """Takes what is logged and keeps nothing, because another process logs the same."""
 
     def __init__(self) -> None:
-        self._file = Path(os.devnull).open("ab")  # noqa: SIM115 - closed by `close`, as the one it stands for
+        self._file = Path(os.devnull).open("ab", buffering=0)  # noqa: SIM115 - closed by `close`, as that it stands for
+        self._waiting = bytearray()
         self._wandb = WandbMirror(Path(), notify=print)
 
     def _write(self, row: dict[str, Any]) -> None:

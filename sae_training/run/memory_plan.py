@@ -7,11 +7,14 @@ sizes. test_memory_of_a_run.py holds the plan against the peak memory of real ru
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+import torch
 
 from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
@@ -61,13 +64,15 @@ class Kind(Enum):
     WEIGHTS = "weights"
     OPTIMIZER = "optimizer state"
     AVERAGES = "averages of weights"
+    COPY = "a copy of all that is saved"
     PASS = "a pass of the language model"
     STEP = "a training step"
     EVALUATION = "an evaluation"
     CHECKPOINT = "a checkpoint"
 
 
-HELD = (Kind.BUFFER, Kind.WEIGHTS, Kind.OPTIMIZER, Kind.AVERAGES)  # from the start of a run to its end
+SAVED = (Kind.BUFFER, Kind.WEIGHTS, Kind.OPTIMIZER, Kind.AVERAGES)
+HELD = (*SAVED, Kind.COPY)  # from the start of a run to its end
 OF_THE_LANGUAGE_MODEL = (Kind.BUFFER, Kind.PASS)  # all others grow with the dictionary
 
 
@@ -97,6 +102,19 @@ class MemoryPlan:
     """The language model's weights, which are part of what is in use."""
     sharers: int = 1
     """Processes of the machine, of which each has the same share of its memory; `available` is that of one."""
+    copies_elsewhere: bool = False
+    """Whether a copy of all that is saved has room in other memory: that of the machine, where this is of a GPU."""
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether checkpoints can be written from a copy, while steps go on."""
+        return self.copies_elsewhere or any(part.kind is Kind.COPY for part in self.parts)
+
+    def with_copy(self) -> MemoryPlan:
+        """Return the plan with a copy of all that is saved; without, if there is no room for it."""
+        copy = Part(Kind.COPY, saved_bytes(self.parts), ", to write checkpoints from")
+        longer = dataclasses.replace(self, parts=(*self.parts, copy))
+        return longer if longer.needed <= longer.usable else self
 
     @property
     def held(self) -> tuple[Part, ...]:
@@ -170,7 +188,25 @@ def plan_memory(
     parts = parts_of(cfg, list(singles), buffer, store.model.cfg, ahead, mesh=mesh)
     in_use, available = memory_of(store.device)
     lm = sum(parameter.numel() * parameter.element_size() for parameter in store.model.parameters())
-    return MemoryPlan(parts, in_use, available, lm, sharers_of(store.device))
+    plan = MemoryPlan(parts, in_use, available, lm, sharers_of(store.device))
+    if not saves_from_a_copy(cfg, n_ranks()):
+        return plan
+    if store.device.type == "cpu":
+        return plan.with_copy()
+    _, free = memory_of(torch.device("cpu"))
+    return dataclasses.replace(plan, copies_elsewhere=saved_bytes(parts) <= USABLE_SHARE * free)
+
+
+def saves_from_a_copy(cfg: LanguageModelSAERunnerConfig, n: int) -> bool:
+    """Return whether one of `n` processes writes checkpoints from a copy, if there is room for it.
+
+    Several write together, and tell each other how far they are, which would mix with what their steps tell.
+    """
+    return n == 1 and (cfg.checkpoint_every_minutes is not None or cfg.checkpoint_every_steps is not None)
+
+
+def saved_bytes(parts: Iterable[Part]) -> int:
+    return sum(part.bytes for part in parts if part.kind in SAVED)
 
 
 def parts_of(
@@ -232,7 +268,7 @@ def advice(plan: MemoryPlan, cfg: LanguageModelSAERunnerConfig, largest: Part, n
             also = f", or set micro_batch_size lower (now {cfg.micro_batch_size or cfg.train_batch_size})"
         case Kind.EVALUATION:
             also = ", or set eval_every_steps=0"
-        case Kind.CHECKPOINT:
+        case Kind.CHECKPOINT | Kind.COPY:
             also = ""
         case Kind.WEIGHTS | Kind.OPTIMIZER | Kind.AVERAGES:
             also = in_8_bits(plan, cfg)

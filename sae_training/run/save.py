@@ -13,16 +13,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sae_training.config.io import config_to_dict
 from sae_training.formats import pieces
 from sae_training.formats.native import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE
 from sae_training.formats.run_files import EVALUATION_FILE
-from sae_training.language_model.load import fingerprint
-from sae_training.machine.files import disk_named, step_number, write_safetensors, write_text
+from sae_training.machine.files import (
+    disk_named,
+    flush_to_disk,
+    flush_tree_to_disk,
+    step_number,
+    write_safetensors,
+    write_text,
+)
 from sae_training.machine.phases import phase
-from sae_training.parallel.ranks import is_everyones, is_first, n_ranks, of_all, rank, together, wait_for_all
+from sae_training.parallel.ranks import (
+    is_everyones,
+    is_first,
+    n_ranks,
+    of_all,
+    raised_together,
+    rank,
+    together,
+    wait_for_all,
+)
 from sae_training.parallel.shard import Shard
 from sae_training.run import checkpoint
 from sae_training.run.state import Member, Run, check_finite
@@ -30,23 +43,74 @@ from sae_training.run.state import Member, Run, check_finite
 STORE = "store"  # the part of a checkpoint that the store is; of other ranks than the first store-1, store-2, ...
 
 
-def save(run: Run, until_final: bool = False) -> Path | None:
+def save(run: Run, until_final: bool = False, in_background: bool = False) -> Path | None:
     """Save all that the run needs to go on as if it had not stopped; None, with a message, if the disk is full.
 
     `until_final`: after the last step, for the time of the evaluation. Such a checkpoint is without the buffer, which
-    no step will use, stands beside those that are kept, and goes once final/ is there.
+    no step will use, stands beside those that are kept, and goes once final/ is there. `in_background`: if the run has
+    room for a copy of its state, return None once that is made; `Run.take_saved` says what became of it.
     """
+    run.take_saved(wait=True)
     for member in run.trained:
         check_finite(run, member, weights=True)
         check_same_weights(member)
-    own = f"{STORE}-{rank()}" if rank() else STORE
+    run.last_checkpoint_time = time.monotonic()
     recorded = [member for member in run.members if member.is_recorded]
-    holds_rows = bool(recorded) or run.store.deal is not None
-    parts: dict[str, dict[str, Any]] = {own: run.store.state_dict()} if holds_rows else {}
-    texts = {}
-    if until_final and holds_rows:
-        parts[own].pop("buffers", None)
+    try:
+        with raised_together():  # a disk may be full on one rank alone
+            rows = {member.name: member.logger.position() for member in recorded}
+        parts, in_pieces, texts = content_of(run, until_final)
+        state = {
+            "metrics_bytes": together(rows),
+            "failures": together(run.own_failures),
+            "hooks": together({own_store(): [site.name for site in run.store.sites.all]} if holds_rows(run) else {}),
+            "language_model": run.language_model,
+            "pending": list(run.pending),
+            "until_final": until_final,
+        }
+
+        def write(step: int = run.step) -> Path:
+            began = time.monotonic()
+            for member in recorded:
+                member.logger.flush_to_disk()  # because the checkpoint counts on these rows
+            saved = checkpoint.save_checkpoint(run.folder.checkpoints, step, parts, state, texts, in_pieces)
+            if not until_final and is_first():
+                checkpoint.delete_old(run.folder.checkpoints, run.cfg.keep_checkpoints)
+            run.save_seconds = time.monotonic() - began
+            return saved
+
+        if in_background and run.background is not None:
+            parts = run.background.copied(parts)
+            run.background.begin(write)
+            return None
+        with phase("saving"):
+            saved = write()
+    except OSError as error:
+        run.say_not_saved(error)
+        return None
+    run.last_checkpoint, run.has_extra_checkpoint = saved, until_final
+    run.write_status("training")
+    return saved
+
+
+def own_store() -> str:
+    return f"{STORE}-{rank()}" if rank() else STORE
+
+
+def holds_rows(run: Run) -> bool:
+    """Return whether this rank writes rows of the store."""
+    return any(member.is_recorded for member in run.members) or run.store.deal is not None
+
+
+def content_of(
+    run: Run, until_final: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[dict[str, Any], Shard]], dict[str, str]]:
+    """Return what this rank has to save: its own parts, its pieces of parts of several ranks, and texts, by file."""
+    parts: dict[str, dict[str, Any]] = {own_store(): run.store.state_dict()} if holds_rows(run) else {}
+    if until_final and parts:
+        parts[own_store()].pop("buffers", None)
     in_pieces: dict[str, tuple[dict[str, Any], Shard]] = {}
+    texts = {}
     for member in run.members:
         if not member.is_written:
             continue
@@ -61,27 +125,7 @@ def save(run: Run, until_final: bool = False) -> Path | None:
             in_pieces |= {part: (content, member.shard) for part, content in of_member.items()}
         if member.is_recorded:
             texts[member.part(CONFIG_FILE)] = json.dumps(config_to_dict(sae.cfg), indent=2) + "\n"
-    state = {
-        "metrics_bytes": together({member.name: member.logger.position() for member in recorded}),
-        "failures": together(run.own_failures),
-        "hooks": together({own: [site.name for site in run.store.sites.all]} if holds_rows else {}),
-        "language_model": fingerprint(run.store.model),
-        "pending": run.pending,
-        "until_final": until_final,
-    }
-    try:
-        with phase("saving"):
-            saved = checkpoint.save_checkpoint(run.folder.checkpoints, run.step, parts, state, texts, in_pieces)
-    except OSError as error:
-        tqdm.write(f"Checkpoint not saved; the last one is {run.last_checkpoint or 'none'}. {error}")
-        return None
-    finally:
-        run.last_checkpoint_time = time.monotonic()
-    run.last_checkpoint, run.has_extra_checkpoint = saved, until_final
-    if not until_final and is_first():
-        checkpoint.delete_old(run.folder.checkpoints, run.cfg.keep_checkpoints)
-    run.write_status("training")
-    return saved
+    return parts, in_pieces, texts
 
 
 def check_same_weights(member: Member) -> None:
@@ -105,6 +149,7 @@ def check_same_weights(member: Member) -> None:
 
 def saved_now(run: Run) -> Path | None:
     """Return the checkpoint of the step at which the run is, after saving it if there is none."""
+    run.take_saved(wait=True)
     latest = run.last_checkpoint
     if latest is not None and step_number(latest) == run.step:
         return latest
@@ -184,8 +229,10 @@ def save_weights_folder(
         write_safetensors(partial / SPARSITY_FILE, {"log_feature_sparsity": log_frequency})
         if evaluation is not None:
             write_text(partial / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
+        flush_tree_to_disk(partial)  # because the checkpoint goes once final/ is there
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
+        flush_to_disk(folder.parent)
 
     if shard.is_all:
         begin()

@@ -97,6 +97,7 @@ def open_run(
     progress = Progress(cfg, folder, first_step=state["step"])
     step, pending = state["step"], state.get("pending", [])
     run = Run(cfg, folder, store, members, progress, held_out, step, tuple(names), pending, latest)
+    run.language_model = fingerprint(store.model)
     run.has_extra_checkpoint, run.failures = state.get("until_final", False), dict(state["failures"])
     run.write_status("training")
     return run

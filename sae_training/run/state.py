@@ -21,6 +21,7 @@ from sae_training.machine.files import NotEnoughDisk
 from sae_training.machine.paths import command
 from sae_training.parallel.ranks import is_first, n_ranks, of_all, together
 from sae_training.parallel.shard import Shard
+from sae_training.run.background import Background
 from sae_training.run.folder import RunFolder
 from sae_training.run.logger import RunLogger
 from sae_training.run.progress import Progress
@@ -113,8 +114,14 @@ class Run:
     has_extra_checkpoint: bool = False
     """Whether that one is for the time of the evaluation only."""
     last_checkpoint_time: float = field(default_factory=time.monotonic)
+    save_seconds: float | None = None
+    """How long the last checkpoint took to write."""
     failures: dict[str, str] = field(default_factory=dict)
     """Why autoencoders were given up, by name, those of other ranks as far as they have told it."""
+    language_model: str = ""
+    """The fingerprint of the language model."""
+    background: Background | None = None
+    """What writes checkpoints while steps go on; None: they wait for each."""
 
     @property
     def saes(self) -> dict[str, SparseAutoencoder]:
@@ -151,6 +158,8 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Close what is open; if the run did not come to its end, status.json says so."""
+        with suppress(Exception):  # which was not what ended the run
+            self.take_saved(wait=True)
         # A disk that is full must not hide what went wrong first, which may well be the same.
         unheard = nullcontext() if error is None else suppress(NotEnoughDisk)
         try:
@@ -167,6 +176,33 @@ class Run:
             for member in self.members:
                 with unheard:
                     member.logger.close()
+
+    def take_saved(self, wait: bool = False) -> None:
+        """Take note of the checkpoint that was written in the background, once it is there; `wait` for it."""
+        if self.background is None or not (wait or self.background.is_done()):
+            return
+        try:
+            saved = self.background.take()
+        except OSError as error:
+            self.say_not_saved(error)
+            return
+        if saved is not None:
+            if self.last_checkpoint is None:
+                self.say_if_grace_is_short()
+            self.last_checkpoint, self.has_extra_checkpoint = saved, False
+            self.write_status("training")
+
+    def say_if_grace_is_short(self) -> None:
+        seconds, grace = self.save_seconds or 0, self.cfg.grace_seconds
+        if grace is not None and seconds > grace:
+            tqdm.write(
+                f"grace_seconds: a checkpoint takes {seconds:.1f} s to write, longer than {grace:g}: after SIGTERM the "
+                "run goes on from the one before; lower checkpoint_every_minutes, or n_batches_in_buffer."
+            )
+
+    def say_not_saved(self, error: OSError) -> None:
+        again = " The next that is due is tried again." if self.step < self.cfg.total_training_steps else ""
+        tqdm.write(f"Checkpoint not saved; the last one is {self.last_checkpoint or 'none'}.{again} {error}")
 
     def write_status(self, state: str) -> None:
         known = self.failures | self.own_failures

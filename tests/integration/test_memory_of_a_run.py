@@ -33,7 +33,13 @@ print(json.dumps({"planned": plans[0].needed, "held": peak - plans[0].in_use}))
 """
 
 LARGE: dict[str, dict[str, Any]] = {
-    "weights and moments": {"architecture": "topk", "k": 32, "expansion_factor": 800, "total_training_tokens": 256},
+    "weights and moments, and their copy": {
+        "architecture": "topk",
+        "k": 32,
+        "expansion_factor": 800,
+        "total_training_tokens": 256,
+        "checkpoint_every_steps": 2,
+    },
     "dense codes of a batch": {
         "expansion_factor": 64,
         "train_batch_size": 2048,

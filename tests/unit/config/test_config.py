@@ -121,6 +121,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "eval_every_steps": None,
     "checkpoint_every_steps": None,
     "checkpoint_every_minutes": 15,
+    "grace_seconds": None,
     "keep_checkpoints": 2,
     "run_dir": "runs",
     "checkpoint_path": None,

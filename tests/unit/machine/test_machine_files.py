@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -84,21 +85,45 @@ def full(tmp_path: Path) -> Iterator[tuple[Path, Fill]]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_text_tensors_and_rows_name_the_folder(full: tuple[Path, Fill]) -> None:
+def test_text_and_tensors_name_the_folder(full: tuple[Path, Fill]) -> None:
     disk, fill = full
-    logger = RunLogger(disk / "run", config={})
-    logger.log({"a": 1}, 1, 1)
     fill()
     with pytest.raises(NotEnoughDisk, match=told(disk)):
         write_text(disk / "text.json", "a" * 100_000)
     with pytest.raises(NotEnoughDisk, match=told(disk)):
         write_safetensors(disk / "a.safetensors", {"a": torch.zeros(100_000)})
+    assert {path.name for path in disk.iterdir()} == {"somebody elses"}
+
+
+def test_rows_wait_for_room(full: tuple[Path, Fill]) -> None:
+    disk, fill = full
+    said: list[str] = []
+    logger = RunLogger(disk / "run", config={}, notify=said.append)
+    logger.log({"a": 1}, 1, 1)
+    fill()
+    for step in range(2, 1000):
+        logger.log({"a": 1}, step, 1)
+    (message,) = said
+    assert "rows are kept in memory until there is room" in message and str(disk / "run") in message
     with pytest.raises(NotEnoughDisk, match=told(disk / "run")):
-        for step in range(2, 1000):
-            logger.log({"a": 1}, step, 1)
+        logger.position()  # on which a checkpoint would count
+    (disk / "somebody elses").unlink()
+    logger.log({"a": 1}, 1000, 1)
+    assert logger.position() == logger.path.stat().st_size
+    logger.close()
+    steps = [json.loads(line)["step"] for line in logger.path.read_text().splitlines()]
+    assert steps == list(range(1, 1001))
+
+
+def test_rows_that_never_find_room_are_an_error_in_the_end(full: tuple[Path, Fill]) -> None:
+    disk, fill = full
+    logger = RunLogger(disk / "run", config={}, notify=lambda _: None)
+    fill()
+    for step in range(1000):
+        logger.log({"a": 1}, step, 1)
     with pytest.raises(NotEnoughDisk, match=told(disk / "run")):
-        logger.close()  # once more, because the last row was not written
-    assert {path.name for path in disk.iterdir()} == {"run", "somebody elses"}
+        logger.close()
+    logger.close()
 
 
 def test_state_of_a_checkpoint_names_the_folder(full: tuple[Path, Fill], monkeypatch: pytest.MonkeyPatch) -> None:
