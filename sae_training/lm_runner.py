@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from sae_training.run.folder import (
     read_run_config,
 )
 from sae_training.run.memory_plan import check_memory, plan_memory
-from sae_training.run.save import save, save_weights_folder, saved_first, saved_now
+from sae_training.run.save import once_there_is_room, save, save_weights_folder, saved_first, saved_now
 from sae_training.run.start import Singles, open_run
 from sae_training.run.state import Due, Member, Run, check_any_left, check_finite
 from sae_training.run.watch import evaluate_now, log_norms, log_sparsity
@@ -294,7 +295,8 @@ def follow_up(run: Run) -> None:
                     member.logger.log(figures, run.step, run.n_training_tokens)
             case "snapshot":
                 for member in run.recorded:
-                    save_weights_folder(member, member.folder / SNAPSHOTS / f"step_{run.step}")
+                    folder = member.folder / SNAPSHOTS / f"step_{run.step}"
+                    once_there_is_room(run, partial(save_weights_folder, member, folder))
         run.pending.pop(0)
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from sae_training.config.sweep import is_several
 from sae_training.formats.run_files import EVALUATION_FILE, FINAL, REPORT_FILE
-from sae_training.machine.files import flush_to_disk, write_text
+from sae_training.machine.files import NotEnoughDisk, flush_to_disk, write_text
 from sae_training.machine.interrupt import StopAsked, stop_point
 from sae_training.machine.paths import command
 from sae_training.machine.phases import phase
@@ -25,7 +26,13 @@ from sae_training.report.in_words import dead_window, to_record
 from sae_training.report.run_page import write_report
 from sae_training.report.summary import summary
 from sae_training.run.remarks import what_is_wrong
-from sae_training.run.save import delete_extra, is_of_one_alone, save_weights_folder, saved_now
+from sae_training.run.save import (
+    delete_extra,
+    is_of_one_alone,
+    once_there_is_room,
+    save_weights_folder,
+    saved_now,
+)
 from sae_training.run.state import Member, Run, check_finite
 from sae_training.run.watch import evaluate_now, is_evaluated, log_sparsity
 from sae_training.training.schedules import due
@@ -46,7 +53,8 @@ def finish(run: Run) -> None:
         evaluations[member.name] = evaluation = recorded(run, member, figures)
         member.trainer.sae.eval()
         if member in run.recorded:
-            save_weights_folder(member, member.folder / FINAL, evaluation, aliases=("final_model",))
+            folder = member.folder / FINAL
+            once_there_is_room(run, partial(save_weights_folder, member, folder, evaluation, aliases=("final_model",)))
     evaluations = together(evaluations)
     evaluations = {name: evaluations[name] for name in run.names if name in evaluations}
     if is_several(run.cfg) and is_first():
@@ -99,7 +107,7 @@ def write_final_of_several(run: Run, evaluations: dict[str, dict[str, Any]]) -> 
 
 
 def report(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:
-    """Write report.html, unless a stop is asked for.
+    """Write report.html, unless a stop is asked for or the disk is full.
 
     Of several autoencoders it is a comparison, in place of a page of curves for each, which would take a second and
     5 MB; the command `report` draws one when it is asked for.
@@ -109,5 +117,5 @@ def report(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:
         stop_point()
         with phase("report"):
             write_comparison(path, evaluations) if is_several(run.cfg) else write_report(path)
-    except StopAsked:
+    except (StopAsked, NotEnoughDisk):
         tqdm.write(f"The run is finished, without {REPORT_FILE}, which this draws: {command('report', path)}")

@@ -9,15 +9,18 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from sae_training.config.io import config_to_dict
 from sae_training.formats import pieces
 from sae_training.formats.native import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE
 from sae_training.formats.run_files import EVALUATION_FILE
 from sae_training.machine.files import (
+    NotEnoughDisk,
     disk_named,
     flush_to_disk,
     flush_tree_to_disk,
@@ -25,6 +28,7 @@ from sae_training.machine.files import (
     write_safetensors,
     write_text,
 )
+from sae_training.machine.interrupt import stop_point
 from sae_training.machine.phases import phase
 from sae_training.parallel.ranks import (
     is_everyones,
@@ -39,6 +43,9 @@ from sae_training.parallel.ranks import (
 from sae_training.parallel.shard import Shard
 from sae_training.run import checkpoint
 from sae_training.run.state import Member, Run, check_finite
+
+WAIT_FOR_ROOM = 600.0  # seconds
+TRY_EVERY = 10.0
 
 STORE = "store"  # the part of a checkpoint that the store is; of other ranks than the first store-1, store-2, ...
 
@@ -204,6 +211,27 @@ def saved_note(run: Run) -> str:
     )
 
 
+def once_there_is_room(run: Run, write: Callable[[], None]) -> None:
+    """Write what a run cannot do without. While the disk is full it waits, at most WAIT_FOR_ROOM, unless it is stopped.
+
+    One of several processes does not wait: the others would not know.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            return write()
+        except NotEnoughDisk as error:
+            waited = time.monotonic() - began
+            if n_ranks() > 1 or waited >= WAIT_FOR_ROOM:
+                raise
+            if waited < TRY_EVERY:
+                tqdm.write(f"{error} Waiting for room, at most {WAIT_FOR_ROOM / 60:.0f} minutes.")
+            run.write_status("training")
+        for _ in range(int(TRY_EVERY / 0.1)):
+            stop_point()
+            time.sleep(0.1)
+
+
 def save_weights_folder(
     member: Member, folder: Path, evaluation: Mapping[str, Any] | None = None, aliases: tuple[str, ...] = ()
 ) -> None:
@@ -234,14 +262,19 @@ def save_weights_folder(
         os.replace(partial, folder)
         flush_to_disk(folder.parent)
 
-    if shard.is_all:
-        begin()
-        complete()
-    else:
-        fill = functools.partial(pieces.fill, partial / WEIGHTS_FILE, weights, shard) if member.is_written else None
-        first, last = (begin, complete) if member.is_recorded else (None, None)
-        with disk_named(partial.parent):
-            checkpoint.one_after_another(first, fill, last)
+    try:
+        if shard.is_all:
+            begin()
+            complete()
+        else:
+            fill = functools.partial(pieces.fill, partial / WEIGHTS_FILE, weights, shard) if member.is_written else None
+            first, last = (begin, complete) if member.is_recorded else (None, None)
+            with disk_named(partial.parent):
+                checkpoint.one_after_another(first, fill, last)
+    except BaseException:
+        if member.is_recorded:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
     name = member.trainer.sae.get_name()
     files, sparsity = [folder / WEIGHTS_FILE, folder / CONFIG_FILE], [folder / SPARSITY_FILE]

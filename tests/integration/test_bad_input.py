@@ -24,6 +24,7 @@ from sae_training import cli
 from sae_training.activations_store.cache_writer import CacheWriter
 from sae_training.config.io import config_to_dict
 from sae_training.run import checkpoint
+from sae_training.run.folder import RunFolder
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training.trainer import SAETrainer, StepResult
 
@@ -283,6 +284,7 @@ def test_disk_that_fills_up_loses_a_checkpoint_but_not_the_run(
 def test_disk_without_room_for_the_final_weights_is_told_and_the_run_can_be_finished_later(
     train: Train, small_disk: Mount, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sae_training.run.save.WAIT_FOR_ROOM", 0.0)
     disk = small_disk(40)
     filler = disk / "somebody elses"
 
@@ -299,6 +301,27 @@ def test_disk_without_room_for_the_final_weights_is_told_and_the_run_can_be_fini
     filler.unlink()
     assert train("--run-dir", str(disk)).code == 0
     assert (disk / "run" / "final" / "sae.safetensors").is_file()
+
+
+def test_a_run_waits_for_room_for_what_it_cannot_do_without(
+    train: Train, small_disk: Mount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = small_disk(40)
+    filler = disk / "somebody elses"
+
+    def free(self: RunFolder, state: str, **figures: object) -> None:
+        """Make room when the run first says how it is while it waits: training is over by then."""
+        if figures["step"] == 12:
+            filler.unlink(missing_ok=True)
+
+    monkeypatch.setattr("sae_training.run.save.TRY_EVERY", 0.2)
+    with monkeypatch.context() as patch:
+        at_step(11, lambda: filler.write_bytes(bytes(shutil.disk_usage(disk).free - 2**19)), patch)
+        patch.setattr(RunFolder, "write_status", free)
+        answer = train("--run-dir", str(disk), "--checkpoint-every-steps", "4", "--n-checkpoints", "1")
+    assert answer.code == 0, answer.said
+    assert "Waiting for room, at most 10 minutes." in answer.said
+    assert (disk / "run" / "final" / "sae.safetensors").is_file() and not list(disk.rglob("*.tmp"))
 
 
 def fill(disk: Path) -> None:
@@ -318,6 +341,7 @@ def text_file(tmp_path: Path) -> Path:
 def test_disk_without_room_for_a_row_of_metrics_names_the_folder_and_how_to_go_on(
     train: Train, small_disk: Mount, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sae_training.run.save.WAIT_FOR_ROOM", 0.0)
     disk = small_disk(40)
     words = ("--run-dir", str(disk), "--run-name", "one & two #3", "--checkpoint-every-steps", "4")
     with monkeypatch.context() as patch:
