@@ -47,9 +47,12 @@ def disk_named(*folders: Path, then: str | None = None) -> Iterator[None]:
         if (why := why_full(error)) is None:
             raise
         folder = min(folders, key=free_bytes)
+        free = f"{megabytes(free_bytes(folder))} are free"
+        if has_no_inodes(folder):
+            free += ", but no entry for another file (inodes)"
         told = NotEnoughDisk(
-            f"{folder}: {why}, {megabytes(free_bytes(folder))} are free; delete what is no longer needed there (old "
-            "runs, checkpoints, caches), or write to another disk."
+            f"{folder}: {why}, {free}; delete what is no longer needed there (old runs, checkpoints, caches), or write "
+            "to another disk."
         )
         if then is not None:
             told.add_note(then)
@@ -146,6 +149,14 @@ def check_free_disk(folder: Path, n_bytes: int, what: str = "a checkpoint needs"
 def free_bytes(folder: Path) -> int:
     """Return how much room there is on the disk of `folder`, which need not exist yet."""
     return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+
+
+def has_no_inodes(folder: Path) -> bool:
+    """Return whether the disk of `folder` takes no more files, however small."""
+    if not hasattr(os, "statvfs"):  # Windows
+        return False
+    found = os.statvfs(next(p for p in (folder, *folder.absolute().parents) if p.exists()))
+    return found.f_files > 0 and found.f_favail == 0
 
 
 def megabytes(n_bytes: int) -> str:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class InUse(OSError):
@@ -14,12 +18,23 @@ class InUse(OSError):
 
 
 def exclusive(path: Path, busy: Callable[[], str]) -> FileLock:
-    """Take the lock of the file `path`, until its `release()`. Raise InUse(busy()) if another process has it."""
+    """Take the lock of the file `path`, until its `release()`. Raise InUse(busy()) if another process has it.
+
+    On a file system without locks (some of NFS) a warning takes the place of the lock.
+    """
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise InUse(busy()) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warnings.warn(
+            f"{path.parent}: this file system has no locks ({error.strerror}), so nothing keeps a second process from "
+            "writing there; start one at a time",
+            stacklevel=2,
+        )
     return lock
 
 

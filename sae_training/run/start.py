@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,14 @@ from tqdm import tqdm
 from sae_training import formats
 from sae_training.activations_store import ActivationsStore
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.config.io import config_to_dict
+from sae_training.config.io import WATCHING_FIELDS, config_differences, config_from_dict, config_to_dict
 from sae_training.config.sweep import is_several
 from sae_training.config.types import FIXED_K, ONLY_LOADED
 from sae_training.formats import pieces
+from sae_training.formats.native import CONFIG_FILE
 from sae_training.language_model.load import LanguageModel, fingerprint
 from sae_training.language_model.sites import Sites
+from sae_training.machine.paths import PATH_FIELDS
 from sae_training.machine.phases import phase
 from sae_training.parallel.division import Division
 from sae_training.parallel.ranks import of_all, raised_together
@@ -81,6 +84,7 @@ def open_run(
             members.append(Member(name, single, path, sites, store, trainers[name], logger, failure, part.is_recorder))
         for member in members:
             if latest:
+                check_same_run(latest, member)
                 read = partial(checkpoint.read_part, latest, shard=member.shard)
                 sae, trainer = (read(member.part(name)) for name in ("sae", "trainer"))
                 member.trainer.load_state_dict({"weights": sae, **trainer})
@@ -132,6 +136,22 @@ def open_logger(
     return RunLogger(
         path, config=config_to_dict(cfg), wandb=wandb, resume_at=resume_at, beside=first, notify=tqdm.write
     )
+
+
+# Of an autoencoder's config in a checkpoint; where batches are scaled, it is that of weights for raw activations.
+DIFFER_IN_A_CHECKPOINT = (*WATCHING_FIELDS, *PATH_FIELDS, "normalize_activations")
+
+
+def check_same_run(latest: Path, member: Member) -> None:
+    """Raise ValueError if the checkpoint is that of a run with another config, which somebody has copied here."""
+    if not member.is_recorded:
+        return
+    saved = config_from_dict(json.loads((latest / member.part(CONFIG_FILE)).read_text(encoding="utf-8")))
+    if differences := config_differences(saved, member.cfg, ignore=DIFFER_IN_A_CHECKPOINT):
+        lines = [
+            f"  {name}: {old!r} in the checkpoint, {new!r} in this run" for name, (old, new) in differences.items()
+        ]
+        raise ValueError("\n".join([f"{latest}: is a checkpoint of another run; move it away.", *lines]))
 
 
 def check_same_language_model(expected: str, model: LanguageModel, latest: Path) -> None:

@@ -8,6 +8,7 @@ Every row is checked when it is read, because the types of a column are known fr
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -75,6 +76,11 @@ class Given(NamedTuple):
             return cause
         where = f" at {place}" if place else ""
         advice = "check the data, or open it with datasets.load_dataset and pass the object"
+        if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            advice = (
+                "if that is where Hugging Face keeps its files (~/.cache/huggingface), set HF_HOME to a folder you may "
+                "write to"
+            )
         if isinstance(cause, UnicodeDecodeError):
             advice = "save the text as UTF-8 (iconv -f utf-16 -t utf-8, for instance)"
         what = f"({type(cause).__name__}: {first_line(cause)})"

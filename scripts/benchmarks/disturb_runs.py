@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ COMMANDS = {
     "two layers": ["sae_training", "train", "demo", "demo", "--layers", "0,1", "--hook_point"]
     + ["blocks.{layer}.hook_resid_post", *TRAINED],
     "cache": ["sae_training", "cache", "demo", "demo", "--hook_point", "blocks.1.hook_resid_post", "--form", "both"]
-    + ["--total_training_tokens", "200_000", "--context_size", "64", "--store_batch_size", "8"]
+    + ["--total_training_tokens", "120_000", "--context_size", "64", "--store_batch_size", "8"]
     + ["--cached_activations_path", "run"],
     "analysis": ["sae_analysis", "build", "run", "--tokens", "60_000"],
 }
@@ -56,7 +57,7 @@ DRAWN = ["train", "train", "train", "two layers", "cache", "analysis"]
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "hangup": signal.SIGHUP}
 MOUNTED = ["full disk", "power cut"]
 LEFT = ("metrics.jsonl", "evaluation.json", "*.safetensors", "*.sqlite")
-DISK_MEGABYTES = 256
+DISK_MEGABYTES = 512
 SECONDS_TO_END = 300.0
 
 
@@ -114,7 +115,11 @@ class Disk:
         subprocess.run(["mount", "-o", options, str(self.image), str(self.place)], check=True, capture_output=True)
 
     def unmount(self) -> None:
-        subprocess.run(["umount", str(self.place)], check=True)
+        for _ in range(100):  # the last of a killed job's processes may still be on the way out
+            if subprocess.run(["umount", str(self.place)], capture_output=True, check=False).returncode == 0:
+                return
+            time.sleep(0.1)
+        raise SystemExit(f"{self.place}: is still in use")
 
     def fill(self) -> Path:
         filler = self.place / "somebody elses"
@@ -198,6 +203,7 @@ def prepare(kind: str, folder: Path, place: Path) -> None:
         if (job := Job("train", trained)).process.wait():
             raise SystemExit(job.said.read_text(encoding="utf-8"))
     shutil.copytree(trained / "run", place / "run")
+    os.sync()
 
 
 def disturbed(
@@ -270,7 +276,7 @@ def of_file(path: Path) -> str:
 def tables(path: Path) -> str:
     """Return one hash of all rows of a database."""
     digest = hashlib.sha256()
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
         for (name,) in database.execute("select name from sqlite_master where type = 'table' order by name").fetchall():
             for row in database.execute(f'select * from "{name}" order by 1, 2'):  # noqa: S608 - its own names
                 digest.update(repr((name, row)).encode())

@@ -24,7 +24,6 @@ from sae_training import cli
 from sae_training.activations_store.cache_writer import CacheWriter
 from sae_training.config.io import config_to_dict
 from sae_training.run import checkpoint
-from sae_training.run.folder import RunFolder
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training.trainer import SAETrainer, StepResult
 
@@ -309,15 +308,10 @@ def test_a_run_waits_for_room_for_what_it_cannot_do_without(
     disk = small_disk(40)
     filler = disk / "somebody elses"
 
-    def free(self: RunFolder, state: str, **figures: object) -> None:
-        """Make room when the run first says how it is while it waits: training is over by then."""
-        if figures["step"] == 12:
-            filler.unlink(missing_ok=True)
-
-    monkeypatch.setattr("sae_training.run.save.TRY_EVERY", 0.2)
+    monkeypatch.setattr("sae_training.run.save.TRY_EVERY", 0.1)
     with monkeypatch.context() as patch:
         at_step(11, lambda: filler.write_bytes(bytes(shutil.disk_usage(disk).free - 2**19)), patch)
-        patch.setattr(RunFolder, "write_status", free)
+        patch.setattr("sae_training.run.save.stop_point", filler.unlink)  # once it waits
         answer = train("--run-dir", str(disk), "--checkpoint-every-steps", "4", "--n-checkpoints", "1")
     assert answer.code == 0, answer.said
     assert "Waiting for room, at most 10 minutes." in answer.said

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -66,3 +68,14 @@ def test_folder_is_refused_while_another_process_holds_it_and_free_once_that_is_
     finally:
         holder.kill()
         holder.communicate()
+
+
+def test_without_locks_a_run_goes_on_with_a_warning(
+    small_config: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match="no locks .No locks available.*start one at a time"):
+        RunFolder(tmp_path / "run", small_config()).release()

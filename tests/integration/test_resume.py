@@ -222,3 +222,24 @@ def test_kill_before_the_first_checkpoint_starts_again_from_the_beginning(
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert_same_run(uninterrupted, run)
+
+
+def test_a_checkpoint_of_another_run_is_told(small_config: Any, demo_model: Any, tmp_path: Path) -> None:
+    def checkpoint_of(seed: int) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sae_training.lm_runner.finish", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run_config(small_config(run_name=str(seed), seed=seed, checkpoint_every_steps=4), demo_model)
+        return tmp_path / "runs" / str(seed) / "checkpoints"
+
+    one, other = checkpoint_of(1), checkpoint_of(2)
+    shutil.rmtree(one)
+    shutil.copytree(other, one)
+    with pytest.raises(
+        ValueError, match=r"is a checkpoint of another run; move it away.\n  seed: 2 there, 1 in this run"
+    ):
+        resume_run(one.parent)
+
+
+def interrupt(run: Any) -> None:
+    raise KeyboardInterrupt

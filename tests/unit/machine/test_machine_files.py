@@ -133,3 +133,18 @@ def test_state_of_a_checkpoint_names_the_folder(full: tuple[Path, Fill], monkeyp
     with pytest.raises(NotEnoughDisk, match=told(disk / "checkpoints")):
         save_checkpoint(disk / "checkpoints", 1, {"a": {"b": "c" * 100_000}}, {}, {})
     assert not list((disk / "checkpoints").glob("*"))
+
+
+def test_a_disk_without_inodes_is_called_that(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=3", "tmpfs", str(disk)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
+    try:
+        with pytest.raises(NotEnoughDisk, match=r"1 MiB are free, but no entry for another file \(inodes\)"):
+            for number in range(4):
+                write_text(disk / f"{number}.json", "{}")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

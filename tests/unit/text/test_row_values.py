@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from sae_training.text.documents import Documents
 from sae_training.text.open import open_documents
-from sae_training.text.row_values import BadData, WrongValue, describe, documents_in
+from sae_training.text.row_values import BadData, Given, WrongValue, describe, documents_in
 
 # What a user could write in a column of text, and what its documents are; None where the row is bad.
 
@@ -202,3 +203,8 @@ def test_messages_may_be_those_of_sharegpt_or_json_or_hold_nones() -> None:
     for value in (conversation, sharegpt, filled_in, json.dumps(conversation)):
         assert documents_in(value, "chat") == [conversation]
     assert documents_in(None, "chat") == documents_in([], "chat") == []
+
+
+def test_a_cache_of_hugging_face_that_cannot_be_written_is_said() -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", "/nobody/.cache")
+    assert "set HF_HOME to a folder you may write to" in str(Given("dataset_path", "demo").unreadable(error))
