@@ -57,7 +57,8 @@ def attach(job: Job) -> None:
     command = ["tmux", "-S", server, "switch-client" if is_inside else "attach-session", "-t", pane]
     environment = {name: value for name, value in os.environ.items() if is_inside or name != "TMUX"}
     if code := subprocess.call(command, env=environment):
-        raise OSError(f"{job.name}: {shlex.join(command)} ended with exit code {code}.")
+        follows = f"sae-training logs -f {called(job)}"
+        raise OSError(f"{job.name}: {shlex.join(command)} ended with exit code {code}; this follows the run: {follows}")
 
 
 def stop(job: Job, at_once: bool) -> str:
