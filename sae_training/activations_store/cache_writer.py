@@ -52,6 +52,7 @@ from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInter
 from sae_training.machine.paths import same_or_moved
 from sae_training.machine.phases import phase, progress_bar
 from sae_training.machine.precision import dtype_name
+from sae_training.machine.run_files import HOLDER_FILE, LOG_FILE, STATUS_FILE
 from sae_training.parallel.ranks import (
     agree_on_stops,
     check_all_see,
@@ -120,8 +121,9 @@ class CacheWriter:
                     "path, or the old values."
                 )
             return found
-        # A process that was killed while it wrote the first manifest leaves a part of that.
-        if self.folder.exists() and any(path.name != f"{MANIFEST}.tmp" for path in self.folder.iterdir()):
+        # A process that was killed while it wrote the first manifest leaves a part of that, and its record.
+        left = (MANIFEST, HOLDER_FILE, STATUS_FILE, LOG_FILE)
+        if self.folder.exists() and any(path.name.removesuffix(".tmp") not in left for path in self.folder.iterdir()):
             raise ValueError(
                 f"cached_activations_path: {self.folder} is not empty and holds no cache; give an empty or new folder."
             )
