@@ -136,7 +136,9 @@ def list_runs(verb: Runs) -> None:
             if verb.json:
                 text = json.dumps([job.in_json() for job in jobs], indent=None if verb.watch else 1) + "\n"
             elif jobs:
-                text = table(jobs, shutil.get_terminal_size().columns if is_screen else None)
+                columns, lines = shutil.get_terminal_size()
+                shown = jobs[: max(1, lines - 2)] if is_screen and verb.watch else jobs
+                text = table(shown, columns if is_screen else None)
             else:
                 text = f"There are no runs in {verb.run_dir}.\n"
             sys.stdout.write(CLEARED * (is_screen and verb.watch) + text)

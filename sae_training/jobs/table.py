@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import calendar
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae_training.jobs.found import Job
 
 HEADINGS = ("kind", "name", "state", "step", "tokens/s", "ETA", "EV", "L0", "dead", "since")
 LEFT = ("kind", "name", "state", "since")  # the others are numbers
+LEFT_OUT = ("since", "tokens/s", "dead", "L0", "ETA", "EV")  # one after the other, where they do not fit
 SHORTEST_NAME = 12
 
 
 def table(jobs: Sequence[Job], width: int | None = None) -> str:
-    """Return the jobs, a line each. `width`: of a terminal, to which the names are shortened."""
+    """Return the jobs, a line each. `width`: of a terminal, for which names are shortened and columns left out."""
     rows = [HEADINGS, *map(row, jobs)]
-    widths = [max(len(line[column]) for line in rows) for column in range(len(HEADINGS))]
+    widths = {heading: max(len(cells[i]) for cells in rows) for i, heading in enumerate(HEADINGS)}
     if width is not None:
-        excess = sum(widths) + 2 * (len(widths) - 1) - width
-        widths[1] = max(min(widths[1], SHORTEST_NAME), widths[1] - max(0, excess))
-    return "".join(line_of(cells, widths) for cells in rows)
+        excess = 0
+        for heading in ("", *LEFT_OUT):
+            widths.pop(heading, None)
+            excess = sum(widths.values()) + 2 * (len(widths) - 1) - width
+            if excess <= max(0, widths["name"] - SHORTEST_NAME):
+                break
+        widths["name"] = max(min(widths["name"], SHORTEST_NAME), widths["name"] - max(0, excess))
+    return "".join(line_of(dict(zip(HEADINGS, cells, strict=True)), widths) for cells in rows)
 
 
-def line_of(cells: Sequence[str], widths: Sequence[int]) -> str:
+def line_of(cells: Mapping[str, str], widths: Mapping[str, int]) -> str:
     kept = [
-        f"{middle_out(cell, n):<{n}}" if heading in LEFT else f"{cell:>{n}}"
-        for cell, n, heading in zip(cells, widths, HEADINGS, strict=True)
+        f"{middle_out(cells[name], n):<{n}}" if name in LEFT else f"{cells[name]:>{n}}" for name, n in widths.items()
     ]
     return "  ".join(kept).rstrip() + "\n"
 

@@ -175,7 +175,11 @@ def test_the_table() -> None:
     found = shown[2].split(maxsplit=5)
     assert found[:5] == ["train", "b", "training", "1,200/46,875", "2,552"]
     assert found[5].split() == ["1", "h", "2", "min", "0.710-0.857", "32.0", "1,234", "-"]
-    assert all(len(line) <= 90 for line in table([job], width=90).splitlines())
+    for width in (200, 100, 90, 50):
+        narrow = table([job, type(job)("b", ROOT, "train", "training", "", "", status, None)], width).splitlines()
+        assert all(len(line) <= width for line in narrow)
+        assert narrow[0].split()[:4] == ["kind", "name", "state", "step"]
+        assert ("since" in narrow[0], "EV" in narrow[0]) == (width > 90, width > 50)
     assert middle_out("abcdefghij", 7) == "abc..ij"
     assert [duration(s) for s in (59, 605, 3600, 200_000)] == ["0:59", "10 min", "1 h 0 min", "2 d 7 h"]
 
