@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Unpack
@@ -54,11 +54,15 @@ from sae_training.parallel.ranks import (
     rank,
     wait_for_all,
 )
+from sae_training.run.record import Record
 from sae_training.utils import Session
 
 PACKAGE = Path(__file__).parent
 
 SAVE_EVERY = 60.0  # seconds
+
+Tell = Callable[[int, int, int], None]
+"""Takes how many contexts are done, of how many, and the tokens of each."""
 
 
 @counted_phases()
@@ -128,10 +132,15 @@ def build_all(build: Build, effects: int | Sequence[int], anew: bool) -> dict[st
         if anew:
             of_first(build.forget)
         try:
-            build.run()
-            store.text.say_skipped()
-            for subject in subjects:
-                add_effects(subject, store, effects)
+            is_there = build.is_there()
+            if not is_there:
+                with phase("reading the text"):
+                    build.go_on()
+            with Record(folder, "build") as record:  # once it is clear that it is no other build's folder
+                build.run(is_there, record.progress)
+                store.text.say_skipped()
+                for subject in subjects:
+                    add_effects(subject, store, effects)
         except StopAsked:
             assert stop.signal is not None
             raise TrainingInterrupted(
@@ -187,16 +196,20 @@ class Build:
 
     # ------------------------------------------------------------------------------------------------------ the build
 
-    def run(self) -> None:
-        """Make the pass, or the rest of it, and write what was found."""
-        if of_first(lambda: all([self.is_written(subject) for subject in self.subjects])):
+    def is_there(self) -> bool:
+        """Return whether all analyses are written. ValueError if there are some with other settings."""
+        return of_first(lambda: all([self.is_written(subject) for subject in self.subjects]))
+
+    def run(self, is_there: bool, tell: Tell) -> None:
+        """Make the pass, or the rest of it, and write what was found, unless it `is_there`; `tell` how far it is."""
+        n = self.corpus.n_contexts
+        tell(n if is_there else self.corpus.done, n, self.context_size)
+        if is_there:
             tqdm.write(f"{self.folder.parent}: this analysis is there already.")
             return
-        with phase("reading the text"):
-            self.go_on()
         with phase("analysis", has_bar=True):
             try:
-                self.make_pass()
+                self.make_pass(tell)
             except StopAsked:  # between two batches
                 self.save()
                 raise
@@ -209,7 +222,7 @@ class Build:
             while not agree_on_stops():  # the first is writing
                 stop_point()
 
-    def make_pass(self) -> None:
+    def make_pass(self, tell: Tell) -> None:
         corpus = self.corpus
         per_context = self.context_size
         bar = progress_bar("analysis", corpus.n_contexts * per_context, "tokens", corpus.done * per_context)
@@ -228,6 +241,7 @@ class Build:
                 if ids is not None:
                     ids.writelines(of_pass for _, of_pass in tokens)
                 bar.update((corpus.done - before) * per_context)
+                tell(corpus.done, corpus.n_contexts, per_context)
                 if agree_on_stops(is_first() and time.monotonic() - saved > SAVE_EVERY):
                     if ids is not None:
                         ids.flush()

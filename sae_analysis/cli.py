@@ -16,7 +16,10 @@ from sae_training.cli import registry
 from sae_training.config.checks import field_types
 from sae_training.config.left_out import Placed
 from sae_training.config.values import in_one_word
+from sae_training.flags import Detach
+from sae_training.jobs.detach import Wanted, detach
 from sae_training.machine.console import exit_code
+from sae_training.machine.log import is_detached, told_to_log
 from sae_training.machine.phases import counted_phases, is_speaker, phase, say
 from sae_training.machine.terminal import lasting
 
@@ -32,7 +35,7 @@ class Common:
 
 
 @dataclass(kw_only=True)
-class Build(Placed, Common):
+class Build(Placed, Detach, Common):
     """Analyse the latents of an autoencoder, in one pass over a text.
 
     The result is analysis/analysis.sqlite in the run's folder, or in runs/NAME for the files of another program; flags
@@ -85,7 +88,8 @@ VERBS: dict[str, type[Any]] = {"build": Build, "export": Export}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; wrong flags leave through SystemExit(2)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    return exit_code(argv, lambda: run_verb(parse(argv)))
+    with told_to_log(["sae-analysis", *argv]):
+        return exit_code(argv, lambda: run_verb(parse(argv), argv))
 
 
 def parse(argv: Sequence[str]) -> Verb:
@@ -103,13 +107,24 @@ def parse(argv: Sequence[str]) -> Verb:
     )
 
 
-def run_verb(verb: Verb) -> None:
-    """Carry out a command, and say how long each phase took."""
+def run_verb(verb: Verb, argv: Sequence[str]) -> None:
+    """Carry out a command, and say how long each phase took; or start it as a job of its own."""
+    if isinstance(verb, Detach) and verb.detach and not is_detached():
+        sys.stdout.write(detach(job_of(verb), "sae_analysis", argv))
+        return
     with lasting() if isinstance(verb, Build) else nullcontext(), counted_phases() as phases:
         carry_out(verb)
         if is_speaker():
             sys.stdout.flush()  # has the result, which scripts read; so the times go to stderr, after it
             say(phases.line())
+
+
+def job_of(build: Build) -> Wanted:
+    """Return the job that the command is, for `--detach`."""
+    from sae_analysis.places import ANALYSIS_FOLDER, folder_of
+
+    folder = (build.output or folder_of(Path(build.run))).absolute()
+    return Wanted("build", f"{folder.name}-{ANALYSIS_FOLDER}", folder.parent, folder / ANALYSIS_FOLDER)
 
 
 def carry_out(verb: Verb) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sae_training.formats.found import ENDINGS, without_ending
-from sae_training.formats.run_files import CHECKPOINTS, FINAL, SNAPSHOTS
+from sae_training.machine.run_files import CHECKPOINTS, FINAL, SNAPSHOTS
 from sae_training.run.folder import is_run_folder
 
 ANALYSIS_FOLDER = "analysis"

@@ -25,6 +25,7 @@ from sae_training.machine.phases import counted_phases, phase
 from sae_training.machine.terminal import lasting
 from sae_training.parallel.agreement import check_alike, code
 from sae_training.parallel.ranks import is_first, joined, n_ranks
+from sae_training.run.record import Record
 
 
 @lasting()
@@ -58,7 +59,9 @@ def write_cache(cfg: CacheActivationsRunnerConfig, model: LanguageModel | None, 
         disk_named(folder, then=then),
         StopRequest(tqdm.write, by_agreement=n_ranks() > 1) as stop,
     ):
-        CacheWriter(cfg, folder, store, origin(source, lm, store.text.n_held_out)).write(stop)
+        writer = CacheWriter(cfg, folder, store, origin(source, lm, store.text.n_held_out))
+        with Record(folder, "cache") as record:
+            writer.write(stop, record.progress)
     store.text.say_skipped()
     tqdm.write(phases.line())
     return folder

@@ -1,12 +1,15 @@
 """The command line: `sae-training train | resume | eval | report | cache | pretokenize | toy | inspect | plan`.
 
-tyro turns the config's fields into flags, `config.values` reads their values. Parsing is apart from doing: `parse` and
-`parse_train` give values, `main` acts on them. The modules that do the work are imported only inside the verb that
-needs them, because torch takes over a second to import and `--help` should answer at once.
+`runs | attach | logs | stop | rm | completion`, the verbs over jobs, are in `jobs_verbs.py`. tyro turns the config's
+fields into flags, `config.values` reads their values. Parsing is apart from doing: `parse` and `parse_train` give
+values, `main` acts on them. The modules that do the work are imported only inside the verb that needs them, because
+torch takes over a second to import and `--help` should answer at once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -37,9 +40,14 @@ from sae_training.config.values import (
     without_retired_flags,
     written,
 )
-from sae_training.flags import RECIPE, Common, ConfigFile, ModelAndText, hiding, train_defaults, with_words
+from sae_training.flags import RECIPE, Common, ConfigFile, Detach, ModelAndText, hiding, train_defaults, with_words
+from sae_training.jobs.detach import Wanted, detach
+from sae_training.jobs.found import RUN_DIR
+from sae_training.jobs_verbs import JobVerb, carry_out_job_verb, in_long
 from sae_training.machine.console import exit_code
+from sae_training.machine.log import is_detached, told_to_log
 from sae_training.machine.phases import counted_phases, is_speaker, phase, say
+from sae_training.machine.run_files import RUN_CONFIG_FILE
 from sae_training.machine.terminal import lasting
 from sae_training.plan_verb import Plan, config_first, planned
 
@@ -48,7 +56,7 @@ RunFolder = Annotated[Path, Positional, arg(metavar="RUN")]
 
 @hiding(Origin)  # which training takes no other values of than the defaults
 @dataclass(kw_only=True)
-class Train(LanguageModelSAERunnerConfig, ModelAndText, Common, ConfigFile):
+class Train(LanguageModelSAERunnerConfig, ModelAndText, Detach, Common, ConfigFile):
     """Train a sparse autoencoder on the activations of a language model.
 
     The defaults are the recommended recipe: TopK with AuxK, d_in from the model, learning rate and warm-up by measured
@@ -64,14 +72,14 @@ class Train(LanguageModelSAERunnerConfig, ModelAndText, Common, ConfigFile):
 
 
 @dataclass(kw_only=True)
-class Resume(Common):
+class Resume(Detach, Common):
     """Go on with an interrupted run.
 
     What it reads may lie elsewhere now, under other names: it must be the same model and the same text.
     """
 
     run: RunFolder
-    """Run folder."""
+    """Run folder, or its name in runs/."""
 
     model_name: str | None = None
     """Language model, if it has another name or path here."""
@@ -109,7 +117,7 @@ class Report(Common):
 
 
 @dataclass(kw_only=True)
-class Cache(CacheActivationsRunnerConfig, ModelAndText, Common):
+class Cache(CacheActivationsRunnerConfig, ModelAndText, Detach, Common):
     """Write activations to disk, for `train --use-cached-activations True --cached-activations-path FOLDER`.
 
     Without special tokens (BOS), as in the recipe of `train`. The same command goes on with an unfinished cache.
@@ -120,7 +128,7 @@ class Cache(CacheActivationsRunnerConfig, ModelAndText, Common):
 
 
 @dataclass(kw_only=True)
-class Pretokenize(Common):
+class Pretokenize(Detach, Common):
     """Tokenise a data set once, into a local folder that `train` and `cache` take as DATASET."""
 
     model: Annotated[str, Positional, arg(metavar="MODEL")]
@@ -177,17 +185,25 @@ class Inspect(LeftOut, Common):
     """Print one JSON object."""
 
 
-Verb = Train | Resume | Eval | Report | Cache | Pretokenize | Toy | Inspect | Plan
+OwnVerb = Train | Resume | Eval | Report | Cache | Pretokenize | Toy | Inspect | Plan
+Verb = OwnVerb | JobVerb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; wrong flags leave through SystemExit(2)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    return exit_code(argv, lambda: run_verb(parse(argv)))
+    with told_to_log(["sae-training", *argv]):
+        return exit_code(argv, lambda: run_verb(parse(argv), argv))
 
 
-def run_verb(verb: Verb) -> None:
-    """Carry out a command, and say how long each phase took."""
+def run_verb(verb: Verb, argv: Sequence[str]) -> None:
+    """Carry out a command, and say how long each phase took; or start it as a job of its own."""
+    if isinstance(verb, JobVerb):
+        carry_out_job_verb(verb, completion_of_flags)
+        return
+    if isinstance(verb, Detach) and verb.detach and not is_detached():
+        sys.stdout.write(detach(job_of(verb), "sae_training", argv))
+        return
     is_job = isinstance(verb, Train | Resume | Cache | Pretokenize | Toy)
     with lasting() if is_job else nullcontext(), counted_phases() as phases:
         carry_out(verb)
@@ -196,7 +212,7 @@ def run_verb(verb: Verb) -> None:
             say(phases.line())
 
 
-def carry_out(verb: Verb) -> None:
+def carry_out(verb: OwnVerb) -> None:
     match verb:
         case Train():
             with phase("starting"):
@@ -205,7 +221,7 @@ def carry_out(verb: Verb) -> None:
         case Resume():
             with phase("starting"):
                 from sae_training.lm_runner import resume_run
-            resume_run(verb.run, **elsewhere(verb))
+            resume_run(folder_of(verb.run), **elsewhere(verb))
         case Eval():
             with phase("starting"):
                 from sae_training.run.evals import evaluate_run
@@ -220,11 +236,9 @@ def carry_out(verb: Verb) -> None:
         case Cache():
             with phase("starting"):
                 from sae_training.cache_activations_runner import cache_activations_runner
-            names = field_types(CacheActivationsRunnerConfig)
-            values = with_words({name: getattr(verb, name) for name in names}, verb)
-            written = cache_activations_runner(CacheActivationsRunnerConfig(**values))
+            folder = cache_activations_runner(cache_config_of(verb))
             if is_speaker():
-                sys.stdout.write(f"{written}\n")
+                sys.stdout.write(f"{folder}\n")
         case Pretokenize():
             with phase("starting"):
                 from sae_training.pretokenize import pretokenize
@@ -254,6 +268,7 @@ VERBS: dict[str, type[Any]] = {cls.__name__.lower(): cls for cls in typing.get_a
 def parse(argv: Sequence[str]) -> Verb:
     """Return the command that the words say; wrong words leave through SystemExit(2)."""
     name, *words = argv or ["--help"]
+    words = in_long(words) if name == "logs" else words
     if cls := VERBS.get(name):
         types = field_types(cls)
         given, words = words, in_one_word(in_our_names(without_retired_flags(words, cls), types), types)
@@ -309,6 +324,44 @@ def elsewhere(resume: Resume) -> dict[str, Any]:
 
         given["device"] = automatic()
     return given
+
+
+def cache_config_of(cache: Cache) -> CacheActivationsRunnerConfig:
+    """Return the config of a cache that the flags describe, checked."""
+    values = {name: getattr(cache, name) for name in field_types(CacheActivationsRunnerConfig)}
+    return CacheActivationsRunnerConfig(**with_words(values, cache))
+
+
+def folder_of(run: Path) -> Path:
+    """Return the folder of a run, which may be given by its name in runs/."""
+    named = Path(RUN_DIR) / run
+    return named if (named / RUN_CONFIG_FILE).is_file() and not (run / RUN_CONFIG_FILE).is_file() else run
+
+
+def job_of(verb: Detach) -> Wanted:
+    """Return the job that the command is, for `--detach`: the folder of what it will write, as far as it is known."""
+    match verb:
+        case Train():
+            cfg = config_of(verb)
+            name, run_dir = cfg.resolved_run_name.replace("/", "_"), Path(cfg.resolved_run_dir)
+            return Wanted("train", name, run_dir, None if cfg.resume == "never" else run_dir / name)
+        case Resume():
+            folder = folder_of(verb.run).absolute()
+            return Wanted("train", folder.name, folder.parent, folder)
+        case Cache():
+            folder = Path(cache_config_of(verb).cached_activations_path).expanduser().absolute()
+            return Wanted("cache", folder.name, Path(RUN_DIR), folder)
+        case Pretokenize():
+            return Wanted("pretokenize", verb.output.absolute().name, Path(RUN_DIR), None)
+        case _:
+            raise AssertionError(verb)
+
+
+def completion_of_flags(shell: str) -> str:
+    """Return what tyro prints for a shell that completes verbs and flags."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        parse(["--tyro-print-completion", shell])
+    return out.getvalue()
 
 
 def table(values: Mapping[str, object]) -> str:

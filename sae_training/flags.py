@@ -46,6 +46,14 @@ class Common:
 
 
 @dataclass(kw_only=True)
+class Detach:
+    """The flag of verbs that may run without a terminal."""
+
+    detach: bool = False
+    """Go on without this terminal, in tmux if it is there; `sae-training runs` lists it."""
+
+
+@dataclass(kw_only=True)
 class ModelAndText:
     """A language model, a text and layers, as words of their own."""
 

@@ -22,7 +22,6 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.auto import IN_PROPORTION
 from sae_training.config.io import config_to_dict
 from sae_training.config.sweep import is_several, variants, with_layers
-from sae_training.formats.run_files import LOG_FILE, SNAPSHOTS
 from sae_training.language_model.compile import compile_blocks
 from sae_training.language_model.load import LanguageModel, language_model_dtype, model_of
 from sae_training.language_model.sites import find_sites, merged, with_widths
@@ -30,6 +29,7 @@ from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInter
 from sae_training.machine.paths import command, with_absolute_paths
 from sae_training.machine.phases import counted_phases, phase
 from sae_training.machine.precision import encoder_dtype
+from sae_training.machine.run_files import LOG_FILE, SNAPSHOTS
 from sae_training.machine.terminal import lasting, logged_to
 from sae_training.parallel.agreement import check_alike, code
 from sae_training.parallel.deal import Deal

@@ -22,6 +22,7 @@ from sae_training.machine.files import write_text
 from sae_training.machine.paths import absolute
 from sae_training.machine.phases import phase
 from sae_training.machine.terminal import lasting
+from sae_training.run.record import record_of_detached
 from sae_training.text.chat import renderer
 from sae_training.text.documents import Documents
 from sae_training.text.open import open_documents, save_tokenized
@@ -64,17 +65,25 @@ def pretokenize(
             info["probe"] = probe(tokenizer := loaded_tokenizer(model_name))
             info["content"] = opened(tokenizer).fingerprint
         check_same(folder, info)
-        tqdm.write(f"{folder} holds them already.")
+        with record_of_detached("pretokenize"):
+            tqdm.write(f"{folder} holds them already.")
         return folder
     tokenizer = loaded_tokenizer(model_name)
     documents = opened(tokenizer)
     info |= {"probe": probe(tokenizer), "content": documents.fingerprint}
     if documents.is_tokenized:
         raise ValueError(f"dataset_path: {documents.given.name} holds token ids already; train on it as it is.")
+    with record_of_detached("pretokenize"):
+        n_skipped = write_copy(documents, tokenizer, folder, info, n_processes or os.cpu_count() or 1)
+    documents.bad_rows.say_skipped(n_skipped)
+    return folder
+
+
+def write_copy(documents: Documents, tokenizer: Any, folder: Path, info: dict[str, Any], n_processes: int) -> int:
+    """Write the token ids of the documents and `info` to `folder`, or nothing; return how many were skipped."""
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        n_processes = n_processes or os.cpu_count() or 1
         n, n_skipped = save_tokenized(documents, tokenizer_function(tokenizer), partial, n_processes)
         counts = {"n_documents": n, "n_skipped": n_skipped}
         write_text(partial / INFO_FILE, json.dumps(info | counts, indent=1) + "\n")
@@ -82,8 +91,7 @@ def pretokenize(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    documents.bad_rows.say_skipped(n_skipped)
-    return folder
+    return n_skipped
 
 
 def loaded_tokenizer(model_name: str) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,17 @@ def one_thread() -> None:
 def demo_model() -> Any:
     """The bundled language model, in float32."""
     return load_language_model("demo", lm_dtype="float32")
+
+
+@pytest.fixture
+def tmux(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A tmux server of the test's own. Its socket's path must be short, so it is not in tmp_path."""
+    with tempfile.TemporaryDirectory(prefix="tmux-", dir="/tmp") as folder:
+        monkeypatch.setenv("TMUX_TMPDIR", folder)
+        monkeypatch.delenv("TMUX", raising=False)
+        yield
+        if shutil.which("tmux"):
+            subprocess.run(["tmux", "kill-server"], stderr=subprocess.DEVNULL)
 
 
 @pytest.fixture

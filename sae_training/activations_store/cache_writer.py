@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInter
 from sae_training.machine.paths import same_or_moved
 from sae_training.machine.phases import phase, progress_bar
 from sae_training.machine.precision import dtype_name
+from sae_training.machine.run_files import HOLDER_FILE, LOG_FILE, STATUS_FILE
 from sae_training.parallel.ranks import (
     agree_on_stops,
     check_all_see,
@@ -119,8 +121,9 @@ class CacheWriter:
                     "path, or the old values."
                 )
             return found
-        # A process that was killed while it wrote the first manifest leaves a part of that.
-        if self.folder.exists() and any(path.name != f"{MANIFEST}.tmp" for path in self.folder.iterdir()):
+        # A process that was killed while it wrote the first manifest leaves a part of that, and its record.
+        left = (MANIFEST, HOLDER_FILE, STATUS_FILE, LOG_FILE)
+        if self.folder.exists() and any(path.name.removesuffix(".tmp") not in left for path in self.folder.iterdir()):
             raise ValueError(
                 f"cached_activations_path: {self.folder} is not empty and holds no cache; give an empty or new folder."
             )
@@ -144,17 +147,21 @@ class CacheWriter:
 
     # ------------------------------------------------------------------------------------------------------ writing
 
-    def write(self, stop: StopRequest) -> None:
-        """Write what is missing of the cache, or check a finished one; TrainingInterrupted if `stop` asks for it."""
+    def write(self, stop: StopRequest, progress: Callable[[int, int, int], None] = lambda *_: None) -> None:
+        """Write what is missing of the cache, or check a finished one; TrainingInterrupted if `stop` asks for it.
+
+        `progress` is told how many passes are done, of how many, and the tokens of each.
+        """
+        start, first = time.perf_counter(), self.manifest.progress["passes"]
+        progress(first, self.n_passes, self.per_pass)
         if self.manifest.complete:
             self.write_parts()  # which an earlier version has not
             with phase("checking", has_bar=True):
                 self.check(stop)
             tqdm.write(f"{self.folder} is complete and undamaged: {self.summary()}.")
             return
-        start, first = time.perf_counter(), self.manifest.progress["passes"]
         with phase("passes", has_bar=True):
-            self.harvest(stop)
+            self.harvest(stop, progress)
         if self.has_rows:
             with phase("shuffling", has_bar=True):
                 self.shuffle(stop)
@@ -196,7 +203,7 @@ class CacheWriter:
                     bar.update(n_ranks())
         wait_for_all()
 
-    def harvest(self, stop: StopRequest) -> None:
+    def harvest(self, stop: StopRequest, tell: Callable[[int, int, int], None]) -> None:
         """Make the missing passes; a thread writes each of them while the next ones are computed."""
         progress = self.manifest.progress
         if is_first():
@@ -227,6 +234,7 @@ class CacheWriter:
                 if commits:  # nothing waits any more
                     self.commit(i + 1)
                 bar.update(self.per_pass)
+                tell(i + 1, self.n_passes, self.per_pass)
                 if stop.signal is not None:
                     self.stop_here(stop)
 

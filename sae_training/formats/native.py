@@ -19,8 +19,8 @@ from sae_training.formats import safetensors_files
 from sae_training.formats.found import Found
 from sae_training.formats.json_files import parse_object, read_object
 from sae_training.formats.loaded import Given, Loaded
-from sae_training.formats.run_files import CHECKPOINTS, FINAL
 from sae_training.machine.files import step_number, write_safetensors, write_text
+from sae_training.machine.run_files import CHECKPOINTS, FINAL
 from sae_training.parallel.shard import WHOLE, Shard
 
 CONFIG_FILE = "cfg.json"

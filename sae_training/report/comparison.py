@@ -10,9 +10,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from sae_training.formats.run_files import REPORT_FILE
 from sae_training.machine.files import write_text
 from sae_training.machine.paths import command
+from sae_training.machine.run_files import REPORT_FILE
 from sae_training.report.in_words import SCORE, is_figure, notes, notes_on_dead
 from sae_training.report.page import Table, render, shown, style
 from sae_training.report.summary import how_to_load

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sae_training.formats.run_files import METRICS_FILE, RUN_CONFIG_FILE
+from sae_training.machine.run_files import METRICS_FILE, RUN_CONFIG_FILE
 
 TOKENS_KEY = "details/n_training_tokens"
 

@@ -12,7 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sae_training.formats.run_files import (
+from sae_training.machine.files import write_text
+from sae_training.machine.run_files import (
     EVALUATION_FILE,
     FINAL,
     METRICS_FILE,
@@ -20,7 +21,6 @@ from sae_training.formats.run_files import (
     RUN_CONFIG_FILE,
     STATUS_FILE,
 )
-from sae_training.machine.files import write_text
 from sae_training.report.comparison import write_comparison
 from sae_training.report.curves import curve_figures, histogram_figures, is_number
 from sae_training.report.in_words import BASE, notes, notes_on_dead, which_rows

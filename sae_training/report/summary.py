@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_training.formats.run_files import REPORT_FILE, RUN_CONFIG_FILE
+from sae_training.machine.run_files import REPORT_FILE, RUN_CONFIG_FILE
 from sae_training.report.in_words import BASE, SCORE, is_figure, notes
 
 FIGURES = (

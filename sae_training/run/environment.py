@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sae_training.formats.run_files import ENVIRONMENT_FILE
 from sae_training.machine.files import write_text
+from sae_training.machine.run_files import ENVIRONMENT_FILE
 from sae_training.parallel.ranks import n_ranks, of_first
 
 

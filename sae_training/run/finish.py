@@ -15,16 +15,17 @@ from typing import Any
 from tqdm import tqdm
 
 from sae_training.config.sweep import is_several
-from sae_training.formats.run_files import EVALUATION_FILE, FINAL, REPORT_FILE
 from sae_training.machine.files import NotEnoughDisk, flush_to_disk, write_text
 from sae_training.machine.interrupt import StopAsked, stop_point
 from sae_training.machine.paths import command
 from sae_training.machine.phases import phase
+from sae_training.machine.run_files import EVALUATION_FILE, FINAL, REPORT_FILE
 from sae_training.parallel.ranks import is_first, together
 from sae_training.report.comparison import comparison_table, write_comparison
 from sae_training.report.in_words import dead_window, to_record
 from sae_training.report.run_page import write_report
 from sae_training.report.summary import summary
+from sae_training.run.progress import figures_of
 from sae_training.run.remarks import what_is_wrong
 from sae_training.run.save import (
     delete_extra,
@@ -61,6 +62,8 @@ def finish(run: Run) -> None:
         write_final_of_several(run, evaluations)
     delete_extra(run)
     run.failures |= together(run.own_failures)
+    if is_evaluated(run):
+        run.progress.figures = figures_of(list(evaluations.values()))
     run.write_status("finished")
     if is_first():
         report(run, evaluations)

@@ -1,16 +1,12 @@
 """A run's folder: which one a command begins or continues, which process holds it, and how far the run is.
 
-What is in it: `formats.run_files`.
+What is in it: `machine.run_files`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import socket
-import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,16 +19,14 @@ from tqdm import tqdm
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.io import WATCHING_FIELDS, config_differences, config_from_dict, config_to_dict
 from sae_training.config.sweep import is_several
-from sae_training.formats.run_files import CHECKPOINTS, FINAL, RUN_CONFIG_FILE, STATUS_FILE
 from sae_training.machine.files import NotEnoughDisk, write_text
+from sae_training.machine.holder import read_holder
 from sae_training.machine.lock import InUse, exclusive
 from sae_training.machine.paths import PATH_FIELDS, paths_of, same_or_moved
+from sae_training.machine.run_files import CHECKPOINTS, FINAL, LOCK_FILE, RUN_CONFIG_FILE, STATUS_FILE
 from sae_training.parallel.ranks import check_all_see, is_first, wait_for_all
 from sae_training.run.environment import write_environment
-
-LOCK_FILE = ".lock"
-
-HOLDER_FILE = ".holder.json"
+from sae_training.run.record import Kind, Record
 
 PACKAGES = ("sae-training", "torch", "transformer-lens", "transformers", "datasets")
 
@@ -43,9 +37,9 @@ class RunFolder:
     The lock is the operating system's: it ends with the process.
     """
 
-    def __init__(self, path: Path, cfg: Any) -> None:
+    def __init__(self, path: Path, cfg: Any, kind: Kind = "train") -> None:
         self.path = path
-        self.started = time.time()
+        self.record = Record(path, kind)
         self.is_new = is_first() and not path.exists()
         self.made_parent = not path.parent.exists()
         self.lock: FileLock | None = None
@@ -59,7 +53,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.lock = exclusive(path / LOCK_FILE, lambda: in_use(path))
-            write_text(path / HOLDER_FILE, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            self.record.begin()
         except (InUse, NotEnoughDisk):
             raise
         except OSError as error:
@@ -78,24 +72,11 @@ class RunFolder:
         return self.path / FINAL
 
     def write_status(self, state: str, **figures: Any) -> None:
-        """Rewrite status.json, whole or not at all. `state`: training, interrupted, failed or finished.
-
-        A disk that is full keeps the old one: no run ends for it.
-        """
-        if not is_first():
-            return
-        content = {
-            "state": state,
-            **figures,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "started": timestamp(self.started),
-            "updated": timestamp(time.time()),
-        }
-        with contextlib.suppress(NotEnoughDisk):
-            write_text(self.path / STATUS_FILE, json.dumps(content, indent=2) + "\n")
+        """Rewrite status.json, whole or not at all. `state`: training, interrupted, failed or finished."""
+        self.record.write(state, **figures)
 
     def release(self) -> None:
+        self.record.end()
         if self.lock is not None:
             self.lock.release()
 
@@ -232,11 +213,8 @@ def read_run_config(folder: Path) -> LanguageModelSAERunnerConfig:
 
 def in_use(folder: Path) -> str:
     """Say which process is training in the folder, and what to do."""
-    try:
-        holder = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
-        who = f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError):
-        who = "another process"
+    holder = read_holder(folder)
+    who = "another process" if holder is None else f"process {holder.pid} on {holder.host}"
     return (
         f"{folder}: {who} is training in this folder. Wait for it, or give this run another run_name, or "
         'resume="never" for a new folder.'
@@ -248,7 +226,3 @@ def installed_version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def timestamp(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

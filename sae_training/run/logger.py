@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sae_training.formats.run_files import METRICS_FILE
 from sae_training.machine.files import NotEnoughDisk, disk_named
+from sae_training.machine.run_files import METRICS_FILE
 from sae_training.report.in_words import BASE
 from sae_training.run.wandb_mirror import Notify, WandbMirror, WandbOptions
 

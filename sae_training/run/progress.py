@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,23 @@ SHOWN = (
     ("dead", "sparsity/dead_features", ".0f"),
 )
 
+FIGURES = {
+    "explained_variance": ("metrics/eval_explained_variance", "metrics/explained_variance"),
+    "l0": ("metrics/eval_l0", "metrics/l0"),
+    "dead_latents": ("sparsity/dead_features",),
+}
+"""Figures that status.json has, and what metrics.jsonl calls them: of an evaluation first, then of a step."""
+
+
+def figures_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the figures for status.json; of several autoencoders, the smallest and the largest of each."""
+    found: dict[str, Any] = {}
+    for name, keys in FIGURES.items():
+        of_each = [next((row[key] for key in keys if key in row), None) for row in rows]
+        values = [value for value in of_each if isinstance(value, float | int) and math.isfinite(value)]
+        found[name] = None if not values else values[0] if len(rows) == 1 else [min(values), max(values)]
+    return found
+
 
 class Progress:
     """A bar in tokens with loss, L0, explained variance and dead latents; rate and remaining time come from tqdm."""
@@ -29,6 +47,7 @@ class Progress:
         self.first_step = first_step
         self.started = time.monotonic()
         self.ended: float | None = None
+        self.figures: dict[str, Any] = {}
         self.bar = progress_bar(
             "training",
             total=cfg.total_training_steps * cfg.tokens_per_step,
@@ -45,6 +64,7 @@ class Progress:
         """Show the figures of the last step; of several autoencoders, the smallest and the largest of each figure."""
         if not metrics:
             return
+        self.figures = figures_of(metrics)
         ranges = [f"{name} {spread([row[key] for row in metrics], form)}" for name, key, form in SHOWN]
         of_several = [f"{len(metrics)} SAEs"] if len(metrics) > 1 else []
         self.bar.set_postfix_str(", ".join(of_several + ranges), refresh=False)
@@ -65,7 +85,7 @@ class Progress:
             tokens_per_s=round(rate, 1),
             eta_s=round(remaining / rate) if rate else None,
             last_checkpoint=str(last_checkpoint) if last_checkpoint else None,
-            **figures,
+            **self.figures | figures,
         )
 
     def close(self) -> None:

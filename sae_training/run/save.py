@@ -18,7 +18,6 @@ from tqdm import tqdm
 from sae_training.config.io import config_to_dict
 from sae_training.formats import pieces
 from sae_training.formats.native import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE
-from sae_training.formats.run_files import EVALUATION_FILE
 from sae_training.machine.files import (
     NotEnoughDisk,
     disk_named,
@@ -30,6 +29,7 @@ from sae_training.machine.files import (
 )
 from sae_training.machine.interrupt import stop_point
 from sae_training.machine.phases import phase
+from sae_training.machine.run_files import EVALUATION_FILE
 from sae_training.parallel.ranks import (
     is_everyones,
     is_first,

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from sae_training.formats.run_files import METRICS_FILE
+from sae_training.machine.run_files import METRICS_FILE
 
 WANDB_RUN_ID_FILE = "wandb_run_id.txt"
 

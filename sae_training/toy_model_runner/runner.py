@@ -18,6 +18,8 @@ from sae_training.machine.files import write_text
 from sae_training.machine.phases import phase, progress_bar
 from sae_training.run.folder import RunFolder, free_folder
 from sae_training.run.logger import RunLogger
+from sae_training.run.progress import figures_of
+from sae_training.run.record import Record
 from sae_training.run.remarks import what_is_wrong
 from sae_training.run.wandb_mirror import WandbOptions
 from sae_training.sparse_autoencoder import SparseAutoencoder
@@ -53,10 +55,10 @@ def toy_model_sae_runner(cfg: SAEToyModelRunnerConfig) -> ToyModelResult:
     picture.html and the weights, which `SparseAutoencoder.load_from_pretrained(folder)` reads.
     """
     model = toy_model(cfg)
-    folder = RunFolder(free_folder(Path(cfg.run_dir) / cfg.resolved_run_name.replace("/", "_")), cfg)
+    folder = RunFolder(free_folder(Path(cfg.run_dir) / cfg.resolved_run_name.replace("/", "_")), cfg, "toy")
     try:
         with phase("training", has_bar=True):
-            sae = train(cfg, model, folder.path)
+            sae = train(cfg, model, folder.record)
         with phase("scoring"):
             scores = score(sae, model, ToyModelGenerator(model, cfg.seed + 2, cfg.device), cfg.n_eval_rows)
             write_text(folder.path / SCORES_FILE, json.dumps(scores.figures, indent=2) + "\n")
@@ -65,9 +67,10 @@ def toy_model_sae_runner(cfg: SAEToyModelRunnerConfig) -> ToyModelResult:
             write_picture(folder.path / PICTURE_FILE, folder.path.name, *picture)
         for remark in what_is_wrong(with_defaults(cfg), cfg.total_training_steps, evaluation_of(scores)).values():
             tqdm.write(f"Something is wrong: {remark}.")
-        folder.write_status("finished")
+        folder.write_status("finished", **folder.record.figures)
     except BaseException as error:
-        folder.write_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        folder.write_status(state, **folder.record.figures)
         raise
     finally:
         folder.release()
@@ -111,8 +114,9 @@ def toy_model(cfg: SAEToyModelRunnerConfig) -> ToyModel:
     )
 
 
-def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> SparseAutoencoder:
-    """Train on fresh rows at every step, and write metrics and weights to `folder`."""
+def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, record: Record) -> SparseAutoencoder:
+    """Train on fresh rows at every step, and write metrics and weights to the folder of `record`."""
+    folder = record.folder
     run_cfg = with_defaults(cfg)
     data = ToyModelGenerator(model, cfg.seed + 1, cfg.device)
     sae = SparseAutoencoder(run_cfg)
@@ -133,7 +137,9 @@ def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, folder: Path) -> Sparse
             if step % cfg.wandb_log_frequency == 0 or step == cfg.total_training_steps:
                 trainer.check_finite()
                 rows = step * cfg.train_batch_size
-                logger.log(training_metrics(result, trainer.tracker, rows), step, rows)
+                metrics = training_metrics(result, trainer.tracker, rows)
+                logger.log(metrics, step, rows)
+                record.progress(step, cfg.total_training_steps, cfg.train_batch_size, **figures_of([metrics]))
             if step % cfg.feature_sampling_window == 0:
                 trainer.tracker.start_new_window()
             bar.update(1)

@@ -34,11 +34,11 @@ from machine import ROOT, machine_facts
 from sae_training.activations_store import ActivationsStore
 from sae_training.activations_store.shuffle_buffer import ShuffleBuffer
 from sae_training.config import LanguageModelSAERunnerConfig
-from sae_training.formats.run_files import METRICS_FILE
 from sae_training.language_model.load import model_of
 from sae_training.language_model.sites import merged
 from sae_training.lm_runner import find_singles, language_model_sae_runner
 from sae_training.machine.interrupt import without_traceback
+from sae_training.machine.run_files import METRICS_FILE
 from sae_training.parallel.ranks import is_first, joined, of_all
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.training.trainer import SAETrainer

@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sae_training.formats.run_files import EVALUATION_FILE
 from sae_training.machine.interrupt import without_traceback
+from sae_training.machine.run_files import EVALUATION_FILE
 from scripts.benchmarks.machine import machine_facts
 
 KEPT = {

@@ -116,7 +116,7 @@ def test_a_second_build_with_the_same_settings_is_the_first(run: Path, built: An
     again = build_analysis(run, N_TOKENS)
     assert path.stat().st_mtime_ns == before
     assert isinstance(again, Analysis) and "there already" in "".join(capfd.readouterr())
-    assert sorted(p.name for p in (run / "analysis").iterdir()) == ["analysis.sqlite"]
+    assert sorted(p.name for p in (run / "analysis").iterdir()) == ["analysis.sqlite", "status.json"]
 
 
 def test_a_finished_analysis_is_not_replaced_by_one_with_other_settings(run: Path, built: Analysis) -> None:

@@ -52,7 +52,7 @@ def test_every_block_says_whether_it_is_run(page: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.mark == "run" for b in blocks_of(page))], ids=name)
-def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
+def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, tmux: None) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # One thread, because as many pages as there are cores are run at a time.
     own = {

@@ -38,7 +38,7 @@ def words(run: Path, output: Path, **flags: Any) -> list[str]:
 
 def content(output: Path) -> dict[str, Any]:
     """All rows of all tables, without the way from the folder to the run and back."""
-    assert [path.name for path in (output / "analysis").iterdir()] == ["analysis.sqlite"]
+    assert {path.name for path in (output / "analysis").iterdir()} == {"analysis.sqlite", "status.json"}
     connection = sqlite3.connect(output / "analysis" / "analysis.sqlite")
     names = [name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")]
     found: dict[str, Any] = {name: sorted(connection.execute(f"select * from {name}")) for name in names}

@@ -1,6 +1,6 @@
 """The names of the files in a run's folder, for all that write or read one.
 
-    runs/<run name>/   config.json, environment.json, status.json, metrics.jsonl, report.html
+    runs/<run name>/   config.json, environment.json, status.json, metrics.jsonl, report.html, run.log
                        checkpoints/step_<n>/, snapshots/step_<n>/, final/
 
 A run of several autoencoders has a folder for each, with its own config.json, metrics.jsonl, snapshots/ and final/.
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 RUN_CONFIG_FILE = "config.json"  # the run's config and the versions of packages; cfg.json is that of an autoencoder
 ENVIRONMENT_FILE = "environment.json"  # threads and processor that the run began with
-STATUS_FILE = "status.json"
+STATUS_FILE = "status.json"  # of caches and builds too, as are .holder.json and run.log
+HOLDER_FILE = ".holder.json"  # which process works in the folder
+LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.html"
-LOG_FILE = "run.log"  # what the run said without a terminal
+LOG_FILE = "run.log"  # what a detached job said, or one whose terminal is gone
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 FINAL = "final"  # its presence says that the run is finished

@@ -1,0 +1,157 @@
+"""What a detached job says: all of it goes to a log file, and to the terminal of its tmux session if it has one.
+
+The log begins beside the job's folder and moves into it once the job has one (`keep_in`). The terminal shows bars. Of a
+line that is written over, as bars are, the log keeps one in 30 seconds, so it is lines that can be read. The system's
+own stdout and stderr lead to the log, which therefore also has what libraries in C and other processes say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sae_training.machine.run_files import LOG_FILE
+
+TICKET = "SAE_TRAINING_DETACHED"
+"""The variable that tells a process that it is a detached job: the folder that the log begins in, its ticket."""
+
+PLACE_FILE = "place.json"  # in the ticket: the job's folder, and where in its log this job's part begins
+
+KEPT_EVERY = 30.0  # seconds, as `phases.LINE_EVERY`
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # what moves the cursor or colours
+
+
+class Log:
+    """The log of this process, from now on. `terminal`: the descriptor of a terminal that shows the same, if any."""
+
+    def __init__(self, ticket: Path, words: Sequence[str]) -> None:
+        self.ticket = ticket
+        self.terminal = os.dup(2) if os.isatty(2) else None
+        self.lead_to(ticket / LOG_FILE)
+        now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        self.write(f"[{now}, process {os.getpid()}] {shlex.join(words)}")
+
+    def lead_to(self, file: Path) -> None:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+        self.file = file
+
+    def write(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not end the job
+            os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+
+    def show(self, text: str) -> None:
+        """Show text on the terminal, which may be gone: then there is the log."""
+        if self.terminal is not None:
+            try:
+                os.write(self.terminal, text.encode(errors="backslashreplace"))
+            except OSError:
+                self.terminal = None
+
+    def move_to(self, folder: Path) -> None:
+        """Go on in the folder's log, after what is there, with what was said until now."""
+        file = folder / LOG_FILE
+        if self.file == file or folder == self.ticket:
+            return
+        begins = file.stat().st_size if file.exists() else 0
+        try:
+            if begins:
+                raise FileExistsError
+            os.rename(self.file, file)  # which stays open, also for who reads along
+            self.file = file
+        except OSError:  # there is one, or it is another disk
+            said, old = self.file.read_bytes(), self.file
+            with file.open("ab") as there:
+                there.write(said)
+            self.lead_to(file)
+            old.unlink()
+        place = {"folder": str(folder.absolute()), "log_begins": begins}
+        partial = self.ticket / f"{PLACE_FILE}.tmp"
+        partial.write_text(json.dumps(place) + "\n", encoding="utf-8")
+        os.replace(partial, self.ticket / PLACE_FILE)
+
+
+class Told(io.TextIOBase):
+    """A stream in place of sys.stdout or sys.stderr that shows all on the terminal, and writes lines to the log."""
+
+    encoding = "utf-8"  # for tqdm, which draws by it
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.line = ""
+        self.kept_at = time.monotonic()
+
+    def write(self, text: str, /) -> int:
+        self.log.show(text)
+        for part in re.split(r"([\r\n])", text):
+            if part == "\n":
+                self.log.write(ESCAPES.sub("", self.line))
+                self.line = ""
+            elif part != "\r":
+                self.line += part
+            else:
+                self.write_over()
+        return len(text)
+
+    def write_over(self) -> None:
+        """Let the line go, at which the cursor is; after 30 seconds without one, keep it."""
+        if self.line.strip() and time.monotonic() - self.kept_at >= KEPT_EVERY:
+            self.log.write(ESCAPES.sub("", self.line).rstrip())
+            self.kept_at = time.monotonic()
+        self.line = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self.log.terminal is not None
+
+    def fileno(self) -> int:
+        return 2 if self.log.terminal is None else self.log.terminal
+
+
+ACTIVE: list[Log] = []
+"""The log of this process, if it is a detached job."""
+
+
+def is_detached() -> bool:
+    return bool(ACTIVE)
+
+
+@contextlib.contextmanager
+def told_to_log(words: Sequence[str]) -> Iterator[None]:
+    """In here, a process that was started as a detached job writes its log; any other is left as it is."""
+    ticket = os.environ.pop(TICKET, None)
+    if ticket is None:
+        yield
+        return
+    log = Log(Path(ticket), words)
+    ACTIVE.append(log)
+    before: Any = sys.stdout, sys.stderr
+    told = sys.stdout, sys.stderr = Told(log), Told(log)
+    try:
+        yield
+    finally:
+        for stream in told:
+            if stream.line:
+                stream.write("\n")
+        ACTIVE.clear()
+        sys.stdout, sys.stderr = before
+
+
+def keep_in(folder: Path) -> None:
+    """Let the log of a detached job lie in the folder that it works in from now on."""
+    for log in ACTIVE:
+        log.move_to(folder)
