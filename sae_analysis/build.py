@@ -36,7 +36,7 @@ from sae_training.activations_store import ActivationsStore
 from sae_training.config.io import CACHE_FIELDS, config_to_dict
 from sae_training.formats import Facts, Given
 from sae_training.language_model.load import fingerprint
-from sae_training.machine.files import disk_named
+from sae_training.machine.files import disk_named, flush_to_disk
 from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInterrupted, stop_point
 from sae_training.machine.lock import lock_beside
 from sae_training.machine.phases import counted_phases, phase, progress_bar
@@ -272,7 +272,9 @@ class Build:
         partial.parent.mkdir(parents=True, exist_ok=True)
         writer = Writer(url_of(partial), 1, self.about(subject), between=heed_stops)
         writer.write(self.gathered[subject.name], of_model(self.store.model, subject.sites.target), ids, self.sizes)
+        flush_to_disk(partial)  # because what was saved goes next
         partial.rename(partial.with_name(STORE_FILE))
+        flush_to_disk(partial.parent)
 
     # -------------------------------------------------------------------------------------------------- what is saved
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae_training.machine.files import write_safetensors
@@ -38,8 +38,13 @@ class Saved:
     def metadata(self) -> dict[str, str] | None:
         if not self.file.is_file():
             return None
-        with safe_open(self.file, framework="pt") as file:
-            found = file.metadata()
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                found = file.metadata()
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.file}: damaged or truncated ({error}); give anew (--anew) to delete it and begin again."
+            ) from error
         if "parts" not in found:
             raise ValueError(
                 f"{self.folder} holds an unfinished build of an earlier version; give anew (--anew) to delete it and "

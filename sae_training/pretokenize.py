@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sae_training.language_model.load import load_tokenizer
-from sae_training.machine.files import write_text
+from sae_training.machine.files import flush_tree_to_disk, write_text
 from sae_training.machine.paths import absolute
 from sae_training.machine.phases import phase
 from sae_training.machine.terminal import lasting
@@ -87,6 +87,7 @@ def write_copy(documents: Documents, tokenizer: Any, folder: Path, info: dict[st
         n, n_skipped = save_tokenized(documents, tokenizer_function(tokenizer), partial, n_processes)
         counts = {"n_documents": n, "n_skipped": n_skipped}
         write_text(partial / INFO_FILE, json.dumps(info | counts, indent=1) + "\n")
+        flush_tree_to_disk(partial)
         os.replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -82,7 +82,7 @@ class Manifest:
     """What an analysis needs of the language model; None in a cache of an earlier version, or of rows alone."""
 
     def save(self, folder: Path) -> None:
-        write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
+        write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1) + "\n", last=True)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sae_training.machine.files import flush_to_disk
 from sae_training.parallel.ranks import rank
 
 
@@ -21,6 +22,7 @@ class Buckets:
 
     def __init__(self, folder: Path, n: int, record_bytes: int, seed: int) -> None:
         self.folder, self.n, self.record_bytes, self.seed = folder, n, record_bytes, seed
+        self.unflushed: set[int] = set()
 
     def path(self, b: int, of_rank: int) -> Path:
         return self.folder / (f"{b:05d}-{of_rank}.bin" if of_rank else f"{b:05d}.bin")
@@ -36,6 +38,13 @@ class Buckets:
             if edges[b] < edges[b + 1]:
                 with self.path(b, rank()).open("ab") as file:
                     file.write(records[edges[b] : edges[b + 1]].tobytes())
+                self.unflushed.add(b)
+
+    def flush_to_disk(self) -> None:
+        """Wait until what was appended is on the disk, where a manifest will count on it."""
+        for path in {self.path(b, rank()) for b in self.unflushed}:
+            flush_to_disk(path)
+        self.unflushed.clear()
 
     def sizes(self) -> list[int]:
         """Return how many bytes this process has appended to each bucket."""

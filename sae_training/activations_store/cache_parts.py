@@ -21,7 +21,7 @@ from sae_training.language_model.load import language_model_dtype, load_tokenize
 from sae_training.language_model.model_parts import ModelParts, PartsConfig
 from sae_training.language_model.tokenizer import tokenizer_of
 from sae_training.language_model.unembedding import tensors_of
-from sae_training.machine.files import flush_to_disk, read_safetensors, sha256, write_safetensors
+from sae_training.machine.files import read_safetensors, sha256, write_safetensors
 from sae_training.machine.paths import same_or_moved
 
 FILE = "unembedding.safetensors"
@@ -42,7 +42,6 @@ def write_parts(folder: Path, manifest: Manifest, store: ActivationsStore) -> No
     }
     tensors = {name: tensor.cpu() for name, tensor in tensors_of(model, sites).items()}
     write_safetensors(path, tensors, {"model": json.dumps(facts)})
-    flush_to_disk(path)
     manifest.unembedding = Shard(FILE, len(tensors), path.stat().st_size, sha256(path))
     manifest.save(folder)
 

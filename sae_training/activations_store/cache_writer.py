@@ -47,7 +47,7 @@ from sae_training.config.checks import retired
 from sae_training.config.io import config_to_dict
 from sae_training.language_model.harvest import harvest
 from sae_training.language_model.twins import compiled_blocks
-from sae_training.machine.files import check_free_disk, flush_to_disk, sha256, write_safetensors
+from sae_training.machine.files import check_free_disk, sha256, write_safetensors
 from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInterrupted
 from sae_training.machine.paths import same_or_moved
 from sae_training.machine.phases import phase, progress_bar
@@ -272,6 +272,7 @@ class CacheWriter:
             shards = of_all(self.write_contexts())
             self.manifest.contexts += [shard for n in range(turns) if (shard := shards[(first + n) % n_ranks()])]
         if self.has_rows:
+            self.buckets.flush_to_disk()
             sizes = of_all(self.buckets.sizes())
             progress["bucket_bytes"] = sizes[0]
             if others := sizes[1:] + progress.get(OTHER_RANKS, [])[n_ranks() - 1 :]:  # and of those that are gone
@@ -303,7 +304,6 @@ class CacheWriter:
         path = self.folder / form / f"{number:05d}.safetensors"
         path.parent.mkdir(exist_ok=True)
         write_safetensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
-        flush_to_disk(path)
         return Shard(str(path.relative_to(self.folder)), len(tensors["tokens"]), path.stat().st_size, sha256(path))
 
     def save_manifest(self) -> None:

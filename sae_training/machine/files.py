@@ -95,12 +95,15 @@ def write_text(path: Path, text: str, last: bool = False) -> None:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a file and wait until it is on the disk: what it takes the place of may go then."""
     with written_beside(path) as partial:
         try:
             save_file(tensors, partial, metadata=metadata)
         except SafetensorError as error:  # whatever kept the system from writing
             raise OSError(f"{path}: could not be written ({error}).") from error
         partial.chmod(0o644)  # safetensors makes it 600, which colleagues on a shared disk cannot read
+        flush_to_disk(partial)
+    flush_to_disk(path.parent)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
