@@ -205,6 +205,8 @@ class Build:
         n = self.corpus.n_contexts
         tell(n if is_there else self.corpus.done, n, self.context_size)
         if is_there:
+            if is_first():
+                shutil.rmtree(self.folder, ignore_errors=True)  # which a power cut can have brought back
             tqdm.write(f"{self.folder.parent}: this analysis is there already.")
             return
         with phase("analysis", has_bar=True):

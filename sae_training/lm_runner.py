@@ -29,8 +29,8 @@ from sae_training.machine.interrupt import StopAsked, StopRequest, TrainingInter
 from sae_training.machine.paths import command, with_absolute_paths
 from sae_training.machine.phases import counted_phases, phase
 from sae_training.machine.precision import encoder_dtype
-from sae_training.machine.run_files import LOG_FILE, SNAPSHOTS
-from sae_training.machine.terminal import lasting, logged_to
+from sae_training.machine.run_files import SNAPSHOTS
+from sae_training.machine.terminal import lasting
 from sae_training.parallel.agreement import check_alike, code
 from sae_training.parallel.deal import Deal
 from sae_training.parallel.division import Division, check_optimizer, check_rows, division
@@ -179,7 +179,6 @@ def run_in_folder(
     with (
         counted_phases() as phases,
         RunFolder(path, cfg) as folder,
-        logged_to(path / LOG_FILE),
         StopRequest(tqdm.write, by_agreement=n_ranks() > 1, saves=True) as stop,
         open_unless_stopped(cfg, singles, list(all_singles), folder, store, held_out, stop, part) as run,
     ):

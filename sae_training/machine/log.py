@@ -32,14 +32,16 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # what moves the cursor or colo
 
 
 class Log:
-    """The log of this process, from now on. `terminal`: the descriptor of a terminal that shows the same, if any."""
+    """The log of this process, from now on. `terminal`: the descriptor of a terminal that shows the same, if any.
 
-    def __init__(self, ticket: Path, words: Sequence[str]) -> None:
-        self.ticket = ticket
-        self.terminal = os.dup(2) if os.isatty(2) else None
-        self.lead_to(ticket / LOG_FILE)
+    `ticket`: the folder that the log of a detached job begins in.
+    """
+
+    def __init__(self, file: Path, begins: str, terminal: int | None = None, ticket: Path | None = None) -> None:
+        self.ticket, self.terminal = ticket, terminal
+        self.lead_to(file)
         now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        self.write(f"[{now}, process {os.getpid()}] {shlex.join(words)}")
+        self.write(f"[{now}, process {os.getpid()}] {begins}")
 
     def lead_to(self, file: Path) -> None:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -63,7 +65,7 @@ class Log:
     def move_to(self, folder: Path) -> None:
         """Go on in the folder's log, after what is there, with what was said until now."""
         file = folder / LOG_FILE
-        if self.file == file or folder == self.ticket:
+        if self.ticket is None or self.file == file or folder == self.ticket:
             return
         begins = file.stat().st_size if file.exists() else 0
         try:
@@ -137,7 +139,8 @@ def told_to_log(words: Sequence[str]) -> Iterator[None]:
     if ticket is None:
         yield
         return
-    log = Log(Path(ticket), words)
+    terminal = os.dup(2) if os.isatty(2) else None
+    log = Log(Path(ticket) / LOG_FILE, shlex.join(words), terminal, Path(ticket))
     ACTIVE.append(log)
     before: Any = sys.stdout, sys.stderr
     told = sys.stdout, sys.stderr = Told(log), Told(log)
@@ -151,7 +154,12 @@ def told_to_log(words: Sequence[str]) -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+FOLDERS: list[Path] = []
+"""The folder that the job of this process works in, where its log belongs."""
+
+
 def keep_in(folder: Path) -> None:
-    """Let the log of a detached job lie in the folder that it works in from now on."""
+    """Let the log lie in the folder that the job works in from now on."""
+    FOLDERS[:] = [folder]
     for log in ACTIVE:
         log.move_to(folder)

@@ -110,7 +110,8 @@ class Record:
 
 def record_of_detached(kind: Kind) -> contextlib.AbstractContextManager[Record | None]:
     """Return the record of a job whose folder can hold none: in its ticket if it is detached, else there is none."""
-    return Record(ACTIVE[0].ticket, kind) if ACTIVE else contextlib.nullcontext()
+    ticket = ACTIVE[0].ticket if ACTIVE else None
+    return contextlib.nullcontext() if ticket is None else Record(ticket, kind)
 
 
 def timestamp(seconds: float) -> str:

@@ -33,7 +33,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
 from machine import ROOT, machine_facts
+from safetensors.torch import load_file
 
 from sae_training.machine.interrupt import without_traceback
 
@@ -264,9 +266,27 @@ def disturb(what: str, job: Job, disk: Disk, dice: random.Random) -> None:
 
 
 def left_in(run: Path) -> dict[str, str]:
-    """Return the hashes of what a finished run leaves, without what tells the time; of a database, of its tables."""
+    """Return the hashes of what a finished run leaves, without what tells the time; of a database, of its tables.
+
+    Of a cache of contexts it is the rows of all shards: a stop ends a shard, so that they are cut elsewhere.
+    """
     paths = [path for pattern in LEFT for path in run.rglob(pattern) if "checkpoints" not in path.parts]
-    return {str(path.relative_to(run)): tables(path) if path.suffix == ".sqlite" else of_file(path) for path in paths}
+    shards = sorted(path for path in paths if path.parent.name == "contexts")
+    found = {
+        str(path.relative_to(run)): tables(path) if path.suffix == ".sqlite" else of_file(path)
+        for path in paths
+        if path not in shards
+    }
+    return found | ({"contexts": rows_of(shards)} if shards else {})
+
+
+def rows_of(shards: list[Path]) -> str:
+    digests: dict[str, Any] = {}
+    for shard in shards:
+        for name, tensor in load_file(shard).items():
+            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            digests.setdefault(name, hashlib.sha256()).update(data)
+    return " ".join(f"{name} {digest.hexdigest()}" for name, digest in sorted(digests.items()))
 
 
 def of_file(path: Path) -> str:
