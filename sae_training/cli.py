@@ -1,9 +1,9 @@
-"""The command line: `sae-training train | resume | eval | report | cache | pretokenize | toy | inspect | plan`.
+"""The command line `sae-training`: a verb for each thing to be done with runs, caches and files.
 
-`runs | attach | logs | stop | rm | completion`, the verbs over jobs, are in `jobs_verbs.py`. tyro turns the config's
-fields into flags, `config.values` reads their values. Parsing is apart from doing: `parse` and `parse_train` give
-values, `main` acts on them. The modules that do the work are imported only inside the verb that needs them, because
-torch takes over a second to import and `--help` should answer at once.
+`runs | attach | logs | stop | rm | completion`, the verbs over jobs, are in `jobs_verbs.py`, `sync | reproduce` in
+`after_verbs.py`. tyro turns the config's fields into flags, `config.values` reads their values. Parsing is apart from
+doing: `parse` and `parse_train` give values, `main` acts on them. The modules that do the work are imported only inside
+the verb that needs them, because torch takes over a second to import and `--help` should answer at once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import tyro
 from tyro.conf import FlagConversionOff, Positional, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from sae_training.after_verbs import Reproduce, RunFolder, Sync, carry_out_after_verb
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
 from sae_training.config.checks import field_types, fields_marked
 from sae_training.config.fields import Origin
@@ -50,8 +51,6 @@ from sae_training.machine.phases import counted_phases, is_speaker, phase, say
 from sae_training.machine.run_files import RUN_CONFIG_FILE
 from sae_training.machine.terminal import lasting
 from sae_training.plan_verb import Plan, config_first, planned
-
-RunFolder = Annotated[Path, Positional, arg(metavar="RUN")]
 
 
 @hiding(Origin)  # which training takes no other values of than the defaults
@@ -185,7 +184,7 @@ class Inspect(LeftOut, Common):
     """Print one JSON object."""
 
 
-OwnVerb = Train | Resume | Eval | Report | Cache | Pretokenize | Toy | Inspect | Plan
+OwnVerb = Train | Resume | Eval | Report | Sync | Reproduce | Cache | Pretokenize | Toy | Inspect | Plan
 Verb = OwnVerb | JobVerb
 
 
@@ -204,10 +203,10 @@ def run_verb(verb: Verb, argv: Sequence[str]) -> None:
     if isinstance(verb, Detach) and verb.detach and not is_detached():
         sys.stdout.write(detach(job_of(verb), "sae_training", argv))
         return
-    is_job = isinstance(verb, Train | Resume | Cache | Pretokenize | Toy)
+    is_job = isinstance(verb, Train | Resume | Reproduce | Cache | Pretokenize | Toy)
     with lasting() if is_job else nullcontext(), counted_phases() as phases:
         carry_out(verb)
-        if not isinstance(verb, Train | Resume | Cache):  # whose jobs say it themselves
+        if not isinstance(verb, Train | Resume | Reproduce | Cache):  # whose jobs say it themselves
             sys.stdout.flush()  # has the result, which scripts read; so the times go to stderr, after it
             say(phases.line())
 
@@ -233,6 +232,8 @@ def carry_out(verb: OwnVerb) -> None:
             with phase("report"):
                 page = report_run(verb.run)
             sys.stdout.write(f"{page}\n")
+        case Sync() | Reproduce():
+            carry_out_after_verb(verb)
         case Cache():
             with phase("starting"):
                 from sae_training.cache_activations_runner import cache_activations_runner

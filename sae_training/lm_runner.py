@@ -9,8 +9,10 @@ import dataclasses
 import datetime
 import signal
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ from sae_training.parallel.deal import Deal
 from sae_training.parallel.division import Division, check_optimizer, check_rows, division
 from sae_training.parallel.ranks import agree_on_stops, joined, n_ranks, of_first
 from sae_training.run.background import Background
-from sae_training.run.environment import restore_threads
+from sae_training.run.environment import check_reads, reads_of, restore_threads
 from sae_training.run.finish import finish
 from sae_training.run.folder import (
     RunFolder,
@@ -79,14 +81,24 @@ def language_model_sae_runner(
 
 @lasting()
 @counted_phases()
-def run_config(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None = None, dataset: Any = None) -> Run:
-    """Do what `language_model_sae_runner` does, and return the whole run: its folder, store, members and figures."""
+def run_config(
+    cfg: LanguageModelSAERunnerConfig,
+    model: LanguageModel | None = None,
+    dataset: Any = None,
+    reads: Mapping[str, Any] = MappingProxyType({}),
+) -> Run:
+    """Do what `language_model_sae_runner` does, and return the whole run: its folder, store, members and figures.
+
+    `reads`: fingerprints that model and text must have (`run.environment.reads_of`), or else nothing is trained.
+    """
     check_trainable(cfg)
     with joined(cfg):
-        return begin_run(cfg, model, dataset)
+        return begin_run(cfg, model, dataset, reads)
 
 
-def begin_run(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None, dataset: Any) -> Run:
+def begin_run(
+    cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None, dataset: Any, reads: Mapping[str, Any]
+) -> Run:
     """Train in a new folder or the unfinished run's, which the first rank chooses."""
     cfg = with_absolute_paths(cfg)
     with phase("loading the language model"):
@@ -98,7 +110,7 @@ def begin_run(cfg: LanguageModelSAERunnerConfig, model: LanguageModel | None, da
     singles = find_singles(cfg, lm)
     if not is_several(cfg):
         ((cfg, _),) = singles.values()  # with the model's widths
-    return run_in_folder(of_first(lambda: choose_run_folder(cfg)), cfg, singles, lm, dataset)
+    return run_in_folder(of_first(lambda: choose_run_folder(cfg)), cfg, singles, lm, dataset, reads)
 
 
 @lasting()
@@ -147,7 +159,12 @@ def find_singles(cfg: LanguageModelSAERunnerConfig, model: LanguageModel) -> Sin
 
 
 def run_in_folder(
-    path: Path, cfg: LanguageModelSAERunnerConfig, all_singles: Singles, model: LanguageModel, dataset: Any
+    path: Path,
+    cfg: LanguageModelSAERunnerConfig,
+    all_singles: Singles,
+    model: LanguageModel,
+    dataset: Any,
+    reads: Mapping[str, Any] = MappingProxyType({}),
 ) -> Run:
     """Begin the run in the folder `path`, or go on with it, and bring it to its end."""
     check_alike(config_to_dict(cfg) | {"the package's code": code()})
@@ -175,10 +192,12 @@ def run_in_folder(
     tqdm.write(f"Memory of {len(singles)} autoencoders:\n{plan.table()}" if is_several(cfg) else plan.line())
     with phase("reading the text"):
         held_out = store.held_out_tokens()
+    found = reads_of(store, held_out)
+    check_reads(reads, found)
     # From here on there is a folder: bad data and too little memory have been told without one.
     with (
         counted_phases() as phases,
-        RunFolder(path, cfg) as folder,
+        RunFolder(path, cfg, reads=found) as folder,
         StopRequest(tqdm.write, by_agreement=n_ranks() > 1, saves=True) as stop,
         open_unless_stopped(cfg, singles, list(all_singles), folder, store, held_out, stop, part) as run,
     ):
@@ -254,7 +273,7 @@ def train(run: Run, stop: StopRequest) -> None:
                 shown.append(training_metrics(result, member.trainer.tracker, run.n_training_tokens))
                 member.logger.log(shown[-1], run.step, run.n_training_tokens)
                 rate = {"details/tokens_per_second": run.progress.tokens_per_s(run.step)}
-                member.logger.log_timing(rate, run.step)
+                member.logger.log_beside(rate, run.step)
         if logs:
             check_any_left(run)
             run.progress.show(shown)

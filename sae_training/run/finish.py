@@ -35,6 +35,7 @@ from sae_training.run.save import (
     saved_now,
 )
 from sae_training.run.state import Member, Run, check_finite
+from sae_training.run.wandb_run import words_of
 from sae_training.run.watch import evaluate_now, is_evaluated, log_sparsity
 from sae_training.training.schedules import due
 
@@ -54,8 +55,7 @@ def finish(run: Run) -> None:
         evaluations[member.name] = evaluation = recorded(run, member, figures)
         member.trainer.sae.eval()
         if member in run.recorded:
-            folder = member.folder / FINAL
-            once_there_is_room(run, partial(save_weights_folder, member, folder, evaluation, aliases=("final_model",)))
+            once_there_is_room(run, partial(save_weights_folder, member, member.folder / FINAL, evaluation))
     evaluations = together(evaluations)
     evaluations = {name: evaluations[name] for name in run.names if name in evaluations}
     if is_several(run.cfg) and is_first():
@@ -95,8 +95,7 @@ def recorded(run: Run, member: Member, figures: dict[str, float]) -> dict[str, A
     remarks = list(what_is_wrong(member.cfg, run.step, figures, member.scales[1]).values())
     fields = vars(member.cfg) | {"tokens_per_step": member.cfg.tokens_per_step}
     record = to_record(figures, fields, remarks, dead_window(fields, run.step))
-    words = {key: value for key, value in record.items() if isinstance(value, str)}
-    member.logger.log_words(words | ({"remarks": "; ".join(remarks)} if remarks else {}), run.step)
+    member.logger.log_beside(words_of(record), run.step)
     return record
 
 

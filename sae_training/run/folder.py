@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -34,21 +35,21 @@ PACKAGES = ("sae-training", "torch", "transformer-lens", "transformers", "datase
 class RunFolder:
     """A run folder that this process holds, or the first of those that train in it together.
 
-    The lock is the operating system's: it ends with the process.
+    The lock is the operating system's: it ends with the process. `reads` are fingerprints of what the run reads.
     """
 
-    def __init__(self, path: Path, cfg: Any, kind: Kind = "train") -> None:
+    def __init__(self, path: Path, cfg: Any, kind: Kind = "train", reads: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.record = Record(path, kind)
         self.is_new = is_first() and not path.exists()
         self.made_parent = not path.parent.exists()
         self.lock: FileLock | None = None
         if is_first():
-            self.hold(cfg)
+            self.hold(cfg, reads or {})
         wait_for_all()
         check_all_see(path, "run_dir")
 
-    def hold(self, cfg: Any) -> None:
+    def hold(self, cfg: Any, reads: Mapping[str, Any]) -> None:
         path = self.path
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,7 @@ class RunFolder:
                 f"run_dir: cannot write to {path} ({error.strerror}); set run_dir to a folder you may write to."
             ) from error
         write_config(path, cfg)
-        write_environment(path)
+        write_environment(path, reads)
 
     @property
     def checkpoints(self) -> Path:
@@ -179,9 +180,12 @@ def check_paths(folder: Path, cfg: LanguageModelSAERunnerConfig) -> None:
 
 
 def write_config(folder: Path, cfg: Any) -> None:
-    """Write config.json into `folder`, which is made if it is not there."""
+    """Write config.json into `folder`, which is made if it is not there; its versions are those a run began with."""
     folder.mkdir(exist_ok=True)
-    content = {"config": config_to_dict(cfg), "versions": {name: installed_version(name) for name in PACKAGES}}
+    versions = installed_versions()
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        versions = json.loads((folder / RUN_CONFIG_FILE).read_text(encoding="utf-8"))["versions"]
+    content = {"config": config_to_dict(cfg), "versions": versions}
     write_text(folder / RUN_CONFIG_FILE, json.dumps(content, indent=2) + "\n", last=True)
 
 
@@ -219,6 +223,11 @@ def in_use(folder: Path) -> str:
         f"{folder}: {who} is training in this folder. Wait for it, or give this run another run_name, or "
         'resume="never" for a new folder.'
     )
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the packages that a run's figures depend on."""
+    return {name: installed_version(name) for name in PACKAGES}
 
 
 def installed_version(package: str) -> str:

@@ -1,7 +1,8 @@
 """The log of an autoencoder's training: every row to metrics.jsonl, and the same rows to wandb where that is wanted.
 
-metrics.jsonl is the record, wandb its mirror: nothing that goes wrong with wandb reaches training. The file holds no
-wall-clock values, so that a run that was stopped and resumed leaves the same bytes as one that was not.
+metrics.jsonl is the record, wandb its mirror: nothing that goes wrong with wandb reaches training, or delays a step.
+The file holds no wall-clock values, so that a run that was stopped and resumed leaves the same bytes as one that was
+not.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,8 @@ from torch import Tensor
 from sae_training.machine.files import NotEnoughDisk, disk_named
 from sae_training.machine.run_files import METRICS_FILE
 from sae_training.report.in_words import BASE
-from sae_training.run.wandb_mirror import Notify, WandbMirror, WandbOptions
+from sae_training.run.wandb_mirror import WandbMirror
+from sae_training.run.wandb_run import Artifact, Notify, WandbOptions
 
 HISTOGRAM_BINS = 64
 
@@ -31,8 +33,7 @@ class RunLogger:
     `resume_at` is a `position()` that a checkpoint kept: rows after that byte are dropped, so 0 begins the file anew.
     `wandb` None means no wandb, and `config` is what wandb shows of the run. A wandb run that the caller has already
     opened (as the function of a sweep does) is used and left open; the loggers of a group then share it, each with the
-    name of its folder before its keys. `beside` is the first logger of the group: if that is offline, so is this one.
-    `notify` is told, once each, what keeps wandb from working.
+    name of its folder before its keys. `notify` is told, once each, what keeps wandb from working.
     """
 
     def __init__(
@@ -42,7 +43,6 @@ class RunLogger:
         config: Mapping[str, Any],
         wandb: WandbOptions | None = None,
         resume_at: int = 0,
-        beside: RunLogger | None = None,
         notify: Notify = print,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,15 +53,10 @@ class RunLogger:
         self._notify, self._disk_was_full = notify, False
         self._wandb = WandbMirror(folder, notify)
         if wandb is not None:
-            self._wandb.start(wandb, dict(config), offline=beside is not None and beside._wandb.is_offline)
-
-    @property
-    def wandb_url(self) -> str | None:
-        """The page of the wandb run; None when it is offline or off."""
-        return self._wandb.url
+            self._wandb.start(wandb, dict(config))
 
     def log(self, row: Mapping[str, float | int], step: int, tokens: int) -> None:
-        """Write one row: to wandb as it is, to the file with null for NaN and infinities (strict JSON).
+        """Write one row, with null for NaN and infinities (strict JSON), which wandb shows as NaN.
 
         Steps must not decrease: wandb drops rows of an earlier step than the last. What the figures are over (`base/`)
         is left out, because it is the same in each row of a run; evaluation.json has it.
@@ -72,34 +67,23 @@ class RunLogger:
             if not key.startswith(BASE)
         }
         self._write({"step": step} | {key: value if math.isfinite(value) else None for key, value in numbers.items()})
-        self._wandb.log(numbers, step)
+        self._wandb.check()
 
-    def log_timing(self, row: Mapping[str, float | int], step: int) -> None:
-        """Send values that differ from one execution to the next, such as tokens/s, to wandb alone."""
-        self._wandb.log(dict(row), step)
-
-    def log_words(self, words: Mapping[str, str], step: int) -> None:
-        """Send words to wandb alone, which shows them in place of the figures of the same step and the same names."""
-        self._wandb.log(dict(words), step)
+    def log_beside(self, values: Mapping[str, Any], step: int) -> None:
+        """Send to wandb alone, with the row of the step: what differs from one execution to the next, such as tokens/s,
+        and words that it shows in place of the figures of the same names.
+        """
+        self._wandb.log_beside(values, step)
 
     def log_histogram(self, key: str, values: Tensor, step: int) -> None:
         """Write the distribution of the finite values as `{"counts": [64], "edges": [65]}`."""
         numbers = values.detach().flatten().cpu().double().numpy()
         counts, edges = np.histogram(numbers[np.isfinite(numbers)], bins=HISTOGRAM_BINS)
         self._write({"step": step, key: {"counts": counts.tolist(), "edges": edges.tolist()}})
-        self._wandb.log_histogram(key, counts, edges, step)
 
-    def log_artifact(
-        self,
-        name: str,
-        artifact_type: str,
-        paths: Sequence[Path],
-        *,
-        metadata: Mapping[str, Any] | None = None,
-        aliases: Sequence[str] = (),
-    ) -> None:
-        """Hand files to wandb. They are not copied, so they must stay until the logger is closed."""
-        self._wandb.log_artifact(name, artifact_type, paths, dict(metadata or {}), list(aliases))
+    def log_artifact(self, artifact: Artifact) -> None:
+        """Send files to wandb alone. They must stay as they are."""
+        self._wandb.log_artifact(artifact)
 
     def position(self) -> int:
         """Return the length of metrics.jsonl in bytes. Raise NotEnoughDisk while rows of it have no room."""

@@ -43,6 +43,7 @@ from sae_training.parallel.ranks import (
 from sae_training.parallel.shard import Shard
 from sae_training.run import checkpoint
 from sae_training.run.state import Member, Run, check_finite
+from sae_training.run.wandb_run import weights_artifacts
 
 WAIT_FOR_ROOM = 600.0  # seconds
 TRY_EVERY = 10.0
@@ -232,13 +233,11 @@ def once_there_is_room(run: Run, write: Callable[[], None]) -> None:
             time.sleep(0.1)
 
 
-def save_weights_folder(
-    member: Member, folder: Path, evaluation: Mapping[str, Any] | None = None, aliases: tuple[str, ...] = ()
-) -> None:
+def save_weights_folder(member: Member, folder: Path, evaluation: Mapping[str, Any] | None = None) -> None:
     """Save weights, config, log10 firing frequencies and an evaluation in `folder`, whole or not at all, and in wandb.
 
-    wandb gets them as two artifacts, of the weights and of the frequencies, with `aliases`. Of an autoencoder whose
-    latents several processes hold, each writes its part of the weights.
+    wandb gets them as two artifacts, of the weights and of the frequencies. Of an autoencoder whose latents several
+    processes hold, each writes its part of the weights.
     """
     partial = folder.with_name(folder.name + ".tmp")
     sae, log_frequency, shard = member.folded(), member.trainer.tracker.log_frequency(), member.shard
@@ -276,7 +275,5 @@ def save_weights_folder(
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
-    name = member.trainer.sae.get_name()
-    files, sparsity = [folder / WEIGHTS_FILE, folder / CONFIG_FILE], [folder / SPARSITY_FILE]
-    member.logger.log_artifact(name, "model", files, metadata=config_to_dict(member.cfg), aliases=aliases)
-    member.logger.log_artifact(f"{name}_log_feature_sparsity", "log_feature_sparsity", sparsity, aliases=aliases)
+    for artifact in weights_artifacts(folder, member.trainer.sae.get_name(), config_to_dict(member.cfg)):
+        member.logger.log_artifact(artifact)

@@ -31,7 +31,7 @@ from sae_training.run.logger import RunLogger, UnheardLogger
 from sae_training.run.progress import Progress
 from sae_training.run.save import STORE, check_same_weights
 from sae_training.run.state import Member, Run
-from sae_training.run.wandb_mirror import WandbOptions
+from sae_training.run.wandb_run import WandbOptions
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.conversions import fold_decoder_norms, fold_input_scale
 from sae_training.sparse_autoencoder.normalization import BY_ROW
@@ -79,7 +79,7 @@ def open_run(
                 write_config(path, single)
             logger = UnheardLogger()
             if part.is_recorder:
-                logger = open_logger(single, folder, path, state["metrics_bytes"][name], members)
+                logger = open_logger(single, folder, path, state["metrics_bytes"][name])
             failure = state["failures"].get(name)
             members.append(Member(name, single, path, sites, store, trainers[name], logger, failure, part.is_recorder))
         for member in members:
@@ -124,18 +124,10 @@ def load_state(latest: Path, store: ActivationsStore) -> dict[str, Any]:
     return state
 
 
-def open_logger(
-    cfg: LanguageModelSAERunnerConfig, folder: RunFolder, path: Path, resume_at: int, before: list[Member]
-) -> RunLogger:
+def open_logger(cfg: LanguageModelSAERunnerConfig, folder: RunFolder, path: Path, resume_at: int) -> RunLogger:
     """Open the log of the autoencoder in `path`; those of a run of several are a group in wandb."""
-    if path == folder.path:
-        wandb = WandbOptions.of(cfg, path.name)
-    else:
-        wandb = WandbOptions.of(cfg, f"{folder.path.name}/{path.name}", group=folder.path.name)
-    first = before[0].logger if before else None
-    return RunLogger(
-        path, config=config_to_dict(cfg), wandb=wandb, resume_at=resume_at, beside=first, notify=tqdm.write
-    )
+    wandb = WandbOptions.of_member(cfg, folder.path, path) if cfg.log_to_wandb else None
+    return RunLogger(path, config=config_to_dict(cfg), wandb=wandb, resume_at=resume_at, notify=tqdm.write)
 
 
 # Of an autoencoder's config in a checkpoint; where batches are scaled, it is that of weights for raw activations.

@@ -175,7 +175,7 @@ class Run:
             self.progress.close()
             for member in self.members:
                 with unheard:
-                    member.logger.close()
+                    member.logger.close(exit_code=0 if error is None else 1)
 
     def take_saved(self, wait: bool = False) -> None:
         """Take note of the checkpoint that was written in the background, once it is there; `wait` for it."""

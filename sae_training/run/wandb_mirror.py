@@ -1,257 +1,290 @@
-"""A mirror of a run's log in wandb. This is the only file that imports wandb, and only when a run wants it."""
+"""A mirror of metrics.jsonl in wandb, kept by a thread of its own.
+
+A step is written to the file and training goes on; the thread reads the file and sends what wandb does not hold. So
+nothing of wandb holds up a step, a slow wandb is late and misses nothing, and what was not sent is still in the file.
+"""
 
 from __future__ import annotations
 
-import netrc
-import os
-import re
-import secrets
-import shlex
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit
 
-import numpy as np
-
+from sae_training.machine.paths import command
 from sae_training.machine.run_files import METRICS_FILE
+from sae_training.run import wandb_run
+from sae_training.run.wandb_run import Artifact, Notify, WandbOptions, WandbRun, described
 
-WANDB_RUN_ID_FILE = "wandb_run_id.txt"
+POLL_S = 0.5
+SILENT_S = 60.0  # without an answer, after which it is said that wandb is behind
+OPENINGS = 4  # of the wandb run in one process: the first, and after each of three losses of the connection
+PAUSE_S = 2.0  # before it is opened again, because wandb names its files by the second
+GRACE_S = 10.0  # beside finish_timeout_s, in which wandb itself is to give up
+STOP_S = 10.0  # for a run that failed or was stopped, which what stopped it may soon kill
+WRITES_S = 5.0  # after its end, in which wandb's files are to have all steps
+MOST_BESIDE = 10_000  # steps whose values beside the file are kept for a wandb that is behind
 
-LONGEST_ARTIFACT_NAME = 128  # because wandb refuses longer ones
-MOST_METADATA_KEYS = 100  # likewise, counted at the top level only
 
-Notify = Callable[[str], None]
+class Replaced(Exception):
+    """The service process has failed for another mirror, which has ended it."""
 
 
-@dataclass(frozen=True)
-class WandbOptions:
-    """How a run appears in wandb, and how long it may be waited for.
+class Steps:
+    """The steps of a metrics.jsonl that grows, each as one row, once it is whole: when a row of a later step follows.
 
-    `mode` is "online", "offline" or "disabled"; None takes WANDB_MODE and, without that, online if wandb finds an API
-    key, else offline. Runs of one `group` are open at the same time.
+    A step may have several rows, and an interrupted run writes the rest of its last step when it goes on.
     """
 
-    mode: str | None = None
-    project: str | None = None
-    entity: str | None = None
-    name: str | None = None
-    group: str | None = None
-    init_timeout_s: float = 30.0
-    finish_timeout_s: float = 60.0
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._place = 0
+        self._step: int | None = None
+        self._row: dict[str, Any] = {}
 
-    @classmethod
-    def of(cls, cfg: Any, name: str, group: str | None = None) -> WandbOptions | None:
-        """Return the options in a run config, or in one of toy models; None if it does not want wandb."""
-        if not cfg.log_to_wandb:
-            return None
-        return cls(cfg.wandb_mode, cfg.wandb_project, cfg.wandb_entity, name, group)
+    def new(self, is_complete: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield steps and rows that were not yielded before; the last one too, if the file `is_complete`."""
+        with self._path.open("rb") as file:
+            file.seek(self._place)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._place += len(line)
+                row = json.loads(line)
+                step = row.pop("step")
+                if step != self._step:
+                    yield from self._take()
+                    self._step = step
+                self._row |= row
+        if is_complete:
+            yield from self._take()
+
+    def _take(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        step, row, self._step, self._row = self._step, self._row, None, {}
+        if step is not None:
+            yield step, row
+
+
+@dataclass
+class Session:
+    """What the mirrors of this process share, because wandb's one service process serves them all."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Whose holder alone calls wandb."""
+    mirrors: set[WandbMirror] = field(default_factory=set)
+    number: int = 0
+    """Which service process it is: runs of an earlier one are lost."""
+    is_offline: bool = False
+    is_given_up: bool = False
+    deadline: float | None = None
+    """When waiting for the mirrors that are being finished ends."""
+
+
+session = Session()
 
 
 class WandbMirror:
-    """A wandb run that may fail at any point: its user is told of the first failure, which switches the mirror off."""
+    """The wandb run of one autoencoder, which may fail at any point; `notify` is told what goes wrong, once."""
 
     def __init__(self, folder: Path, notify: Notify) -> None:
-        self._folder = folder.resolve()  # because wandb takes a relative path as relative to wherever it starts
+        self._folder = folder
         self._notify = notify
-        self._wandb: ModuleType | None = None
-        self._run: Any = None
-        self._owns_run = False
-        self._prefix = ""
+        self._thread: threading.Thread | None = None
+        self._run: WandbRun | None = None
+        self._number = 0
+        self._beside: dict[int, dict[str, Any]] = {}
+        self._artifacts: list[Artifact] = []
+        self._sent = set[int]()
+        self._ending = threading.Event()
+        self._exit_code = 0
+        self._waits_since: float | None = None
+        self._said_silent = self._said_late = False
 
-    @property
-    def url(self) -> str | None:
-        if self._run is None or self._run.offline:
-            return None
-        return self._run.url
+    def start(self, options: WandbOptions, config: dict[str, Any]) -> None:
+        """Begin to send: to the wandb run that the caller has opened, or to one of its own.
 
-    @property
-    def is_offline(self) -> bool:
-        return self._run is not None and self._run.offline
-
-    def start(self, options: WandbOptions, config: dict[str, Any], offline: bool = False) -> None:
-        """Open the wandb run, or join the one that the caller has opened; a mode of "disabled" opens none."""
-        mode = options.mode or os.environ.get("WANDB_MODE") or None
-        if mode == "disabled":
+        A mode of "disabled" sends nothing.
+        """
+        if options.wanted_mode == "disabled":
             return
+        self._options, self._config = options, config
         try:
-            import wandb
+            self._joined = wandb_run.callers_run()
         except ImportError as error:
             self._notify(f"wandb: cannot be imported ({error}); metrics go to {METRICS_FILE} alone")
             return
-        self._wandb = wandb
-        try:
-            if wandb.run is not None:
-                self._run = wandb.run
-                self._prefix = "" if options.group is None else f"{self._folder.name}/"
-                own = config if options.group is None else {self._folder.name: config}
-                self._run.config.update(own, allow_val_change=True)
-            else:
-                self._owns_run = True
-                self._run = self._open(wandb, "offline" if offline else mode, options, config)
-                open_mirrors.add(self)
-        except Exception as error:
-            self._switch_off("could not be started", error)
+        if not session.mirrors:
+            session.is_offline, session.is_given_up, session.deadline = False, False, None
+        session.mirrors.add(self)
+        self._thread = threading.Thread(target=self._work, name=f"wandb mirror of {self._folder.name}", daemon=True)
+        self._thread.start()
 
-    def _open(self, wandb: ModuleType, mode: str | None, options: WandbOptions, config: dict[str, Any]) -> Any:
-        online = mode not in ("offline", "dryrun")
-        if online and not has_api_key(wandb):
+    def log_beside(self, values: Mapping[str, Any], step: int) -> None:
+        """Add values that metrics.jsonl does not hold to those of a step."""
+        if self._thread is None or not self._thread.is_alive():
+            return
+        self._beside.setdefault(step, {}).update(values)
+        if len(self._beside) > MOST_BESIDE:
+            self._beside.pop(next(iter(self._beside)), None)
+
+    def log_artifact(self, artifact: Artifact) -> None:
+        self._artifacts.append(artifact)
+
+    def check(self) -> None:
+        """Say once if wandb has not answered for long."""
+        since = self._waits_since
+        if since is not None and not self._said_silent and time.monotonic() - since > SILENT_S:
+            self._said_silent = True
+            self._notify(f"wandb: no answer for {SILENT_S:.0f} s; training goes on, and rows wait in {METRICS_FILE}")
+
+    def finish(self, exit_code: int) -> None:
+        """End the wandb run if this mirror opened it, waiting a bounded time for what is still to be sent.
+
+        The last step of a run that failed or was stopped is not sent: the run that goes on may add to it.
+        """
+        if self._thread is None:
+            return
+        self._exit_code = exit_code
+        self._ending.set()
+        bound = STOP_S if exit_code else self._options.finish_timeout_s + GRACE_S
+        session.deadline = session.deadline or time.monotonic() + bound
+        self._thread.join(max(0.0, session.deadline - time.monotonic()))
+        if self._thread.is_alive() and not session.is_given_up:
+            if not self._said_late:
+                self._say(f"wandb: did not end within {bound:.0f} s; {self._how_to_sync()}")
+            session.is_given_up = True
+            wandb_run.end_service(at_once=True)
+        session.mirrors.discard(self)
+
+    # ---------------------------------------------------------------------------------------------- in the thread
+
+    def _work(self) -> None:
+        for left in reversed(range(OPENINGS)):
+            is_open = False
+            try:
+                self._open(is_again=left < OPENINGS - 1)
+                is_open = True
+                self._follow()
+                return
+            except Exception as error:
+                if session.is_given_up:
+                    return
+                if isinstance(error, Replaced):
+                    continue
+                is_last = left == 0 or not is_open or self._joined is not None
+                what = "lost its connection" if is_open else "could not be started"
+                then = f"it is off from here on; {self._how_to_sync()}" if is_last else "it is opened anew"
+                self._notify(f"wandb: {what} ({described(error)}); {then}")
+                self._end_session()
+                if is_last:
+                    return
+            time.sleep(PAUSE_S)
+
+    def _open(self, is_again: bool) -> None:
+        self._waits_since = time.monotonic()
+        with session.lock:
+            if self._joined is not None:
+                self._run = wandb_run.join(self._joined, self._folder, self._options, self._config)
+            else:
+                self._run = self._open_own(is_again)
+            self._number = session.number
+        self._waits_since = None
+
+    def _open_own(self, is_again: bool) -> WandbRun:
+        online = self._options.wanted_mode not in ("offline", "dryrun") and not session.is_offline
+        if online and not wandb_run.has_api_key():
             # Without this wandb would ask for a key at the terminal, and wait for the answer.
             self._notify(f"wandb: no API key found, so this run is kept offline; {self._how_to_sync()}")
             online = False
-        in_sweep = "WANDB_SWEEP_ID" in os.environ  # then the agent has settled project, entity and id
-        arguments: dict[str, Any] = {
-            "dir": str(self._folder),
-            "config": config,
-            "name": options.name,
-            "project": None if in_sweep else options.project,
-            "entity": None if in_sweep else options.entity,
-            "id": None if in_sweep and options.group is None else self._run_id(is_only_one=options.group is None),
-            "settings": quiet_settings(wandb, options),
-        }
-        if options.group is not None:  # the runs of the others stay open
-            arguments |= {"group": options.group, "reinit": "create_new"}
-        run = None
         if online:
             try:
-                run = wandb.init(mode=mode or "online", resume=None if in_sweep else "allow", **arguments)
+                return wandb_run.open_run(self._folder, self._options, self._config, True, is_again)
             except Exception as error:
+                if session.is_given_up:
+                    raise
                 self._notify(
                     f"wandb: no connection ({described(error)}), so this run is kept offline; {self._how_to_sync()}"
                 )
-                if not open_mirrors:
-                    wandb.teardown()  # because the service would go on holding the run id
-        if run is None:
-            run = wandb.init(mode="offline", **arguments)
-        self._keep_run_id(run.id)
-        return run
+                if all(other._run is None for other in session.mirrors):
+                    wandb_run.end_service()  # because it would go on holding the run id
+        session.is_offline = True
+        return wandb_run.open_run(self._folder, self._options, self._config, False, is_again)
 
-    def log(self, row: dict[str, Any], step: int) -> None:
-        row = {self._prefix + key: value for key, value in row.items()}
-        self._attempt(lambda: self._run.log(row, step=step))
+    def _follow(self) -> None:
+        """Send what metrics.jsonl holds and will hold, until the end."""
+        steps, n_artifacts = Steps(self._folder / METRICS_FILE), 0
+        has_ended = False
+        while not has_ended:
+            has_ended = self._ending.wait(POLL_S)
+            self._waits_since = time.monotonic()
+            with session.lock:
+                if self._number != session.number:
+                    raise Replaced
+                run = self._run
+                assert run is not None
+                for step, row in steps.new(is_complete=has_ended and self._exit_code == 0):
+                    beside = self._beside.pop(step, {})
+                    if not run.has(step):
+                        run.log(step, row | beside)
+                        self._sent.add(step)
+                # One at a time, because each may take long, and rows that have come since go first.
+                for artifact in self._artifacts[n_artifacts : None if has_ended else n_artifacts + 1]:
+                    self._send_artifact(run, artifact)
+                    n_artifacts += 1
+                if has_ended:
+                    self._finish_run(run)
+            self._waits_since = None
 
-    def log_histogram(self, key: str, counts: np.ndarray, edges: np.ndarray, step: int) -> None:
-        def send() -> None:
-            assert self._wandb is not None
-            histogram = self._wandb.Histogram(np_histogram=(counts, edges))
-            self._run.log({self._prefix + key: histogram}, step=step)
-
-        self._attempt(send)
-
-    def log_artifact(
-        self, name: str, artifact_type: str, paths: Sequence[Path], metadata: dict[str, Any], aliases: list[str]
-    ) -> None:
-        if self._run is None:
-            return
+    def _send_artifact(self, run: WandbRun, artifact: Artifact) -> None:
         try:
-            assert self._wandb is not None
-            shown = metadata if len(metadata) <= MOST_METADATA_KEYS else {"cfg": metadata}
-            artifact = self._wandb.Artifact(artifact_name(name), artifact_type, metadata=shown)
-            for path in paths:
-                # The default policy and cache would each copy the weights into the home directory.
-                artifact.add_file(str(path), name=path.name, policy="immutable", skip_cache=True)
-            self._run.log_artifact(artifact, aliases=aliases or None)
+            run.log_artifact(artifact)
+        except ConnectionError:
+            raise
         except Exception as error:
-            # The mirror stays on: a file or a name may be at fault, and metrics can still flow.
-            self._notify(f"wandb: artifact {name} was not logged ({described(error)})")
+            # The mirror stays on: a file, a name or the server may be at fault, and metrics can still flow.
+            self._say(f"wandb: artifact {artifact.name} was not logged ({described(error)}); {self._how_to_sync()}")
 
-    def finish(self, exit_code: int) -> None:
-        """End the wandb run if this mirror opened it, waiting a bounded time for what is still to be uploaded."""
-        run, self._run = self._run, None
-        open_mirrors.discard(self)
-        if run is None or not self._owns_run:
-            return
+    def _finish_run(self, run: WandbRun) -> None:
+        is_offline, run_id = run.is_offline, run.run.id
         try:
-            run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._notify(f"wandb: not everything was uploaded ({described(error)}); {self._how_to_sync()}")
-            self._end_session()
-
-    def _attempt(self, send: Callable[[], None]) -> None:
-        if self._run is None:
+            run.finish(self._exit_code)
+        except TimeoutError as error:
+            self._said_late = True
+            self._say(f"wandb: not everything was uploaded ({described(error)}); {self._how_to_sync()}")
+            if session.mirrors == {self}:  # because it would end the runs of the others too
+                wandb_run.end_service()
             return
-        try:
-            send()
-        except Exception as error:
-            self._switch_off("lost its connection", error)
+        if run.is_own and is_offline and (lost := self._not_in_files(run_id)):
+            self._notify(
+                f"wandb: its files lack {len(lost)} steps, from step {min(lost)} on, as after a disk that was full; "
+                f"{self._how_to_sync()}"
+            )
 
-    def _switch_off(self, failure: str, error: Exception) -> None:
-        self._notify(
-            f"wandb: {failure} ({described(error)}); it is off from here on, and metrics go to {METRICS_FILE} alone"
-        )
-        self._run = None
-        if self._owns_run:
-            self._end_session()
+    def _not_in_files(self, run_id: str) -> set[int]:
+        """Return the steps that were sent, but are not in wandb's files once it has had time to write them."""
+        deadline = time.monotonic() + WRITES_S
+        while (lost := self._sent - wandb_run.in_files(self._folder, run_id)[0]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return lost
 
     def _end_session(self) -> None:
-        open_mirrors.discard(self)
-        if self._wandb is not None and not open_mirrors:  # because it would end the runs of the others too
-            with suppress(Exception):  # because wandb's own exit hook would print a traceback
-                self._wandb.teardown()
+        """End the service process, which has failed, unless another mirror has done so; a caller's own goes on."""
+        if self._joined is not None:
+            return
+        with session.lock:
+            is_in_use = any(other._run is not None for other in session.mirrors)
+            if self._number == session.number if self._run is not None else not is_in_use:
+                session.number += 1
+                wandb_run.end_service()
+            self._run = None
 
-    def _run_id(self, is_only_one: bool) -> str:
-        """Return the one id that the run folder has for life: a resumed run continues the same wandb run."""
-        if is_only_one and (given := os.environ.get("WANDB_RUN_ID")):
-            return given
-        with suppress(FileNotFoundError):
-            if kept := (self._folder / WANDB_RUN_ID_FILE).read_text().strip():
-                return kept
-        run_id = secrets.token_hex(4)  # not from `random`, whose state belongs to the user
-        self._keep_run_id(run_id)
-        return run_id
-
-    def _keep_run_id(self, run_id: str) -> None:
-        path = self._folder / WANDB_RUN_ID_FILE
-        if not path.exists() or not path.read_text().strip():
-            path.write_text(run_id + "\n")
+    def _say(self, message: str) -> None:
+        if not session.is_given_up:  # which was said
+            self._notify(message)
 
     def _how_to_sync(self) -> str:
-        return f"to upload it later: wandb sync {shlex.quote(str(self._folder / 'wandb'))}/*run-*"
-
-
-open_mirrors: set[WandbMirror] = set()
-"""The mirrors that have opened a wandb run and not ended it: one for each autoencoder of a run of several."""
-
-
-def quiet_settings(wandb: ModuleType, options: WandbOptions) -> Any:
-    """Return settings under which wandb leaves console, code and git alone and waits a bounded time."""
-    wanted = {
-        "console": "off",
-        "silent": True,
-        "quiet": True,
-        "save_code": False,
-        "disable_code": True,
-        "disable_git": True,
-        "disable_job_creation": True,
-        "init_timeout": options.init_timeout_s,
-        "finish_timeout": options.finish_timeout_s,
-        "finish_timeout_raises": True,
-    }
-    known = wandb.Settings.model_fields  # because older releases lack the finish timeout
-    return wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
-
-
-def has_api_key(wandb: ModuleType) -> bool:
-    """Return whether wandb can log in without asking: by environment, earlier login or netrc file."""
-    settings = wandb.setup().settings
-    if settings.api_key or os.environ.get("WANDB_API_KEY") or getattr(settings, "identity_token_file", None):
-        return True
-    try:
-        entries = netrc.netrc(os.environ.get("NETRC"))
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return entries.authenticators(urlsplit(settings.base_url).netloc) is not None
-
-
-def artifact_name(name: str) -> str:
-    """Return the name without what wandb forbids; a long one keeps its end, where runs differ."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)[-LONGEST_ARTIFACT_NAME:]
-
-
-def described(error: Exception) -> str:
-    """Return the kind of the error and the first line of its message: wandb's messages run to pages."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        folder = self._folder if self._options.group is None else self._folder.parent
+        return f"to send later what is missing: {command('sync', folder)}"

@@ -21,7 +21,7 @@ from sae_training.run.logger import RunLogger
 from sae_training.run.progress import figures_of
 from sae_training.run.record import Record
 from sae_training.run.remarks import what_is_wrong
-from sae_training.run.wandb_mirror import WandbOptions
+from sae_training.run.wandb_run import WandbOptions
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.toy_model_runner.data import (
     ToyModel,
@@ -128,7 +128,7 @@ def train(cfg: SAEToyModelRunnerConfig, model: ToyModel, record: Record) -> Spar
     logger = RunLogger(
         folder,
         config=config_to_dict(cfg),
-        wandb=WandbOptions.of(cfg, folder.name),
+        wandb=WandbOptions.of_member(cfg, folder, folder) if cfg.log_to_wandb else None,
         notify=tqdm.write,
     )
     with logger, progress_bar(folder.name, cfg.total_training_steps, "steps", leave=True) as bar:

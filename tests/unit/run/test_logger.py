@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from wandb_file import artifacts, history, the_run, wandb_files
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.run.logger import RunLogger
-from sae_training.run.wandb_mirror import WandbOptions
+from sae_training.run.wandb_run import Artifact, WandbOptions
+from scripts.benchmarks.wandb_server import WandbServer
 
 FAKE_KEY = "a" * 40
 
@@ -101,9 +101,9 @@ def test_log_histogram_has_64_bins_over_the_finite_values(tmp_path: Path) -> Non
     assert {bin_: count for bin_, count in enumerate(counts) if count} == {0: 1, 32: 2, 63: 1}
 
 
-def test_log_timing_stays_out_of_the_file(tmp_path: Path) -> None:
+def test_log_beside_stays_out_of_the_file(tmp_path: Path) -> None:
     with open_file(tmp_path) as logger:
-        logger.log_timing({"time/tokens_per_second": 1234.5}, step=1)
+        logger.log_beside({"time/tokens_per_second": 1234.5}, step=1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
@@ -164,7 +164,7 @@ def test_wandb_holds_the_rows_under_their_names_and_steps(tmp_path: Path) -> Non
     with open_logger(tmp_path, said) as logger:
         logger.log({"losses/mse_loss": 0.5, "metrics/l0": 4.0}, step=10, tokens=80)
         logger.log({"metrics/CE_loss_score": 0.75}, step=10, tokens=80)
-        logger.log_timing({"time/tokens_per_second": 99.0}, step=10)
+        logger.log_beside({"time/tokens_per_second": 99.0}, step=10)
         logger.log({"losses/mse_loss": float("nan")}, step=20, tokens=160)
     (file,) = wandb_files(tmp_path)
     first, second = history(file)
@@ -188,7 +188,7 @@ def test_wandb_holds_the_rows_under_their_names_and_steps(tmp_path: Path) -> Non
 def test_wandb_holds_words_in_place_of_a_figure(tmp_path: Path) -> None:
     with open_logger(tmp_path, Said()) as logger:
         logger.log({"metrics/CE_loss_score": float("nan"), "base/rows": 64}, step=10, tokens=80)
-        logger.log_words({"metrics/CE_loss_score": "no score: nothing changes"}, step=10)
+        logger.log_beside({"metrics/CE_loss_score": "no score: nothing changes"}, step=10)
     (file,) = wandb_files(tmp_path)
     (row,) = history(file)
     assert row["metrics/CE_loss_score"] == "no score: nothing changes"
@@ -224,13 +224,9 @@ def test_wandb_artifacts_have_type_alias_metadata_and_files(tmp_path: Path) -> N
     said = Said()
     with open_logger(tmp_path, said) as logger:
         name = "sparse_autoencoder_org/model_blocks.0.hook_mlp_out_64"
-        logger.log_artifact(name, "model", [weights], metadata={"d_in": 16}, aliases=["final_model"])
-        logger.log_artifact(
-            f"{name}_log_feature_sparsity",
-            "log_feature_sparsity",
-            [sparsity],
-            aliases=["final_model"],
-        )
+        logger.log_artifact(Artifact(name, "model", [weights], metadata={"d_in": 16}, aliases=["final_model"]))
+        sparse = Artifact(f"{name}_log_feature_sparsity", "log_feature_sparsity", [sparsity], aliases=["final_model"])
+        logger.log_artifact(sparse)
     (file,) = wandb_files(tmp_path)
     found = artifacts(file)
     safe = "sparse_autoencoder_org_model_blocks.0.hook_mlp_out_64"
@@ -247,7 +243,7 @@ def test_wandb_artifacts_have_type_alias_metadata_and_files(tmp_path: Path) -> N
 def test_artifact_that_cannot_be_logged_is_said_and_metrics_go_on(tmp_path: Path) -> None:
     said = Said()
     with open_logger(tmp_path, said) as logger:
-        logger.log_artifact("gone", "model", [tmp_path / "gone.safetensors"])
+        logger.log_artifact(Artifact("gone", "model", [tmp_path / "gone.safetensors"]))
         logger.log({"loss": 1.0}, step=1, tokens=8)
     (file,) = wandb_files(tmp_path)
     assert len(said) == 1
@@ -259,7 +255,7 @@ def test_artifact_metadata_of_more_than_100_keys_is_kept(tmp_path: Path) -> None
     (tmp_path / "w").write_bytes(b"w")
     metadata = {f"field_{number}": number for number in range(101)}
     with open_logger(tmp_path, Said()) as logger:
-        logger.log_artifact("n" * 200, "model", [tmp_path / "w"], metadata=metadata)
+        logger.log_artifact(Artifact("n" * 200, "model", [tmp_path / "w"], metadata=metadata))
     (file,) = wandb_files(tmp_path)
     ((name, artifact),) = artifacts(file).items()
     assert len(name) == 128
@@ -328,9 +324,10 @@ def test_disabled_wandb_leaves_no_trace(how: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("WANDB_MODE", "disabled" if how == "WANDB_MODE" else "offline")
     cfg = LanguageModelSAERunnerConfig(**{"log_to_wandb": True, **changes[how]})
     said = Said()
-    with RunLogger(tmp_path, config={}, wandb=WandbOptions.of(cfg, "a name"), notify=said) as logger:
+    options = WandbOptions.of_member(cfg, tmp_path, tmp_path) if cfg.log_to_wandb else None
+    with RunLogger(tmp_path, config={}, wandb=options, notify=said) as logger:
         logger.log({"loss": 1.0}, step=1, tokens=8)
-        logger.log_artifact("name", "model", [tmp_path / "missing"])
+        logger.log_artifact(Artifact("name", "model", [tmp_path / "missing"]))
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert said == []
 
@@ -339,9 +336,10 @@ def test_options_are_those_of_the_config() -> None:
     cfg = LanguageModelSAERunnerConfig(
         log_to_wandb=True, wandb_mode="offline", wandb_project="a_project", wandb_entity="an_entity"
     )
-    assert WandbOptions.of(cfg, "a name", group="a_group") == WandbOptions(
-        mode="offline", project="a_project", entity="an_entity", name="a name", group="a_group"
-    )
+    expected = WandbOptions(mode="offline", project="a_project", entity="an_entity", name="a_run")
+    assert WandbOptions.of_member(cfg, Path("runs/a_run"), Path("runs/a_run")) == expected
+    expected = dataclasses.replace(expected, name="a_run/k8", group="a_run")
+    assert WandbOptions.of_member(cfg, Path("runs/a_run"), Path("runs/a_run/k8")) == expected
 
 
 def test_wandb_is_imported_only_when_wanted(tmp_path: Path) -> None:
@@ -379,7 +377,6 @@ def test_unreachable_server_means_offline_and_is_said_once(
     said = Said()
     mode = "online" if where == "environment" else None
     with open_logger(tmp_path, said, mode=mode, init_timeout_s=1.0) as logger:
-        assert logger.wandb_url is None
         logger.log({"loss": 1.0}, step=1, tokens=8)
     assert len(said) == 1
     assert "no connection" in said[0]
@@ -399,79 +396,29 @@ def test_malformed_key_does_not_stop_training(tmp_path: Path, monkeypatch: pytes
     assert lines(tmp_path)[0]["loss"] == 1.0
 
 
-class WandbServer(ThreadingHTTPServer):
-    """Answers as little of wandb's protocol as a run needs, until it is told to fail."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), WandbRequest)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.failing = False
-        self.history: list[dict[str, Any]] = []
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # the other side hangs up as it likes
-
-
-class WandbRequest(BaseHTTPRequestHandler):
-    server: WandbServer  # pyright: ignore[reportIncompatibleVariableOverride]
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.server.failing:
-            self.close_connection = True
-            return
-        data = {}
-        if self.path == "/graphql":
-            data = self.answer(json.loads(body))
-        elif self.path.endswith("/file_stream"):
-            streamed = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
-            self.server.history += map(json.loads, streamed.get("content", []))
-        answer = json.dumps({"data": data}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    do_GET = do_PUT = do_POST
-
-    def answer(self, query: dict[str, Any]) -> dict[str, Any]:
-        variables = query.get("variables", {})
-        if query.get("operationName") == "UpsertBucket":
-            project = {"id": "P", "name": "a_project", "entity": {"id": "E", "name": "an_entity"}}
-            bucket = {"id": "B", "name": variables["name"], "displayName": "", "project": project}
-            return {"upsertBucket": {"bucket": bucket | {"historyLineCount": 0}, "inserted": True}}
-        if query.get("operationName") == "CreateRunFiles":
-            files = [{"name": n, "uploadUrl": f"{self.server.url}/{n}"} for n in variables["files"]]
-            return {"createRunFiles": {"runID": "B", "uploadHeaders": [], "files": files}}
-        return {}
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     with WandbServer() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
         yield server
         wandb.teardown()
-        server.shutdown()
-        thread.join()
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_key_and_server_mean_online(tmp_path: Path, server: WandbServer) -> None:
     said = Said()
     with open_logger(tmp_path, said, mode=None) as logger:
-        assert logger.wandb_url is not None
-        assert logger.wandb_url.startswith(f"{server.url}/an_entity/a_project/runs/")
         logger.log({"loss": 1.0}, step=1, tokens=8)
         logger.log({"loss": 0.5}, step=2, tokens=16)
-    assert [(row["_step"], row["loss"]) for row in server.history] == [(1, 1.0), (2, 0.5)]
+    (lines_there,) = server.history.values()
+    assert [(row["_step"], row["loss"]) for _, row in sorted(lines_there.items())] == [(1, 1.0), (2, 0.5)]
     assert said == []
 
 
@@ -479,7 +426,8 @@ def test_server_that_dies_is_said_once_and_waited_for_a_bounded_time(tmp_path: P
     said = Said()
     logger = open_logger(tmp_path, said, mode="online", finish_timeout_s=1.0)
     logger.log({"loss": 1.0}, step=1, tokens=8)
-    server.failing = True
+    until(lambda: "UpsertBucket" in server.asked)
+    server.mood = "never"
     logger.log({"loss": 0.5}, step=2, tokens=16)
     start = time.monotonic()
     logger.close()
@@ -491,11 +439,13 @@ def test_server_that_dies_is_said_once_and_waited_for_a_bounded_time(tmp_path: P
     assert [row["loss"] for row in history(file)] == [1.0, 0.5]
 
 
-DYING_SERVICE = """
+DISTURBED_SERVICE = """
 import os, signal, sys, time
 from pathlib import Path
 from sae_training.run.logger import RunLogger
-from sae_training.run.wandb_mirror import WandbOptions
+from sae_training.run.wandb_run import WandbOptions
+
+folder, number = Path(sys.argv[1]), signal.Signals[sys.argv[2]]
 
 def wandb_service():
     for entry in Path("/proc").iterdir():
@@ -506,30 +456,74 @@ def wandb_service():
         except (OSError, IndexError):
             pass
 
-with RunLogger(Path(sys.argv[1]), config={}, wandb=WandbOptions(mode="offline")) as logger:
-    logger.log({"loss": 1.0}, step=1, tokens=8)
-    os.kill(wandb_service(), signal.SIGKILL)
-    time.sleep(0.5)
-    for step in range(2, 6):
-        logger.log({"loss": 1.0}, step=step, tokens=8 * step)
-        logger.log_timing({"time": 1.0}, step=step)
-        time.sleep(0.1)
+def log(steps):
+    for step in steps:
+        logger.log({f"figure_{number}": step / 7 for number in range(20)}, step=step, tokens=8 * step)
+
+with RunLogger(folder, config={}, wandb=WandbOptions(mode="offline", finish_timeout_s=1.0)) as logger:
+    log(range(1, 301))
+    while not any(file.stat().st_size > 40_000 for file in folder.glob("wandb/*run-*/*.wandb")):
+        time.sleep(0.1)  # until wandb has written some of them
+    os.kill(wandb_service(), number)
+    log(range(301, 601))
 """
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the service through /proc")
-def test_dying_wandb_is_said_once_and_training_goes_on(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", DYING_SERVICE, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def disturbed(folder: Path, number: str) -> str:
+    """Log 600 steps, with a signal to wandb's service after 300, and return what was said."""
+    script = [sys.executable, "-c", DISTURBED_SERVICE, str(folder), number]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4, 5]
-    assert done.stdout.count("wandb:") == 1
-    assert "lost its connection" in done.stdout
     assert "Traceback" not in done.stderr
+    assert [row["step"] for row in lines(folder)] == list(range(1, 601))
+    return done.stdout
+
+
+def steps_in_files(folder: Path) -> list[int]:
+    return sorted(row["_step"] for file in wandb_files(folder) for row in history(file))
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the service through /proc")
+def test_killed_wandb_is_said_once_and_opened_anew_without_a_step_lost_or_doubled(tmp_path: Path) -> None:
+    said = disturbed(tmp_path, "SIGKILL")
+    assert said.count("wandb:") == 1
+    assert "lost its connection" in said
+    assert len(wandb_files(tmp_path)) == 2
+    assert steps_in_files(tmp_path) == list(range(1, 601))
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the service through /proc")
+def test_wandb_that_stands_still_is_waited_for_a_bounded_time(tmp_path: Path) -> None:
+    said = disturbed(tmp_path, "SIGSTOP")
+    assert said.count("wandb:") == 1
+    assert "did not end within 11 s" in said
+    assert f"sync {tmp_path}" in said
+    found = steps_in_files(tmp_path)
+    assert found == list(range(1, len(found) + 1))
+
+
+def test_resumed_run_goes_on_behind_what_wandb_holds(tmp_path: Path) -> None:
+    """Rows after the checkpoint are logged again; the last step of a run that stopped waits for what is added to it."""
+
+    def train(logger: RunLogger, steps: range) -> None:
+        for step in steps:
+            logger.log({"loss": 1 / (step + 1)}, step=step, tokens=step * 8)
+            logger.log_histogram("density", torch.arange(step + 2.0), step=step)
+
+    with pytest.raises(KeyboardInterrupt), open_logger(tmp_path, Said()) as logger:
+        train(logger, range(3))
+        position = logger.position()
+        train(logger, range(3, 5))
+        logger.log({"loss": 1 / 6}, step=5, tokens=40)
+        raise KeyboardInterrupt
+    assert steps_in_files(tmp_path) == [0, 1, 2, 3, 4]
+    said = Said()
+    with open_logger(tmp_path, said, resume_at=position) as logger:
+        train(logger, range(3, 8))
+    rows = [row for file in wandb_files(tmp_path) for row in history(file)]
+    assert [(row["_step"], row["loss"]) for row in rows] == [(step, 1 / (step + 1)) for step in range(8)]
+    assert all(sum(row["density"]["values"]) == row["_step"] + 2 for row in rows)
+    assert said == []
 
 
 def test_missing_wandb_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
