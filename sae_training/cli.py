@@ -110,10 +110,13 @@ class Eval(Measured, Common):
 
 @dataclass(kw_only=True)
 class Report(Common):
-    """Write report.html, the training curves of a run."""
+    """Write report.html, the training curves of a run; of a folder of runs runs.html, a page of them all."""
 
     run: RunFolder
-    """Run folder."""
+    """Run folder, or a folder of runs."""
+
+    watch: bool = False
+    """Keep the page of all runs fresh until Ctrl-C, also where it is open in a browser."""
 
 
 @dataclass(kw_only=True)
@@ -230,6 +233,10 @@ def carry_out(verb: OwnVerb) -> None:
         case Report():
             with phase("starting"):
                 from sae_training.report.run_page import report_run
+                from sae_training.report.runs_page import watch_runs
+            if verb.watch:
+                watch_runs(verb.run, say)
+                return
             with phase("report"):
                 page = report_run(verb.run)
             sys.stdout.write(f"{page}\n")

@@ -21,29 +21,31 @@ from sae_training.machine.run_files import (
     RUN_CONFIG_FILE,
     STATUS_FILE,
 )
+from sae_training.report.all_runs import is_run
 from sae_training.report.comparison import write_comparison
 from sae_training.report.curves import curve_figures, histogram_figures, is_number
 from sae_training.report.in_words import BASE, notes, notes_on_dead, which_rows
 from sae_training.report.metrics_file import LABELS, TOKENS_KEY, label, read_metrics
 from sae_training.report.page import Table, render, shown
+from sae_training.report.runs_page import write_runs_page
 
 Row = Mapping[str, Any]
 
 
 def report_run(path: str | Path) -> Path:
-    """Write the report.html of the run in `path`: its curves or, if it is one of several autoencoders, a comparison.
+    """Write the page of what is in `path`, and return where it is.
 
-    Raises ValueError for a run of several that is not finished: there is nothing to compare yet.
+    report.html has the curves of a run or, if that trained several autoencoders, compares them; runs.html has those of
+    all runs in a folder, and of several that are still in training.
     """
     path = Path(path)
-    members = sorted(file.parent.name for file in path.glob(f"*/{METRICS_FILE}"))
-    if not members:
+    if not is_run(path):
+        return write_runs_page(path)
+    if not any(path.glob(f"*/{METRICS_FILE}")):
         return write_report(path)
     evaluation = path / FINAL / EVALUATION_FILE
     if not evaluation.is_file():
-        raise ValueError(
-            f"{path}: several autoencoders, still in training; give the folder of one of them: {', '.join(members)}."
-        )
+        return write_runs_page(path)
     return write_comparison(path, json.loads(evaluation.read_text(encoding="utf-8")))
 
 
