@@ -82,6 +82,10 @@ class RunLogger:
         """Send words to wandb alone, which shows them in place of the figures of the same step and the same names."""
         self._wandb.log(dict(words), step)
 
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert to wandb, which mails it to those who want that."""
+        self._wandb.alert(title, text)
+
     def log_histogram(self, key: str, values: Tensor, step: int) -> None:
         """Write the distribution of the finite values as `{"counts": [64], "edges": [65]}`."""
         numbers = values.detach().flatten().cpu().double().numpy()

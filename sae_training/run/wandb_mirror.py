@@ -133,6 +133,9 @@ class WandbMirror:
         row = {self._prefix + key: value for key, value in row.items()}
         self._attempt(lambda: self._run.log(row, step=step))
 
+    def alert(self, title: str, text: str) -> None:
+        self._attempt(lambda: self._run.alert(title=self._prefix + title, text=text, level="WARN", wait_duration=0))
+
     def log_histogram(self, key: str, counts: np.ndarray, edges: np.ndarray, step: int) -> None:
         def send() -> None:
             assert self._wandb is not None
