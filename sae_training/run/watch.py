@@ -28,7 +28,7 @@ from sae_training.run.watchdog import LOOKED_AT, Health, Readings
 from sae_training.training.metrics import sparsity_metrics
 
 NORM_ROWS = 8_192  # of the buffer, whose norms the report shows
-ROWS_COMPARED = 128  # of a batch, in which copies are looked for
+ROWS_COMPARED = 64  # of a batch, in which copies are looked for
 READ_EVERY_S = 5.0  # disk and memory
 ROWS_RECALLED = 2_000  # of metrics.jsonl, which tell a run that goes on what is normal in it
 
@@ -129,6 +129,7 @@ def readings(run: Run) -> Readings:
     return Readings(
         seconds=now,
         tokens=run.n_training_tokens,
+        n_buffered=run.store.n_buffered,
         seconds_left=steps_left * run.cfg.tokens_per_step / rate if rate else math.inf,
         share_left=steps_left / run.cfg.total_training_steps,
         n_passes=run.store.text.n_passes,

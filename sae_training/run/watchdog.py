@@ -34,7 +34,9 @@ L0_OFF = 0.25  # of k; of target_l0, which is steered to from far away, as much 
 
 SLOW = 2.5  # times the run's own seconds for a token
 SLOW_FOR_S = 60.0
-OWN_RATES = 200  # looks of a process, which tell its own rate
+STRETCH_S = 2.0  # over which a rate is told, at least
+STRETCHES = 5  # at least, of the last minute and of the time before
+OWN_RATES = 200  # stretches of a process, which tell its own rate
 TREND_S = 600.0  # over which a disk or the memory must move before its course is drawn out to the end
 FALLEN = 0.5  # of the disk that was free: less of it is other people's traffic
 GROWN, GROWN_BYTES = 1.25, 256 * 2**20
@@ -96,12 +98,13 @@ class Health:
     def loss(self, mse: float, overall: float) -> str | None:
         """A jump of both the error and the loss: one of them alone may rise because a penalty bites, or AuxK begins."""
         pairs = list(self.losses)
-        is_high = len(pairs) >= FIRST_LOOKS
+        is_high = len(pairs) >= FIRST_LOOKS and mse > 0.01 * self.largest_loss
         for place, value in enumerate((mse, overall)):
             values = [pair[place] for pair in pairs]
-            middle = median(values) if values else math.inf
-            limit = max(SPIKE * middle, middle + SPIKE_SPREADS * spread(values, middle) if values else 0.0)
-            is_high = is_high and not value <= limit and value > 0.01 * self.largest_loss
+            is_high = is_high and value > SPIKE * min(values)  # nearly always false, and no median is needed
+            if is_high:
+                middle = median(values)
+                is_high = value > max(SPIKE * middle, middle + SPIKE_SPREADS * spread(values, middle))
         if not is_high:
             self.losses.append((mse, overall))
             self.largest_loss = max(self.largest_loss, mse)
@@ -191,7 +194,9 @@ class Readings(NamedTuple):
     seconds: float
     """By a clock that is never set."""
     tokens: int
-    """That the process has trained on."""
+    """That are trained on."""
+    n_buffered: int
+    """Rows of the buffer, which is filled again and again."""
     seconds_left: float
     share_left: float
     n_passes: int
@@ -209,6 +214,7 @@ class Surroundings:
 
     def __init__(self) -> None:
         self.last: Readings | None = None
+        """At the end of the last stretch whose rate is known."""
         self.own: list[float] = []
         self.recent: deque[tuple[float, float]] = deque()
         self.free: deque[tuple[float, int]] = deque()
@@ -225,21 +231,26 @@ class Surroundings:
             found["disk"] = self.disk(now, *now.disk)
         if now.memory is not None:
             found["memory"] = self.memory(now, *now.memory)
-        self.last = now
         return {kind: message for kind, message in found.items() if message}
 
     def rate(self, now: Readings) -> str | None:
-        """A rate that was far below the run's own for a minute; medians, because evaluations and saves are pauses."""
-        if self.last is None or now.tokens <= self.last.tokens:
+        """A rate that was far below the run's own for a minute.
+
+        A stretch holds whole refills of the buffer, which take most of the time of some runs. Medians of stretches,
+        because evaluations and saves are pauses.
+        """
+        self.last = self.last or now
+        took, tokens = now.seconds - self.last.seconds, now.tokens - self.last.tokens
+        if took < STRETCH_S or tokens < max(1, now.n_buffered):
             return None
-        took = now.seconds - self.last.seconds
-        per_token = took / (now.tokens - self.last.tokens)
-        self.recent.append((took, per_token))
-        while len(self.recent) > FIRST_LOOKS and sum(t for t, _ in self.recent) - self.recent[0][0] > SLOW_FOR_S:
+        self.last = now
+        # A pause of an hour is no minute of its own.
+        self.recent.append((min(took, SLOW_FOR_S / STRETCHES), took / tokens))
+        while len(self.recent) > STRETCHES and sum(t for t, _ in self.recent) - self.recent[0][0] > SLOW_FOR_S:
             left = self.recent.popleft()
             if len(self.own) < OWN_RATES:
                 self.own.append(left[1])
-        if len(self.own) < FIRST_LOOKS or sum(t for t, _ in self.recent) < SLOW_FOR_S:
+        if len(self.own) < STRETCHES or sum(t for t, _ in self.recent) < SLOW_FOR_S:
             return None
         own, slow = median(self.own), median(per for _, per in self.recent)
         if slow < SLOW * own:
