@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from sae_training.config import LanguageModelSAERunnerConfig
@@ -127,7 +128,7 @@ class Health:
         best = max((value for at, value in self.best.items() if at <= place + 1), default=-math.inf)
         recent = list(self.explained)
         now = median(recent[-5:])
-        steps = [abs(b - a) for a, b in zip(recent, recent[1:], strict=False)]
+        steps = [abs(b - a) for a, b in pairwise(recent)]
         limit = max(EV_FALL, EV_FALL_SHARE * (1 - best), 4 * median(steps))
         if not self.holds("explained variance", not now >= best - limit, 3):
             self.best[place] = max(now, self.best.get(place, -math.inf))
@@ -320,12 +321,12 @@ def add_level(levels: deque[tuple[float, int]], at: float, level: int) -> None:
 def seconds_until(levels: Sequence[tuple[float, int]], room: int) -> float:
     """Return when a level that falls will have fallen by `room` more, at the rate of its last TREND_S seconds.
 
-    The rate is that of all this time or that of its second half, whichever is the lower: one large file is no trend.
+    The rate is the lowest of its four quarters: a few large files, and copies that are made once, are no trend.
     """
-    end, last = levels[-1]
-    if len(levels) < FIRST_LOOKS or end - levels[0][0] < TREND_S:
+    if len(levels) < FIRST_LOOKS or levels[-1][0] - levels[0][0] < TREND_S:
         return math.inf
-    rate = min((level - last) / (end - at) for at, level in (levels[0], levels[len(levels) // 2]))
+    ends = [levels[number * (len(levels) - 1) // 4] for number in range(5)]
+    rate = min((a - b) / max(at_b - at_a, 1e-9) for (at_a, a), (at_b, b) in pairwise(ends))
     return max(0, room) / rate if rate > 0 else math.inf
 
 

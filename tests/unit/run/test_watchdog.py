@@ -196,7 +196,7 @@ def test_disk_fills() -> None:
 
 
 def test_disk_with_one_large_file_or_a_short_run_does_not_fill() -> None:
-    for level, left in ((lambda s: 2 * GIB if s < 300 else GIB // 2, 36_000.0), (lambda s: 2 * GIB - s * 2**20, 60.0)):
+    for level, left in ((lambda s: 2 * GIB if s < 900 else GIB // 2, 36_000.0), (lambda s: 2 * GIB - s * 2**20, 60.0)):
         it = Surroundings()
         assert not any(it.look(readings(s, disk=(level(s), 2**20), seconds_left=left)) for s in range(0, 1500, 10))
 
@@ -213,7 +213,7 @@ def test_memory_grows() -> None:
 
 
 def test_memory_that_grows_once_or_slowly_is_left_alone() -> None:
-    for grown in (lambda s: GIB * (s >= 300), lambda s: s * 2**14):
+    for grown in (lambda s: GIB * (s >= 900), lambda s: s * 2**14):
         it = Surroundings()
         assert not any(it.look(readings(s, memory=(GIB + grown(s), 4 * GIB - grown(s)))) for s in range(0, 2000, 10))
 
