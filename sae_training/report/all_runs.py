@@ -172,9 +172,25 @@ def state_of(path: Path, status: Mapping[str, Any]) -> str:
     return "finished" if (path / FINAL).is_dir() else "unknown"
 
 
-def of_member(alert: Any, name: str) -> bool:
-    """Return whether an alert of status.json is that of the autoencoder `name`, or of the whole run."""
-    return isinstance(alert, dict) and "message" in alert and alert.get("name", "") in ("", name)
+def of_member(alert: Any, folder: str | None) -> bool:
+    """Return whether an alert of status.json is of the whole run, or of the autoencoder in a folder; None: of any."""
+    if not isinstance(alert, dict) or "message" not in alert:
+        return False
+    return folder is None or str(alert.get("name", "")).replace("/", "_") in ("", folder)
+
+
+def alerts(run_folder: Path) -> list[str]:
+    """Return what was said to be wrong in training: of a run and all its autoencoders, or of one in its folder."""
+    folder, name = run_folder.resolve(), None
+    if not (folder / STATUS_FILE).exists():
+        folder, name = folder.parent, folder.name
+    found = read_object(folder / STATUS_FILE, []).get("alerts")
+    of_it = [alert for alert in found if of_member(alert, name)] if isinstance(found, list) else []
+    names = [f"{alert['name']}, " if alert.get("name") else "" for alert in of_it]
+    return [
+        f"Alert: {name}after step {shown(alert.get('step', '?'))}, {alert['message']}."
+        for name, alert in zip(names, of_it, strict=True)
+    ]
 
 
 def read_object(path: Path, problems: list[str]) -> dict[str, Any]:

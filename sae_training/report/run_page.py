@@ -63,7 +63,7 @@ def write_report(run_folder: Path) -> Path:
         n_beside=len(histograms[:1]),
         facts=facts(config, status, rows),
         evaluation=evaluation_table(evaluations(run_folder, rows)),
-        remarks=[*alerts(run_folder, status), *notes(final), *notes_on_dead(final)],
+        remarks=[*alerts(run_folder), *notes(final), *notes_on_dead(final)],
         note="" if rows else f"{METRICS_FILE} holds no rows: nothing has been logged yet.",
     )
     path = run_folder / REPORT_FILE
@@ -116,14 +116,6 @@ def facts(config: Mapping[str, Any], status: Mapping[str, Any], rows: Sequence[R
         "State": status.get("state"),
     }
     return {name: shown(value) for name, value in found.items() if value not in (None, "", [])}
-
-
-def alerts(run_folder: Path, status: Mapping[str, Any]) -> list[str]:
-    """Return what was said to be wrong in training, of an autoencoder of several by the status of them all."""
-    name = "" if status else run_folder.resolve().name
-    found = (status or read_if_sound(run_folder.resolve().parent / STATUS_FILE)).get("alerts")
-    of_it = [alert for alert in found if of_member(alert, name)] if isinstance(found, list) else []
-    return [f"Alert: after step {shown(alert.get('step', '?'))}, {alert['message']}." for alert in of_it]
 
 
 def with_layer(hook: Any, layer: Any) -> Any:
