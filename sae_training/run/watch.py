@@ -133,17 +133,16 @@ def readings(run: Run) -> Readings:
         seconds_left=steps_left * run.cfg.tokens_per_step / rate if rate else math.inf,
         share_left=steps_left / run.cfg.total_training_steps,
         n_passes=run.store.text.n_passes,
-        alike=share_alike(run.store.latest[1].inputs[0]) if run.store.latest else 0.0,
+        rows=row_sums(run.store.latest[1].inputs[0]) if run.store.latest else [],
         disk=(free_bytes(run.folder.path), next_checkpoint_bytes(run)) if is_read else None,
         memory=memory_of(run.store.device) if is_read else None,
     )
 
 
 @torch.no_grad()
-def share_alike(rows: Tensor) -> float:
-    """Return the share of some rows that are copies of others, told by the sums of their elements, zeros apart."""
-    sums = [value for value in rows[:ROWS_COMPARED].sum(dim=1).tolist() if value]
-    return 1 - len(set(sums)) / len(sums) if sums else 0.0
+def row_sums(rows: Tensor) -> list[float]:
+    """Return the sums of some rows, by which copies are known; rows of zeros, as behind a ReLU, are none."""
+    return [value for value in rows[:ROWS_COMPARED].sum(dim=1).tolist() if value]
 
 
 def next_checkpoint_bytes(run: Run) -> int:

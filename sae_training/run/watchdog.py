@@ -42,7 +42,8 @@ TREND_S = 600.0  # over which a disk or the memory must move before its course i
 FALLEN = 0.5  # of the disk that was free: less of it is other people's traffic
 GROWN, GROWN_BYTES = 1.25, 256 * 2**20
 LEAST_MEMORY = 0.03  # of what the process has and can get
-ALIKE = 0.5  # of the rows of a batch
+ALIKE = 0.5  # of the rows of a batch; those at BOS are alike in any text
+ROWS_KEPT = 5_000
 
 
 def median(values: Iterable[float]) -> float:
@@ -202,8 +203,8 @@ class Readings(NamedTuple):
     share_left: float
     n_passes: int
     """How often the text has started again."""
-    alike: float
-    """The share of a batch's rows that are copies of others."""
+    rows: Sequence[float]
+    """Sums of some rows of the batch, by which copies are known."""
     disk: tuple[int, int] | None = None
     """Free bytes, and bytes that the next checkpoint takes; None: not read this time."""
     memory: tuple[int, int] | None = None
@@ -223,6 +224,9 @@ class Surroundings:
         self.first_free, self.first_used = 0, 0
         self.read_at = -math.inf
         """When disk and memory were read last."""
+        self.seen: set[float] = set()
+        """Sums of the rows of earlier looks, as long as they are in `kept`, the oldest first."""
+        self.kept: deque[float] = deque()
         self.n_alike, self.n_short = 0, 0
 
     def look(self, now: Readings) -> dict[str, str]:
@@ -264,7 +268,13 @@ class Surroundings:
 
     def text(self, now: Readings) -> str | None:
         """Text that has come to its end and starts again, or rows that are copies of each other."""
-        self.n_alike = self.n_alike + 1 if now.alike > ALIKE else 0
+        alike = sum(row in self.seen for row in now.rows) / max(1, len(now.rows))
+        self.n_alike = self.n_alike + 1 if alike > ALIKE else 0
+        new = set(now.rows) - self.seen
+        self.kept.extend(new)
+        self.seen |= new
+        while len(self.kept) > ROWS_KEPT:
+            self.seen.remove(self.kept.popleft())
         if now.n_passes:
             return (
                 f"the text has come to its end and starts again, with {now.share_left:.0%} of the run still to come, "
@@ -273,7 +283,7 @@ class Surroundings:
         if self.n_alike < 5:
             return None
         return (
-            f"{now.alike:.0%} of the rows of a batch are copies of others, so the text repeats itself; remove copies "
+            f"{alike:.0%} of the rows of a batch are copies of earlier ones, so the text repeats itself; remove copies "
             "of documents from it, or give another"
         )
 

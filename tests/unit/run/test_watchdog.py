@@ -140,7 +140,7 @@ def test_l0_is_off(changes: dict[str, Any], l0: float, said: str | None) -> None
 
 
 def readings(seconds: float, tokens: int = 0, **changes: Any) -> Readings:
-    given = {"n_buffered": 0, "seconds_left": 36_000.0, "share_left": 0.5, "n_passes": 0, "alike": 0.0} | changes
+    given = {"n_buffered": 0, "seconds_left": 36_000.0, "share_left": 0.5, "n_passes": 0, "rows": []} | changes
     return Readings(seconds, tokens, **given)
 
 
@@ -172,10 +172,17 @@ def test_text_starts_again() -> None:
 
 
 def test_rows_are_alike() -> None:
-    it = Surroundings()
-    shares = [0.6, 0.6, 0.4, 0.6, 0.6, 0.6, 0.6]
-    assert not any(it.look(readings(number, alike=share)) for number, share in enumerate(shares))
-    assert "60% of the rows of a batch are copies" in it.look(readings(9, alike=0.6))["data"]
+    """Of ten rows, six or four have been seen; it is said at five looks in a row with more than half."""
+    it, fresh = Surroundings(), iter(range(1000))
+    assert not it.look(readings(0, rows=[float(-n) for n in range(1, 7)]))
+
+    def look(n_seen: int) -> dict[str, str]:
+        return it.look(
+            readings(1, rows=[*(float(-n) for n in range(1, n_seen + 1)), *(next(fresh) for _ in range(10 - n_seen))])
+        )
+
+    assert not any(look(n_seen) for n_seen in (6, 6, 4, 6, 6, 6, 6))
+    assert "60% of the rows of a batch are copies of earlier ones" in look(6)["data"]
 
 
 def test_disk_has_no_room() -> None:
