@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from os import SEEK_END
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +23,6 @@ from sae_training.machine.memory import memory_of
 from sae_training.machine.phases import phase
 from sae_training.parallel.ranks import is_first, n_ranks, rank, together
 from sae_training.parallel.share import ALONE, Share
-from sae_training.report.metrics_file import read_metrics
 from sae_training.run.evals import evaluate_together
 from sae_training.run.remarks import what_is_wrong
 from sae_training.run.state import Member, Run
@@ -30,7 +32,7 @@ from sae_training.training.metrics import sparsity_metrics
 NORM_ROWS = 8_192  # of the buffer, whose norms the report shows
 ROWS_COMPARED = 64  # of a batch, in which copies are looked for
 READ_EVERY_S = 5.0  # disk and memory
-ROWS_RECALLED = 2_000  # of metrics.jsonl, which tell a run that goes on what is normal in it
+BYTES_RECALLED = 2**21  # of metrics.jsonl, over 2,000 rows, which tell a run that goes on what is normal in it
 
 
 def evaluate_now(run: Run) -> list[tuple[Member, dict[str, float]]]:
@@ -156,15 +158,27 @@ def next_checkpoint_bytes(run: Run) -> int:
 
 
 def recall(run: Run) -> None:
-    """Learn what was said of the run before it was stopped, and what is normal in it, from its folder."""
+    """Learn what was said of the run before it was stopped, and what is normal in it, from its folder.
+
+    What is damaged there is left out: then something is said once more.
+    """
     if not run.step:
         return
-    with suppress(OSError, ValueError, AttributeError):  # a damaged status: then it is said again
+    with suppress(OSError, ValueError, AttributeError, TypeError):
         status = json.loads((run.folder.path / STATUS_FILE).read_text(encoding="utf-8"))
         run.watchdog.alerts = [alert for alert in status.get("alerts", []) if {"kind", "message"} <= alert.keys()]
     for member in run.trained:
         if member.is_recorded:
             health = health_of(run, member)
-            rows = [row for row in read_metrics(member.folder) if all(row.get(name) is not None for name in LOOKED_AT)]
-            for row in rows[-ROWS_RECALLED:]:
-                health.look(row["step"], row)
+            for row in last_rows(member.logger.path):
+                if isinstance(row, dict) and all(row.get(name) is not None for name in LOOKED_AT):
+                    health.look(row["step"], row)
+
+
+def last_rows(path: Path) -> Iterator[Any]:
+    """Yield the rows of the last BYTES_RECALLED of a metrics.jsonl."""
+    with path.open("rb") as file:
+        file.seek(-min(BYTES_RECALLED, file.seek(0, SEEK_END)), SEEK_END)
+        for line in file:
+            with suppress(ValueError):  # the first is cut
+                yield json.loads(line)
