@@ -233,13 +233,7 @@ def carry_out(verb: OwnVerb) -> None:
         case Report():
             with phase("starting"):
                 from sae_training.report.run_page import report_run
-                from sae_training.report.runs_page import watch_runs
-            if verb.watch:
-                watch_runs(verb.run, say)
-                return
-            with phase("report"):
-                page = report_run(verb.run)
-            sys.stdout.write(f"{page}\n")
+            sys.stdout.write(f"{report_run(verb.run, verb.watch)}\n")
         case Cache():
             with phase("starting"):
                 from sae_training.cache_activations_runner import cache_activations_runner

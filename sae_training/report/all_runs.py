@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_training.config.io import WATCHING_FIELDS
-from sae_training.formats.run_files import FINAL, METRICS_FILE, REPORT_FILE, RUN_CONFIG_FILE, STATUS_FILE
+from sae_training.machine.holder import read_holder
+from sae_training.machine.run_files import FINAL, METRICS_FILE, REPORT_FILE, RUN_CONFIG_FILE, STATUS_FILE
 from sae_training.report.curves import is_number
 from sae_training.report.metrics_file import TOKENS_KEY
 from sae_training.report.page import shown
@@ -97,7 +98,7 @@ class RunRead:
         return {
             "name": self.name,
             "report": f"{self.name}/{REPORT_FILE}" if (self.path / REPORT_FILE).is_file() else "",
-            "state": "given up" if given_up else state_of(self.path, status),
+            "state": "given up" if given_up else state_of(self.parent or self.path, status),
             "step": status.get("step", self.last_step()),
             "total": status.get("total_steps"),
             "updated": status.get("updated"),
@@ -164,12 +165,16 @@ class RunRead:
         return tokens.values[-1] / tokens.steps[-1] if tokens and tokens.steps[-1] else None
 
 
-def state_of(path: Path, status: Mapping[str, Any]) -> str:
-    """Return what a run is doing, by its folder."""
-    state = status.get("state")
-    if isinstance(state, str):
+def state_of(folder: Path, status: Mapping[str, Any]) -> str:
+    """Return what a run is doing: what its status says, unless the process that works in its folder tells otherwise."""
+    state, holder = status.get("state"), read_holder(folder)
+    if not isinstance(state, str):
+        return "finished" if (folder / FINAL).is_dir() else "unknown"
+    if holder is None or (state != "training" and holder.since == status.get("started")):
         return state
-    return "finished" if (path / FINAL).is_dir() else "unknown"
+    if holder.life() != "dead":
+        return "training"
+    return "lost" if state == "training" else state
 
 
 def of_member(alert: Any, folder: str | None) -> bool:

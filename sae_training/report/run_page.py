@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_training.machine.files import write_text
+from sae_training.machine.phases import phase, say
 from sae_training.machine.run_files import (
     EVALUATION_FILE,
     FINAL,
@@ -27,18 +28,24 @@ from sae_training.report.curves import curve_figures, histogram_figures, is_numb
 from sae_training.report.in_words import BASE, notes, notes_on_dead, which_rows
 from sae_training.report.metrics_file import LABELS, TOKENS_KEY, label, read_metrics
 from sae_training.report.page import Table, render, shown
-from sae_training.report.runs_page import write_runs_page
+from sae_training.report.runs_page import watch_runs, write_runs_page
 
 Row = Mapping[str, Any]
 
 
-def report_run(path: str | Path) -> Path:
+def report_run(path: str | Path, watch: bool = False) -> Path:
     """Write the page of what is in `path`, and return where it is.
 
     report.html has the curves of a run or, if that trained several autoencoders, compares them; runs.html has those of
-    all runs in a folder, and of several that are still in training.
+    all runs in a folder, and of several that are still in training. `watch`: keep runs.html fresh until Ctrl-C.
     """
-    path = Path(path)
+    if watch:
+        return watch_runs(path, say)
+    with phase("report"):
+        return write_page_of(Path(path))
+
+
+def write_page_of(path: Path) -> Path:
     if not is_run(path):
         return write_runs_page(path)
     if not any(path.glob(f"*/{METRICS_FILE}")):

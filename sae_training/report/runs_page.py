@@ -16,9 +16,9 @@ from typing import Any
 
 from jinja2.utils import htmlsafe_json_dumps
 
-from sae_training.formats.run_files import RUNS_DATA_FILE, RUNS_PAGE_FILE
 from sae_training.machine.files import write_text
 from sae_training.machine.paths import command
+from sae_training.machine.run_files import RUNS_DATA_FILE, RUNS_PAGE_FILE
 from sae_training.report.all_runs import RunsRead
 from sae_training.report.page import PLOT_BUTTONS, render
 
@@ -39,8 +39,8 @@ def write_runs_page(folder: str | Path) -> Path:
     return write_page(runs, data)
 
 
-def watch_runs(folder: str | Path, tell: Callable[[str], None]) -> None:
-    """Keep the page of all runs below a folder fresh until Ctrl-C; the folder may hold none yet.
+def watch_runs(folder: str | Path, tell: Callable[[str], None]) -> Path:
+    """Keep the page of all runs below a folder fresh until Ctrl-C, and return its path; the folder may hold none yet.
 
     `tell` hears where the page is, and what kept it from being written, which is tried again.
     """
@@ -63,7 +63,7 @@ def watch_runs(folder: str | Path, tell: Callable[[str], None]) -> None:
     except KeyboardInterrupt:
         data = data_of(runs)
         write_text(folder / RUNS_DATA_FILE, in_script(data))
-        write_page(runs, data)
+        return write_page(runs, data)
 
 
 def data_of(runs: RunsRead, every_s: float | None = None) -> dict[str, Any]:

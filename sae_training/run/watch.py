@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_training.formats.run_files import STATUS_FILE
 from sae_training.machine.files import SPARE_BYTES, free_bytes
 from sae_training.machine.memory import memory_of
 from sae_training.machine.phases import phase
+from sae_training.machine.run_files import STATUS_FILE
 from sae_training.parallel.ranks import is_first, n_ranks, rank, together
 from sae_training.parallel.share import ALONE, Share
 from sae_training.run.evals import evaluate_together

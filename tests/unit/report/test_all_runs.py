@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from sae_training.cli import main
+from sae_training.machine.holder import this_process, write_holder
 from sae_training.report.all_runs import MOST_POINTS, RunsRead, thinned
 from sae_training.report.run_page import report_run
 from sae_training.report.runs_page import watch_runs
@@ -107,6 +109,22 @@ def test_a_long_line_keeps_its_ends_and_its_spikes() -> None:
     assert len(kept) <= MOST_POINTS
     assert {0, 17, 7001, 9999} <= set(kept)
     assert (shown.max(), shown.min()) == (9, -9)
+
+
+def test_a_run_whose_process_has_gone_is_lost(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", [row(1, l0=5.0)], {"state": "training", "started": "then"})
+    write_holder(folder, this_process("then"))
+
+    def state() -> str:
+        return RunsRead(tmp_path).look()["runs"][0]["state"]
+
+    assert state() == "training"
+    write_holder(folder, replace(this_process("then"), start=0.5))  # a number that was given again
+    assert state() == "lost"
+    (folder / "status.json").write_text('{"state": "interrupted", "started": "then"}')
+    assert state() == "interrupted"
+    write_holder(folder, this_process("now"))  # it goes on, and has not said so yet
+    assert state() == "training"
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
