@@ -109,10 +109,13 @@ class Eval(Measured, Common):
 
 @dataclass(kw_only=True)
 class Report(Common):
-    """Write report.html, the training curves of a run."""
+    """Write report.html, the training curves of a run; of a folder of runs runs.html, a page of them all."""
 
     run: RunFolder
-    """Run folder."""
+    """Run folder, or a folder of runs."""
+
+    watch: bool = False
+    """Keep the page of all runs fresh until Ctrl-C, also where it is open in a browser."""
 
 
 @dataclass(kw_only=True)
@@ -229,9 +232,7 @@ def carry_out(verb: OwnVerb) -> None:
         case Report():
             with phase("starting"):
                 from sae_training.report.run_page import report_run
-            with phase("report"):
-                page = report_run(verb.run)
-            sys.stdout.write(f"{page}\n")
+            sys.stdout.write(f"{report_run(verb.run, verb.watch)}\n")
         case Sync() | Reproduce():
             carry_out_after_verb(verb)
         case Cache():

@@ -52,7 +52,7 @@ from sae_training.run.memory_plan import check_memory, plan_memory
 from sae_training.run.save import once_there_is_room, save, save_weights_folder, saved_first, saved_now
 from sae_training.run.start import Singles, open_run
 from sae_training.run.state import Due, Member, Run, check_any_left, check_finite
-from sae_training.run.watch import evaluate_now, log_norms, log_sparsity
+from sae_training.run.watch import evaluate_now, log_norms, log_sparsity, look_out
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.dead_latent_losses import n_auxk_rows
 from sae_training.training.metrics import training_metrics
@@ -277,6 +277,7 @@ def train(run: Run, stop: StopRequest) -> None:
         if logs:
             check_any_left(run)
             run.progress.show(shown)
+            look_out(run, shown)
             run.write_status("training")
         run.take_saved()
         run.pending = due_now(run, snapshots)

@@ -74,7 +74,8 @@ def cached_reader(
         raise ValueError(
             f"cached_activations_path: {path} was written from another text: {error}, or write another cache."
         ) from error
-    return CachedReader(shards, text.notify)
+    text.cache = reader = CachedReader(shards, text.notify)
+    return reader
 
 
 Live = TypeVar("Live", ShuffleBuffer, LiveContexts)

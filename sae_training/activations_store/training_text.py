@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,6 +17,12 @@ from sae_training.text.mixture import open_mixture
 from sae_training.text.open import open_documents
 from sae_training.text.pretokenized import check_tokenizer
 from sae_training.text.stream import TokenStream
+
+
+class ReadAgain(Protocol):
+    """What starts again at its end; `epoch`: how often it has."""
+
+    epoch: int
 
 
 class TrainingText:
@@ -37,6 +43,13 @@ class TrainingText:
         self.n_held_out = cfg.n_eval_batches * cfg.store_batch_size if cfg.eval_dataset_path is None else 0
         """How many contexts training skips because the run is evaluated on them."""
         self.tokens = self.stream(self.documents, self.n_held_out)
+        self.cache: ReadAgain | None = None
+        """What reads a cache of its activations, which stands in for it."""
+
+    @property
+    def n_passes(self) -> int:
+        """How often training has read it to its end, or the cache of it, and begun again."""
+        return max(self.tokens.epoch, 0 if self.cache is None else self.cache.epoch)
 
     def open(self, dataset: Any, field: str = "dataset_path") -> Documents:
         """Open a data set; error messages name the config field that it is the value of."""

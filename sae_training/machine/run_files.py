@@ -20,3 +20,7 @@ CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 FINAL = "final"  # its presence says that the run is finished
 EVALUATION_FILE = "evaluation.json"  # in final/
+
+# In a folder of runs.
+RUNS_PAGE_FILE = "runs.html"
+RUNS_DATA_FILE = "runs-data.js"  # the newest data of the page, while it is kept fresh

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from sae_training.machine.files import write_text
 from sae_training.machine.paths import command
 from sae_training.machine.run_files import REPORT_FILE
+from sae_training.report.all_runs import alerts
 from sae_training.report.in_words import SCORE, is_figure, notes, notes_on_dead
 from sae_training.report.page import Table, render, shown, style
 from sae_training.report.summary import how_to_load
@@ -94,7 +95,7 @@ def write_comparison(folder: Path, evaluations: Evaluations) -> Path:
         folder.resolve().name,
         figures,
         evaluation=table_of(evaluations),
-        remarks=notes_of(evaluations),
+        remarks=[*alerts(folder), *notes_of(evaluations)],
         note=f"{shown(len(evaluations))} autoencoders, on held-out text. The training curves of one: "
         f"{command('report', folder / next(iter(evaluations), 'NAME'))}",
     )

@@ -32,11 +32,14 @@ class Table(NamedTuple):
     rows: list[tuple[str, list[str]]]
 
 
-def render(template: str, name: str, figures: Sequence[go.Figure], **parts: Any) -> str:
-    """Return the HTML of a page headed `name`, with the figures as its `plots`, from `template` in templates/."""
+def render(template: str, name: str, figures: Sequence[go.Figure], draws: bool = False, **parts: Any) -> str:
+    """Return the HTML of a page headed `name`, with the figures as its `plots`, from `template` in templates/.
+
+    `draws`: it has a script that draws with plotly.
+    """
     plots = [plot(figure, f"plot-{number}") for number, figure in enumerate(figures)]
     page = TEMPLATES.get_template(template)
-    return page.render(name=name, plots=plots, plotly_js=lambda: Markup(get_plotlyjs()), **parts)
+    return page.render(name=name, plots=plots, draws=draws, plotly_js=lambda: Markup(get_plotlyjs()), **parts)
 
 
 def plot(figure: go.Figure, div_id: str) -> Markup:

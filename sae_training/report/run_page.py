@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_training.machine.files import write_text
+from sae_training.machine.phases import phase, say
 from sae_training.machine.run_files import (
     EVALUATION_FILE,
     FINAL,
@@ -21,29 +22,37 @@ from sae_training.machine.run_files import (
     RUN_CONFIG_FILE,
     STATUS_FILE,
 )
+from sae_training.report.all_runs import alerts, is_run
 from sae_training.report.comparison import write_comparison
 from sae_training.report.curves import curve_figures, histogram_figures, is_number
 from sae_training.report.in_words import BASE, notes, notes_on_dead, which_rows
 from sae_training.report.metrics_file import LABELS, TOKENS_KEY, label, read_metrics
 from sae_training.report.page import Table, render, shown
+from sae_training.report.runs_page import watch_runs, write_runs_page
 
 Row = Mapping[str, Any]
 
 
-def report_run(path: str | Path) -> Path:
-    """Write the report.html of the run in `path`: its curves or, if it is one of several autoencoders, a comparison.
+def report_run(path: str | Path, watch: bool = False) -> Path:
+    """Write the page of what is in `path`, and return where it is.
 
-    Raises ValueError for a run of several that is not finished: there is nothing to compare yet.
+    report.html has the curves of a run or, if that trained several autoencoders, compares them; runs.html has those of
+    all runs in a folder, and of several that are still in training. `watch`: keep runs.html fresh until Ctrl-C.
     """
-    path = Path(path)
-    members = sorted(file.parent.name for file in path.glob(f"*/{METRICS_FILE}"))
-    if not members:
+    if watch:
+        return watch_runs(path, say)
+    with phase("report"):
+        return write_page_of(Path(path))
+
+
+def write_page_of(path: Path) -> Path:
+    if not is_run(path):
+        return write_runs_page(path)
+    if not any(path.glob(f"*/{METRICS_FILE}")):
         return write_report(path)
     evaluation = path / FINAL / EVALUATION_FILE
     if not evaluation.is_file():
-        raise ValueError(
-            f"{path}: several autoencoders, still in training; give the folder of one of them: {', '.join(members)}."
-        )
+        return write_runs_page(path)
     return write_comparison(path, json.loads(evaluation.read_text(encoding="utf-8")))
 
 
@@ -61,7 +70,7 @@ def write_report(run_folder: Path) -> Path:
         n_beside=len(histograms[:1]),
         facts=facts(config, status, rows),
         evaluation=evaluation_table(evaluations(run_folder, rows)),
-        remarks=[*notes(final), *notes_on_dead(final)],
+        remarks=[*alerts(run_folder), *notes(final), *notes_on_dead(final)],
         note="" if rows else f"{METRICS_FILE} holds no rows: nothing has been logged yet.",
     )
     path = run_folder / REPORT_FILE

@@ -75,6 +75,10 @@ class RunLogger:
         """
         self._wandb.log_beside(values, step)
 
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert to wandb, which mails it to those who want that."""
+        self._wandb.alert(title, text)
+
     def log_histogram(self, key: str, values: Tensor, step: int) -> None:
         """Write the distribution of the finite values as `{"counts": [64], "edges": [65]}`."""
         numbers = values.detach().flatten().cpu().double().numpy()

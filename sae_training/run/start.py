@@ -32,6 +32,7 @@ from sae_training.run.progress import Progress
 from sae_training.run.save import STORE, check_same_weights
 from sae_training.run.state import Member, Run
 from sae_training.run.wandb_run import WandbOptions
+from sae_training.run.watch import recall
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.conversions import fold_decoder_norms, fold_input_scale
 from sae_training.sparse_autoencoder.normalization import BY_ROW
@@ -103,6 +104,7 @@ def open_run(
     run = Run(cfg, folder, store, members, progress, held_out, step, tuple(names), pending, latest)
     run.language_model = fingerprint(store.model)
     run.has_extra_checkpoint, run.failures = state.get("until_final", False), dict(state["failures"])
+    recall(run)
     run.write_status("training")
     return run
 

@@ -9,7 +9,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from tqdm import tqdm
@@ -25,6 +25,7 @@ from sae_training.run.background import Background
 from sae_training.run.folder import RunFolder
 from sae_training.run.logger import RunLogger
 from sae_training.run.progress import Progress
+from sae_training.run.watchdog import Watchdog
 from sae_training.sparse_autoencoder import SparseAutoencoder
 from sae_training.sparse_autoencoder.conversions import fold_input_scale
 from sae_training.training.trainer import NonFiniteLoss, SAETrainer
@@ -116,6 +117,7 @@ class Run:
     last_checkpoint_time: float = field(default_factory=time.monotonic)
     save_seconds: float | None = None
     """How long the last checkpoint took to write."""
+    watchdog: Watchdog = field(default_factory=Watchdog)
     failures: dict[str, str] = field(default_factory=dict)
     """Why autoencoders were given up, by name, those of other ranks as far as they have told it."""
     language_model: str = ""
@@ -207,7 +209,8 @@ class Run:
     def write_status(self, state: str) -> None:
         known = self.failures | self.own_failures
         failures = {name: known[name] for name in self.names if name in known}
-        figures = {"failed": failures} if failures else {}
+        figures: dict[str, Any] = {"failed": failures} if failures else {}
+        figures |= {"alerts": self.watchdog.alerts} if self.watchdog.alerts else {}
         self.progress.write_status(state, self.step, self.last_checkpoint, **figures)
 
 

@@ -97,6 +97,7 @@ class WandbMirror:
         self._number = 0
         self._beside: dict[int, dict[str, Any]] = {}
         self._artifacts: list[Artifact] = []
+        self._alerts: list[tuple[str, str]] = []
         self._sent = set[int]()
         self._ending = threading.Event()
         self._exit_code = 0
@@ -132,6 +133,9 @@ class WandbMirror:
 
     def log_artifact(self, artifact: Artifact) -> None:
         self._artifacts.append(artifact)
+
+    def alert(self, title: str, text: str) -> None:
+        self._alerts.append((title, text))
 
     def check(self) -> None:
         """Say once if wandb has not answered for long."""
@@ -230,6 +234,8 @@ class WandbMirror:
                     if not run.has(step):
                         run.log(step, row | beside)
                         self._sent.add(step)
+                while self._alerts:
+                    run.alert(*self._alerts.pop(0))
                 # One at a time, because each may take long, and rows that have come since go first.
                 for artifact in self._artifacts[n_artifacts : None if has_ended else n_artifacts + 1]:
                     self._send_artifact(run, artifact)

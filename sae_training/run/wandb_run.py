@@ -103,6 +103,10 @@ class WandbRun:
         values = {self.prefix + key: as_wandb_has_it(value) for key, value in row.items()}
         self.run.log(values, step=step, commit=True if self.is_own else None)
 
+    def alert(self, title: str, text: str) -> None:
+        """Have wandb mail this to those who want that."""
+        self.run.alert(title=self.prefix + title, text=text, level="WARN", wait_duration=0)
+
     def has_artifact(self, given: Artifact) -> bool:
         return (artifact_name(given.name), built_artifact(given).digest) in self.artifacts
 
