@@ -38,7 +38,7 @@ from sae_training.parallel.deal import Deal
 from sae_training.parallel.division import Division, check_optimizer, check_rows, division
 from sae_training.parallel.ranks import agree_on_stops, joined, n_ranks, of_first
 from sae_training.run.background import Background
-from sae_training.run.environment import check_reads, reads_of, restore_threads
+from sae_training.run.environment import check_reads, read_environment, reads_of, threads_of
 from sae_training.run.finish import finish
 from sae_training.run.folder import (
     RunFolder,
@@ -168,7 +168,18 @@ def run_in_folder(
 ) -> Run:
     """Begin the run in the folder `path`, or go on with it, and bring it to its end."""
     check_alike(config_to_dict(cfg) | {"the package's code": code()})
-    restore_threads(path)
+    with threads_of(path):
+        return run_with_threads(path, cfg, all_singles, model, dataset, reads)
+
+
+def run_with_threads(
+    path: Path,
+    cfg: LanguageModelSAERunnerConfig,
+    all_singles: Singles,
+    model: LanguageModel,
+    dataset: Any,
+    reads: Mapping[str, Any],
+) -> Run:
     compile_blocks(model, cfg.compile_lm)
     costs = {name: float((single.d_sae or 0) * (single.d_in or 0)) for name, (single, _) in all_singles.items()}
     part = division(cfg.parallel, costs, cfg.mesh, datetime.timedelta(minutes=cfg.parallel_timeout_minutes))
@@ -193,7 +204,7 @@ def run_in_folder(
     with phase("reading the text"):
         held_out = store.held_out_tokens()
     found = reads_of(store, held_out)
-    check_reads(reads, found)
+    check_reads(reads or of_first(lambda: read_environment(path)).get("reads", {}), found)
     # From here on there is a folder: bad data and too little memory have been told without one.
     with (
         counted_phases() as phases,
@@ -341,7 +352,7 @@ def stop_here(run: Run, stop: StopRequest) -> None:
     """Save what is not saved yet, and raise TrainingInterrupted, saying how to continue."""
     assert stop.signal is not None
     run.take_saved(wait=True)
-    left, needed = time_left(run, stop), SAVING_VARIES * (run.save_seconds or 0)
+    left, needed = of_first(lambda: (time_left(run, stop), SAVING_VARIES * (run.save_seconds or 0)))
     if left is not None and left < needed and run.last_checkpoint is not None:
         where = f"not saved: {left:.1f} s are left, and saving may take {needed:.1f}; saved is {run.last_checkpoint}"
     else:

@@ -11,6 +11,7 @@ import datetime
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -228,6 +229,8 @@ def agree_on_stops(wish: bool = False) -> bool:
     told = torch.tensor([int(wish), *(request.asked or 0 for request in HEEDED)], dtype=torch.int64)
     dist.all_reduce(told, dist.ReduceOp.MAX, group=CONTROL[0])
     for request, number in zip(HEEDED, told[1:].tolist(), strict=True):
+        if number and request.asked is None:  # of another rank, just now
+            request.asked_at = time.monotonic()
         request.signal = signal.Signals(number) if number else None
     return bool(told[0])
 

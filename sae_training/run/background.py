@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -52,5 +52,8 @@ class Background:
 
     def take(self) -> Path | None:
         """Wait for what is being written, and return it; None if there is nothing. Raises what kept it from it."""
+        if self.writing is None:
+            return None
+        wait([self.writing])  # where Ctrl-C may end the waiting, but not the writing
         writing, self.writing = self.writing, None
-        return None if writing is None else writing.result()
+        return writing.result()

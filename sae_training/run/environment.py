@@ -6,11 +6,12 @@ and so their last bits, depends on it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -111,14 +112,20 @@ def read_environment(folder: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def restore_threads(folder: Path) -> None:
-    """Compute with as many threads as the run in `folder` began with, if there is one, on each of its processes.
+@contextlib.contextmanager
+def threads_of(folder: Path) -> Iterator[None]:
+    """Compute in here with as many threads as the run in `folder` began with, if there is one.
 
     A run that goes on in another number of processes sums in another order anyway, and keeps the threads of now.
     """
     began = of_first(lambda: read_environment(folder))
     threads, here = began.get("threads"), torch.get_num_threads()
     if began.get("processes") != n_ranks() or not isinstance(threads, int) or threads < 1 or threads == here:
+        yield
         return
-    torch.set_num_threads(threads)
     tqdm.write(f"Threads: {threads}, as the run began with (roundings depend on it), not {here} as here.")
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(here)

@@ -41,6 +41,7 @@ from sae_training.training.schedules import due
 
 
 def finish(run: Run) -> None:
+    run.take_saved(wait=True)  # so that nothing says that the run is in training once it is finished
     if is_evaluated(run) or is_several(run.cfg):
         saved_now(run)
     for member in run.trained:

@@ -29,6 +29,7 @@ from sae_training.run.memory_plan import (
     MemoryPlan,
     Rows,
     chooses_by_batch,
+    folded_bytes,
     parts_of,
     saves_from_a_copy,
     weight_bytes,
@@ -323,7 +324,9 @@ def memory_of_rank(
     lm = job.lm.bytes // job.lm_gpus
     in_use = CONTEXT["cuda" if job.on_gpu else "cpu"] + lm
     memory = MemoryPlan(parts, in_use, int(job.machines.memory) - in_use, lm)
-    return memory.with_copy() if saves_from_a_copy(job.cfg, n) and not job.on_gpu else memory
+    return (
+        memory.with_copy(folded_bytes(job.cfg, singles)) if saves_from_a_copy(job.cfg, n) and not job.on_gpu else memory
+    )
 
 
 def step_of(sae: Shape, job: Job, rows: float) -> float:

@@ -110,9 +110,9 @@ class MemoryPlan:
         """Whether checkpoints can be written from a copy, while steps go on."""
         return self.copies_elsewhere or any(part.kind is Kind.COPY for part in self.parts)
 
-    def with_copy(self) -> MemoryPlan:
-        """Return the plan with a copy of all that is saved; without, if there is no room for it."""
-        copy = Part(Kind.COPY, saved_bytes(self.parts), ", to write checkpoints from")
+    def with_copy(self, folded: int) -> MemoryPlan:
+        """Return the plan with a copy of all that is saved, `folded` weights too; without, if it has no room."""
+        copy = Part(Kind.COPY, saved_bytes(self.parts) + folded, ", to write checkpoints from")
         longer = dataclasses.replace(self, parts=(*self.parts, copy))
         return longer if longer.needed <= longer.usable else self
 
@@ -185,16 +185,18 @@ def plan_memory(
         buffer = Rows.dealt(cfg.buffer_rows, width, store.deal.n, cfg.store_batch_size * cfg.context_size)
     ahead = store.device.type == "cuda" and n_ranks() == 1
     mesh = shape(cfg.parallel, cfg.mesh)
-    parts = parts_of(cfg, list(singles), buffer, store.model.cfg, ahead, mesh=mesh)
+    singles = list(singles)
+    parts = parts_of(cfg, singles, buffer, store.model.cfg, ahead, mesh=mesh)
     in_use, available = memory_of(store.device)
     lm = sum(parameter.numel() * parameter.element_size() for parameter in store.model.parameters())
     plan = MemoryPlan(parts, in_use, available, lm, sharers_of(store.device))
     if not saves_from_a_copy(cfg, n_ranks()):
         return plan
+    folded = folded_bytes(cfg, singles)
     if store.device.type == "cpu":
-        return plan.with_copy()
+        return plan.with_copy(folded)
     _, free = memory_of(torch.device("cpu"))
-    return dataclasses.replace(plan, copies_elsewhere=saved_bytes(parts) <= USABLE_SHARE * free)
+    return dataclasses.replace(plan, copies_elsewhere=saved_bytes(parts) + folded <= USABLE_SHARE * free)
 
 
 def saves_from_a_copy(cfg: LanguageModelSAERunnerConfig, n: int) -> bool:
@@ -203,6 +205,11 @@ def saves_from_a_copy(cfg: LanguageModelSAERunnerConfig, n: int) -> bool:
     Several write together, and tell each other how far they are, which would mix with what their steps tell.
     """
     return n == 1 and (cfg.checkpoint_every_minutes is not None or cfg.checkpoint_every_steps is not None)
+
+
+def folded_bytes(cfg: LanguageModelSAERunnerConfig, singles: Iterable[LanguageModelSAERunnerConfig]) -> int:
+    """Return the bytes of the weights with scales folded in, which a checkpoint has beside those in training."""
+    return sum(map(weight_bytes, singles)) if cfg.normalize_activations == "expected_average_only_in" else 0
 
 
 def saved_bytes(parts: Iterable[Part]) -> int:
@@ -225,7 +232,7 @@ def parts_of(
     """
     weights = [weight_bytes(single) for single in singles]
     # Where training scales its batches, what is evaluated and saved are copies with the scales folded in.
-    folded = sum(weights) if cfg.normalize_activations == "expected_average_only_in" else 0
+    folded = folded_bytes(cfg, singles)
     evaluation = 0 if cfg.eval_every == 0 else evaluation_bytes(cfg, singles, rows.width, lm) + folded
     parts = [
         Part(Kind.WEIGHTS, sum(weights), f" of {len(singles)} autoencoders, {each_of(weights)}" * (len(singles) > 1)),

@@ -28,6 +28,7 @@ from sae_training.machine.files import (
     write_text,
 )
 from sae_training.machine.interrupt import stop_point
+from sae_training.machine.paths import first_line
 from sae_training.machine.phases import phase
 from sae_training.machine.run_files import EVALUATION_FILE
 from sae_training.parallel.ranks import (
@@ -88,14 +89,21 @@ def save(run: Run, until_final: bool = False, in_background: bool = False) -> Pa
             return saved
 
         if in_background and run.background is not None:
-            parts = run.background.copied(parts)
-            run.background.begin(write)
-            return None
+            try:
+                parts = run.background.copied(parts)
+            except (MemoryError, RuntimeError) as error:  # others may have taken what was free at the start
+                run.background = None
+                tqdm.write(f"No memory for a copy of the state ({first_line(error)}): steps wait for checkpoints.")
+            else:
+                run.background.begin(write)
+                return None
         with phase("saving"):
             saved = write()
     except OSError as error:
         run.say_not_saved(error)
         return None
+    if run.last_checkpoint is None:
+        run.say_if_grace_is_short()
     run.last_checkpoint, run.has_extra_checkpoint = saved, until_final
     run.write_status("training")
     return saved

@@ -179,6 +179,11 @@ class Run:
                 with unheard:
                     member.logger.close(exit_code=0 if error is None else 1)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self.background is not None and self.background.writing is not None
+
     def take_saved(self, wait: bool = False) -> None:
         """Take note of the checkpoint that was written in the background, once it is there; `wait` for it."""
         if self.background is None or not (wait or self.background.is_done()):

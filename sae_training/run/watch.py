@@ -136,7 +136,7 @@ def readings(run: Run) -> Readings:
         share_left=steps_left / run.cfg.total_training_steps,
         n_passes=run.store.text.n_passes,
         rows=row_sums(run.store.latest[1].inputs[0]) if run.store.latest else [],
-        disk=(free_bytes(run.folder.path), next_checkpoint_bytes(run)) if is_read else None,
+        disk=(free_bytes(run.folder.path), next_checkpoint_bytes(run)) if is_read and not run.is_saving else None,
         memory=memory_of(run.store.device) if is_read else None,
     )
 

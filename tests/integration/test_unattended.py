@@ -139,12 +139,26 @@ def test_a_run_goes_on_with_a_model_and_a_text_of_other_names(
     shutil.copytree(DEMO_MODEL, tmp_path / "a model")
     text.rename(tmp_path / "moved")
     (tmp_path / "moved").rename(tmp_path / "renamed.txt")
-    with pytest.raises(ValueError, match="dataset_path"):
+    before = (run / "config.json").read_bytes()
+    for changes in ({"dataset_path": str(other)}, {"eval_dataset_path": str(other)}):
+        with pytest.raises(ValueError, match="expected .*, as the run has read it"):
+            resume_run(run, **{"dataset_path": str(tmp_path / "renamed.txt")} | changes)
+    shutil.move(run / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="dataset_path"):  # before there is a checkpoint as well
         resume_run(run, dataset_path=str(other))
+    shutil.move(tmp_path / "checkpoints", run / "checkpoints")
+    assert (run / "config.json").read_bytes() == before
     resumed = resume_run(run, model_name=str(tmp_path / "a model"), dataset_path=str(tmp_path / "renamed.txt"))
     assert resumed.cfg.model_name == str(tmp_path / "a model")
     assert left_in(run) == left_in(run.with_name("run"))
     assert expected["dataset_path"] == str(text)
+
+
+def test_a_checkpoint_of_the_last_step_in_the_background_ends_before_the_run(
+    small_config: Callable, demo_model: Any, tmp_path: Path
+) -> None:
+    run_config(small_config(checkpoint_every_steps=4, eval_every_steps=0, run_name="run"), demo_model)
+    assert json.loads((tmp_path / "runs" / "run" / "status.json").read_text())["state"] == "finished"
 
 
 def stop(run: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_training.run.environment import read_environment, restore_threads, write_environment
+from sae_training.run.environment import read_environment, threads_of, write_environment
 
 SAYS = "import os, sae_training; print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in __import__('sys').modules)"
 
@@ -23,8 +23,9 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with(tmp_path: Path, capsy
         write_environment(tmp_path)
         torch.set_num_threads(1)
         write_environment(tmp_path)  # as the second start does, which must not change what the first one wrote
-        restore_threads(tmp_path)
-        assert torch.get_num_threads() == 3
+        with threads_of(tmp_path):
+            assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 1
         assert "Threads: 3, as the run began with" in capsys.readouterr().out
     finally:
         torch.set_num_threads(before)
@@ -34,8 +35,8 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with(tmp_path: Path, capsy
 def test_a_file_that_says_nothing_changes_nothing(content: str, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     (tmp_path / "environment.json").write_text(content)
-    restore_threads(tmp_path)
-    assert torch.get_num_threads() == before
+    with threads_of(tmp_path):
+        assert torch.get_num_threads() == before
 
 
 def test_a_run_of_other_processes_keeps_its_own_threads(tmp_path: Path) -> None:
@@ -43,8 +44,8 @@ def test_a_run_of_other_processes_keeps_its_own_threads(tmp_path: Path) -> None:
     write_environment(tmp_path)
     facts = read_environment(tmp_path) | {"processes": 2, "threads": before + 1}
     (tmp_path / "environment.json").write_text(json.dumps(facts))
-    restore_threads(tmp_path)
-    assert torch.get_num_threads() == before
+    with threads_of(tmp_path):
+        assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,14 @@ def test_what_is_held_follows_from_the_sizes(plan_of: Callable) -> None:
     assert several["optimizer state"] == pytest.approx(2 * weights, rel=0.01)
 
 
+def test_a_copy_is_of_all_that_is_saved(plan_of: Callable) -> None:
+    saved = (Kind.BUFFER, Kind.WEIGHTS, Kind.OPTIMIZER)
+    plain, scaled = sizes(plan_of()), sizes(plan_of(normalize_activations="expected_average_only_in"))
+    assert plain[Kind.COPY] == sum(plain[kind] for kind in saved)
+    assert scaled[Kind.COPY] == sum(scaled[kind] for kind in saved) + scaled[Kind.WEIGHTS]  # and those folded
+    assert Kind.COPY not in sizes(plan_of(checkpoint_every_minutes=None))
+
+
 def test_averages_of_weights_are_held_as_well(plan_of: Callable) -> None:
     plain, averaged = sizes(plan_of()), sizes(plan_of(ema_decay=0.9))
     assert averaged[Kind.AVERAGES] == averaged[Kind.WEIGHTS] == plain[Kind.WEIGHTS]
