@@ -7,10 +7,12 @@ nothing of wandb holds up a step, a slow wandb is late and misses nothing, and w
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ PAUSE_S = 2.0  # before it is opened again, because wandb names its files by the
 GRACE_S = 10.0  # beside finish_timeout_s, in which wandb itself is to give up
 STOP_S = 10.0  # for a run that failed or was stopped, which what stopped it may soon kill
 WRITES_S = 5.0  # after its end, in which wandb's files are to have all steps
+MOST_AT_ONCE = 1_000  # steps of a mirror, so that those of one run stay near each other
+MOST_AHEAD = 50  # steps in one wandb run before an autoencoder without new rows, as one that failed, is not waited for
 MOST_BESIDE = 10_000  # steps whose values beside the file are kept for a wandb that is behind
 
 
@@ -52,13 +56,13 @@ class Steps:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                self._place += len(line)
                 row = json.loads(line)
                 step = row.pop("step")
                 if step != self._step:
                     yield from self._take()
                     self._step = step
                 self._row |= row
+                self._place += len(line)  # after the yield, because the caller may ask for no more
         if is_complete:
             yield from self._take()
 
@@ -81,6 +85,24 @@ class Session:
     is_given_up: bool = False
     deadline: float | None = None
     """When waiting for the mirrors that are being finished ends."""
+    has_begun: bool = False
+    """Whether training logs, or has ended: all mirrors have started then."""
+    waiting: list[tuple[int, WandbRun, dict[str, Any]]] = field(default_factory=list)
+    """Steps for the caller's run that not all mirrors in it have reached."""
+
+    def send_joined(self) -> None:
+        """Send to the caller's run, in order, the steps that all mirrors in it have reached: it drops earlier ones."""
+        if not self.has_begun:
+            return
+        mirrors = [*self.mirrors]  # which another thread may change
+        reached = min((mirror.reached for mirror in mirrors), default=math.inf)
+        ready = sorted((item for item in self.waiting if item[0] <= reached), key=lambda item: item[0])
+        self.waiting = [item for item in self.waiting if item[0] > reached]
+        for step, run, row in ready:
+            run.log(step, row)
+        if len({step for step, _, _ in self.waiting}) > MOST_AHEAD:
+            for mirror in mirrors:
+                mirror.is_behind = mirror.reached == reached
 
 
 session = Session()
@@ -99,6 +121,10 @@ class WandbMirror:
         self._artifacts: list[Artifact] = []
         self._alerts: list[tuple[str, str]] = []
         self._sent = set[int]()
+        self.reached: float = -1
+        """The last step that was read; infinite once there are no more."""
+        self.is_behind = False
+        """Whether others in the same wandb run wait for this one; if it has nothing new then, they wait no more."""
         self._ending = threading.Event()
         self._exit_code = 0
         self._waits_since: float | None = None
@@ -119,6 +145,7 @@ class WandbMirror:
             return
         if not session.mirrors:
             session.is_offline, session.is_given_up, session.deadline = False, False, None
+            session.has_begun, session.waiting = False, []
         session.mirrors.add(self)
         self._thread = threading.Thread(target=self._work, name=f"wandb mirror of {self._folder.name}", daemon=True)
         self._thread.start()
@@ -138,7 +165,8 @@ class WandbMirror:
         self._alerts.append((title, text))
 
     def check(self) -> None:
-        """Say once if wandb has not answered for long."""
+        """Say once if wandb has not answered for long. Training logs, so all mirrors have started: the rows may go."""
+        session.has_begun = True
         since = self._waits_since
         if since is not None and not self._said_silent and time.monotonic() - since > SILENT_S:
             self._said_silent = True
@@ -152,6 +180,7 @@ class WandbMirror:
         if self._thread is None:
             return
         self._exit_code = exit_code
+        session.has_begun = True
         self._ending.set()
         bound = STOP_S if exit_code else self._options.finish_timeout_s + GRACE_S
         session.deadline = session.deadline or time.monotonic() + bound
@@ -166,6 +195,12 @@ class WandbMirror:
     # ---------------------------------------------------------------------------------------------- in the thread
 
     def _work(self) -> None:
+        try:
+            self._keep_sending()
+        finally:
+            self.reached = math.inf
+
+    def _keep_sending(self) -> None:
         for left in reversed(range(OPENINGS)):
             is_open = False
             try:
@@ -212,7 +247,7 @@ class WandbMirror:
                 self._notify(
                     f"wandb: no connection ({described(error)}), so this run is kept offline; {self._how_to_sync()}"
                 )
-                if all(other._run is None for other in session.mirrors):
+                if all(other._run is None for other in [*session.mirrors]):
                     wandb_run.end_service()  # because it would go on holding the run id
         session.is_offline = True
         return wandb_run.open_run(self._folder, self._options, self._config, False, is_again)
@@ -220,7 +255,7 @@ class WandbMirror:
     def _follow(self) -> None:
         """Send what metrics.jsonl holds and will hold, until the end."""
         steps, n_artifacts = Steps(self._folder / METRICS_FILE), 0
-        has_ended = False
+        has_ended = has_stopped = False
         while not has_ended:
             has_ended = self._ending.wait(POLL_S)
             self._waits_since = time.monotonic()
@@ -229,11 +264,15 @@ class WandbMirror:
                     raise Replaced
                 run = self._run
                 assert run is not None
-                for step, row in steps.new(is_complete=has_ended and self._exit_code == 0):
-                    beside = self._beside.pop(step, {})
-                    if not run.has(step):
-                        run.log(step, row | beside)
-                        self._sent.add(step)
+                new = steps.new(is_complete=has_ended and self._exit_code == 0)
+                n_new = self._take(run, islice(new, None if has_ended else MOST_AT_ONCE))
+                if self.is_behind and n_new == 0:
+                    self._take(run, steps.new(is_complete=True))
+                    has_stopped = True
+                self.is_behind = False
+                if has_ended or has_stopped:
+                    self.reached = math.inf
+                session.send_joined()
                 while self._alerts:
                     run.alert(*self._alerts.pop(0))
                 # One at a time, because each may take long, and rows that have come since go first.
@@ -243,6 +282,19 @@ class WandbMirror:
                 if has_ended:
                     self._finish_run(run)
             self._waits_since = None
+
+    def _take(self, run: WandbRun, new: Iterator[tuple[int, dict[str, Any]]]) -> int:
+        """Log the new steps, or let them wait for those of the others in the caller's run; return how many they are."""
+        n_new = 0
+        for step, row in new:
+            row |= self._beside.pop(step, {})
+            if not run.has(step) and run.is_own:
+                run.log(step, row)
+                self._sent.add(step)
+            elif not run.has(step):
+                session.waiting.append((step, run, row))
+            self.reached, n_new = step, n_new + 1
+        return n_new
 
     def _send_artifact(self, run: WandbRun, artifact: Artifact) -> None:
         try:
@@ -281,7 +333,7 @@ class WandbMirror:
         if self._joined is not None:
             return
         with session.lock:
-            is_in_use = any(other._run is not None for other in session.mirrors)
+            is_in_use = any(other._run is not None for other in [*session.mirrors])
             if self._number == session.number if self._run is not None else not is_in_use:
                 session.number += 1
                 wandb_run.end_service()

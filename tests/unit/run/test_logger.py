@@ -21,6 +21,7 @@ from wandb_file import artifacts, history, the_run, wandb_files
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.run.logger import RunLogger
+from sae_training.run.wandb_mirror import POLL_S
 from sae_training.run.wandb_run import Artifact, WandbOptions
 from scripts.benchmarks.wandb_server import WandbServer
 
@@ -291,6 +292,49 @@ def test_open_run_of_the_caller_is_used_and_left_open(tmp_path: Path) -> None:
         assert run.config["model_name"] == "demo"
     (file,) = wandb_files(tmp_path)
     assert [row.get("loss", row.get("later")) for row in history(file)] == [2.0, 1.0]
+
+
+def test_loggers_of_a_group_share_the_callers_run_without_a_step_lost(tmp_path: Path) -> None:
+    """One has rows already when the other is opened, as after a resume; each has a histogram in a row of its own."""
+    said, names, steps = Said(), ("k8", "k32"), range(1, 51)
+    folders = {name: tmp_path / "run" / name for name in names}
+    with open_file(folders["k8"]) as logger:
+        for step in range(1, 21):
+            logger.log({"loss": 8 / step}, step=step, tokens=step)
+        position = logger.position()
+    with wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True)):
+        first = open_logger(folders["k8"], said, resume_at=position, group="run")
+        time.sleep(2 * POLL_S)  # in which its thread reads what is there
+        second = open_logger(folders["k32"], said, group="run")
+        for step in steps:
+            if step > 20:
+                first.log({"loss": 8 / step}, step=step, tokens=step)
+            second.log({"loss": 32 / step}, step=step, tokens=step)
+            second.log_histogram("density", torch.arange(step + 1.0), step=step)
+            time.sleep(POLL_S / 10)  # so that their threads read some at a time
+        first.close()
+        second.close()
+    (file,) = wandb_files(tmp_path)
+    rows = history(file)
+    assert [row["_step"] for row in rows] == [*steps]
+    assert [(row["k8/loss"], row["k32/loss"]) for row in rows] == [(8 / step, 32 / step) for step in steps]
+    assert [sum(row["k32/density"]["values"]) for row in rows] == [step + 1 for step in steps]
+    assert said == []
+
+
+def test_rows_in_the_callers_run_do_not_wait_for_a_logger_that_has_stopped(tmp_path: Path) -> None:
+    with wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True)) as run:
+        loggers = [open_logger(tmp_path / "run" / name, Said(), group="run") for name in ("k8", "k32")]
+        for step in range(1, 201):
+            for logger in loggers if step <= 3 else loggers[1:]:
+                logger.log({"loss": 1.0}, step=step, tokens=step)
+        until(lambda: run.step >= 199)
+        for logger in loggers:
+            logger.close()
+    (file,) = wandb_files(tmp_path)
+    rows = history(file)
+    assert [row["_step"] for row in rows if "k8/loss" in row] == [1, 2, 3]
+    assert [row["_step"] for row in rows if "k32/loss" in row] == [*range(1, 201)]
 
 
 def test_wandb_leaves_random_generators_and_signal_handlers_alone(tmp_path: Path) -> None:
