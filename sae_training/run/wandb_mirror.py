@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ POLL_S = 0.5
 SILENT_S = 60.0  # without an answer, after which it is said that wandb is behind
 OPENINGS = 4  # of the wandb run in one process: the first, and after each of three losses of the connection
 PAUSE_S = 2.0  # before it is opened again, because wandb names its files by the second
-GRACE_S = 10.0  # beside finish_timeout_s, in which wandb itself is to give up
+GRACE_S = 10.0  # beside finish_timeout_s, in which wandb itself is to give up, for each run that is still open
 STOP_S = 10.0  # for a run that failed or was stopped, which what stopped it may soon kill
 WRITES_S = 5.0  # after its end, in which wandb's files are to have all steps
 MOST_AT_ONCE = 1_000  # steps of a mirror, so that those of one run stay near each other
@@ -128,7 +129,7 @@ class WandbMirror:
         self._ending = threading.Event()
         self._exit_code = 0
         self._waits_since: float | None = None
-        self._said_silent = self._said_late = False
+        self._said_silent = self._said_late = self._has_all = False
 
     def start(self, options: WandbOptions, config: dict[str, Any]) -> None:
         """Begin to send: to the wandb run that the caller has opened, or to one of its own.
@@ -175,6 +176,9 @@ class WandbMirror:
     def finish(self, exit_code: int) -> None:
         """End the wandb run if this mirror opened it, waiting a bounded time for what is still to be sent.
 
+        Mirrors end one after the other, each in its own time as long as wandb takes all that it is sent. From the first
+        one on that it does not, or whose run failed or was stopped, they share one short time.
+
         The last step of a run that failed or was stopped is not sent: the run that goes on may add to it.
         """
         if self._thread is None:
@@ -182,15 +186,25 @@ class WandbMirror:
         self._exit_code = exit_code
         session.has_begun = True
         self._ending.set()
-        bound = STOP_S if exit_code else self._options.finish_timeout_s + GRACE_S
-        session.deadline = session.deadline or time.monotonic() + bound
-        self._thread.join(max(0.0, session.deadline - time.monotonic()))
-        if self._thread.is_alive() and not session.is_given_up:
+        if self._thread.is_alive():
+            self._wait_for(self._thread)
+        session.mirrors.discard(self)
+
+    def _wait_for(self, thread: threading.Thread) -> None:
+        now = time.monotonic()
+        allowed = STOP_S if self._exit_code else self._options.finish_timeout_s + GRACE_S * len(session.mirrors)
+        deadline = session.deadline or now + allowed
+        bound = max(0.0, deadline - now)
+        thread.join(bound)
+        if self._exit_code:
+            session.deadline = deadline
+        else:
+            session.deadline = None if self._has_all else min(deadline, time.monotonic() + GRACE_S)
+        if thread.is_alive() and not session.is_given_up:
             if not self._said_late:
                 self._say(f"wandb: did not end within {bound:.0f} s; {self._how_to_sync()}")
             session.is_given_up = True
             wandb_run.end_service(at_once=True)
-        session.mirrors.discard(self)
 
     # ---------------------------------------------------------------------------------------------- in the thread
 
@@ -223,14 +237,22 @@ class WandbMirror:
             time.sleep(PAUSE_S)
 
     def _open(self, is_again: bool) -> None:
-        self._waits_since = time.monotonic()
-        with session.lock:
+        with self._asking():
             if self._joined is not None:
                 self._run = wandb_run.join(self._joined, self._folder, self._options, self._config)
             else:
                 self._run = self._open_own(is_again)
             self._number = session.number
-        self._waits_since = None
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Call wandb alone. The wait for the other mirrors that do so is no wait for wandb."""
+        with session.lock:
+            self._waits_since = time.monotonic()
+            try:
+                yield
+            finally:
+                self._waits_since = None
 
     def _open_own(self, is_again: bool) -> WandbRun:
         online = self._options.wanted_mode not in ("offline", "dryrun") and not session.is_offline
@@ -258,8 +280,7 @@ class WandbMirror:
         has_ended = has_stopped = False
         while not has_ended:
             has_ended = self._ending.wait(POLL_S)
-            self._waits_since = time.monotonic()
-            with session.lock:
+            with self._asking():
                 if self._number != session.number:
                     raise Replaced
                 run = self._run
@@ -281,7 +302,6 @@ class WandbMirror:
                     n_artifacts += 1
                 if has_ended:
                     self._finish_run(run)
-            self._waits_since = None
 
     def _take(self, run: WandbRun, new: Iterator[tuple[int, dict[str, Any]]]) -> int:
         """Log the new steps, or let them wait for those of the others in the caller's run; return how many they are."""
@@ -315,6 +335,7 @@ class WandbMirror:
             if session.mirrors == {self}:  # because it would end the runs of the others too
                 wandb_run.end_service()
             return
+        self._has_all = True
         if run.is_own and is_offline and (lost := self._not_in_files(run_id)):
             self._notify(
                 f"wandb: its files lack {len(lost)} steps, from step {min(lost)} on, as after a disk that was full; "

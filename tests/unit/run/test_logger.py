@@ -298,10 +298,11 @@ def test_loggers_of_a_group_share_the_callers_run_without_a_step_lost(tmp_path: 
     """One has rows already when the other is opened, as after a resume; each has a histogram in a row of its own."""
     said, names, steps = Said(), ("k8", "k32"), range(1, 51)
     folders = {name: tmp_path / "run" / name for name in names}
-    with open_file(folders["k8"]) as logger:
-        for step in range(1, 21):
-            logger.log({"loss": 8 / step}, step=step, tokens=step)
-        position = logger.position()
+    earlier = open_file(folders["k8"])
+    for step in range(1, 21):
+        earlier.log({"loss": 8 / step}, step=step, tokens=step)
+    position = earlier.position()
+    earlier.close()
     with wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True)):
         first = open_logger(folders["k8"], said, resume_at=position, group="run")
         time.sleep(2 * POLL_S)  # in which its thread reads what is there
