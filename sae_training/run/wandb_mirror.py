@@ -204,7 +204,8 @@ class WandbMirror:
             if not self._said_late:
                 self._say(f"wandb: did not end within {bound:.0f} s; {self._how_to_sync()}")
             session.is_given_up = True
-            wandb_run.end_service(at_once=True)
+            if self._joined is None:  # because the caller's own goes on
+                wandb_run.end_service(at_once=True)
 
     # ---------------------------------------------------------------------------------------------- in the thread
 
