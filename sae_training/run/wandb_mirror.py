@@ -119,6 +119,7 @@ class WandbMirror:
         self._run: WandbRun | None = None
         self._number = 0
         self._beside: dict[int, dict[str, Any]] = {}
+        self._beside_lock = threading.Lock()
         self._artifacts: list[Artifact] = []
         self._alerts: list[tuple[str, str]] = []
         self._sent = set[int]()
@@ -155,9 +156,10 @@ class WandbMirror:
         """Add values that metrics.jsonl does not hold to those of a step."""
         if self._thread is None or not self._thread.is_alive():
             return
-        self._beside.setdefault(step, {}).update(values)
-        if len(self._beside) > MOST_BESIDE:
-            self._beside.pop(next(iter(self._beside)), None)
+        with self._beside_lock:
+            self._beside.setdefault(step, {}).update(values)
+            if len(self._beside) > MOST_BESIDE:
+                del self._beside[next(iter(self._beside))]
 
     def log_artifact(self, artifact: Artifact) -> None:
         self._artifacts.append(artifact)
@@ -308,7 +310,8 @@ class WandbMirror:
         """Log the new steps, or let them wait for those of the others in the caller's run; return how many they are."""
         n_new = 0
         for step, row in new:
-            row |= self._beside.pop(step, {})
+            with self._beside_lock:
+                row |= self._beside.pop(step, {})
             if not run.has(step) and run.is_own:
                 run.log(step, row)
                 self._sent.add(step)
