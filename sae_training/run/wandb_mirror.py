@@ -369,5 +369,7 @@ class WandbMirror:
             self._notify(message)
 
     def _how_to_sync(self) -> str:
-        folder = self._folder if self._options.group is None else self._folder.parent
-        return f"to send later what is missing: {command('sync', folder)}"
+        if self._options.group is None:
+            return f"to send later what is missing: {command('sync', self._folder)}"
+        what = "what is missing" if self._joined is None else "all, to a wandb run of each autoencoder's own"
+        return f"to send later {what}: {command('sync', self._folder.parent)}"

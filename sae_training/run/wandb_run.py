@@ -169,10 +169,16 @@ def callers_run() -> Any:
 
 
 def join(run: Any, folder: Path, options: WandbOptions, config: dict[str, Any]) -> WandbRun:
-    """Use the run that the caller has opened; autoencoders of a group have the names of their folders before keys."""
-    run.config.update(config if options.group is None else {folder.name: config}, allow_val_change=True)
-    prefix = "" if options.group is None else f"{folder.name}/"
-    return WandbRun(run, is_own=False, prefix=prefix, first_step=run.starting_step)
+    """Use the run that the caller has opened; autoencoders of a group have the names of their folders before keys.
+
+    Its id is kept for `sync`, but not in a group, whose autoencoders `sync` sends to a run each.
+    """
+    if options.group is not None:
+        run.config.update({folder.name: config}, allow_val_change=True)
+        return WandbRun(run, is_own=False, prefix=f"{folder.name}/", first_step=run.starting_step)
+    run.config.update(config, allow_val_change=True)
+    keep_run_id(folder, run.id)
+    return WandbRun(run, is_own=False, first_step=run.starting_step)
 
 
 def open_run(folder: Path, options: WandbOptions, config: dict[str, Any], online: bool, again: bool) -> WandbRun:

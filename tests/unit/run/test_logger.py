@@ -290,6 +290,7 @@ def test_open_run_of_the_caller_is_used_and_left_open(tmp_path: Path) -> None:
         assert wandb.run is run
         run.log({"later": 1.0}, step=2)
         assert run.config["model_name"] == "demo"
+        assert (tmp_path / "run" / "wandb_run_id.txt").read_text().strip() == run.id  # where `sync` sends to
     (file,) = wandb_files(tmp_path)
     assert [row.get("loss", row.get("later")) for row in history(file)] == [2.0, 1.0]
 
