@@ -24,7 +24,7 @@ from sae_training.machine.files import NotEnoughDisk, write_text
 from sae_training.machine.holder import read_holder
 from sae_training.machine.lock import InUse, exclusive
 from sae_training.machine.paths import PATH_FIELDS, paths_of, same_or_moved
-from sae_training.machine.run_files import CHECKPOINTS, FINAL, LOCK_FILE, RUN_CONFIG_FILE, STATUS_FILE
+from sae_training.machine.run_files import CHECKPOINTS, FINAL, LOCK_FILE, METRICS_FILE, RUN_CONFIG_FILE, STATUS_FILE
 from sae_training.parallel.ranks import check_all_see, is_first, wait_for_all
 from sae_training.run.environment import write_environment
 from sae_training.run.record import Kind, Record
@@ -62,7 +62,8 @@ class RunFolder:
                 f"run_dir: cannot write to {path} ({error.strerror}); set run_dir to a folder you may write to."
             ) from error
         write_config(path, cfg)
-        write_environment(path, reads)
+        if not has_begun(path):  # which an earlier version may have done, in an environment that this one does not know
+            write_environment(path, reads)
 
     @property
     def checkpoints(self) -> Path:
@@ -132,6 +133,12 @@ def existing_folders(base: Path) -> Iterator[Path]:
         yield folder
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
+
+
+def has_begun(folder: Path) -> bool:
+    """Return whether the run has a checkpoint or logged rows, or one of its autoencoders has."""
+    logs = (folder / METRICS_FILE, *folder.glob(f"*/{METRICS_FILE}"))
+    return any((folder / CHECKPOINTS).glob("*")) or any(log.is_file() and log.stat().st_size > 0 for log in logs)
 
 
 def is_finished(folder: Path) -> bool:

@@ -208,6 +208,18 @@ def test_a_folder_whose_config_is_another_programs_is_refused(text: str, tmp_pat
 # --------------------------------------------------------------------------------------------------------------- lock
 
 
+@pytest.mark.parametrize("trace", ["metrics.jsonl", "k8/metrics.jsonl", "checkpoints/step_8/sae.safetensors"])
+def test_a_run_that_an_earlier_version_began_gets_no_environment_of_now(
+    small_config: Make, tmp_path: Path, trace: str
+) -> None:
+    path = tmp_path / "runs" / "run"
+    file = path / trace
+    file.parent.mkdir(parents=True)
+    file.write_text("{}\n")
+    RunFolder(path, small_config()).release()
+    assert not (path / "environment.json").exists()
+
+
 def test_released_folder_can_be_taken_again_in_the_same_process(small_config: Make, tmp_path: Path) -> None:
     path = tmp_path / "runs" / "run"
     RunFolder(path, small_config()).release()
