@@ -20,8 +20,8 @@ import wandb
 from wandb_file import artifacts, history, the_run, wandb_files
 
 from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.run import wandb_mirror
 from sae_training.run.logger import RunLogger
-from sae_training.run.wandb_mirror import POLL_S
 from sae_training.run.wandb_run import Artifact, WandbOptions
 from scripts.benchmarks.wandb_server import WandbServer
 
@@ -306,14 +306,14 @@ def test_loggers_of_a_group_share_the_callers_run_without_a_step_lost(tmp_path: 
     earlier.close()
     with wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True)):
         first = open_logger(folders["k8"], said, resume_at=position, group="run")
-        time.sleep(2 * POLL_S)  # in which its thread reads what is there
+        time.sleep(2 * wandb_mirror.POLL_S)  # in which its thread reads what is there
         second = open_logger(folders["k32"], said, group="run")
         for step in steps:
             if step > 20:
                 first.log({"loss": 8 / step}, step=step, tokens=step)
             second.log({"loss": 32 / step}, step=step, tokens=step)
             second.log_histogram("density", torch.arange(step + 1.0), step=step)
-            time.sleep(POLL_S / 10)  # so that their threads read some at a time
+            time.sleep(wandb_mirror.POLL_S / 10)  # so that their threads read some at a time
         first.close()
         second.close()
     (file,) = wandb_files(tmp_path)
@@ -337,6 +337,22 @@ def test_rows_in_the_callers_run_do_not_wait_for_a_logger_that_has_stopped(tmp_p
     rows = history(file)
     assert [row["_step"] for row in rows if "k8/loss" in row] == [1, 2, 3]
     assert [row["_step"] for row in rows if "k32/loss" in row] == [*range(1, 201)]
+
+
+def test_open_run_of_the_caller_goes_on_after_a_mirror_that_did_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb_mirror, "GRACE_S", 0.1)
+    said = Said()
+    with wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True)) as run:
+        with wandb_mirror.session.lock:  # as another mirror holds it that wandb does not answer
+            open_logger(tmp_path / "run", said, finish_timeout_s=0.0).close()
+        assert wandb.run is run
+        run.log({"later": 1.0}, step=2)
+    (file,) = wandb_files(tmp_path)
+    assert [row["later"] for row in history(file)] == [1.0]
+    assert len(said) == 1
+    assert "did not end within 0 s" in said[0]
 
 
 def test_wandb_leaves_random_generators_and_signal_handlers_alone(tmp_path: Path) -> None:
