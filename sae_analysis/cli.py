@@ -123,7 +123,7 @@ def job_of(build: Build) -> Wanted:
     """Return the job that the command is, for `--detach`."""
     from sae_analysis.places import ANALYSIS_FOLDER, folder_of
 
-    folder = (build.output or folder_of(Path(build.run))).absolute()
+    folder = (build.output or folder_of(Path(build.run))).resolve()
     return Wanted("build", f"{folder.name}-{ANALYSIS_FOLDER}", folder.parent, folder / ANALYSIS_FOLDER)
 
 

@@ -348,13 +348,13 @@ def job_of(verb: Detach) -> Wanted:
             name, run_dir = cfg.resolved_run_name.replace("/", "_"), Path(cfg.resolved_run_dir)
             return Wanted("train", name, run_dir, None if cfg.resume == "never" else run_dir / name)
         case Resume():
-            folder = folder_of(verb.run).absolute()
+            folder = folder_of(verb.run).resolve()
             return Wanted("train", folder.name, folder.parent, folder)
         case Cache():
-            folder = Path(cache_config_of(verb).cached_activations_path).expanduser().absolute()
+            folder = Path(cache_config_of(verb).cached_activations_path).expanduser().resolve()
             return Wanted("cache", folder.name, Path(RUN_DIR), folder)
         case Pretokenize():
-            return Wanted("pretokenize", verb.output.absolute().name, Path(RUN_DIR), None)
+            return Wanted("pretokenize", verb.output.resolve().name, Path(RUN_DIR), None)
         case _:
             raise AssertionError(verb)
 

@@ -37,7 +37,7 @@ from sae_training.jobs.found import (
 from sae_training.jobs.said import Said
 from sae_training.machine.holder import Holder, holder_of, read_holder, this_process, write_holder
 from sae_training.machine.log import TICKET
-from sae_training.machine.run_files import STATUS_FILE
+from sae_training.machine.run_files import LOCK_FILE, STATUS_FILE
 
 PATIENCE = 60.0  # seconds for a process to begin
 WIDTH, HEIGHT = 160, 50  # of a session that nobody looks at
@@ -86,13 +86,17 @@ def detach(wanted: Wanted, package: str, words: Sequence[str]) -> str:
 
 def claimed(wanted: Wanted, begun: str) -> Path:
     """Return the ticket of the job, which no other start of it has."""
+    if wanted.name in ("", ".", "..", LOCK_FILE) or "/" in wanted.name:  # a ticket that is left behind is deleted
+        raise ValueError(
+            f"--detach: found the name {wanted.name!r}, expected one that a folder can have; give another."
+        )
     tickets = wanted.run_dir / TICKETS
     try:
         tickets.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise type(error)(f"run_dir: cannot write to {wanted.run_dir} ({error.strerror}); give another.") from error
     ticket = tickets / wanted.name
-    with FileLock(tickets / ".lock", timeout=PATIENCE):
+    with FileLock(tickets / LOCK_FILE, timeout=PATIENCE):
         for folder in (wanted.folder, place_of(ticket), ticket):
             if folder is not None and is_job(folder) and (job := job_at(folder, wanted.name)).is_live:
                 who = "a process" if job.holder is None else f"process {job.holder.pid} on {job.holder.host}"
