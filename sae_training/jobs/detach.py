@@ -142,15 +142,15 @@ def started(ticket: Path, name: str) -> tuple[str, int]:
 def in_tmux(name: str, command: Sequence[str]) -> tuple[str | None, str]:
     """Start the command in a new tmux session, and return its name; or None, and why there is none.
 
-    The session is called as the job, with _ for what tmux forbids (. and :), and with -2, -3, ... if it has that name
-    already. It ends with the command.
+    The session is called as the job, with _ for what tmux forbids (. and :) and for #, after which tmux would run a
+    command, and with -2, -3, ... if it has that name already. It ends with the command.
     """
     if shutil.which("tmux") is None:
         return None, "there is no tmux on this machine"
     from libtmux import Server
     from libtmux.exc import LibTmuxException, TmuxSessionExists
 
-    base = session = re.sub(r"[.:]", "_", name)
+    base = session = re.sub(r"[.:#]", "_", name)
     number = 1
     while True:
         try:

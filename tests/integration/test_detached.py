@@ -124,9 +124,12 @@ def test_what_is_wrong_with_a_command_is_said_at_once(say: Say, monkeypatch: pyt
 
 @needs_tmux
 def test_a_name_that_tmux_has_already_gets_a_number(tmux: None, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
     command = ["sh", "-c", 'echo "$0" > "$1"; sleep 100', "two words", str(tmp_path / "a file")]
     assert in_tmux("a.b:c", command) == ("a_b_c", "")
+    assert in_tmux(f"a.b#(touch {marker})", ["true"])[0] is not None
     assert in_tmux("a_b_c", command) == ("a_b_c-2", "")
     while not (tmp_path / "a file").exists() or not (tmp_path / "a file").read_text():
         time.sleep(0.05)
     assert (tmp_path / "a file").read_text() == "two words\n"
+    assert not marker.exists()
