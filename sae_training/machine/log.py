@@ -27,6 +27,7 @@ TICKET = "SAE_TRAINING_DETACHED"
 PLACE_FILE = "place.json"  # in the ticket: the job's folder, and where in its log this job's part begins
 
 KEPT_EVERY = 30.0  # seconds, as `phases.LINE_EVERY`
+WAITS_FOR_TERMINAL = 0.5  # seconds, because one that works needs a moment for a long text
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # what moves the cursor or colours
 
@@ -39,6 +40,7 @@ class Log:
 
     def __init__(self, file: Path, begins: str, terminal: int | None = None, ticket: Path | None = None) -> None:
         self.ticket, self.terminal = ticket, terminal
+        self.is_stopped = False
         self.lead_to(file)
         now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         self.write(f"[{now}, process {os.getpid()}] {begins}")
@@ -55,10 +57,20 @@ class Log:
             os.write(2, f"{line}\n".encode(errors="backslashreplace"))
 
     def show(self, text: str) -> None:
-        """Show text on the terminal, which may be gone: then there is the log."""
-        if self.terminal is not None:
+        """Show text on the terminal, as far as that takes it: it may be stopped (Ctrl-S) or gone, and the log has all.
+
+        It is waited for once, until it takes something again.
+        """
+        left, ends = text.encode(errors="backslashreplace"), time.monotonic() + WAITS_FOR_TERMINAL
+        while left and self.terminal is not None:
             try:
-                os.write(self.terminal, text.encode(errors="backslashreplace"))
+                left = left[os.write(self.terminal, left) :]
+                self.is_stopped = False
+            except BlockingIOError:
+                self.is_stopped = self.is_stopped or time.monotonic() > ends
+                if self.is_stopped:
+                    return
+                time.sleep(0.005)
             except OSError:
                 self.terminal = None
 
@@ -139,8 +151,7 @@ def told_to_log(words: Sequence[str]) -> Iterator[None]:
     if ticket is None:
         yield
         return
-    terminal = os.dup(2) if os.isatty(2) else None
-    log = Log(Path(ticket) / LOG_FILE, shlex.join(words), terminal, Path(ticket))
+    log = Log(Path(ticket) / LOG_FILE, shlex.join(words), terminal_of_stderr(), Path(ticket))
     ACTIVE.append(log)
     before: Any = sys.stdout, sys.stderr
     told = sys.stdout, sys.stderr = Told(log), Told(log)
@@ -152,6 +163,18 @@ def told_to_log(words: Sequence[str]) -> Iterator[None]:
                 stream.write("\n")
         ACTIVE.clear()
         sys.stdout, sys.stderr = before
+
+
+def terminal_of_stderr() -> int | None:
+    """Return a descriptor of the terminal that stderr leads to, whose writes never wait; None if it leads to none."""
+    if not os.isatty(2):
+        return None
+    try:  # opened anew, because others have stderr's, and may want to wait
+        return os.open(os.ttyname(2), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:  # as in a container that does not show it
+        descriptor = os.dup(2)
+        os.set_blocking(descriptor, False)
+        return descriptor
 
 
 FOLDERS: list[Path] = []

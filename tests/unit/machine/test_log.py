@@ -60,15 +60,17 @@ def test_of_a_line_that_is_written_over_one_is_kept_from_time_to_time(tmp_path: 
     assert sum(line.startswith("bar:") for line in lines) > 1
 
 
-@pytest.mark.parametrize("is_open", [True, False])
-def test_a_terminal_shows_all_and_may_go_away(is_open: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", ["open", "closed", "stopped"])
+def test_a_terminal_shows_all_and_may_go_away_or_stop(state: str, tmp_path: Path) -> None:
     ours, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
-    if not is_open:
+    if state == "closed":
         os.close(ours)
+    if state == "stopped":
+        termios.tcflow(terminal, termios.TCOOFF)  # as Ctrl-S does
     lines = said(tmp_path / "ticket", tmp_path / "run", terminal=terminal)
     assert [line for line in lines[1:] if "bar" not in line] == ["one", "two", "three", "c", "no end"]
-    if is_open:
+    if state == "open":
         shown = os.read(ours, 100_000).decode()
         assert "one" in shown
         assert "bar:   0%" in shown
