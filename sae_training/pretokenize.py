@@ -65,7 +65,7 @@ def pretokenize(
             info["probe"] = probe(tokenizer := loaded_tokenizer(model_name))
             info["content"] = opened(tokenizer).fingerprint
         check_same(folder, info)
-        with record_of_detached("pretokenize"):
+        with record_of_detached("pretokenize", folder):
             tqdm.write(f"{folder} holds them already.")
         return folder
     tokenizer = loaded_tokenizer(model_name)
@@ -73,7 +73,7 @@ def pretokenize(
     info |= {"probe": probe(tokenizer), "content": documents.fingerprint}
     if documents.is_tokenized:
         raise ValueError(f"dataset_path: {documents.given.name} holds token ids already; train on it as it is.")
-    with record_of_detached("pretokenize"):
+    with record_of_detached("pretokenize", folder):
         n_skipped = write_copy(documents, tokenizer, folder, info, n_processes or os.cpu_count() or 1)
     documents.bad_rows.say_skipped(n_skipped)
     return folder

@@ -35,26 +35,48 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # what moves the cursor or colo
 class Log:
     """The log of this process, from now on. `terminal`: the descriptor of a terminal that shows the same, if any.
 
-    `ticket`: the folder that the log of a detached job begins in.
+    `ticket`: the folder that the log of a detached job begins in. `leads`: the descriptors that lead to the log.
     """
 
-    def __init__(self, file: Path, begins: str, terminal: int | None = None, ticket: Path | None = None) -> None:
-        self.ticket, self.terminal = ticket, terminal
+    def __init__(
+        self,
+        file: Path,
+        begins: str,
+        terminal: int | None = None,
+        ticket: Path | None = None,
+        leads: Sequence[int] = (1, 2),
+    ) -> None:
+        self.begins, self.ticket, self.terminal = begins, ticket, terminal
         self.is_stopped = False
+        self.leads: list[int] = []
+        self.descriptor: int | None = None
         self.lead_to(file)
-        now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        self.write(f"[{now}, process {os.getpid()}] {begins}")
+        for number in leads:
+            self.take(number)
+        self.say_that_it_begins()
 
     def lead_to(self, file: Path) -> None:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        os.close(descriptor)
-        self.file = file
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+        self.descriptor, self.file = descriptor, file
+        for number in self.leads:
+            os.dup2(descriptor, number)
+
+    def take(self, number: int) -> None:
+        """Let one of the system's descriptors lead to the log."""
+        assert self.descriptor is not None
+        os.dup2(self.descriptor, number)
+        self.leads.append(number)
+
+    def say_that_it_begins(self) -> None:
+        now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        self.write(f"[{now}, process {os.getpid()}] {self.begins}")
 
     def write(self, line: str) -> None:
+        assert self.descriptor is not None
         with contextlib.suppress(OSError):  # a full disk must not end the job
-            os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+            os.write(self.descriptor, f"{line}\n".encode(errors="backslashreplace"))
 
     def show(self, text: str) -> None:
         """Show text on the terminal, as far as that takes it: it may be stopped (Ctrl-S) or gone, and the log has all.
@@ -180,9 +202,17 @@ def terminal_of_stderr() -> int | None:
 FOLDERS: list[Path] = []
 """The folder that the job of this process works in, where its log belongs."""
 
+OUTLASTING: list[Log] = []
+"""The log of what this process says where its terminal is gone (`terminal`)."""
+
 
 def keep_in(folder: Path) -> None:
     """Let the log lie in the folder that the job works in from now on."""
     FOLDERS[:] = [folder]
     for log in ACTIVE:
         log.move_to(folder)
+    for log in OUTLASTING:
+        if log.file != folder / LOG_FILE:
+            with contextlib.suppress(OSError):
+                log.lead_to(folder / LOG_FILE)
+                log.say_that_it_begins()

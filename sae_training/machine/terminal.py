@@ -17,48 +17,50 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from sae_training.machine.interrupt import GOES_ON, heard
-from sae_training.machine.log import FOLDERS, Log, Told
+from sae_training.machine.log import FOLDERS, OUTLASTING, Log, Told
 from sae_training.machine.run_files import LOG_FILE
 
 GONE = (errno.EIO, errno.EPIPE, errno.EBADF, errno.ENXIO, errno.ECONNRESET)
 
 
 class Lasting:
-    """A stream of this process that goes on in the log once what it wrote to is gone."""
-
-    logs: list[Log] = []
-    """The log, once it has come to that; it is that of all streams."""
+    """A stream of this process that goes on in the log once what it wrote to is gone; others stay as they are."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+        self.stream, self.descriptor = stream, stream.fileno()
         self.told: Told | None = None
 
+    def is_in_the_log(self) -> bool:
+        return any(self.descriptor in log.leads for log in OUTLASTING)
+
     def write(self, text: str) -> int:
-        if not self.logs:
+        if not self.is_in_the_log():
             try:
                 return self.stream.write(text)
             except OSError as error:
                 self.go_on_in_the_log(error)
-        self.told = self.told or Told(self.logs[0])
+        self.told = self.told or Told(OUTLASTING[0])
         return self.told.write(text)
 
     def flush(self) -> None:
-        if not self.logs:
+        if not self.is_in_the_log():
             try:
                 self.stream.flush()
             except OSError as error:
                 self.go_on_in_the_log(error)
 
     def go_on_in_the_log(self, error: OSError) -> None:
-        """Let stdout and stderr be the log of the job, or nothing where it has no folder yet."""
+        """Let the stream be the log of the job, or nothing where it has no folder yet."""
         if error.errno not in GONE:
             raise error
-        begins = f"the terminal is gone ({os.strerror(error.errno)}); output goes on here."
-        try:
-            log = Log(FOLDERS[-1] / LOG_FILE if FOLDERS else Path(os.devnull), begins)
-        except OSError:
-            log = Log(Path(os.devnull), begins)
-        self.logs.append(log)
+        if not OUTLASTING:
+            begins = f"the terminal is gone ({os.strerror(error.errno)}); output goes on here."
+            try:
+                log = Log(FOLDERS[-1] / LOG_FILE if FOLDERS else Path(os.devnull), begins, leads=[])
+            except OSError:
+                log = Log(Path(os.devnull), begins, leads=[])
+            OUTLASTING.append(log)
+        OUTLASTING[0].take(self.descriptor)
         with contextlib.suppress(OSError):
             self.stream.flush()  # what it holds goes where it leads now
 

@@ -23,6 +23,7 @@ from sae_training.config.sweep import is_several
 from sae_training.machine.files import NotEnoughDisk, write_text
 from sae_training.machine.holder import read_holder
 from sae_training.machine.lock import InUse, exclusive
+from sae_training.machine.log import keep_in
 from sae_training.machine.paths import PATH_FIELDS, paths_of, same_or_moved
 from sae_training.machine.run_files import CHECKPOINTS, FINAL, LOCK_FILE, METRICS_FILE, RUN_CONFIG_FILE, STATUS_FILE
 from sae_training.parallel.ranks import check_all_see, is_first, wait_for_all
@@ -48,6 +49,7 @@ class RunFolder:
             self.hold(cfg, reads or {})
         wait_for_all()
         check_all_see(path, "run_dir")
+        keep_in(path)
 
     def hold(self, cfg: Any, reads: Mapping[str, Any]) -> None:
         path = self.path

@@ -41,6 +41,7 @@ class Record:
     def begin(self) -> None:
         """Say that this process works in the folder, for as long as it lives or until `end`."""
         if not is_first():
+            keep_in(self.folder)
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with disk_named(self.folder):
@@ -108,10 +109,16 @@ class Record:
             self.end()
 
 
-def record_of_detached(kind: Kind) -> contextlib.AbstractContextManager[Record | None]:
-    """Return the record of a job whose folder can hold none: in its ticket if it is detached, else there is none."""
+def record_of_detached(kind: Kind, folder: Path) -> contextlib.AbstractContextManager[Record | None]:
+    """Return the record of a job whose folder can hold none: in its ticket if it is detached, else there is none.
+
+    What is said without a terminal is beside the folder then.
+    """
     ticket = ACTIVE[0].ticket if ACTIVE else None
-    return contextlib.nullcontext() if ticket is None else Record(ticket, kind)
+    if ticket is not None:
+        return Record(ticket, kind)
+    keep_in(folder.absolute().parent)
+    return contextlib.nullcontext()
 
 
 def timestamp(seconds: float) -> str:

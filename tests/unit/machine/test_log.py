@@ -75,3 +75,35 @@ def test_a_terminal_shows_all_and_may_go_away_or_stop(state: str, tmp_path: Path
         assert "one" in shown
         assert "bar:   0%" in shown
         assert "a\rb\rc" in shown
+
+
+LASTS = """
+import os, sys
+from pathlib import Path
+from sae_training.machine import log
+from sae_training.machine.terminal import lasting
+for name in ("one", "two"):
+    with lasting():
+        log.keep_in(Path(name))
+        print("out", name, flush=True)
+        print("err", name, file=sys.stderr, flush=True)
+        os.system("echo child")
+"""
+
+
+def test_a_stream_that_breaks_goes_on_in_the_log_of_each_job_and_the_other_stays(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    reads, writes = os.pipe()
+    os.close(reads)  # as `| head` ends
+    with (tmp_path / "err.log").open("w") as err:
+        subprocess.run(
+            [sys.executable, "-c", LASTS], stdout=writes, stderr=err, check=True, cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    os.close(writes)
+    assert (tmp_path / "err.log").read_text() == "err one\nerr two\n"
+    for name in ("one", "two"):
+        first, *others = (tmp_path / name / "run.log").read_text().splitlines()
+        assert "the terminal is gone (Broken pipe)" in first
+        assert [line for line in others if line] == [f"out {name}", "child"]
