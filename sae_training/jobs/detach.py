@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 import sae_training
 from sae_training.jobs import begin
 from sae_training.jobs.found import (
@@ -36,6 +34,7 @@ from sae_training.jobs.found import (
 )
 from sae_training.jobs.said import Said
 from sae_training.machine.holder import Holder, holder_of, read_holder, this_process, write_holder
+from sae_training.machine.lock import exclusive
 from sae_training.machine.log import TICKET
 from sae_training.machine.run_files import LOCK_FILE, STATUS_FILE
 
@@ -95,8 +94,9 @@ def claimed(wanted: Wanted, begun: str) -> Path:
         tickets.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise type(error)(f"run_dir: cannot write to {wanted.run_dir} ({error.strerror}); give another.") from error
-    ticket = tickets / wanted.name
-    with FileLock(tickets / LOCK_FILE, timeout=PATIENCE):
+    lock = exclusive(tickets / LOCK_FILE, lambda: f"{tickets}: other jobs are being started; try again.", PATIENCE)
+    try:
+        ticket = free_ticket(tickets, wanted)
         for folder in (wanted.folder, place_of(ticket), ticket):
             if folder is not None and is_job(folder) and (job := job_at(folder, wanted.name)).is_live:
                 who = "a process" if job.holder is None else f"process {job.holder.pid} on {job.holder.host}"
@@ -106,6 +106,18 @@ def claimed(wanted: Wanted, begun: str) -> Path:
         write_holder(ticket, this_process(begun))  # until the job has a process of its own
         (ticket / STATUS_FILE).write_text(json.dumps({"kind": wanted.kind, "state": "training"}), encoding="utf-8")
         return ticket
+    finally:
+        lock.release()
+
+
+def free_ticket(tickets: Path, wanted: Wanted) -> Path:
+    """Return the ticket of the job's name, or of <name>-2, <name>-3, ... while that is of a job elsewhere."""
+    ticket, number = tickets / wanted.name, 1
+    own = wanted.folder and wanted.folder.resolve()
+    while (place := place_of(ticket)) != ticket and is_job(place) and place.resolve() != own:
+        number += 1
+        ticket = tickets / f"{wanted.name}-{number}"
+    return ticket
 
 
 def write_start(ticket: Path, package: str, words: Sequence[str]) -> None:

@@ -17,14 +17,16 @@ class InUse(OSError):
     """Another process holds the lock."""
 
 
-def exclusive(path: Path, busy: Callable[[], str]) -> FileLock:
+def exclusive(path: Path, busy: Callable[[], str], patience: float = 0.0) -> FileLock:
     """Take the lock of the file `path`, until its `release()`. Raise InUse(busy()) if another process has it.
+
+    `patience`: the seconds for which it is waited for.
 
     On a file system without locks (some of NFS) a warning takes the place of the lock.
     """
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout as error:
         raise InUse(busy()) from error
     except OSError as error:
