@@ -30,6 +30,7 @@ ENDS: tuple[State, ...] = ("finished", "interrupted", "failed")
 DEEPEST = 4  # folders below a folder of runs: <name>/analysis-of/step_1/analysis
 
 HOLD_NO_JOBS = (CHECKPOINTS, SNAPSHOTS, FINAL, "rows", "contexts", "buckets", "building")
+"""Folders below that of a job. A run may have such a name, too."""
 
 IN_JSON = ("step", "total_steps", "tokens_per_s", "eta_s", "explained_variance", "l0", "dead_latents")
 
@@ -128,19 +129,20 @@ def places_in(run_dir: Path) -> Iterator[tuple[str, Path]]:
             yield ticket.name, folder
 
 
-def folders_below(folder: Path, depth: int) -> Iterator[Path]:
+def folders_below(folder: Path, depth: int, is_in_job: bool = False) -> Iterator[Path]:
+    is_in_job = is_in_job or is_job(folder)
     try:
         found = sorted((entry for entry in os.scandir(folder) if entry.is_dir()), key=lambda entry: entry.name)
     except OSError:
         return
     for entry in found:
         path = folder / entry.name
-        if entry.name.startswith(".") or entry.name in HOLD_NO_JOBS:
+        if entry.name.startswith(".") or (is_in_job and entry.name in HOLD_NO_JOBS):
             continue
         if is_job(path):
             yield path
         if depth > 1:
-            yield from folders_below(path, depth - 1)
+            yield from folders_below(path, depth - 1, is_in_job)
 
 
 def tickets_in(run_dir: Path) -> list[Path]:

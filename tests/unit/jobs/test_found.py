@@ -90,6 +90,8 @@ KINDS: dict[str, Kind] = {
     "run": "train",
     "run/analysis": "build",
     "run/analysis-of/step_1/analysis": "build",
+    "final": "train",
+    "rows": "cache",
 }
 
 
@@ -147,7 +149,7 @@ def test_rm_asks_and_deletes_nothing_else(run_dir: Path, capsys: pytest.CaptureF
     assert {job.name for job in jobs_in(run_dir)} == {*KINDS, "far"}
     for name in ("run", "far"):
         assert cli.main(["rm", name, "--yes", *flags]) == 0
-    assert [job.name for job in jobs_in(run_dir)] == ["toy"]
+    assert {job.name for job in jobs_in(run_dir)} == {"toy", "final", "rows"}
     assert not (run_dir.parent / "else" / "cache").exists()
 
 
@@ -222,7 +224,7 @@ def test_bash_completes_verbs_flags_and_names_of_runs(
 
     assert completed("sae-training sto") == {"stop"}
     assert completed("sae-training stop ") == {*KINDS, "far", "a\\ b", "c.d:e"}
-    assert completed("sae-training resume r") == {name for name in KINDS if name.startswith("run")}
+    assert completed("sae-training resume r") == {name for name in KINDS if name.startswith("r")}
     assert completed("sae-training rm c.d:") == {"e"}  # bash takes : for the end of a word
     assert completed("sae-training logs run --fo") == {"--follow"}
     assert completed(f"sae-training logs --run_dir {tmp_path / 'else'} ") == {"cache"}
