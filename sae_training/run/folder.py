@@ -45,11 +45,15 @@ class RunFolder:
         self.is_new = is_first() and not path.exists()
         self.made_parent = not path.parent.exists()
         self.lock: FileLock | None = None
-        if is_first():
-            self.hold(cfg, reads or {})
-        wait_for_all()
-        check_all_see(path, "run_dir")
-        keep_in(path)
+        try:
+            if is_first():
+                self.hold(cfg, reads or {})
+            wait_for_all()
+            check_all_see(path, "run_dir")
+            keep_in(path)
+        except BaseException:  # because nobody has the folder, and can release it
+            self.release()
+            raise
 
     def hold(self, cfg: Any, reads: Mapping[str, Any]) -> None:
         path = self.path

@@ -272,3 +272,11 @@ def test_start_that_fails_in_a_new_folder_leaves_none(small_config: Make, tmp_pa
     folder.discard_if_new()
     folder.release()
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_begun_is_held_by_nobody(small_config: Make, tmp_path: Path) -> None:
+    (tmp_path / "run" / "config.json").mkdir(parents=True)  # where a file is to be written
+    for _ in range(2):  # the lock, too, is free again
+        with pytest.raises(IsADirectoryError):
+            RunFolder(tmp_path / "run", small_config())
+        assert not (tmp_path / "run" / ".holder.json").exists()
