@@ -22,7 +22,6 @@ import sae_training
 from sae_training.jobs import begin
 from sae_training.jobs.found import (
     DEEPEST,
-    ENDS,
     RUN_DIR,
     TICKETS,
     folders_below,
@@ -33,7 +32,7 @@ from sae_training.jobs.found import (
     read_json,
 )
 from sae_training.jobs.said import Said
-from sae_training.machine.holder import Holder, holder_of, read_holder, this_process, write_holder
+from sae_training.machine.holder import ENDS, Holder, holder_of, read_holder, this_process, write_holder
 from sae_training.machine.lock import exclusive
 from sae_training.machine.log import TICKET
 from sae_training.machine.run_files import LOCK_FILE, STATUS_FILE

@@ -12,20 +12,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from sae_training.machine.holder import Holder, read_holder
+from sae_training.machine.holder import Holder, State, read_holder, state_of
 from sae_training.machine.log import PLACE_FILE
 from sae_training.machine.run_files import CHECKPOINTS, FINAL, HOLDER_FILE, LOG_FILE, SNAPSHOTS, STATUS_FILE
 
 RUN_DIR = "runs"  # where jobs are looked for, unless another folder is named
 TICKETS = ".detached"
-
-State = Literal["training", "finished", "interrupted", "failed", "lost"]
-"""training: its process lives, whatever its kind; lost: it ended without a word, as by a kill or a power cut."""
-
-ENDS: tuple[State, ...] = ("finished", "interrupted", "failed")
-"""States that a job writes when it ends."""
 
 DEEPEST = 4  # folders below a folder of runs: <name>/analysis-of/step_1/analysis
 
@@ -78,22 +72,12 @@ def job_at(folder: Path, name: str) -> Job:
     """Return the job whose folder it is, in the state that it is in now."""
     holder = read_holder(folder)  # before the status, which a job that ends writes first
     status = read_json(folder / STATUS_FILE)
-    written = status.get("state")
-    # Whoever works here now may have written nothing yet, and a process that lives on may have ended its job.
-    has_ended = written in ENDS and holder is not None and holder.since == status.get("started")
-    life = "dead" if holder is None or has_ended else holder.life()
-    detail, since = "", str(status.get("updated", ""))
-    if holder is not None and life != "dead":
-        state, since = "training", holder.since
-        detail = "stopped, and waits for SIGCONT" if life == "stopped" else ""
-    elif written in ENDS:
-        state = written
-    elif (folder / FINAL).is_dir():
-        state = "finished"
-    else:
-        state = "lost"
-        if holder is not None:
-            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(holder.beat))
+    state, life = state_of(folder, status, holder)
+    since, detail = str(status.get("updated", "")), "stopped, and waits for SIGCONT" if life == "stopped" else ""
+    if holder is not None and state == "training":
+        since = holder.since
+    elif holder is not None and state == "lost":
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(holder.beat))
     return Job(name, folder, str(status.get("kind", "train")), state, detail, since, status, holder)
 
 

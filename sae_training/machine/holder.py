@@ -14,11 +14,12 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from sae_training.machine.run_files import HOLDER_FILE
+from sae_training.machine.run_files import FINAL, HOLDER_FILE
 
 BEAT_EVERY = 10.0  # seconds
 BEAT_LOST_AFTER = 120.0  # seconds without one; the clocks of two machines and a slow network disk take their part
@@ -27,6 +28,13 @@ HIDDEN = -1.0  # in place of a start that this process cannot see
 
 Life = Literal["alive", "stopped", "dead"]
 """What the system knows of a process; stopped: by SIGSTOP or Ctrl-Z, until SIGCONT."""
+
+End = Literal["finished", "interrupted", "failed"]
+State = Literal["training", End, "lost"]
+"""What a job is doing. training: its process lives, whatever its kind; lost: it ended without a word, as by a kill or
+a power cut; else what it wrote itself when it ended."""
+
+ENDS: tuple[End, ...] = get_args(End)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,22 @@ def read_holder(folder: Path) -> Holder | None:
         return Holder(**values | {"tmux": tuple(tmux) if tmux else None, "beat": file.stat().st_mtime})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
+
+
+def state_of(folder: Path, status: Mapping[str, Any], holder: Holder | None) -> tuple[State, Life]:
+    """Return what the job in a folder is doing, and what is known of its process; dead: none works for it.
+
+    `holder` is to be read before `status`, because a job that ends writes its status first, and then lets go.
+    """
+    written = status.get("state")
+    # Whoever works here now may have written nothing yet, and a process that lives on may have ended its job.
+    has_ended = written in ENDS and holder is not None and holder.since == status.get("started")
+    life = "dead" if holder is None or has_ended else holder.life()
+    if life != "dead":
+        return "training", life
+    if written in ENDS:
+        return written, life
+    return "finished" if (folder / FINAL).is_dir() else "lost", life
 
 
 class Heartbeat:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_training.config.io import WATCHING_FIELDS
-from sae_training.machine.holder import read_holder
-from sae_training.machine.run_files import FINAL, METRICS_FILE, REPORT_FILE, RUN_CONFIG_FILE, STATUS_FILE
+from sae_training.machine.holder import read_holder, state_of
+from sae_training.machine.run_files import METRICS_FILE, REPORT_FILE, RUN_CONFIG_FILE, STATUS_FILE
 from sae_training.report.curves import is_number
 from sae_training.report.metrics_file import TOKENS_KEY
 from sae_training.report.page import shown
@@ -86,7 +86,12 @@ class RunRead:
         """Return what the page shows, with what is damaged or cannot be read in words."""
         problems = []
         config = read_object(self.path / RUN_CONFIG_FILE, problems)
-        status = read_object((self.parent or self.path) / STATUS_FILE, problems)
+        folder = self.parent or self.path
+        holder = read_holder(folder)  # before the status, as `state_of` says
+        status = read_object(folder / STATUS_FILE, problems)
+        state, _ = state_of(folder, status, holder)
+        if state == "lost" and holder is None and "state" not in status:
+            state = "unknown"
         try:
             self.read_on()
         except OSError as error:
@@ -98,7 +103,7 @@ class RunRead:
         return {
             "name": self.name,
             "report": f"{self.name}/{REPORT_FILE}" if (self.path / REPORT_FILE).is_file() else "",
-            "state": "given up" if given_up else state_of(self.parent or self.path, status),
+            "state": "given up" if given_up else state,
             "step": status.get("step", self.last_step()),
             "total": status.get("total_steps"),
             "updated": status.get("updated"),
@@ -163,18 +168,6 @@ class RunRead:
     def tokens_per_step(self) -> float | None:
         tokens = self.lines.get(TOKENS_KEY)
         return tokens.values[-1] / tokens.steps[-1] if tokens and tokens.steps[-1] else None
-
-
-def state_of(folder: Path, status: Mapping[str, Any]) -> str:
-    """Return what a run is doing: what its status says, unless the process that works in its folder tells otherwise."""
-    state, holder = status.get("state"), read_holder(folder)
-    if not isinstance(state, str):
-        return "finished" if (folder / FINAL).is_dir() else "unknown"
-    if holder is None or (state != "training" and holder.since == status.get("started")):
-        return state
-    if holder.life() != "dead":
-        return "training"
-    return "lost" if state == "training" else state
 
 
 def of_member(alert: Any, folder: str | None) -> bool:
@@ -308,7 +301,12 @@ def children(folder: Path) -> list[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder is that of a run, of any version or damaged; models have a config.json, too."""
+    """Return whether a folder is that of a run, of any version or damaged; models have a config.json, too.
+
+    Caches and builds have a status.json, and are none.
+    """
+    if read_object(folder / STATUS_FILE, []).get("kind", "train") not in ("train", "toy"):
+        return False
     try:
         if (folder / METRICS_FILE).exists() or (folder / STATUS_FILE).exists():
             return True

@@ -40,6 +40,9 @@ def test_what_is_shown_of_runs(tmp_path: Path) -> None:
         make_run(many / f"k{k}", [row(2, l0=k)], k=k, architecture="topk", lr=3e-4)
     (many / "config.json").write_text(json.dumps({"config": {"k": [16, 32]}, "versions": {}}))
     (many / "status.json").write_text(json.dumps(status))
+    write_holder(many, this_process("then"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "status.json").write_text('{"kind": "cache", "state": "finished"}')
     rows = [row(1, explained_variance=0.5), row(2, explained_variance=None), row(2, eval_explained_variance=0.123456)]
     make_run(tmp_path / "a", rows, {"state": "finished", "step": 2}, k=32, architecture="topk", run_name="a")
     data = RunsRead(tmp_path).look()
@@ -121,6 +124,9 @@ def test_a_run_whose_process_has_gone_is_lost(tmp_path: Path) -> None:
     assert state() == "training"
     write_holder(folder, replace(this_process("then"), start=0.5))  # a number that was given again
     assert state() == "lost"
+    (folder / ".holder.json").unlink()
+    assert state() == "lost"
+    write_holder(folder, this_process("then"))
     (folder / "status.json").write_text('{"state": "interrupted", "started": "then"}')
     assert state() == "interrupted"
     write_holder(folder, this_process("now"))  # it goes on, and has not said so yet
