@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from chromium import CHROMIUM, Browser, browser
 
+from sae_training.machine.holder import this_process, write_holder
 from sae_training.report import runs_page
 from sae_training.report.all_runs import RunsRead
 from sae_training.report.runs_page import data_of, in_script, write_page
@@ -29,7 +30,9 @@ def make_run(folder: Path, k: int, n_rows: int = 3, **status: object) -> None:
     folder.mkdir(exist_ok=True)
     config = {"k": k, "lr": k / 1e5, "architecture": "topk", "hook_point": "blocks.1.hook_resid_post"}
     (folder / "config.json").write_text(json.dumps({"config": config, "versions": {}}))
-    (folder / "status.json").write_text(json.dumps({"state": "training", "step": n_rows, **status}))
+    content = {"state": "training", "started": "then", "step": n_rows, **status}
+    (folder / "status.json").write_text(json.dumps(content))
+    write_holder(folder, this_process("then"))
     rows = [{"step": step, "metrics/l0": k, "details/n_training_tokens": 64 * step} for step in range(1, n_rows + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
