@@ -62,7 +62,10 @@ def attach(job: Job) -> None:
 
 
 def stop(job: Job, at_once: bool) -> str:
-    """Stop a job, and wait for its end; return what became of it. With `at_once` it saves nothing."""
+    """Stop a job, and wait for its end; return what became of it and what that costs.
+
+    With `at_once` it saves nothing.
+    """
     if not job.is_live or job.holder is None:
         return f"{job.name}: is not running, but {job.state}; nothing was done.\n"
     check_here(job, "stop it")
@@ -83,11 +86,14 @@ def stop(job: Job, at_once: bool) -> str:
                 break
         elif not is_told and waited > SAYS_AFTER:
             is_told = True
-            say(f"{job.name}: finishing its step, then saving. Ctrl-C leaves it to that; stop --now stops it at once.")
+            does = "finishing its step, then saving" if job.goes_on else "coming to its end"
+            say(f"{job.name}: {does}. Ctrl-C leaves it to that; stop --now stops it at once.")
         time.sleep(LOOKS_EVERY)
     ended = now(job)
     step = ended.status.get("step")
     after = "" if step is None else f" after step {step:,}"
+    if not ended.goes_on and ended.state != "finished":
+        return f"{job.name}: stopped; {ended.kind} saves nothing until it is finished: the same command begins anew.\n"
     if ended.state == "lost":
         return f"{job.name}: stopped at once; what it has saved is there, and the same command goes on from it.\n"
     return f"{job.name}: {ended.state}{after}.\n"

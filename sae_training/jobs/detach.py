@@ -208,7 +208,7 @@ def in_words(folder: Path, wanted: Wanted, how: str) -> str:
     job, run = job_at(folder, wanted.name), called(folder, wanted)
     if not job.is_live or job.holder is None:
         return f"{folder}: {job.state}\n"
-    ways = {f"logs -f {run}": "what it says", f"stop {run}": "saves, and stops it"}
+    ways = {f"logs -f {run}": "what it says", f"stop {run}": "saves, and stops it" if job.goes_on else "stops it"}
     if job.holder.tmux:
         ways |= {f"attach {run}": "its terminal, which Ctrl-B D leaves"}
     width = max(map(len, ways))

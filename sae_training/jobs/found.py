@@ -51,6 +51,11 @@ class Job:
         return self.state == "training"
 
     @property
+    def goes_on(self) -> bool:
+        """Whether the same command goes on with it after a stop; others save nothing until they are finished."""
+        return self.kind in ("train", "cache", "build")
+
+    @property
     def log(self) -> Path:
         return self.folder / LOG_FILE
 

@@ -221,6 +221,14 @@ def read_run_config(folder: Path) -> LanguageModelSAERunnerConfig:
     path = folder / RUN_CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: not a run folder, it has no {RUN_CONFIG_FILE}; expected runs/<run name>.")
+    kind = None
+    with suppress(OSError, ValueError, AttributeError):
+        kind = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8")).get("kind")
+    if kind == "toy":
+        raise ValueError(
+            f"{folder}: is a toy run, expected one on a language model; `sae-training toy` with its flags trains it "
+            "once more."
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))["config"]
     except (ValueError, KeyError, TypeError) as error:  # models in Hugging Face's layout have a config.json too

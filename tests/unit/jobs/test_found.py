@@ -161,11 +161,14 @@ def test_stop_now_and_a_stopped_process(tmp_path: Path, capsys: pytest.CaptureFi
             assert process.stdout is not None
             process.stdout.readline()
             write_holder(folder, holder_of(process.pid, "2026-01-31T12:00:00Z"))
+            write_status(folder, "training", kind="toy" if words else "train", step=1200)
             for number in signals:
                 process.send_signal(number)
             assert cli.main(["stop", str(folder), *words]) == 0
             assert process.wait() == (-signal.SIGKILL if words else 0)
-    assert capsys.readouterr().out.count("stopped at once") == 2  # this one writes no record
+    said = capsys.readouterr().out
+    assert "stopped at once; what it has saved is there" in said
+    assert "toy saves nothing until it is finished" in said
 
 
 def test_the_table() -> None:

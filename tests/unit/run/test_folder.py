@@ -280,3 +280,10 @@ def test_a_folder_that_cannot_be_begun_is_held_by_nobody(small_config: Make, tmp
         with pytest.raises(IsADirectoryError):
             RunFolder(tmp_path / "run", small_config())
         assert not (tmp_path / "run" / ".holder.json").exists()
+
+
+def test_a_toy_run_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"config": {"n_features": 8}, "versions": {}}')
+    (tmp_path / "status.json").write_text('{"kind": "toy", "state": "finished"}')
+    with pytest.raises(ValueError, match="is a toy run, expected one on a language model"):
+        read_run_config(tmp_path)
