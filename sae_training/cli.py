@@ -43,12 +43,11 @@ from sae_training.config.values import (
 )
 from sae_training.flags import RECIPE, Common, ConfigFile, Detach, ModelAndText, hiding, train_defaults, with_words
 from sae_training.jobs.detach import Wanted, detach
-from sae_training.jobs.found import RUN_DIR
-from sae_training.jobs_verbs import JobVerb, carry_out_job_verb, in_long
+from sae_training.jobs.found import RUN_DIR, find_job
+from sae_training.jobs_verbs import InRunDir, JobVerb, carry_out_job_verb, in_long
 from sae_training.machine.console import exit_code
 from sae_training.machine.log import is_detached, told_to_log
 from sae_training.machine.phases import counted_phases, is_speaker, phase, say
-from sae_training.machine.run_files import RUN_CONFIG_FILE
 from sae_training.machine.terminal import lasting
 from sae_training.plan_verb import Plan, config_first, planned
 
@@ -71,14 +70,14 @@ class Train(LanguageModelSAERunnerConfig, ModelAndText, Detach, Common, ConfigFi
 
 
 @dataclass(kw_only=True)
-class Resume(Detach, Common):
+class Resume(Detach, InRunDir):
     """Go on with an interrupted run.
 
     What it reads may lie elsewhere now, under other names: it must be the same model and the same text.
     """
 
     run: RunFolder
-    """Run folder, or its name in runs/."""
+    """Name of a run, or its folder."""
 
     model_name: str | None = None
     """Language model, if it has another name or path here."""
@@ -223,7 +222,7 @@ def carry_out(verb: OwnVerb) -> None:
         case Resume():
             with phase("starting"):
                 from sae_training.lm_runner import resume_run
-            resume_run(folder_of(verb.run), **elsewhere(verb))
+            resume_run(folder_of(verb), **elsewhere(verb))
         case Eval():
             with phase("starting"):
                 from sae_training.run.evals import evaluate_run
@@ -334,10 +333,11 @@ def cache_config_of(cache: Cache) -> CacheActivationsRunnerConfig:
     return CacheActivationsRunnerConfig(**with_words(values, cache))
 
 
-def folder_of(run: Path) -> Path:
-    """Return the folder of a run, which may be given by its name in runs/."""
-    named = Path(RUN_DIR) / run
-    return named if (named / RUN_CONFIG_FILE).is_file() and not (run / RUN_CONFIG_FILE).is_file() else run
+def folder_of(verb: Resume) -> Path:
+    """Return the folder of the run to go on with."""
+    with contextlib.suppress(FileNotFoundError):
+        return find_job(str(verb.run), verb.run_dir, takes_members=False).folder
+    return verb.run  # whatever is there; what is wrong with it is said where it is read
 
 
 def job_of(verb: Detach) -> Wanted:
@@ -348,7 +348,7 @@ def job_of(verb: Detach) -> Wanted:
             name, run_dir = cfg.resolved_run_name.replace("/", "_"), Path(cfg.resolved_run_dir)
             return Wanted("train", name, run_dir, None if cfg.resume == "never" else run_dir / name)
         case Resume():
-            folder = folder_of(verb.run).resolve()
+            folder = folder_of(verb).resolve()
             return Wanted("train", folder.name, folder.parent, folder)
         case Cache():
             folder = Path(cache_config_of(verb).cached_activations_path).expanduser().resolve()

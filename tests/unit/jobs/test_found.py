@@ -129,6 +129,10 @@ def test_a_job_is_named_by_its_name_or_its_path(run_dir: Path, monkeypatch: pyte
         "else/cache": "far",
     }.items():
         assert find_job(word, Path("runs")).name == name, word
+        resume = cli.parse(["resume", word, "--run_dir", "runs"])
+        assert isinstance(resume, cli.Resume)
+        is_member = word == "run/member"  # which is not resumed alone
+        assert cli.folder_of(resume) == (Path(word) if is_member else find_job(word, Path("runs")).folder)
     for word in ("nothing", "run/nothing", "runs"):
         with pytest.raises(FileNotFoundError, match="sae-training runs"):
             find_job(word, Path("runs"))
