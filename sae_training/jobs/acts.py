@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sae_training.jobs.found import DEEPEST, Job, folders_below, is_job, job_at, place_of, tickets_in
 from sae_training.jobs.said import Said
-from sae_training.machine.lock import exclusive
+from sae_training.machine.lock import cannot_write, exclusive
 from sae_training.machine.phases import say
 from sae_training.machine.run_files import LOCK_FILE, LOG_FILE
 
@@ -129,6 +129,8 @@ def remove(job: Job, run_dir: Path) -> None:
     try:
         gone = folder.with_name(f".{folder.name}.removed-{os.getpid()}")
         os.rename(folder, gone)
+    except PermissionError as error:
+        raise cannot_write(folder.parent, error) from error
     finally:
         lock.release()
     shutil.rmtree(gone)

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sae_training.machine.lock import cannot_write
+
 SPARE_BYTES = 16 * 2**20  # left free on the disk for metrics and other small files
 
 
@@ -79,8 +81,11 @@ def written_beside(path: Path) -> Iterator[Path]:
         try:
             yield partial
             os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise cannot_write(path.parent, error) from error
             raise
 
 

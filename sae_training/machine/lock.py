@@ -31,13 +31,23 @@ def exclusive(path: Path, busy: Callable[[], str], patience: float = 0.0) -> Fil
         raise InUse(busy()) from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            raise
+            raise cannot_write(path.parent, error) from error
         warnings.warn(
             f"{path.parent}: this file system has no locks ({error.strerror}), so nothing keeps a second process from "
             "writing there; start one at a time",
             stacklevel=2,
         )
     return lock
+
+
+def cannot_write(folder: Path, error: OSError) -> OSError:
+    """Return an error of the same kind and cause that names the folder, and says what to do."""
+    said = type(error)(
+        f"{folder}: cannot write there ({error.strerror}); let its owner do it, get the right to, or work on a "
+        "copy of it."
+    )
+    said.strerror = error.strerror  # for callers with words of their own
+    return said
 
 
 @contextlib.contextmanager

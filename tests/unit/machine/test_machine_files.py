@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sae_training.machine.files import NotEnoughDisk, disk_named, write_safetensors, write_text
+from sae_training.machine.lock import exclusive
 from sae_training.run.checkpoint import save_checkpoint
 from sae_training.run.logger import RunLogger
 
@@ -148,3 +149,10 @@ def test_a_disk_without_inodes_is_called_that(tmp_path: Path) -> None:
                 write_text(disk / f"{number}.json", "{}")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_that_takes_no_lock_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(IsADirectoryError, match=f"^{tmp_path}: cannot write there .*; let its owner do it") as raised:
+        exclusive(tmp_path / ".lock", lambda: "busy")
+    assert raised.value.strerror
