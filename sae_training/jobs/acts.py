@@ -20,6 +20,7 @@ from sae_training.machine.run_files import LOCK_FILE, LOG_FILE
 
 LOOKS_EVERY = 0.2  # seconds
 SAYS_AFTER = 5.0
+LETS_GO_WITHIN = 10.0  # after its end: of a killed process the first thread is dead before the others close its files
 LIVES_ON_AFTER = 30.0  # from the end of its job: a process that does other things, as that of a notebook
 
 
@@ -125,6 +126,7 @@ def remove(job: Job, run_dir: Path) -> None:
     lock = exclusive(
         folder / LOCK_FILE if is_run else folder.with_name(f".{folder.name}.lock"),
         lambda: f"{folder}: a process is at work there; wait for it.",
+        LETS_GO_WITHIN,
     )
     try:
         gone = folder.with_name(f".{folder.name}.removed-{os.getpid()}")

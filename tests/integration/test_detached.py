@@ -94,7 +94,8 @@ def test_a_run_in_tmux_is_listed_stopped_resumed_killed_and_removed(tmux: None, 
     assert [line.split("] ")[1].split()[1] for line in log.splitlines() if ", process " in line] == ["train", "resume"]
     assert "Stopped by SIGTERM after step" in log
     assert "\r" not in log
-    assert say("rm", "a.b:c", "--yes")[0] == 0
+    code, _, err = say("rm", "a.b:c", "--yes")
+    assert code == 0, err
     assert [path.name for path in Path("runs").iterdir()] == [".detached"]
     assert [path.name for path in Path("runs/.detached").iterdir()] == [".lock"]
 
