@@ -240,6 +240,7 @@ def check_finite(run: Run, member: Member, weights: bool = False) -> None:
         if weights:
             member.trainer.check_weights()
     except NonFiniteLoss as error:
+        run.take_saved(wait=True)
         message = (
             f"step {run.step}: {error}. Last good checkpoint: {run.last_checkpoint or 'none was saved yet'}. "
             f"Lower lr (now {member.trainer.lr(run.step - 1):.3g}), or raise lr_warm_up_steps, and begin anew with "

@@ -46,6 +46,7 @@ from tqdm import tqdm
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.language_model.load import load_language_model
 from sae_training.lm_runner import run_config
+from sae_training.machine.interrupt import without_traceback
 from sae_training.run import wandb_run
 from sae_training.run.logger import RunLogger
 from sae_training.run.wandb_mirror import Steps
@@ -236,4 +237,5 @@ def summary(measured: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, An
 
 
 if __name__ == "__main__":
-    main()
+    with without_traceback():
+        main()

@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Literal, cast
@@ -182,6 +183,6 @@ class WandbRequest(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    with WandbServer() as server:
+    with suppress(KeyboardInterrupt), WandbServer() as server:
         print(server.url, flush=True)
         server.stopped.wait()
