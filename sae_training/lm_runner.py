@@ -204,7 +204,7 @@ def run_with_threads(
     with phase("reading the text"):
         held_out = store.held_out_tokens()
     found = reads_of(store, held_out)
-    check_reads(reads or of_first(lambda: read_environment(path)).get("reads", {}), found)
+    check_reads(reads or of_first(lambda: read_environment(path)).get("reads", {}), found, cfg)
     # From here on there is a folder: bad data and too little memory have been told without one.
     with (
         counted_phases() as phases,

@@ -63,10 +63,11 @@ def reads_of(store: ActivationsStore, held_out: Tensor) -> dict[str, Any]:
     }
 
 
-def check_reads(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a run reads what another has read, as far as that is known of both."""
+def check_reads(expected: Mapping[str, Any], found: Mapping[str, Any], cfg: Any) -> None:
+    """Raise ValueError unless a run of `cfg` reads what another has read, as far as that is known of both."""
     others = [
-        f"{name}: what is there has the fingerprint {found[name]}, expected {value}, as the run has read it"
+        f"{name}: {getattr(cfg, name, 'what is there')} has the fingerprint {found[name]}, expected {value}, as the "
+        "run has read it"
         for name, value in expected.items()
         if value is not None and found.get(name) is not None and value != found[name]
     ]

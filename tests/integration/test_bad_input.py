@@ -445,7 +445,7 @@ def test_data_changed_between_start_and_resume_is_told(train: Train, tmp_path: P
     assert train("--dataset-path", str(path), "--checkpoint-every-steps", "4").code == 1
     path.write_text("\n".join(rows[:4]), encoding="utf-8")
     answer = train("--dataset-path", str(path))
-    check_refused(answer, str(path), "n_rows 5", "n_rows 4")
+    check_refused(answer, str(path), "4 rows, expected", "5 rows, as the run has read it")
 
 
 def test_resume_must_without_a_run_names_the_folder(train: Train, tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def test_reproduced_runs_are_the_same_bits_and_others_say_what_differs(
 
     edit(run / "environment.json", "reads", "dataset_path", value="another text")
     assert cli.main(["reproduce", str(run), "--run_name", "refused"]) == 1
-    assert "dataset_path: what is there has the fingerprint" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "dataset_path: " in said and "has the fingerprint" in said
     assert not (run.parent / "refused").exists()
 
 
