@@ -212,6 +212,7 @@ def run_with_threads(
         StopRequest(tqdm.write, by_agreement=n_ranks() > 1, saves=True) as stop,
         open_unless_stopped(cfg, singles, list(all_singles), folder, store, held_out, stop, part) as run,
     ):
+        run.language_model = found["model_name"]
         run.background = Background() if plan.has_copy else None
         try:
             with phase("training", has_bar=True):

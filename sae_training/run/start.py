@@ -102,7 +102,6 @@ def open_run(
     progress = Progress(cfg, folder, first_step=state["step"])
     step, pending = state["step"], state.get("pending", [])
     run = Run(cfg, folder, store, members, progress, held_out, step, tuple(names), pending, latest)
-    run.language_model = fingerprint(store.model)
     run.has_extra_checkpoint, run.failures = state.get("until_final", False), dict(state["failures"])
     recall(run)
     run.write_status("training")
@@ -142,9 +141,7 @@ def check_same_run(latest: Path, member: Member) -> None:
         return
     saved = config_from_dict(json.loads((latest / member.part(CONFIG_FILE)).read_text(encoding="utf-8")))
     if differences := config_differences(saved, member.cfg, ignore=DIFFER_IN_A_CHECKPOINT):
-        lines = [
-            f"  {name}: {old!r} in the checkpoint, {new!r} in this run" for name, (old, new) in differences.items()
-        ]
+        lines = [f"  {name}: {its!r} there, {ours!r} in this run" for name, (its, ours) in differences.items()]
         raise ValueError("\n".join([f"{latest}: is a checkpoint of another run; move it away.", *lines]))
 
 
