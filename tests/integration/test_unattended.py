@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import train
 from processes import Command
 from small import SMALL_RUN
 
@@ -39,10 +40,7 @@ UNSAVED: dict[str, Any] = {
 
 
 def words(folder: Path, **changes: Any) -> list[str]:
-    folder.mkdir(exist_ok=True)
-    file = folder / "config.json"
-    file.write_text(json.dumps(UNSAVED | {"run_dir": str(folder)} | changes))
-    return ["train", "--config", str(file)]
+    return train(UNSAVED | changes, folder)
 
 
 @pytest.fixture(scope="module")
