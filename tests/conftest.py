@@ -53,3 +53,19 @@ def small_config(tmp_path: Path) -> Callable[..., LanguageModelSAERunnerConfig]:
         return LanguageModelSAERunnerConfig(**{**SMALL_RUN, "run_dir": str(tmp_path / "runs"), **changes})
 
     return make
+
+
+@pytest.fixture
+def clean_wandb(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No settings, key or files of the user's own; a fresh wandb session."""
+    import wandb
+
+    home = tmp_path_factory.mktemp("wandb_home")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    wandb.teardown()
+    yield
+    wandb.teardown()

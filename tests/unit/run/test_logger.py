@@ -28,18 +28,7 @@ from scripts.benchmarks.wandb_server import WandbServer
 FAKE_KEY = "a" * 40
 
 
-@pytest.fixture(autouse=True)
-def clean_wandb(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No settings, key or files of the user's own; a fresh wandb session for each test."""
-    home = tmp_path_factory.mktemp("wandb_home")
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
-        monkeypatch.setenv(name, str(home))
-    monkeypatch.setenv("NETRC", str(home / "netrc"))
-    wandb.teardown()
-    yield
-    wandb.teardown()
+pytestmark = pytest.mark.usefixtures("clean_wandb")
 
 
 class Said(list[str]):
