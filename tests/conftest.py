@@ -60,12 +60,12 @@ def clean_wandb(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     """No settings, key or files of the user's own; a fresh wandb session."""
     import wandb
 
+    wandb.teardown()  # first: the address of the service that it ends is among the variables, which come back later
     home = tmp_path_factory.mktemp("wandb_home")
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(name, str(home))
     monkeypatch.setenv("NETRC", str(home / "netrc"))
-    wandb.teardown()
     yield
     wandb.teardown()

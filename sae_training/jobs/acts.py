@@ -14,7 +14,8 @@ from pathlib import Path
 
 from sae_training.jobs.found import DEEPEST, Job, folders_below, is_job, job_at, place_of, tickets_in
 from sae_training.jobs.said import Said
-from sae_training.machine.lock import cannot_write, exclusive
+from sae_training.machine.errors import cannot_write
+from sae_training.machine.lock import exclusive
 from sae_training.machine.phases import say
 from sae_training.machine.run_files import LOCK_FILE, LOG_FILE
 

@@ -29,13 +29,12 @@ from sae_training.jobs.found import (
     job_at,
     name_of,
     place_of,
-    read_json,
 )
 from sae_training.jobs.said import Said
 from sae_training.machine.holder import ENDS, Holder, holder_of, read_holder, this_process, write_holder
 from sae_training.machine.lock import exclusive
 from sae_training.machine.log import TICKET
-from sae_training.machine.run_files import LOCK_FILE, STATUS_FILE
+from sae_training.machine.run_files import LOCK_FILE, STATUS_FILE, read_if_sound
 
 PATIENCE = 60.0  # seconds for a process to begin
 WIDTH, HEIGHT = 160, 50  # of a session that nobody looks at
@@ -190,7 +189,7 @@ def watch(ticket: Path, holder: Holder, wanted: Wanted) -> None:
         has_ended = holder.life() == "dead"  # asked first, so that nothing it has left is missed
         said.show()
         folder = place_of(ticket)
-        status, held = read_json(folder / STATUS_FILE), read_holder(folder)
+        status, held = read_if_sound(folder / STATUS_FILE), read_holder(folder)
         # A status that was there before may name a process of the same number.
         is_new = str(status.get("started")) >= holder.since or (
             held is not None and held.since == status.get("started")

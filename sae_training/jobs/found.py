@@ -6,7 +6,6 @@ own, or one elsewhere, has a ticket: runs/.detached/<name>. No torch is imported
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -16,7 +15,15 @@ from typing import Any
 
 from sae_training.machine.holder import Holder, State, read_holder, state_of
 from sae_training.machine.log import PLACE_FILE
-from sae_training.machine.run_files import CHECKPOINTS, FINAL, HOLDER_FILE, LOG_FILE, SNAPSHOTS, STATUS_FILE
+from sae_training.machine.run_files import (
+    CHECKPOINTS,
+    FINAL,
+    HOLDER_FILE,
+    LOG_FILE,
+    SNAPSHOTS,
+    STATUS_FILE,
+    read_if_sound,
+)
 
 RUN_DIR = "runs"  # where jobs are looked for, unless another folder is named
 TICKETS = ".detached"
@@ -70,13 +77,13 @@ class Job:
 
 
 def is_job(folder: Path) -> bool:
-    return (folder / HOLDER_FILE).is_file() or "state" in read_json(folder / STATUS_FILE)
+    return (folder / HOLDER_FILE).is_file() or "state" in read_if_sound(folder / STATUS_FILE)
 
 
 def job_at(folder: Path, name: str) -> Job:
     """Return the job whose folder it is, in the state that it is in now."""
     holder = read_holder(folder)  # before the status, which a job that ends writes first
-    status = read_json(folder / STATUS_FILE)
+    status = read_if_sound(folder / STATUS_FILE)
     state, life = state_of(folder, status, holder)
     since, detail = str(status.get("updated", "")), "stopped, and waits for SIGCONT" if life == "stopped" else ""
     if holder is not None and state == "training":
@@ -84,15 +91,6 @@ def job_at(folder: Path, name: str) -> Job:
     elif holder is not None and state == "lost":
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(holder.beat))
     return Job(name, folder, str(status.get("kind", "train")), state, detail, since, status, holder)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one if there is none."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------------------------- all of them
@@ -143,7 +141,7 @@ def tickets_in(run_dir: Path) -> list[Path]:
 
 def place_of(ticket: Path) -> Path:
     """Return the folder of a ticket's job; the ticket itself, if the job has none yet or none of its own."""
-    return Path(read_json(ticket / PLACE_FILE).get("folder", ticket))
+    return Path(read_if_sound(ticket / PLACE_FILE).get("folder", ticket))
 
 
 # ------------------------------------------------------------------------------------------------------ one by its name

@@ -8,9 +8,8 @@ import os
 from pathlib import Path
 from typing import TextIO
 
-from sae_training.jobs.found import read_json
 from sae_training.machine.log import PLACE_FILE
-from sae_training.machine.run_files import LOG_FILE
+from sae_training.machine.run_files import LOG_FILE, read_if_sound
 
 
 class Said:
@@ -27,7 +26,7 @@ class Said:
         if self.file is None and (self.folder / LOG_FILE).exists():
             self.file = io.FileIO(self.folder / LOG_FILE)
         self.pass_on()
-        place = read_json(self.folder / PLACE_FILE)
+        place = read_if_sound(self.folder / PLACE_FILE)
         if place and not self.has_moved:
             self.has_moved = True
             file = Path(place["folder"]) / LOG_FILE

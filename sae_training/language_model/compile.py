@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sae_training.language_model.load import LanguageModel
 from sae_training.language_model.twins import BlockSwitch, Forward, on_its_device, skip_hook_points, switch_in, twin_of
-from sae_training.machine.paths import first_line
+from sae_training.machine.errors import first_line
 
 COMPILED_FORMS = 64  # of a block, by its kind and by the shape of the tokens; torch's own limit is 8
 

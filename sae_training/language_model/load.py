@@ -35,8 +35,8 @@ from sae_training.language_model.placed import Placement, is_in_8_bits
 from sae_training.language_model.tokenizer import for_bridge, give_back, read_tokenizer
 from sae_training.language_model.twins import skip_hook_points
 from sae_training.machine.device import checked
+from sae_training.machine.errors import first_line
 from sae_training.machine.files import NotEnoughDisk, disk_named
-from sae_training.machine.paths import first_line
 from sae_training.machine.precision import bfloat16_is_fast
 from sae_training.parallel.ranks import own_device
 

@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig
 
 from sae_training.config.placement import SPREADS, DeviceMap, devices_of, placed_and_processed, unknown_place
 from sae_training.machine.device import checked
-from sae_training.machine.paths import first_line
+from sae_training.machine.errors import first_line
 from sae_training.parallel.ranks import is_launched, own_gpus
 
 

@@ -17,7 +17,7 @@ from sae_training.demo_data import bundled_model
 from sae_training.language_model.hooks import block_number
 from sae_training.language_model.load import official_name, quiet_loading
 from sae_training.language_model.sites import cheapest_read
-from sae_training.machine.paths import first_line
+from sae_training.machine.errors import first_line
 from sae_training.machine.precision import dtype_name
 
 NOT_GATED = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "phi", "bloom", "falcon", "mpt", "codegen", "gpt_bigcode")

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sae_training.machine.paths import first_line
+from sae_training.machine.errors import first_line
 
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 

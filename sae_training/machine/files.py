@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_training.machine.lock import cannot_write
+from sae_training.machine.errors import cannot_write
 
 SPARE_BYTES = 16 * 2**20  # left free on the disk for metrics and other small files
 

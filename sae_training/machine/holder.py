@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sae_training.machine.run_files import FINAL, HOLDER_FILE
+from sae_training.machine.run_files import FINAL, HOLDER_FILE, read_if_sound
 
 BEAT_EVERY = 10.0  # seconds
 BEAT_LOST_AFTER = 120.0  # seconds without one; the clocks of two machines and a slow network disk take their part
@@ -87,11 +87,11 @@ def write_holder(folder: Path, holder: Holder) -> None:
 def read_holder(folder: Path) -> Holder | None:
     """Return who works in the folder, or did when it was killed; None if nobody, or if an earlier version wrote it."""
     file = folder / HOLDER_FILE
+    values = read_if_sound(file)
+    tmux = values.get("tmux")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        tmux = values.get("tmux")
         return Holder(**values | {"tmux": tuple(tmux) if tmux else None, "beat": file.stat().st_mtime})
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, TypeError):
         return None
 
 

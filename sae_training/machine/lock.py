@@ -10,6 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from sae_training.machine.errors import cannot_write
+
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
@@ -38,16 +40,6 @@ def exclusive(path: Path, busy: Callable[[], str], patience: float = 0.0) -> Fil
             stacklevel=2,
         )
     return lock
-
-
-def cannot_write(folder: Path, error: OSError) -> OSError:
-    """Return an error of the same kind and cause that names the folder, and says what to do."""
-    said = type(error)(
-        f"{folder}: cannot write there ({error.strerror}); let its owner do it, get the right to, or work on a "
-        "copy of it."
-    )
-    said.strerror = error.strerror  # for callers with words of their own
-    return said
 
 
 @contextlib.contextmanager

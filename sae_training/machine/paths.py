@@ -1,4 +1,4 @@
-"""Paths of this machine in a config and in commands, and the first line of an error."""
+"""Paths of this machine in a config and in commands."""
 
 from __future__ import annotations
 
@@ -15,11 +15,6 @@ C = TypeVar("C", bound=Source)
 
 PATH_FIELDS = ("model_name", "dataset_path", "eval_dataset_path", "from_pretrained_path", "cached_activations_path")
 """The fields of a config that may name a path of this machine."""
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of the error's text without its full stop, or the name of its type if it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def command(*words: str | Path) -> str:

@@ -21,6 +21,7 @@ from sae_training.machine.run_files import (
     REPORT_FILE,
     RUN_CONFIG_FILE,
     STATUS_FILE,
+    read_if_sound,
 )
 from sae_training.report.all_runs import alerts, is_run
 from sae_training.report.comparison import write_comparison
@@ -76,15 +77,6 @@ def write_report(run_folder: Path) -> Path:
     path = run_folder / REPORT_FILE
     write_text(path, page)
     return path
-
-
-def read_if_sound(path: Path) -> dict[str, Any]:
-    """Return the values of a JSON file; none if it is missing or damaged, because the page can do without."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 # ------------------------------------------------------------------------------------------------------------- facts

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sae_training.activations_store import ActivationsStore
 from sae_training.language_model.load import fingerprint
 from sae_training.machine.files import write_text
-from sae_training.machine.run_files import ENVIRONMENT_FILE
+from sae_training.machine.run_files import ENVIRONMENT_FILE, read_if_sound
 from sae_training.parallel.agreement import PACKAGE, code
 from sae_training.parallel.ranks import n_ranks, of_first
 
@@ -106,11 +106,7 @@ def processor() -> str:
 
 def read_environment(folder: Path) -> dict[str, Any]:
     """Return what environment.json says; nothing where an earlier version has begun the run, or the file is damaged."""
-    try:
-        values = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    return read_if_sound(folder / ENVIRONMENT_FILE)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from sae_training.config.io import config_to_dict
 from sae_training.formats import pieces
 from sae_training.formats.native import CONFIG_FILE, SPARSITY_FILE, WEIGHTS_FILE
+from sae_training.machine.errors import first_line
 from sae_training.machine.files import (
     NotEnoughDisk,
     disk_named,
@@ -28,7 +29,6 @@ from sae_training.machine.files import (
     write_text,
 )
 from sae_training.machine.interrupt import stop_point
-from sae_training.machine.paths import first_line
 from sae_training.machine.phases import phase
 from sae_training.machine.run_files import EVALUATION_FILE
 from sae_training.parallel.ranks import (

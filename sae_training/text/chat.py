@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_training.machine.paths import first_line
+from sae_training.machine.errors import first_line
 from sae_training.text.row_values import Render, WrongValue
 
 

@@ -27,8 +27,8 @@ from datasets import config as datasets_config
 from datasets.exceptions import DatasetsError
 
 from sae_training.demo_data import bundled_text
+from sae_training.machine.errors import first_line
 from sae_training.machine.files import NotEnoughDisk, disk_named
-from sae_training.machine.paths import first_line
 from sae_training.machine.phases import phase, shows_bars
 from sae_training.text.bars import bars_of_datasets
 from sae_training.text.columns import column_types, feature_types, find_column, has_transform, types_of_rows

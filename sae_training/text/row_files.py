@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from sae_training.machine.paths import first_line
+from sae_training.machine.errors import first_line
 from sae_training.text.local_files import LocalFiles, split_names
 from sae_training.text.masks import MaskMisfit, plain_masks
 from sae_training.text.row_values import BadData, BadRows, Given, WrongValue, describe, documents_in, short

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from sae_training.machine.paths import first_line
+from sae_training.machine.errors import first_line
 
 Kind = Literal["text", "ids", "chat"]
 

@@ -15,6 +15,8 @@ from sae_training import lm_runner
 from sae_training.lm_runner import run_config
 from sae_training.report.run_page import report_run
 
+pytestmark = pytest.mark.usefixtures("clean_wandb")
+
 SAID = "after step 2, the text has come to its end and starts again"
 
 
