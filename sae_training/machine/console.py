@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from sae_training.config.values import in_one_word, read_value, reads_as
 from sae_training.machine.phases import say
+from sae_training.machine.threads import spin_only_while_alone
 
 
 def exit_code(argv: Sequence[str], command: Callable[[], None]) -> int:
@@ -21,6 +22,7 @@ def exit_code(argv: Sequence[str], command: Callable[[], None]) -> int:
     debug = False
     try:
         debug = wants_tracebacks(argv)
+        spin_only_while_alone()
         with warnings.catch_warnings():  # what a user should change is said in a line, without our source code
             warnings.showwarning = show_in_a_line
             command()

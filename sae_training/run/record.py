@@ -18,6 +18,7 @@ from sae_training.machine.files import NotEnoughDisk, disk_named, write_text
 from sae_training.machine.holder import Heartbeat, this_process, write_holder
 from sae_training.machine.log import ACTIVE, keep_in
 from sae_training.machine.run_files import HOLDER_FILE, STATUS_FILE
+from sae_training.machine.threads import spin_only_while_alone
 from sae_training.parallel.ranks import is_first
 
 Kind = Literal["train", "cache", "build", "toy", "pretokenize"]
@@ -40,6 +41,7 @@ class Record:
 
     def begin(self) -> None:
         """Say that this process works in the folder, for as long as it lives or until `end`."""
+        spin_only_while_alone()
         if not is_first():
             keep_in(self.folder)
             return

@@ -20,12 +20,14 @@ from pathlib import Path
 from machine import ROOT, machine_facts
 
 from sae_training.machine.interrupt import without_traceback
+from sae_training.machine.threads import OWN_SETTINGS
 
 WAYS = {
     "spinning": {"OMP_WAIT_POLICY": "ACTIVE"},
     "OpenMP's default": {"GOMP_SPINCOUNT": "300000"},  # that of libgomp where nothing is set
     "3,000 turns": {"GOMP_SPINCOUNT": "3000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "spinning only while alone": {},  # the package's way
 }
 ALONE = "OpenMP's default"
 TRAINED = [
@@ -61,7 +63,7 @@ def main() -> None:
 
 def trainings(n: int, way: str, tokens: int) -> list[float]:
     """Return the tokens/s of each of `n` trainings at once."""
-    own = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    own = {name: value for name, value in os.environ.items() if name not in OWN_SETTINGS}
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / str(number) for number in range(n)]
         jobs = [

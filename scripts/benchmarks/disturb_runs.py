@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -38,13 +40,15 @@ from machine import ROOT, machine_facts
 from safetensors.torch import load_file
 
 from sae_training.machine.interrupt import without_traceback
+from sae_training.machine.run_files import STATUS_FILE, read_if_sound
 
+EVAL_EVERY = 16  # steps
 TRAINED = [
     "--architecture", "topk", "--k", "8", "--auxk_coefficient", "0.03125", "--expansion_factor", "8", "--lr", "1e-3",
-    "--checkpoint_every_steps", "4", "--eval_every_steps", "16", "--dead_feature_window", "10", "--n_checkpoints", "1",
-    "--total_training_tokens", "81_920", "--train_batch_size", "512", "--context_size", "64", "--store_batch_size", "8",
-    "--n_batches_in_buffer", "8", "--n_eval_batches", "4", "--wandb_log_frequency", "1", "--log_to_wandb", "False",
-    "--run_dir", ".", "--run_name", "run",
+    "--checkpoint_every_steps", "4", "--eval_every_steps", str(EVAL_EVERY), "--dead_feature_window", "10",
+    "--n_checkpoints", "1", "--total_training_tokens", "81_920", "--train_batch_size", "512", "--context_size", "64",
+    "--store_batch_size", "8", "--n_batches_in_buffer", "8", "--n_eval_batches", "4", "--wandb_log_frequency", "1",
+    "--log_to_wandb", "False", "--run_dir", ".", "--run_name", "run",
 ]  # fmt: skip
 COMMANDS = {
     "train": ["sae_training", "train", "demo", "demo", "--hook_point", "blocks.1.hook_resid_post", *TRAINED],
@@ -61,6 +65,7 @@ MOUNTED = ["full disk", "power cut"]
 LEFT = ("metrics.jsonl", "evaluation.json", "*.safetensors", "*.sqlite")
 DISK_MEGABYTES = 512
 SECONDS_TO_END = 300.0
+PLACES = ("start-up", "training", "saving", "evaluating", "caching", "analysis")
 
 
 def main() -> None:
@@ -76,15 +81,26 @@ def main() -> None:
         expected = {kind: undisturbed(kind, folder) for kind in dict.fromkeys(given.kinds)}
         can_mount = Disk(folder / "trial").can_mount()
         drawn = [name for name in given.disturbances if can_mount or name not in MOUNTED]
-        runs = []
-        for number in range(given.runs):
-            runs.append(disturbed(dice.choice(given.kinds), drawn, expected, folder / str(number), dice, can_mount))
-            print(f"{number + 1}: {json.dumps(runs[-1])}", file=sys.stderr)
-    counts = {name: sum(name == d["what"] for run in runs for d in run["disturbances"]) for name in drawn}
-    found = {"same bytes": all(not run["different"] for run in runs), "disturbances": counts, "runs": runs}
+        runs: list[dict[str, Any]] = []
+        for number in itertools.count():
+            if len(runs) == given.runs:
+                break
+            run = disturbed(dice.choice(given.kinds), drawn, expected, folder / str(number), dice, can_mount)
+            if not run["disturbances"] and not run["different"]:  # it was over before the first moment
+                continue
+            runs.append(run)
+            print(f"{len(runs)}: {json.dumps(run)}", file=sys.stderr)
+    is_same = not any(run["different"] for run in runs)
+    found = {"same bytes": is_same, "disturbances": counts_of(runs, drawn), "runs": runs}
     print(json.dumps(machine_facts() | {"arguments": vars(given), "mounts": can_mount, "found": found}, indent=2))
-    if not found["same bytes"]:
+    if not is_same:
         raise SystemExit(1)
+
+
+def counts_of(runs: list[dict[str, Any]], drawn: list[str]) -> dict[str, dict[str, int]]:
+    """Return how often each disturbance came at each place."""
+    all_ = Counter((told["what"], told["at"]) for run in runs for told in run["disturbances"])
+    return {what: {place: all_[what, place] for place in PLACES} for what in drawn}
 
 
 class Disk:
@@ -173,15 +189,23 @@ class Job:
         return f"{code}: {' '.join(last)}" if code == 1 else str(code)
 
     def at(self) -> str:
-        """Return what it was doing, as its folder and its output show."""
+        """Return what it was doing, as its folder shows: one of `PLACES`."""
         if any(self.run.rglob("step_*.tmp")):
             return "saving"
-        status = self.run / "status.json"
-        last = (self.said.read_text(encoding="utf-8").strip().splitlines() or [""])[-1].split(":")[0][:40]
-        if self.kind not in ("train", "two layers") or not status.is_file():
-            return last or "start-up"
-        told = json.loads(status.read_text(encoding="utf-8"))
-        return f"{told['state']}, step {told['step']}" if told["pid"] == self.process.pid else "start-up"
+        if read_if_sound(self.run / STATUS_FILE).get("pid") != self.process.pid:
+            return "start-up"
+        if self.kind not in ("train", "two layers"):
+            return {"cache": "caching", "analysis": "analysis"}[self.kind]
+        row = last_row(self.run)
+        if row.get("step", 1) % EVAL_EVERY or "metrics/ce_loss_with_sae" in row:
+            return "training"
+        return "evaluating"
+
+
+def last_row(run: Path) -> dict[str, Any]:
+    """Return the last whole row of the first autoencoder's metrics; none before the first."""
+    lines = [line for path in sorted(run.rglob("metrics.jsonl"))[:1] for line in path.read_bytes().split(b"\n")[-2:-1]]
+    return json.loads(lines[0]) if lines else {}
 
 
 def undisturbed(kind: str, folder: Path) -> tuple[float, dict[str, str]]:
@@ -230,7 +254,7 @@ def disturbed(
                 told[-1]["ended"] = job.ending()
                 job = Job(kind, disk.place)
         for _ in range(3):  # an error of a full disk may end it after the disk has room again
-            if job.process.wait(SECONDS_TO_END + 5 * seconds) == 0:
+            if job.process.wait(SECONDS_TO_END + 5 * seconds) == 0 or not told:
                 break
             told[-1]["ended"] = job.ending()
             job = Job(kind, disk.place)

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from sae_training.run.environment import read_environment, threads_of, write_environment
-
-SAYS = "import os, sae_training; print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in __import__('sys').modules)"
 
 
 def test_a_run_goes_on_with_the_threads_that_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,15 +41,3 @@ def test_a_run_of_other_processes_keeps_its_own_threads(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text(json.dumps(facts))
     with threads_of(tmp_path):
         assert torch.get_num_threads() == before
-
-
-@pytest.mark.parametrize(
-    ("own", "expected"),
-    [({}, "PASSIVE False"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE False"), ({"GOMP_SPINCOUNT": "9"}, "None False")],
-    ids=["nothing", "active", "spin count"],
-)
-def test_threads_wait_passively_unless_the_user_says_otherwise(own: dict[str, str], expected: str) -> None:
-    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-    environment = {name: value for name, value in os.environ.items() if name not in names} | own
-    said = subprocess.run([sys.executable, "-c", SAYS], env=environment, capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == expected
