@@ -22,6 +22,7 @@ from sae_training.config.types import (
     BelowOne,
     Device,
     Dtype,
+    FolderName,
     IdentifiesCache,
     InProportion,
     NotNegative,
@@ -286,7 +287,7 @@ class Records:
 
     # Run folder and machine
 
-    run_name: OnlyWatches[Text | None] = None
+    run_name: OnlyWatches[FolderName | None] = None
     """Name of the run and of its folder; None makes one from the sizes."""
 
     run_dir: OnlyWatches[Text] = "runs"

@@ -15,13 +15,12 @@ from pathlib import Path
 from sae_training.jobs.found import DEEPEST, Job, folders_below, is_job, job_at, place_of, tickets_in
 from sae_training.jobs.said import Said
 from sae_training.machine.errors import cannot_write
-from sae_training.machine.lock import exclusive
+from sae_training.machine.lock import LETS_GO_WITHIN, exclusive
 from sae_training.machine.phases import say
 from sae_training.machine.run_files import LOCK_FILE, LOG_FILE
 
 LOOKS_EVERY = 0.2  # seconds
 SAYS_AFTER = 5.0
-LETS_GO_WITHIN = 10.0  # after its end: of a killed process the first thread is dead before the others close its files
 LIVES_ON_AFTER = 30.0  # from the end of its job: a process that does other things, as that of a notebook
 
 

@@ -19,6 +19,9 @@ class InUse(OSError):
     """Another process holds the lock."""
 
 
+LETS_GO_WITHIN = 10.0  # seconds after its end: of a killed process the first thread is dead before others close files
+
+
 def exclusive(path: Path, busy: Callable[[], str], patience: float = 0.0) -> FileLock:
     """Take the lock of the file `path`, until its `release()`. Raise InUse(busy()) if another process has it.
 

@@ -22,7 +22,7 @@ from sae_training.config.io import WATCHING_FIELDS, config_differences, config_f
 from sae_training.config.sweep import is_several
 from sae_training.machine.files import NotEnoughDisk, write_text
 from sae_training.machine.holder import read_holder
-from sae_training.machine.lock import InUse, exclusive
+from sae_training.machine.lock import LETS_GO_WITHIN, InUse, exclusive
 from sae_training.machine.log import keep_in
 from sae_training.machine.paths import PATH_FIELDS, paths_of, same_or_moved
 from sae_training.machine.run_files import CHECKPOINTS, FINAL, LOCK_FILE, METRICS_FILE, RUN_CONFIG_FILE, STATUS_FILE
@@ -59,7 +59,9 @@ class RunFolder:
         path = self.path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.lock = exclusive(path / LOCK_FILE, lambda: in_use(path))
+            before = read_holder(path)
+            patience = LETS_GO_WITHIN if before is not None and before.life() == "dead" else 0.0
+            self.lock = exclusive(path / LOCK_FILE, lambda: in_use(path), patience)
             self.record.begin()
         except (InUse, NotEnoughDisk):
             raise

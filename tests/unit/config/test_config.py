@@ -270,6 +270,7 @@ def test_int_is_accepted_for_a_float() -> None:
         ({"dataset_weights": 0.5}, "dataset_weights: found 0.5 (float), expected a list of numbers; change it"),
         ({"sequence_separator_token": -1}, "sequence_separator_token: found -1, expected 0 or more; change it"),
         ({"model_name": " "}, "model_name: found ' ', expected some text; give one or leave"),
+        ({"run_name": ".."}, "run_name: found '..', expected a name that a folder can have"),
         (
             {"b_dec_init_method": "geometric-median"},
             "b_dec_init_method: found 'geometric-median', expected one of geometric_median, mean, "
