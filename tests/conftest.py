@@ -46,6 +46,28 @@ def tmux(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts an empty disk of so many MiB, at most one; keywords are options of tmpfs."""
+    disk = tmp_path / "disk"
+    mounted = False
+
+    def mount(megabytes: int, **options: int) -> Path:
+        nonlocal mounted
+        disk.mkdir()
+        words = ",".join([f"size={megabytes}m", *(f"{name}={value}" for name, value in options.items())])
+        command = ["mount", "-t", "tmpfs", "-o", words, "tmpfs", str(disk)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
+        mounted = True
+        return disk
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
 def small_config(tmp_path: Path) -> Callable[..., LanguageModelSAERunnerConfig]:
     """A config of a run of about a second, in the test's own folder; keywords change fields."""
 

@@ -220,27 +220,6 @@ def test_run_dir_where_nobody_may_write_names_the_path(train: Train, nothing_lef
     nothing_left()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Mount]:
-    """Mounts an empty disk of so many MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = False
-
-    def mount(megabytes: int) -> Path:
-        nonlocal mounted
-        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(disk)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
-        mounted = True
-        return disk
-
-    yield mount
-    if mounted:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
 # A checkpoint of the small run has weights of 2 x 192 x 384 floats and their two moments, and a buffer of 256 rows of
 # 192 floats: about 1.9 MiB. Three of them (keep_checkpoints and the one being written) and 16 MiB must be free.
 def test_disk_too_small_for_the_checkpoints_is_refused_before_training(train: Train, small_disk: Mount) -> None:

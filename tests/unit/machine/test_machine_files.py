@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,21 +68,16 @@ def test_other_errors_pass_as_they_are(error: Exception, tmp_path: Path) -> None
 
 
 @pytest.fixture
-def full(tmp_path: Path) -> Iterator[tuple[Path, Fill]]:
+def full(small_disk: Callable[..., Path]) -> tuple[Path, Fill]:
     """A disk of 1 MiB, and what fills it up."""
-    disk = tmp_path / "a disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False)
-    if mounted.returncode:
-        pytest.skip("cannot mount a small disk here")
+    disk = small_disk(1)
 
     def fill() -> None:
         with (disk / "somebody elses").open("ab", buffering=0) as file:
             while room := shutil.disk_usage(disk).free:
                 file.write(bytes(room))
 
-    yield disk, fill
-    subprocess.run(["umount", str(disk)], check=True)
+    return disk, fill
 
 
 def test_text_and_tensors_name_the_folder(full: tuple[Path, Fill]) -> None:
@@ -136,19 +130,11 @@ def test_state_of_a_checkpoint_names_the_folder(full: tuple[Path, Fill], monkeyp
     assert not list((disk / "checkpoints").glob("*"))
 
 
-def test_a_disk_without_inodes_is_called_that(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=3", "tmpfs", str(disk)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
-    try:
-        with pytest.raises(NotEnoughDisk, match=r"1 MiB are free, but no entry for another file \(inodes\)"):
-            for number in range(4):
-                write_text(disk / f"{number}.json", "{}")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+def test_a_disk_without_inodes_is_called_that(small_disk: Callable[..., Path]) -> None:
+    disk = small_disk(1, nr_inodes=3)
+    with pytest.raises(NotEnoughDisk, match=r"1 MiB are free, but no entry for another file \(inodes\)"):
+        for number in range(4):
+            write_text(disk / f"{number}.json", "{}")
 
 
 def test_a_folder_that_takes_no_lock_is_named(tmp_path: Path) -> None:
