@@ -1,7 +1,8 @@
-"""Safetensors files of a dictionary whose latents several processes hold: the files that one process would write.
+"""Safetensors files, written a slice at a time, by one process or by several that each hold some of the latents.
 
 Each process writes the bytes of its latents into the one file, and reads those of its latents from it, so that none
-ever holds all of them, and any number of processes can go on with what any other number has written.
+ever holds all of them, and any number of processes can go on with what any other number has written. The file is the
+one that safetensors writes, which keeps all other threads of the process waiting until all of it is written.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def axis_of(name: str, n_axes: int) -> int | None:
 
 def whole_shape(name: str, tensor: Tensor, shard: Shard) -> tuple[int, ...]:
     """Return the shape that a tensor has with all latents."""
+    if shard.is_all:
+        return tuple(tensor.shape)
     axis = axis_of(name, tensor.ndim)
     return tuple(shard.d_sae if i == axis else n for i, n in enumerate(tensor.shape))
 
@@ -87,9 +90,9 @@ def fill(path: Path, tensors: Mapping[str, Tensor], shard: Shard) -> None:
         os.fsync(file.fileno())  # because who completes the checkpoint may be another machine
 
 
-def stretches(name: str, tensor: Tensor, shard: Shard) -> Iterator[tuple[int, bytes]]:
+def stretches(name: str, tensor: Tensor, shard: Shard) -> Iterator[tuple[int, memoryview]]:
     """Yield the bytes of the shard's part of a tensor, and where in the whole tensor they begin."""
-    size, axis = tensor.element_size(), axis_of(name, tensor.ndim)
+    size, axis = tensor.element_size(), None if shard.is_all else axis_of(name, tensor.ndim)
     at_once = max(1, SLICE_BYTES // max(1, tensor[:1].numel() * size if tensor.ndim else 1))
     if axis == 1:
         for first in range(0, len(tensor), at_once):
@@ -102,5 +105,5 @@ def stretches(name: str, tensor: Tensor, shard: Shard) -> Iterator[tuple[int, by
         yield (before + first) * rows[:1].numel() * size, as_bytes(rows[first : first + at_once])
 
 
-def as_bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+def as_bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -18,8 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_training.formats import pieces
@@ -48,13 +47,13 @@ def save_checkpoint(
     each its own parts and extra files; the first one's state is written. Of `in_pieces` each gives its shard of the
     same parts. Raises OSError if the disk of any of them is full; then nothing is left of it.
     """
-    tensors, cut, leaves = {}, {}, {}
+    own, cut, leaves = {}, {}, {}
     for part, content in parts.items():
-        tensors[part], leaves[part] = split(content)
+        own[part], leaves[part] = split(content)
     for part, (content, shard) in (in_pieces or {}).items():
         piece, leaves[part] = split(content)
         cut[part] = piece, shard
-    held = [*tensors.values(), *(piece for piece, _ in cut.values())]
+    held = [*own.values(), *(piece for piece, _ in cut.values())]
     n_bytes = sum(t.numel() * t.element_size() for part in held for t in part.values())
     n_bytes, leaves = sum(of_all(n_bytes)), {part: of for some in of_all(leaves) for part, of in some.items()}
     final, partial = parent / f"step_{step}", parent / f"step_{step}.tmp"
@@ -64,17 +63,17 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for part, (piece, shard) in cut.items():
-            (partial / part).parent.mkdir(exist_ok=True)
-            pieces.begin(partial / f"{part}.safetensors", piece, shard)
+            begin_part(part, piece, shard)
+
+    def begin_part(part: str, tensors: dict[str, Tensor], shard: Shard) -> None:
+        (partial / part).parent.mkdir(exist_ok=True)
+        pieces.begin(partial / f"{part}.safetensors", tensors, shard)
 
     def write_parts() -> None:
-        for part, (piece, shard) in cut.items():
-            pieces.fill(partial / f"{part}.safetensors", piece, shard)
-        for part, content in tensors.items():
-            (partial / part).parent.mkdir(exist_ok=True)
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in content.items()}, partial / f"{part}.safetensors"
-            )
+        for part, tensors in own.items():
+            begin_part(part, tensors, WHOLE)
+        for part, (tensors, shard) in (cut | {part: (tensors, WHOLE) for part, tensors in own.items()}).items():
+            pieces.fill(partial / f"{part}.safetensors", tensors, shard)
         for name, text in extra_files.items():
             (partial / name).write_text(text, encoding="utf-8")
         if is_first():
@@ -94,7 +93,7 @@ def save_checkpoint(
         if is_first():
             shutil.rmtree(partial, ignore_errors=True)
         with disk_named(parent):
-            if isinstance(error, SafetensorError):  # raised by safetensors for any failure of the system to write
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # of an open file
                 raise OSError(f"{parent}: a checkpoint could not be written ({error}).") from error
             raise
     return final

@@ -206,7 +206,9 @@ class SAETrainer:
     def check_weights(self) -> None:
         """Raise NonFiniteLoss if a weight is not finite, because an update can overflow before a loss shows it."""
         for name, weight in self.sae.weights():
-            if self.sae.shard.any(~weight.isfinite().all()):
+            # A sum is read three times as fast; of huge weights it may be infinite though they are not.
+            is_bad = ~weight.sum().isfinite() and ~weight.isfinite().all()
+            if self.sae.shard.any(torch.as_tensor(is_bad, device=weight.device)):
                 raise NonFiniteLoss(f"{name} holds values that are not finite (NaN or infinite)")
 
     def lr(self, step: int) -> float:
