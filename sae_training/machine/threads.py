@@ -90,7 +90,7 @@ class IdleTeams:
     def keep(self, n_threads: int) -> None:
         import torch
 
-        torch.zeros(n_threads * PER_THREAD, dtype=torch.uint8).add_(1)  # which begins this thread's team
+        torch.zeros(n_threads * PER_THREAD, dtype=torch.uint8, device="cpu").add_(1)  # which begins this thread's team
         self.ended.wait()
 
     def end(self) -> None:

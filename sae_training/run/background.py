@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Background:
-    """A thread that writes checkpoints, and the memory that holds a copy of what it writes.
+    """A thread at a time that writes a checkpoint, and the memory that holds a copy of what it writes.
 
     Training stands still for the copy alone. The memory is kept from one checkpoint to the next, because the system
     takes twice as long for the first copy, whose pages it has to find.
@@ -21,7 +21,6 @@ class Background:
 
     def __init__(self) -> None:
         self.copies: dict[str, Tensor] = {}
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future[Path] | None = None
 
     def copied(self, content: dict[str, Any], before: str = "") -> dict[str, Any]:
@@ -42,9 +41,15 @@ class Background:
         return kept.copy_(tensor)
 
     def begin(self, write: Callable[[], Path]) -> None:
-        """Let the thread write a checkpoint. The one before must have been taken."""
+        """Let a thread write a checkpoint. The one before must have been taken.
+
+        The thread ends with it: while it lives, its own threads of OpenMP keep those of the steps from spinning, which
+        made every step a seventh slower (`machine.threads`).
+        """
         assert self.writing is None
-        self.writing = self.thread.submit(write)
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.writing = thread.submit(write)
+        thread.shutdown(wait=False)
 
     def is_done(self) -> bool:
         """Return whether a checkpoint has been written, or could not be, and was not taken yet."""

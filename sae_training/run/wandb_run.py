@@ -171,13 +171,13 @@ def callers_run() -> Any:
 def join(run: Any, folder: Path, options: WandbOptions, config: dict[str, Any]) -> WandbRun:
     """Use the run that the caller has opened; autoencoders of a group have the names of their folders before keys.
 
-    Its id is kept for `sync`, but not in a group, whose autoencoders `sync` sends to a run each.
+    Its id and project are kept for `sync`, but not in a group, whose autoencoders `sync` sends to a run each.
     """
     if options.group is not None:
         run.config.update({folder.name: config}, allow_val_change=True)
         return WandbRun(run, is_own=False, prefix=f"{folder.name}/", first_step=run.starting_step)
     run.config.update(config, allow_val_change=True)
-    keep_run_id(folder, run.id)
+    keep_run_id(folder, run.id, where(run))
     return WandbRun(run, is_own=False, first_step=run.starting_step)
 
 
@@ -187,12 +187,13 @@ def open_run(folder: Path, options: WandbOptions, config: dict[str, Any], online
 
     folder = folder.resolve()  # because wandb takes a relative path as relative to wherever it starts
     in_sweep = "WANDB_SWEEP_ID" in os.environ  # then the agent has settled project, entity and id
+    entity, project = place_of(folder, options)
     arguments: dict[str, Any] = {
         "dir": str(folder),
         "config": config,
         "name": options.name,
-        "project": None if in_sweep else options.project,
-        "entity": None if in_sweep else options.entity,
+        "project": None if in_sweep else project,
+        "entity": None if in_sweep else entity,
         "id": None if in_sweep and options.group is None else run_id(folder, is_only_one=options.group is None),
         "settings": quiet_settings(options),
     }
@@ -201,10 +202,10 @@ def open_run(folder: Path, options: WandbOptions, config: dict[str, Any], online
     if online:
         shared: Any = "shared" if options.wanted_mode == "shared" else "online"
         run = wandb.init(mode=shared, resume=None if in_sweep and not again else "allow", **arguments)
-        keep_run_id(folder, run.id)
+        keep_run_id(folder, run.id, where(run) if in_sweep else "")
         return WandbRun(run, is_own=True, first_step=run.starting_step)
     run = wandb.init(mode="offline", **arguments)
-    keep_run_id(folder, run.id)
+    keep_run_id(folder, run.id, where(run) if in_sweep else "")
     steps, artifacts = in_files(folder, run.id)
     return WandbRun(run, is_own=True, steps=steps, artifacts=artifacts)
 
@@ -264,18 +265,36 @@ def run_id(folder: Path, is_only_one: bool) -> str:
     """Return the one id that the run folder has for life: a resumed run continues the same wandb run."""
     if is_only_one and (given := os.environ.get("WANDB_RUN_ID")):
         return given
-    with suppress(FileNotFoundError):
-        if kept := (folder / WANDB_RUN_ID_FILE).read_text().strip():
-            return kept
+    if kept := kept_lines(folder):
+        return kept[0]
     new_id = secrets.token_hex(4)  # not from `random`, whose state belongs to the user
     keep_run_id(folder, new_id)
     return new_id
 
 
-def keep_run_id(folder: Path, new_id: str) -> None:
-    path = folder / WANDB_RUN_ID_FILE
-    if not path.exists() or not path.read_text().strip():
-        path.write_text(new_id + "\n")
+def where(run: Any) -> str:
+    return f"{run.entity or ''}/{run.project or ''}"
+
+
+def keep_run_id(folder: Path, new_id: str, place: str = "") -> None:
+    """Keep the id if there is none, and `place`, entity/project, where the config does not say it."""
+    if not kept_lines(folder):
+        (folder / WANDB_RUN_ID_FILE).write_text(f"{new_id}\n{place}".rstrip() + "\n")
+
+
+def kept_lines(folder: Path) -> list[str]:
+    with suppress(FileNotFoundError):
+        return (folder / WANDB_RUN_ID_FILE).read_text().strip().splitlines()
+    return []
+
+
+def place_of(folder: Path, options: WandbOptions) -> tuple[str | None, str | None]:
+    """Return the entity and the project of the run: where a sweep or a caller began it, else what the options say."""
+    kept = kept_lines(folder)
+    if len(kept) < 2:
+        return options.entity, options.project
+    entity, _, project = kept[1].partition("/")
+    return entity or None, project or options.project
 
 
 def artifact_name(name: str) -> str:

@@ -2,8 +2,9 @@
 
     python scripts/benchmarks/bench_beside.py --rounds 3
 
-One, two and three trainings of the demo model's size begin together. Each figure is the tokens/s of one of them in its
-own steps, without start-up, over that of a training alone whose threads spin: the default of OpenMP.
+One, two and three trainings of the demo model's size begin together. Each figure is the speed of one of them over that
+of one alone whose threads spin, the default of OpenMP: by the tokens/s of its steps, and by the time of the whole
+command, start-up included.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from machine import ROOT, machine_facts
@@ -30,6 +32,7 @@ WAYS = {
     "spinning only while alone": {},  # the package's way
 }
 ALONE = "OpenMP's default"
+SPEEDS = ("tokens/s of the steps", "tokens/s of the whole command")
 TRAINED = [
     "--checkpoint_every_minutes",
     "None",
@@ -49,23 +52,32 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--numbers", nargs="+", type=int, default=[1, 2, 3])
     given = parser.parse_args()
-    rates: dict[tuple[str, int], list[float]] = {(way, n): [] for n in given.numbers for way in given.ways}
+    keys = [(way, n) for n in given.numbers for way in given.ways]
+    speeds: dict[str, dict[tuple[str, int], list[float]]] = {name: {key: [] for key in keys} for name in SPEEDS}
     for _ in range(given.rounds):
-        for way, n in rates:  # interleaved, so that what the machine does besides falls on all
-            rates[way, n].append(statistics.mean(trainings(n, way, given.tokens)))
-            print(f"{way}, {n}: {rates[way, n][-1]:,.0f} tokens/s each", file=sys.stderr)
-    medians = {key: statistics.median(found) for key, found in rates.items()}
-    alone = medians.get((ALONE, 1)) or next(iter(medians.values()))
-    table = {way: {f"{n} at once": round(medians[way, n] / alone, 3) for n in given.numbers} for way in given.ways}
-    facts = {"arguments": vars(given), "tokens/s alone": round(alone), "of one alone": table}
+        for way, n in keys:  # interleaved, so that what the machine does besides falls on all
+            for name, speed in zip(SPEEDS, trainings(n, way, given.tokens), strict=True):
+                speeds[name][way, n].append(speed)
+            print(f"{way}, {n}: {speeds[SPEEDS[0]][way, n][-1]:,.0f} tokens/s each", file=sys.stderr)
+    facts: dict[str, object] = {"arguments": vars(given)}
+    for name, found in speeds.items():
+        medians = {key: statistics.median(values) for key, values in found.items()}
+        alone = medians.get((ALONE, 1)) or next(iter(medians.values()))
+        facts |= {
+            f"{name} of one alone": round(alone),
+            f"{name}, over that": {
+                way: {f"{n} at once": round(medians[way, n] / alone, 3) for n in given.numbers} for way in given.ways
+            },
+        }
     print(json.dumps(machine_facts() | facts, indent=2))
 
 
-def trainings(n: int, way: str, tokens: int) -> list[float]:
-    """Return the tokens/s of each of `n` trainings at once."""
+def trainings(n: int, way: str, tokens: int) -> tuple[float, float]:
+    """Return the mean tokens/s of `n` trainings at once, in their steps, and in the time of all of it."""
     own = {name: value for name, value in os.environ.items() if name not in OWN_SETTINGS}
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / str(number) for number in range(n)]
+        began = time.monotonic()
         jobs = [
             subprocess.Popen(
                 [sys.executable, "-m", "sae_training", "train", "demo", "demo", "--total_training_tokens", str(tokens)]
@@ -76,8 +88,9 @@ def trainings(n: int, way: str, tokens: int) -> list[float]:
         ]  # fmt: skip
         if any([job.wait() for job in jobs]):  # all of them, before the folder goes
             raise SystemExit("a training has failed")
+        seconds = time.monotonic() - began
         told = [json.loads((folder / "run" / "status.json").read_text(encoding="utf-8")) for folder in folders]
-    return [status["tokens_per_s"] for status in told]
+    return statistics.mean(status["tokens_per_s"] for status in told), tokens / seconds
 
 
 if __name__ == "__main__":

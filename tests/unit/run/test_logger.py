@@ -268,20 +268,23 @@ def test_sweep_agent_decides_the_run_id(tmp_path: Path, monkeypatch: pytest.Monk
     (file,) = wandb_files(tmp_path)
     run = the_run(file)
     assert (run.run_id, run.sweep_id, run.project) == ("agent456", "sweep123", "sweeps_project")
-    assert (tmp_path / "wandb_run_id.txt").read_text().strip() == "agent456"
+    run_id, place = (tmp_path / "wandb_run_id.txt").read_text().splitlines()
+    assert run_id == "agent456" and place.endswith("/sweeps_project")
     assert said == []
 
 
 def test_open_run_of_the_caller_is_used_and_left_open(tmp_path: Path) -> None:
-    with wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True)) as run:
+    with wandb.init(mode="offline", project="theirs", dir=tmp_path, settings=wandb.Settings(silent=True)) as run:
         with open_logger(tmp_path / "run", Said()) as logger:
             logger.log({"loss": 2.0}, step=1, tokens=8)
         assert wandb.run is run
         run.log({"later": 1.0}, step=2)
         assert run.config["model_name"] == "demo"
-        assert (tmp_path / "run" / "wandb_run_id.txt").read_text().strip() == run.id  # where `sync` sends to
     (file,) = wandb_files(tmp_path)
     assert [row.get("loss", row.get("later")) for row in history(file)] == [2.0, 1.0]
+    open_logger(tmp_path / "run", Said()).close()  # without the caller, as `sync` does, it goes on in the same run
+    (own,) = wandb_files(tmp_path / "run")
+    assert (the_run(own).run_id, the_run(own).project) == (run.id, "theirs")
 
 
 def test_loggers_of_a_group_share_the_callers_run_without_a_step_lost(tmp_path: Path) -> None:
