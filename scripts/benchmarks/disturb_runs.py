@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--disturbances", nargs="+", default=[*SIGNALS, "stop", *MOUNTED])
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    # A shell ignores SIGINT for what it starts in the background, and jobs would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     dice = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
