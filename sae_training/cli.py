@@ -22,7 +22,7 @@ import tyro
 from tyro.conf import FlagConversionOff, Positional, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from sae_training.after_verbs import Reproduce, RunFolder, Sync, carry_out_after_verb
+from sae_training.after_verbs import Reproduce, RunFolder, Sync, carry_out_after_verb, evaluation_in_words, table
 from sae_training.config import CacheActivationsRunnerConfig, LanguageModelSAERunnerConfig
 from sae_training.config.checks import field_types, fields_marked
 from sae_training.config.fields import Origin
@@ -41,10 +41,20 @@ from sae_training.config.values import (
     without_retired_flags,
     written,
 )
-from sae_training.flags import RECIPE, Common, ConfigFile, Detach, ModelAndText, hiding, train_defaults, with_words
+from sae_training.flags import (
+    RECIPE,
+    Common,
+    ConfigFile,
+    Detach,
+    InRunDir,
+    ModelAndText,
+    hiding,
+    train_defaults,
+    with_words,
+)
 from sae_training.jobs.detach import Wanted, detach
-from sae_training.jobs.found import RUN_DIR, find_job
-from sae_training.jobs_verbs import InRunDir, JobVerb, carry_out_job_verb, in_long
+from sae_training.jobs.found import RUN_DIR, folder_named
+from sae_training.jobs_verbs import JobVerb, carry_out_job_verb, in_long
 from sae_training.machine.console import exit_code
 from sae_training.machine.log import is_detached, told_to_log
 from sae_training.machine.phases import counted_phases, is_speaker, phase, say
@@ -222,12 +232,12 @@ def carry_out(verb: OwnVerb) -> None:
         case Resume():
             with phase("starting"):
                 from sae_training.lm_runner import resume_run
-            resume_run(folder_of(verb), **elsewhere(verb))
+            resume_run(folder_named(verb.run, verb.run_dir), **elsewhere(verb))
         case Eval():
             with phase("starting"):
                 from sae_training.run.evals import evaluate_run
             figures = evaluate_run(verb.run, **verb.said())
-            sys.stdout.write(evaluation_in_words(figures, verb))
+            sys.stdout.write(evaluation_in_words(figures, verb.run, **verb.said()))
         case Report():
             with phase("starting"):
                 from sae_training.report.run_page import report_run
@@ -333,13 +343,6 @@ def cache_config_of(cache: Cache) -> CacheActivationsRunnerConfig:
     return CacheActivationsRunnerConfig(**with_words(values, cache))
 
 
-def folder_of(verb: Resume) -> Path:
-    """Return the folder of the run to go on with."""
-    with contextlib.suppress(FileNotFoundError):
-        return find_job(str(verb.run), verb.run_dir, takes_members=False).folder
-    return verb.run  # whatever is there; what is wrong with it is said where it is read
-
-
 def job_of(verb: Detach) -> Wanted:
     """Return the job that the command is, for `--detach`: the folder of what it will write, as far as it is known."""
     match verb:
@@ -348,7 +351,7 @@ def job_of(verb: Detach) -> Wanted:
             name, run_dir = cfg.resolved_run_name.replace("/", "_"), Path(cfg.resolved_run_dir)
             return Wanted("train", name, run_dir, None if cfg.resume == "never" else run_dir / name)
         case Resume():
-            folder = folder_of(verb).resolve()
+            folder = folder_named(verb.run, verb.run_dir).resolve()
             return Wanted("train", folder.name, folder.parent, folder)
         case Cache():
             folder = Path(cache_config_of(verb).cached_activations_path).expanduser().resolve()
@@ -364,23 +367,6 @@ def completion_of_flags(shell: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
         parse(["--tyro-print-completion", shell])
     return out.getvalue()
-
-
-def table(values: Mapping[str, object]) -> str:
-    """Return names and values in two columns; floats have four digits."""
-    width = max(map(len, values), default=0)
-    shown = {n: f"{v:.4g}" if isinstance(v, float) else str(v) for n, v in values.items()}
-    return "".join(f"{name:<{width}}  {text}\n" for name, text in shown.items())
-
-
-def evaluation_in_words(figures: Mapping[str, float], verb: Eval) -> str:
-    """Return the table of an evaluation, and what its figures are over."""
-    from sae_training.report.in_words import BASE, notes
-    from sae_training.run.remarks import record_of
-
-    record = record_of(figures, verb.run, **verb.said())
-    shown = {name: value for name, value in record.items() if not name.startswith(BASE) and name != "remarks"}
-    return table(shown) + "".join(f"{note}\n" for note in notes(record))
 
 
 registry = ConstructorRegistry()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import Positional, Suppress, arg
@@ -15,6 +16,7 @@ from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.config.checks import field_types, plain_value, value_problems
 from sae_training.config.files import read_config_values
 from sae_training.config.types import OneOrMany
+from sae_training.jobs.found import RUN_DIR
 
 # What `train` starts from without a config file; the class itself keeps the defaults of the mats era.
 RECIPE: dict[str, Any] = {
@@ -43,6 +45,14 @@ class Common:
 
     debug: bool = False
     """Show the traceback of an error."""
+
+
+@dataclass(kw_only=True)
+class InRunDir(Common):
+    """The flag of verbs that take a run by its name."""
+
+    run_dir: Path = Path(RUN_DIR)
+    """Folder that holds the runs."""
 
 
 @dataclass(kw_only=True)

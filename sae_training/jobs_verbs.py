@@ -11,15 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal, assert_never
 
 from tyro.conf import Positional, arg
 
-from sae_training.flags import Common
+from sae_training.flags import Common, InRunDir
 from sae_training.jobs import acts
 from sae_training.jobs.completion import script
-from sae_training.jobs.found import RUN_DIR, find_job, jobs_in
+from sae_training.jobs.found import find_job, jobs_in
 from sae_training.jobs.table import table
 
 REDRAWN_EVERY = 2.0  # seconds, on a terminal
@@ -27,14 +26,6 @@ PRINTED_EVERY = 10.0  # seconds, elsewhere
 CLEARED = "\x1b[H\x1b[2J"
 
 Run = Annotated[str, Positional, arg(metavar="RUN")]
-
-
-@dataclass(kw_only=True)
-class InRunDir(Common):
-    """The flags of verbs over jobs."""
-
-    run_dir: Path = Path(RUN_DIR)
-    """Folder that holds the runs."""
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ A type checker sees the plain types. At run time `checks` reads the marks:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
@@ -164,7 +165,13 @@ BelowOne = Annotated[T, Limit(lambda value: 0 <= value < 1, "at least 0 and less
 UpToOne = Annotated[T, Limit(lambda value: 0 < value <= 1, "more than 0 and at most 1")]
 ZeroToOne = Annotated[T, Limit(lambda value: 0 <= value <= 1, "0 to 1")]
 Text = Annotated[str, Limit(lambda value: bool(value.strip()), "some text", "give one or leave the field out")]
-FolderName = Annotated[Text, Limit(lambda value: value not in (".", ".."), "a name that a folder can have")]
+FolderName = Annotated[
+    Text,
+    Limit(
+        lambda value: value not in (".", "..") and "\0" not in value and len(os.fsencode(value)) <= 200,
+        "a name that a folder can have, of at most 200 bytes",
+    ),
+]
 Device = Annotated[str, Limit(names_device, "a device", choices=DEVICES)]
 
 Slice = tuple[int | None, ...]  # the only list with None, which may also be written as in Python: -1:

@@ -1,8 +1,8 @@
 """Safetensors files, written a slice at a time, by one process or by several that each hold some of the latents.
 
 Each process writes the bytes of its latents into the one file, and reads those of its latents from it, so that none
-ever holds all of them, and any number of processes can go on with what any other number has written. The file is the
-one that safetensors writes, which keeps all other threads of the process waiting until all of it is written.
+ever holds all of them, and any number of processes can go on with what any other number has written. The format
+is that of safetensors, whose own writer keeps all other threads of the process waiting until all is written.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def begin(path: Path, tensors: Mapping[str, Tensor], shard: Shard) -> None:
     for name, tensor in ((name, tensors[name]) for name in sorted(tensors, key=place)):
         shape, start = whole_shape(name, tensor, shard), end
         end += math.prod(shape) * tensor.element_size()
+        if tensor.dtype not in CODES:
+            raise TypeError(f"{path}: {name} is {tensor.dtype}, expected one of {', '.join(map(str, CODES))}.")
         entries[name] = {"dtype": CODES[tensor.dtype], "shape": list(shape), "data_offsets": [start, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from sae_training.jobs import names
 
-TAKE_A_RUN = "attach|logs|stop|resume|rm"
+TAKE_A_RUN = "attach|logs|stop|resume|rm|sync|reproduce"
 
 IN_BASH = r"""
 _sae_training() {

@@ -141,7 +141,8 @@ def tickets_in(run_dir: Path) -> list[Path]:
 
 def place_of(ticket: Path) -> Path:
     """Return the folder of a ticket's job; the ticket itself, if the job has none yet or none of its own."""
-    return Path(read_if_sound(ticket / PLACE_FILE).get("folder", ticket))
+    folder = read_if_sound(ticket / PLACE_FILE).get("folder")
+    return Path(folder) if isinstance(folder, str) else ticket
 
 
 # ------------------------------------------------------------------------------------------------------ one by its name
@@ -161,6 +162,16 @@ def find_job(run: str, run_dir: Path, takes_members: bool = True) -> Job:
         f"RUN: found {run!r}, expected the name of a run in {run_dir}, or the folder of one; `sae-training runs` lists "
         "them, and --run_dir names another folder."
     )
+
+
+def folder_named(run: Path, run_dir: Path) -> Path:
+    """Return the folder of the run that a word names; a folder as it is, of which who reads it says what is wrong."""
+    try:
+        return find_job(str(run), run_dir, takes_members=False).folder
+    except FileNotFoundError:
+        if run.exists():
+            return run
+        raise
 
 
 def name_of(folder: Path, run_dir: Path) -> str:

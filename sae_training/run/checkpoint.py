@@ -22,7 +22,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_training.formats import pieces
-from sae_training.machine.files import check_free_disk, disk_named, flush_to_disk, sha256, step_number
+from sae_training.machine.files import (
+    SPARE_BYTES,
+    check_free_disk,
+    disk_named,
+    flush_to_disk,
+    free_bytes,
+    sha256,
+    step_number,
+)
 from sae_training.parallel.balance import shared_out
 from sae_training.parallel.ranks import is_first, n_ranks, of_all, of_first, raise_together, rank, together
 from sae_training.parallel.shard import WHOLE, Shard
@@ -59,8 +67,8 @@ def save_checkpoint(
     final, partial = parent / f"step_{step}", parent / f"step_{step}.tmp"
 
     def begin() -> None:
-        check_free_disk(parent, n_bytes)
         shutil.rmtree(partial, ignore_errors=True)
+        make_room(parent, n_bytes)
         partial.mkdir(parents=True)
         for part, (piece, shard) in cut.items():
             begin_part(part, piece, shard)
@@ -171,6 +179,19 @@ def delete_old(parent: Path, keep: int) -> None:
         remove(folder)
     for partial in parent.glob("step_*.tmp"):
         shutil.rmtree(partial)
+
+
+def make_room(parent: Path, n_bytes: int) -> None:
+    """Delete the oldest checkpoints where only that makes room for another; raise NotEnoughDisk if it does not.
+
+    The newest stays: it is what a run goes on from while the other is being written.
+    """
+    older = complete_checkpoints(parent)[1:]
+    sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in older}
+    if free_bytes(parent) + sum(sizes.values()) >= n_bytes + SPARE_BYTES:
+        while older and free_bytes(parent) < n_bytes + SPARE_BYTES:
+            remove(older.pop())
+    check_free_disk(parent, n_bytes)
 
 
 def remove(folder: Path) -> None:

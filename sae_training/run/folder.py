@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +25,7 @@ from sae_training.machine.files import NotEnoughDisk, write_text
 from sae_training.machine.holder import read_holder
 from sae_training.machine.lock import LETS_GO_WITHIN, InUse, exclusive
 from sae_training.machine.log import keep_in
-from sae_training.machine.paths import PATH_FIELDS, paths_of, same_or_moved
+from sae_training.machine.paths import PATH_FIELDS, command, paths_of, same_or_moved
 from sae_training.machine.run_files import CHECKPOINTS, FINAL, LOCK_FILE, METRICS_FILE, RUN_CONFIG_FILE, STATUS_FILE
 from sae_training.parallel.ranks import check_all_see, is_first, wait_for_all
 from sae_training.run.environment import write_environment
@@ -59,9 +60,7 @@ class RunFolder:
         path = self.path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            before = read_holder(path)
-            patience = LETS_GO_WITHIN if before is not None and before.life() == "dead" else 0.0
-            self.lock = exclusive(path / LOCK_FILE, lambda: in_use(path), patience)
+            self.lock = lock_of(path)
             self.record.begin()
         except (InUse, NotEnoughDisk):
             raise
@@ -186,8 +185,8 @@ def check_paths(folder: Path, cfg: LanguageModelSAERunnerConfig) -> None:
         for path in paths:
             if not path.exists() and name != "from_pretrained_path":  # read at the start of a run only
                 raise FileNotFoundError(
-                    f"{name}: {path}, which {folder} was started with, is not here. If it lies elsewhere now, give the "
-                    "command that began the run, with the new path."
+                    f"{name}: {path}, which {folder} was started with, is not here. If it lies elsewhere now: "
+                    f"{command('resume', folder, f'--{name}', 'NEW')}"
                 )
 
 
@@ -236,6 +235,19 @@ def read_run_config(folder: Path) -> LanguageModelSAERunnerConfig:
     except (ValueError, KeyError, TypeError) as error:  # models in Hugging Face's layout have a config.json too
         raise ValueError(f"{path}: not the config of a run; expected a run folder, runs/<run name>.") from error
     return config_from_dict(values)
+
+
+def lock_of(folder: Path) -> FileLock:
+    """Take the lock of a run's folder. A killed process is waited for, which may hold it for a moment yet."""
+    deadline = time.monotonic() + LETS_GO_WITHIN
+    while True:
+        try:
+            return exclusive(folder / LOCK_FILE, lambda: in_use(folder))
+        except InUse:
+            holder = read_holder(folder)
+            if holder is None or holder.life() != "dead" or time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
 
 
 def in_use(folder: Path) -> str:

@@ -278,7 +278,7 @@ def where(run: Any) -> str:
 
 def keep_run_id(folder: Path, new_id: str, place: str = "") -> None:
     """Keep the id if there is none, and `place`, entity/project, where the config does not say it."""
-    if not kept_lines(folder):
+    if kept_lines(folder) in ([], [new_id]):
         (folder / WANDB_RUN_ID_FILE).write_text(f"{new_id}\n{place}".rstrip() + "\n")
 
 

@@ -15,9 +15,9 @@ SCRIPT = ROOT / "scripts" / "benchmarks" / "disturb_runs.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["train", "cache"])
-def test_disturbed_runs_end_with_the_bits_of_an_undisturbed_one(kind: str, tmp_path: Path) -> None:
-    words = ["--runs", "1", "--kinds", kind, "--disturbances", "kill", "power cut", "full disk", "--seed", "3"]
+@pytest.mark.parametrize(("kind", "what"), [("train", ["kill", "power cut"]), ("cache", ["term", "full disk"])])
+def test_disturbed_runs_end_with_the_bits_of_an_undisturbed_one(kind: str, what: list[str], tmp_path: Path) -> None:
+    words = ["--runs", "1", "--kinds", kind, "--disturbances", *what, "--seed", "3"]
     done = subprocess.run(
         [sys.executable, SCRIPT, *words], env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
         capture_output=True, text=True,
@@ -26,3 +26,5 @@ def test_disturbed_runs_end_with_the_bits_of_an_undisturbed_one(kind: str, tmp_p
     found = json.loads(done.stdout)["found"]
     (run,) = found["runs"]
     assert found["same bytes"] and run["disturbances"] and not run["different"]
+    if not json.loads(done.stdout)["mounts"]:
+        pytest.skip("cannot mount a disk here: signals alone were checked")

@@ -47,8 +47,10 @@ def run_python(*words: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Stands in for the module that trains, so that only the way there is tested."""
+def runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """Stands in for the module that trains, so that only the way there is tested. The folder runs/a is there."""
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     module = ModuleType("sae_training.lm_runner")
     monkeypatch.setitem(sys.modules, "sae_training.lm_runner", module)
     return module

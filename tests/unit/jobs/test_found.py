@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sae_training import cli
-from sae_training.jobs.found import find_job, job_at, jobs_in
+from sae_training.jobs.found import find_job, folder_named, job_at, jobs_in
 from sae_training.jobs.table import duration, middle_out, table
 from sae_training.machine.holder import holder_of, write_holder
 from sae_training.run.record import Kind, Record
@@ -131,11 +131,14 @@ def test_a_job_is_named_by_its_name_or_its_path(run_dir: Path, monkeypatch: pyte
         assert find_job(word, Path("runs")).name == name, word
         resume = cli.parse(["resume", word, "--run_dir", "runs"])
         assert isinstance(resume, cli.Resume)
-        is_member = word == "run/member"  # which is not resumed alone
-        assert cli.folder_of(resume) == (Path(word) if is_member else find_job(word, Path("runs")).folder)
+        if word != "run/member":  # which is not resumed alone
+            assert folder_named(resume.run, resume.run_dir) == find_job(word, Path("runs")).folder
     for word in ("nothing", "run/nothing", "runs"):
         with pytest.raises(FileNotFoundError, match="sae-training runs"):
             find_job(word, Path("runs"))
+    assert folder_named(Path("runs"), Path("runs")) == Path("runs")  # of which who reads it says what is wrong
+    with pytest.raises(FileNotFoundError, match="sae-training runs"):
+        folder_named(Path("run/member"), Path("runs"))
 
 
 def test_rm_asks_and_deletes_nothing_else(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -405,6 +405,21 @@ def test_full_disk_is_told_before_anything_is_written(small_disk: Callable[..., 
     assert list(disk.iterdir()) == []
 
 
+def test_without_room_the_oldest_checkpoints_go_and_the_newest_stays(
+    small_disk: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SPARE_BYTES", 0)
+    monkeypatch.setattr("sae_training.machine.files.SPARE_BYTES", 0)
+    disk = small_disk(4)
+    parts = {"sae": {"W": torch.zeros(300, 2**10)}}  # 1.2 MB: three fit, four do not
+    for step in (1, 2, 3, 4):
+        save_checkpoint(disk, step, parts, {}, {})
+    assert names(complete_checkpoints(disk)) == ["step_4", "step_3", "step_2"]
+    with pytest.raises(NotEnoughDisk, match="a checkpoint needs 4 MiB, but 0 MiB are free"):
+        save_checkpoint(disk, 5, {"sae": {"W": torch.zeros(1000, 2**10)}}, {}, {})
+    assert names(complete_checkpoints(disk)) == ["step_4", "step_3", "step_2"]  # deleting all but one is not enough
+
+
 def test_disk_that_fills_up_while_saving_leaves_nothing_half_written(
     small_disk: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

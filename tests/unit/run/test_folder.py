@@ -171,7 +171,8 @@ def test_a_text_of_another_name_or_beside_the_old_one_is_another_text(small_conf
 
 def test_what_is_not_here_is_named(small_config: Make, tmp_path: Path) -> None:
     folder, cfg = moved_text(small_config, tmp_path)
-    with pytest.raises(FileNotFoundError, match="dataset_path: .*here/a.txt, which .* is not here.*with the new path"):
+    message = "dataset_path: .*here/a.txt, which .* is not here.*resume .* --dataset_path NEW"
+    with pytest.raises(FileNotFoundError, match=message):
         check_paths(folder, read_run_config(folder))
     check_paths(folder, cfg)
 
