@@ -194,7 +194,8 @@ class Job:
         """Return what it was doing, as its folder shows: one of `PLACES`."""
         if any(self.run.rglob("step_*.tmp")):
             return "saving"
-        if read_if_sound(self.run / STATUS_FILE).get("pid") != self.process.pid:
+        folder = self.run / "analysis" if self.kind == "analysis" else self.run
+        if read_if_sound(folder / STATUS_FILE).get("pid") != self.process.pid:
             return "start-up"
         if self.kind not in ("train", "two layers"):
             return {"cache": "caching", "analysis": "analysis"}[self.kind]
