@@ -56,7 +56,7 @@ def finish(run: Run) -> None:
         evaluations[member.name] = evaluation = recorded(run, member, figures)
         member.trainer.sae.eval()
         if member in run.recorded:
-            once_there_is_room(run, partial(save_weights_folder, member, member.folder / FINAL, evaluation))
+            once_there_is_room(run, partial(write_final, member, evaluation))
     evaluations = together(evaluations)
     evaluations = {name: evaluations[name] for name in run.names if name in evaluations}
     if is_several(run.cfg) and is_first():
@@ -98,6 +98,13 @@ def recorded(run: Run, member: Member, figures: dict[str, float]) -> dict[str, A
     record = to_record(figures, fields, remarks, dead_window(fields, run.step))
     member.logger.log_beside(words_of(record), run.step)
     return record
+
+
+def write_final(member: Member, evaluation: dict[str, Any]) -> None:
+    """Write final/ once all rows of metrics.jsonl are on the disk: after a power cut, nothing goes on that has final/."""
+    member.logger.position()
+    member.logger.flush_to_disk()
+    save_weights_folder(member, member.folder / FINAL, evaluation)
 
 
 def write_final_of_several(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:

@@ -1,18 +1,22 @@
-"""The last evaluation, when it fails on one of two processes."""
+"""How a run ends: its last evaluation, and what is on the disk before final/ says that it is finished."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from small import SMALL_RUN
 
 from sae_training.config import LanguageModelSAERunnerConfig
+from sae_training.lm_runner import run_config
 from sae_training.parallel.ranks import CONTROL, of_all, rank
 from sae_training.run.finish import last_evaluation
+from sae_training.run.logger import RunLogger
 from sae_training.run.state import Run
 
 
@@ -35,3 +39,17 @@ def test_an_error_of_one_process_alone_does_not_make_it_save(tmp_path: Path) -> 
     for none, (note,) in on_ranks(2, said_of_an_error, tmp_path / "step_9"):
         assert none == []
         assert note.startswith(f"All 12 steps are trained, the last checkpoint is {tmp_path / 'step_9'}. Once this is")
+
+
+def test_all_rows_are_on_the_disk_before_final_is_there(
+    small_config: Callable[..., LanguageModelSAERunnerConfig], demo_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush, flushed = RunLogger.flush_to_disk, list[tuple[int, bool]]()
+
+    def seen(logger: RunLogger) -> None:
+        flushed.append((logger.path.stat().st_size, (logger.path.parent / "final").exists()))
+        flush(logger)
+
+    monkeypatch.setattr(RunLogger, "flush_to_disk", seen)
+    run = run_config(small_config(), demo_model).folder
+    assert flushed[-1] == ((run.path / "metrics.jsonl").stat().st_size, False) and run.final.is_dir()
