@@ -101,7 +101,7 @@ def recorded(run: Run, member: Member, figures: dict[str, float]) -> dict[str, A
 
 
 def write_final(member: Member, evaluation: dict[str, Any]) -> None:
-    """Write final/ once all rows of metrics.jsonl are on the disk: after a power cut, nothing goes on that has final/."""
+    """Write final/ once all rows of metrics.jsonl are on the disk: a run with it is over, also after a power cut."""
     member.logger.position()
     member.logger.flush_to_disk()
     save_weights_folder(member, member.folder / FINAL, evaluation)
