@@ -69,6 +69,8 @@ def why_full(error: BaseException) -> str | None:
         number = int(written[1]) if written else None
     if isinstance(error, (OSError, SafetensorError)) and number in FULL:
         return FULL[number]
+    if getattr(error, "sqlite_errorname", None) == "SQLITE_FULL":
+        return FULL[errno.ENOSPC]
     before = error.__cause__ or error.__context__
     return None if before is None else why_full(before)
 

@@ -270,14 +270,14 @@ def save_weights_folder(member: Member, folder: Path, evaluation: Mapping[str, A
         flush_to_disk(folder.parent)
 
     try:
-        if shard.is_all:
-            begin()
-            complete()
-        else:
-            fill = functools.partial(pieces.fill, partial / WEIGHTS_FILE, weights, shard) if member.is_written else None
-            first, last = (begin, complete) if member.is_recorded else (None, None)
-            with disk_named(partial.parent):
-                checkpoint.one_after_another(first, fill, last)
+        with disk_named(partial.parent):
+            if shard.is_all:
+                begin()
+                complete()
+            else:
+                fill = functools.partial(pieces.fill, partial / WEIGHTS_FILE, weights, shard)
+                first, last = (begin, complete) if member.is_recorded else (None, None)
+                checkpoint.one_after_another(first, fill if member.is_written else None, last)
     except BaseException:
         if member.is_recorded:
             shutil.rmtree(partial, ignore_errors=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sqlalchemy import create_engine, text
 
 from sae_training.machine.files import NotEnoughDisk, disk_named, write_safetensors, write_text
 from sae_training.machine.lock import exclusive
@@ -78,6 +79,17 @@ def full(small_disk: Callable[..., Path]) -> tuple[Path, Fill]:
                 file.write(bytes(room))
 
     return disk, fill
+
+
+def test_a_database_names_the_folder(full: tuple[Path, Fill]) -> None:
+    disk, fill = full
+    engine = create_engine(f"sqlite:///{disk / 'a.sqlite'}")
+    with engine.begin() as connection:
+        connection.execute(text("create table t (b blob)"))
+    fill()
+    with pytest.raises(NotEnoughDisk, match=told(disk)), disk_named(disk), engine.begin() as connection:
+        connection.execute(text("insert into t values (zeroblob(100000))"))
+    engine.dispose()
 
 
 def test_text_and_tensors_name_the_folder(full: tuple[Path, Fill]) -> None:

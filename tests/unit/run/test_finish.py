@@ -14,9 +14,11 @@ from small import SMALL_RUN
 
 from sae_training.config import LanguageModelSAERunnerConfig
 from sae_training.lm_runner import run_config
+from sae_training.machine.files import NotEnoughDisk
 from sae_training.parallel.ranks import CONTROL, of_all, rank
 from sae_training.run.finish import last_evaluation
 from sae_training.run.logger import RunLogger
+from sae_training.run.save import save_weights_folder
 from sae_training.run.state import Run
 
 
@@ -53,3 +55,12 @@ def test_all_rows_are_on_the_disk_before_final_is_there(
     monkeypatch.setattr(RunLogger, "flush_to_disk", seen)
     run = run_config(small_config(), demo_model).folder
     assert flushed[-1] == ((run.path / "metrics.jsonl").stat().st_size, False) and run.final.is_dir()
+
+
+def test_weights_without_room_for_their_folder_name_it(
+    small_config: Callable[..., LanguageModelSAERunnerConfig], demo_model: Any, small_disk: Callable[..., Path]
+) -> None:
+    (member,) = run_config(small_config(), demo_model).members
+    disk = small_disk(8, nr_inodes=2)  # of which the disk's own folder takes one
+    with pytest.raises(NotEnoughDisk, match=f"^{disk}.*no space left on the disk"):
+        save_weights_folder(member, disk / "snapshots" / "step_1")
