@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from sae_training.config.values import in_one_word, read_value, reads_as
 from sae_training.machine.phases import say
@@ -19,13 +21,19 @@ def exit_code(argv: Sequence[str], command: Callable[[], None]) -> int:
 
     `--debug` among the words, or SAE_TRAINING_DEBUG=1, shows tracebacks.
     """
-    debug = False
+    debug, asked = False, list[int]()
     try:
         debug = wants_tracebacks(argv)
         spin_only_while_alone()
-        with warnings.catch_warnings():  # what a user should change is said in a line, without our source code
+        # What a user should change is said in a line, without our source code.
+        with warnings.catch_warnings(), interruptions_noted(asked):
             warnings.showwarning = show_in_a_line
-            command()
+            try:
+                command()
+            except ImportError as error:
+                if asked:  # a package that is being imported may hold Ctrl-C for a fault of another one
+                    raise KeyboardInterrupt from error
+                raise
     except KeyboardInterrupt as stop:
         # a job's own interruption says what was saved, and has the exit code that goes with the signal
         stopped = str(stop) or "Stopped. The same command begins anew, or goes on from what is saved."
@@ -45,6 +53,25 @@ def exit_code(argv: Sequence[str], command: Callable[[], None]) -> int:
             sys.stderr.write("\n".join([f"error: {error}", *notes]) + "\n")
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def interruptions_noted(asked: list[int]) -> Iterator[None]:
+    """Note in `asked` each Ctrl-C that Python turns into a KeyboardInterrupt here."""
+
+    def stop(number: int, frame: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def show_in_a_line(message: Warning | str, *_: object, **__: object) -> None:

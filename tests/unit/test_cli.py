@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -441,6 +442,19 @@ def test_plain_interruption_exits_with_130(runner: ModuleType) -> None:
 
     vars(runner)["resume_run"] = resume_run
     assert main(["resume", "runs/a"]) == 130
+
+
+def test_ctrl_c_that_an_import_has_swallowed_is_no_import_error(runner: ModuleType, capsys: Any) -> None:
+    def resume_run(_: Path) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException:  # as a package does that can do without another
+            raise ImportError("half a module") from None
+
+    vars(runner)["resume_run"] = resume_run
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["resume", "runs/a"]) == 130
+    assert capsys.readouterr().err.startswith("Stopped.") and signal.getsignal(signal.SIGINT) is before
 
 
 def test_errors_that_are_not_ours_are_not_hidden(runner: ModuleType) -> None:
