@@ -102,8 +102,9 @@ def recorded(run: Run, member: Member, figures: dict[str, float]) -> dict[str, A
 
 def write_final(member: Member, evaluation: dict[str, Any]) -> None:
     """Write final/ once all rows of metrics.jsonl are on the disk: a run with it is over, also after a power cut."""
-    member.logger.position()
-    member.logger.flush_to_disk()
+    if member.is_recorded:
+        member.logger.position()
+        member.logger.flush_to_disk()
     save_weights_folder(member, member.folder / FINAL, evaluation)
 
 
