@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from sae_training.machine.entry import run_cli
+
 
 def main() -> int:
-    """Run one command and return the exit code. Ctrl-C is told in a line also while the program is being imported."""
-    try:
-        from sae_training.cli import main as command
-    except KeyboardInterrupt:
-        sys.stderr.write("Stopped before it had begun.\n")
-        return 130
-    return command()
+    return run_cli("sae_training")
 
 
 if __name__ == "__main__":

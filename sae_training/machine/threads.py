@@ -53,8 +53,9 @@ def watch(ended: threading.Event) -> None:
             now = seconds_of(processors)
             all_, own, passed = (new - old for new, old in zip(now, before, strict=True))
             before = now
-            n_threads = threads_of_torch() if (all_ - own) / passed > noticed(len(processors)) else 1
-            quiet = 0 if disturbs((all_ - own) / passed, n_threads, len(processors)) else quiet + 1
+            others = (all_ - own) / passed
+            n_threads = threads_of_torch() if others > noticed(len(processors)) else 1
+            quiet = 0 if disturbs(others, n_threads, len(processors)) else quiet + 1
             is_other = teams is not None and quiet == 0 and teams.n_threads != n_threads
             if teams is not None and (quiet >= QUIET_FOR or is_other):
                 teams.end()

@@ -202,10 +202,11 @@ def open_run(folder: Path, options: WandbOptions, config: dict[str, Any], online
     if online:
         shared: Any = "shared" if options.wanted_mode == "shared" else "online"
         run = wandb.init(mode=shared, resume=None if in_sweep and not again else "allow", **arguments)
-        keep_run_id(folder, run.id, where(run) if in_sweep else "")
-        return WandbRun(run, is_own=True, first_step=run.starting_step)
-    run = wandb.init(mode="offline", **arguments)
+    else:
+        run = wandb.init(mode="offline", **arguments)
     keep_run_id(folder, run.id, where(run) if in_sweep else "")
+    if online:
+        return WandbRun(run, is_own=True, first_step=run.starting_step)
     steps, artifacts = in_files(folder, run.id)
     return WandbRun(run, is_own=True, steps=steps, artifacts=artifacts)
 
@@ -278,7 +279,8 @@ def where(run: Any) -> str:
 
 def keep_run_id(folder: Path, new_id: str, place: str = "") -> None:
     """Keep the id if there is none, and `place`, entity/project, where the config does not say it."""
-    if kept_lines(folder) in ([], [new_id]):
+    kept = kept_lines(folder)
+    if not kept or (place and kept == [new_id]):
         (folder / WANDB_RUN_ID_FILE).write_text(f"{new_id}\n{place}".rstrip() + "\n")
 
 

@@ -208,7 +208,7 @@ class SAETrainer:
         for name, weight in self.sae.weights():
             # A sum is read three times as fast; of huge weights it may be infinite though they are not.
             is_bad = ~weight.sum().isfinite() and ~weight.isfinite().all()
-            if self.sae.shard.any(torch.as_tensor(is_bad, device=weight.device)):
+            if self.sae.shard.any(is_bad):
                 raise NonFiniteLoss(f"{name} holds values that are not finite (NaN or infinite)")
 
     def lr(self, step: int) -> float:
